@@ -1,0 +1,135 @@
+// The configuration as one immutable value. Defaults stand only here; load.hpp fills it from YAML and the
+// environment, url.hpp reads connection strings. Units are in the names, and the pool's names, units and
+// meanings are node-postgres'.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace pgsidecar::conf {
+
+/// One address to listen on. `port` 0 takes a free one (printed at start).
+struct Listen {
+  enum class Kind { Tcp, Unix };
+  Kind kind = Kind::Tcp;
+  std::string host;  ///< Tcp: IPv4, IPv6 or a name
+  std::uint16_t port = 0;
+  std::string directory;  ///< Unix: the socket is directory/.s.PGSQL.port
+
+  friend bool operator==(const Listen&, const Listen&) = default;
+};
+
+enum class PoolMode { Transaction, Session, Statement };
+enum class ResidueCheck { Triggered, Always, Never };
+enum class AuthMethod { ScramSha256, Md5, Password, Trust, Cert };
+enum class TlsMode { Disable, Allow, Require, VerifyFull };
+enum class LogFormat { Text, Json };
+
+/// `pool:`; also below a database or a user, where only the keys given there differ from the outer ones.
+struct PoolSettings {
+  PoolMode mode = PoolMode::Transaction;
+  std::uint32_t max = 15;  ///< per (database, user); connections being opened and closed included
+  std::uint32_t min = 2;
+  std::uint32_t idleTimeoutMillis = 20000;       ///< 0: never
+  std::uint32_t connectionTimeoutMillis = 5000;  ///< 0: wait without a limit
+  std::uint32_t maxUses = 5000;                  ///< leases; 0: no limit
+  std::uint32_t maxLifetimeSeconds = 3600;       ///< 0: no limit
+  bool allowExitOnIdle = false;
+  bool keepAlive = true;
+  std::uint32_t keepAliveInitialDelayMillis = 10000;
+  ResidueCheck residueCheck = ResidueCheck::Triggered;
+  std::uint32_t maxPreparedStatements = 500;  ///< per server connection; least recently used leaves
+
+  friend bool operator==(const PoolSettings&, const PoolSettings&) = default;
+};
+
+/// A server to connect to, as written: expanded and parsed anew at each connect (`resolve_upstream`, load.hpp),
+/// so that a rotated secret in `${file:...}` counts from the next connect on.
+struct Upstream {
+  std::string url;                          ///< URI or keyword string, `${...}` not yet expanded
+  std::map<std::string, std::string> keys;  ///< libpq keywords given beside the URL (they win), unexpanded
+
+  friend bool operator==(const Upstream&, const Upstream&) = default;
+};
+
+/// `databases:` NAME, or "*" for every database of the server under its own name.
+struct Database {
+  std::string name;
+  Upstream upstream;  ///< the global one overlaid with this section's keys
+  PoolSettings pool;
+
+  friend bool operator==(const Database&, const Database&) = default;
+};
+
+/// `users:` NAME, or "*" for any user that authenticates.
+struct User {
+  std::string name;
+  /// Plain text, `md5...` or `SCRAM-SHA-256$...` (pg_authid's forms), `${...}` not yet expanded; absent: the
+  /// upstream URL's password if the name is the URL's user.
+  std::optional<std::string> password;
+  std::optional<PoolSettings> pool;
+
+  friend bool operator==(const User&, const User&) = default;
+};
+
+struct Auth {
+  AuthMethod method = AuthMethod::ScramSha256;
+  friend bool operator==(const Auth&, const Auth&) = default;
+};
+
+struct Tls {
+  TlsMode mode = TlsMode::Disable;
+  std::string certificate, key, ca;  ///< PEM files
+  friend bool operator==(const Tls&, const Tls&) = default;
+};
+
+struct Limits {
+  std::uint32_t maxClients = 1000;
+  std::uint32_t maxLoginClients = 128;     ///< clients that haven't authenticated yet
+  std::uint32_t loginTimeoutMillis = 10000;
+  std::uint32_t maxPreparedStatementsPerClient = 10000;
+  std::uint64_t maxParseBytes = 16u << 20;  ///< the largest Parse or Query whose text is looked at, bytes
+  friend bool operator==(const Limits&, const Limits&) = default;
+};
+
+struct Admin {
+  Listen listen{Listen::Kind::Tcp, "127.0.0.1", 5000, {}};
+  bool enabled = true;             ///< `admin.listen: off`
+  std::string tokenFile;           ///< bearer token for callers that aren't on loopback
+  bool quitquitquit = false;       ///< POST /quitquitquit answers
+  std::vector<std::string> hosts;  ///< further names allowed in the Host header
+  friend bool operator==(const Admin&, const Admin&) = default;
+};
+
+struct Log {
+  std::string level = "info";  ///< trace debug info warn error off
+  LogFormat format = LogFormat::Text;
+  friend bool operator==(const Log&, const Log&) = default;
+};
+
+struct Shutdown {
+  std::uint32_t timeoutMillis = 30000;
+  bool acceptWhileDraining = false;
+  friend bool operator==(const Shutdown&, const Shutdown&) = default;
+};
+
+struct Config {
+  std::vector<Listen> listen{{Listen::Kind::Tcp, "127.0.0.1", 6432, {}}};
+  Upstream upstream{"${DATABASE_URL}", {}};
+  PoolSettings pool;
+  std::map<std::string, Database> databases;  ///< empty: the upstream URL's database under its own name
+  std::map<std::string, User> users;          ///< empty: the upstream URL's user
+  Auth auth;
+  Tls tls;
+  Limits limits;
+  Admin admin;
+  Log log;
+  Shutdown shutdown;
+
+  friend bool operator==(const Config&, const Config&) = default;
+};
+
+}  // namespace pgsidecar::conf

@@ -1,0 +1,52 @@
+// Loading the configuration: environment over YAML file over defaults; `${VAR}` and `${file:/path}` expand in any value.
+// All mistakes are collected and reported together, each with file and line. Called at start, by `check` and on reload.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "conf/config.hpp"
+#include "conf/url.hpp"
+
+namespace pgsidecar::conf {
+
+/// One or more mistakes in what the operator wrote. what() holds them all, a line each, without any secret.
+class ConfigError : public std::runtime_error {
+ public:
+  explicit ConfigError(std::vector<std::string> mistakes);
+  explicit ConfigError(std::string mistake) : ConfigError(std::vector<std::string>{std::move(mistake)}) {}
+  const std::vector<std::string>& mistakes() const { return mistakes_; }
+
+ private:
+  std::vector<std::string> mistakes_;
+};
+
+/// Loads `path` (empty: no file) under the environment. Every key of the file is also PGSIDECAR_ and its path in
+/// upper snake case. Checks that every upstream and secret can be resolved now. Throws ConfigError.
+Config load(const std::string& path, const Environment& env);
+
+/// The same from YAML text; `name` stands for the file in messages.
+Config load_text(std::string_view yaml, std::string_view name, const Environment& env);
+
+/// Expands `${VAR}`, `${VAR:-default}` and `${file:/path}` (one trailing newline removed); `$$` is a dollar sign.
+/// Throws ConfigError.
+std::string expand(std::string_view text, const Environment& env);
+
+/// What to connect to, with secrets expanded now. `user` and `password`, if given, and `database`, if the section is
+/// "*", replace the string's. Throws ConfigError.
+ConnectParams resolve_upstream(const Upstream& upstream, const Environment& env);
+
+/// The effective configuration as YAML with every secret replaced by "***" (for `check` and the API).
+std::string to_redacted_yaml(const Config& config);
+
+/// What changed between two configurations: keys by their path; which of them need a restart (listen, admin.listen,
+/// and so on).
+struct Changes {
+  std::vector<std::string> applied;
+  std::vector<std::string> needRestart;
+};
+Changes compare(const Config& before, const Config& after);
+
+}  // namespace pgsidecar::conf

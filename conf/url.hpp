@@ -1,0 +1,66 @@
+// libpq connection strings: URIs (`postgresql://...`) and keyword strings (`host=... port=...`).
+// PostgreSQL documentation, sections 34.1.1 "Connection Strings" and 34.1.2 "Parameter Key Words"; where node-postgres is
+// more lenient than libpq (a `@` in a password), the lenient reading is taken when libpq's fails.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+namespace pgsidecar::conf {
+
+enum class SslMode { Disable, Allow, Prefer, Require, VerifyCa, VerifyFull };
+enum class SslNegotiation { Postgres, Direct };
+enum class ChannelBinding { Disable, Prefer, Require };
+enum class TargetSessionAttrs { Any, ReadWrite, ReadOnly, Primary, Standby, PreferStandby };
+
+struct Host {
+  std::string name;     ///< host name, address, or the directory of a unix socket (begins with / or @)
+  std::string address;  ///< hostaddr: where to connect to; the name stays for SNI and verification
+  std::uint16_t port = 5432;
+
+  bool is_unix() const { return address.empty() && !name.empty() && (name[0] == '/' || name[0] == '@'); }
+  friend bool operator==(const Host&, const Host&) = default;
+};
+
+/// A connection string, read in full: what a connect needs. Sizes in bytes, times as named.
+struct ConnectParams {
+  std::vector<Host> hosts;  ///< never empty
+  std::string user, password, dbname;
+  SslMode sslmode = SslMode::VerifyFull;
+  SslNegotiation sslnegotiation = SslNegotiation::Postgres;
+  std::string sslrootcert;  ///< file, or empty or "system": the system's CAs
+  std::string sslcert, sslkey, sslpassword, sslcrl;
+  bool sslsni = true;
+  std::string sslMinProtocolVersion = "TLSv1.2", sslMaxProtocolVersion;
+  ChannelBinding channelBinding = ChannelBinding::Prefer;
+  std::vector<std::string> requireAuth;  ///< empty: any method that the server asks for
+  std::uint32_t connectTimeoutMillis = 0;  ///< 0: the pool's connectionTimeoutMillis
+  std::optional<bool> keepalives;
+  std::optional<std::uint32_t> keepalivesIdleSeconds, keepalivesIntervalSeconds, keepalivesCount;
+  std::optional<std::uint32_t> tcpUserTimeoutMillis;
+  TargetSessionAttrs targetSessionAttrs = TargetSessionAttrs::Any;
+  bool loadBalanceHosts = false;
+  /// Sent in the StartupMessage, in order: application_name, client_encoding, options.
+  std::vector<std::pair<std::string, std::string>> startup;
+  std::vector<std::string> warnings;  ///< keywords that are known and ignored; never a secret
+};
+
+/// Looks up an environment variable; nullopt if unset.
+using Environment = std::function<std::optional<std::string>(std::string_view)>;
+
+/// The process's environment.
+Environment process_environment();
+
+/// Reads a connection string. `overrides` are libpq keywords that win over the string; PG* variables fill what both
+/// leave out, then the passfile, then the defaults (sslmode: prefer on loopback and unix sockets, else verify-full).
+/// Throws ConfigError (load.hpp) with a text that names the mistake and never holds a secret.
+ConnectParams parse_connection_string(std::string_view text, const std::map<std::string, std::string>& overrides,
+                                      const Environment& env);
+
+}  // namespace pgsidecar::conf

@@ -1,0 +1,93 @@
+// What the pool did: counters, histograms, and the snapshot that the control loop renders. The data loop alone writes;
+// a snapshot is a copy made on the data loop, so that nothing here is atomic or locked.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <string>
+#include <vector>
+
+namespace pgsidecar::pool {
+
+/// Durations in microseconds in log-linear buckets (16 a power of two: a quantile is at most 6 % off).
+class Histogram {
+ public:
+  static constexpr std::size_t kBuckets = 16 * 33;
+
+  void record(std::uint64_t micros) {
+    ++counts_[index(micros)];
+    ++count_;
+    sum_ += micros;
+    if (micros > max_) max_ = micros;
+  }
+  std::uint64_t count() const { return count_; }
+  std::uint64_t sum_micros() const { return sum_; }
+  std::uint64_t max_micros() const { return max_; }
+  /// The value in microseconds below which a share `q` (0..1) of the records lies; 0 if there are none.
+  double quantile(double q) const;
+  /// How many records lie at or below `micros`, to a bucket's exactness (for Prometheus' cumulative buckets).
+  std::uint64_t count_at_most(std::uint64_t micros) const;
+  void merge(const Histogram& other);
+
+ private:
+  static std::size_t index(std::uint64_t micros);
+  static std::uint64_t upper(std::size_t index);
+
+  std::array<std::uint32_t, kBuckets> counts_{};
+  std::uint64_t count_ = 0, sum_ = 0, max_ = 0;
+};
+
+enum class CloseReason { Idle, MaxUses, Lifetime, Error, AdminShutdown, Tls, Broken, Reload, Drain, kCount };
+enum class RejectReason { MaxClients, Auth, Timeout, Draining, Protocol, UnknownDatabase, kCount };
+const char* to_string(CloseReason);
+const char* to_string(RejectReason);
+
+/// Counters of one (database, user) pool since start.
+struct PoolCounters {
+  std::uint64_t transactions = 0, queries = 0, leases = 0;
+  std::uint64_t clientBytesReceived = 0, clientBytesSent = 0, serverBytesReceived = 0, serverBytesSent = 0;
+  std::uint64_t preparedHits = 0, preparedMisses = 0, preparedEvictions = 0;
+  std::uint64_t connects = 0, connectFailures = 0, waitTimeouts = 0, resets = 0, cancels = 0;
+  std::array<std::uint64_t, static_cast<std::size_t>(CloseReason::kCount)> closed{};
+  Histogram wait, query, transaction, connect;
+};
+
+/// One pool as it is now.
+struct PoolSnapshot {
+  std::string database, user;
+  std::uint32_t max = 0, min = 0, idleTimeoutMillis = 0, connectionTimeoutMillis = 0, maxUses = 0;
+  std::string mode;                                                         // transaction | session | statement
+  std::uint32_t clientsActive = 0, clientsIdle = 0, clientsWaiting = 0;     // logged in; sum = this pool's clients
+  std::uint32_t serversActive = 0, serversIdle = 0, serversLogin = 0, serversReset = 0, serversClosing = 0;
+  std::uint32_t pinned = 0;
+  std::uint64_t oldestWaitMicros = 0;
+  std::size_t preparedStatements = 0;
+  PoolCounters counters;
+  std::string lastError;  // why the last connect failed, the server's own text; empty after one that worked
+
+  std::uint32_t total() const { return serversActive + serversIdle + serversLogin + serversReset + serversClosing; }
+};
+
+/// The whole proxy as it is now.
+struct Snapshot {
+  bool draining = false;
+  bool started = false;  // listening
+  std::uint64_t uptimeMicros = 0;
+  std::uint32_t maxClients = 0, clients = 0, clientsLogin = 0;
+  std::array<std::uint64_t, static_cast<std::size_t>(RejectReason::kCount)> rejected{};
+  std::map<std::string, std::uint64_t> errorsByClass;  // SQLSTATE's first two characters, from servers and our own
+  std::vector<PoolSnapshot> pools;
+
+  // The database, seen passively: from connects and traffic.
+  enum class Database { Unknown, Up, Down };
+  Database database = Database::Unknown;
+  std::uint64_t databaseLatencyMicros = 0;      // of the last connect or probe
+  std::uint64_t databaseSeenMicrosAgo = 0;      // when it last answered; 0 with Unknown
+  bool databaseProbed = false;                  // the latency is a probe's
+  std::string databaseError;                    // the server's own text of the last failure
+  std::string databaseVersion;
+};
+
+}  // namespace pgsidecar::pool

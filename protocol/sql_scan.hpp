@@ -1,0 +1,30 @@
+// A lexer for SQL that answers one question: may this text change what a session is? It never guesses: what it can't
+// read counts as "may". PostgreSQL documentation, section 4.1 "Lexical Structure".
+#pragma once
+
+#include <cstdint>
+#include <string_view>
+
+namespace pgsidecar::protocol {
+
+/// What a text may leave behind in its session. A set of bits; 0 is "nothing that outlives its transaction".
+enum Residue : std::uint32_t {
+  kNone = 0,
+  kSettings = 1u << 0,        ///< SET (not LOCAL), RESET, set_config, SET ROLE, SET SESSION ...
+  kPrepared = 1u << 1,        ///< PREPARE, EXECUTE, DEALLOCATE
+  kListen = 1u << 2,          ///< LISTEN, UNLISTEN
+  kAdvisoryLock = 1u << 3,    ///< pg_advisory_lock and pg_try_advisory_lock families that aren't _xact_
+  kTemporary = 1u << 4,       ///< CREATE TEMP ..., SELECT INTO TEMP, pg_temp
+  kCursor = 1u << 5,          ///< DECLARE ... WITH HOLD
+  kCode = 1u << 6,            ///< DO, CALL, LOAD: anything may happen
+  kDiscard = 1u << 7,         ///< DISCARD
+  kSession = 1u << 8,         ///< currval, lastval, setseed, pg_backend_pid: depends on the session it runs in
+  kTransaction = 1u << 9,     ///< not residue: BEGIN, START, COMMIT, END, ROLLBACK, ABORT, SAVEPOINT, PREPARE TRANSACTION
+  kUnreadable = 1u << 31,     ///< unterminated quote or comment and the like
+};
+
+/// Scans a whole query string (several statements allowed). No allocation. `standard_conforming_strings` false makes
+/// backslashes escape in plain quotes. O(size).
+std::uint32_t scan_sql(std::string_view sql, bool standard_conforming_strings = true);
+
+}  // namespace pgsidecar::protocol

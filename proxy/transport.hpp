@@ -1,0 +1,72 @@
+// One connection's bytes: a non-blocking TCP or unix socket, plain or TLS, with OpenSSL driven directly on the
+// descriptor. Decides how bytes move, not what they mean. Never blocks, never allocates per call; holds no read buffer.
+// Used by client_session and server_connection. Readiness, then read: wait, read until WouldBlock, wait again.
+#pragma once
+
+#include <openssl/ssl.h>
+
+#include <boost/asio/generic/stream_protocol.hpp>
+#include <boost/asio/io_context.hpp>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <utility>
+
+namespace pgsidecar::proxy {
+
+using Socket = boost::asio::basic_stream_socket<boost::asio::generic::stream_protocol,
+                                                boost::asio::io_context::executor_type>;
+
+enum class IoStatus { Ok, WouldBlock, Eof, Error };
+
+/// What one read or write did. `bytes` may be less than asked for.
+struct IoResult {
+  IoStatus status = IoStatus::Ok;
+  std::size_t bytes = 0;
+};
+
+class Transport {
+ public:
+  explicit Transport(Socket socket);  ///< sets the socket non-blocking
+  Transport(Transport&&) = default;
+
+  Socket& socket() { return socket_; }
+  bool is_tls() const { return ssl_ != nullptr; }
+  SSL* ssl() const { return ssl_.get(); }
+
+  /// Reads at most out.size() bytes. After Ok with a full buffer, or while pending() is true, read again before waiting:
+  /// there may be no new readiness edge.
+  IoResult read(std::span<std::uint8_t> out);
+  /// Writes from the pieces, in order, as much as the kernel takes now (one sendmsg; on TLS pieces are coalesced into
+  /// records of at most 16 KiB with `scratch`). Returns the bytes taken.
+  IoResult write(std::span<const std::span<const std::uint8_t>> pieces, std::span<std::uint8_t> scratch);
+  bool pending() const;          ///< TLS holds decrypted bytes
+  bool wants_write() const { return wants_write_; }  ///< a TLS read, write or handshake last wanted writability
+
+  /// TLS: takes an SSL from a context, on the descriptor, as server or client; then call handshake() on readiness until Ok.
+  void start_tls(SSL_CTX* context, bool server);
+  IoResult handshake();  ///< WouldBlock: wait for readability, or writability if wants_write()
+  std::string tls_error() const;  ///< text of the last failure (verification result included), empty if none
+
+  void shutdown_send();  ///< close_notify on TLS (best effort), then half close
+  void close();          ///< once; later calls do nothing
+
+  template <class Handler> void wait_readable(Handler&& h) {
+    socket_.async_wait(Socket::wait_read, std::forward<Handler>(h));
+  }
+  template <class Handler> void wait_writable(Handler&& h) {
+    socket_.async_wait(Socket::wait_write, std::forward<Handler>(h));
+  }
+
+ private:
+  struct SslDelete {
+    void operator()(SSL* s) const { SSL_free(s); }
+  };
+  Socket socket_;
+  std::unique_ptr<SSL, SslDelete> ssl_;
+  bool wants_write_ = false;
+};
+
+}  // namespace pgsidecar::proxy
