@@ -14,7 +14,7 @@ namespace pgsidecar::pool {
 /// Durations in microseconds in log-linear buckets (16 a power of two: a quantile is at most 6 % off).
 class Histogram {
  public:
-  static constexpr std::size_t kBuckets = 16 * 33;
+  static constexpr std::size_t kBuckets = std::size_t{16} * 33;
 
   void record(std::uint64_t micros) {
     ++counts_[index(micros)];
@@ -35,7 +35,7 @@ class Histogram {
   static std::size_t index(std::uint64_t micros);
   static std::uint64_t upper(std::size_t index);
 
-  std::array<std::uint32_t, kBuckets> counts_{};
+  std::array<std::uint64_t, kBuckets> counts_{};
   std::uint64_t count_ = 0, sum_ = 0, max_ = 0;
 };
 

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "protocol/messages.hpp"
+#include "protocol/scram.hpp"
 #include "protocol/wire.hpp"
 
 namespace pgsidecar::protocol {
@@ -29,7 +30,8 @@ struct ClientSecret {
 class ClientLogin {
  public:
   /// `channel_binding`: hash of our own certificate if the client is on TLS (then -PLUS is offered), else empty.
-  ClientLogin(ClientAuth method, std::string user, ClientSecret secret, std::string channel_binding = {});
+  ClientLogin(ClientAuth method, std::string user, ClientSecret secret, std::string channel_binding = {},
+              ScramKeyCache* cache = nullptr);
 
   enum class Step { NeedFrame, Accepted, Rejected };
   Step begin(std::string& out);                                   ///< appends the first AuthenticationRequest, or AuthenticationOk
@@ -43,7 +45,12 @@ class ClientLogin {
   ClientSecret secret_;
   std::string channel_binding_;
   std::string given_password_;
-  // scram state: yours to add
+  Step reject(std::string& out);
+  Step on_sasl(Reader& reader, std::string& out);
+
+  ScramKeyCache* cache_;
+  std::string salt_;
+  std::optional<ScramServer> scram_;
 };
 
 /// What ServerLogin may use. An empty password fails clearly when the server asks for one.
@@ -58,7 +65,7 @@ struct ServerCredentials {
 /// Logs in to a server: from the StartupMessage to the first ReadyForQuery.
 class ServerLogin {
  public:
-  ServerLogin(ServerCredentials credentials, Startup startup);
+  ServerLogin(ServerCredentials credentials, Startup startup, ScramKeyCache* cache = nullptr);
 
   enum class Step { NeedFrame, Ready, Failed };
   Step begin(std::string& out);  ///< appends the StartupMessage
@@ -78,7 +85,13 @@ class ServerLogin {
   std::uint32_t pid_ = 0;
   std::string key_;
   ErrorFields error_;
-  // authentication state: yours to add
+  Step on_authentication(Reader& reader, std::string& out);
+  Step fail(std::string sqlstate, std::string message);
+  bool allowed(std::string_view method) const;
+
+  ScramKeyCache* cache_;
+  std::optional<ScramClient> scram_;
+  bool asked_ = false, bound_ = false, continued_ = false, verified_ = false, authenticated_ = false;
 };
 
 }  // namespace pgsidecar::protocol

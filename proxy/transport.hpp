@@ -1,6 +1,7 @@
 // One connection's bytes: a non-blocking TCP or unix socket, plain or TLS, with OpenSSL driven directly on the
 // descriptor. Decides how bytes move, not what they mean. Never blocks, never allocates per call; holds no read buffer.
 // Used by client_session and server_connection. Readiness, then read: wait, read until WouldBlock, wait again.
+// OpenSSL writes by write(2): the process ignores SIGPIPE (supervisor).
 #pragma once
 
 #include <openssl/ssl.h>
@@ -64,8 +65,11 @@ class Transport {
   struct SslDelete {
     void operator()(SSL* s) const { SSL_free(s); }
   };
+  IoResult failed(int result);  // of an OpenSSL call
+
   Socket socket_;
   std::unique_ptr<SSL, SslDelete> ssl_;
+  std::string error_;
   bool wants_write_ = false;
 };
 

@@ -1,0 +1,21 @@
+// The other end of the admin port, for the subcommands `healthcheck`, `wait` and `shutdown`: small
+// synchronous requests. Each returns the process's exit code, 0 or 1, and explains a failure on stderr.
+#pragma once
+
+#include <chrono>
+
+#include "conf/config.hpp"
+
+namespace pgsidecar::admin {
+
+/// 0 if the pgsidecar at `settings.listen` is alive (GET /health/live).
+int healthcheck(const conf::Admin& settings);
+
+/// Asks /health/ready until it says yes or `max` is over.
+int wait_ready(const conf::Admin& settings, std::chrono::milliseconds max);
+
+/// Asks it to end in order: POST /quitquitquit if that is on, else POST /api/admin/drain. Returns when it has
+/// agreed, not when it is gone.
+int shutdown(const conf::Admin& settings);
+
+}  // namespace pgsidecar::admin

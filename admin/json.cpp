@@ -1,0 +1,296 @@
+// The JSON documents of render.hpp, by a small writer.
+#include <array>
+#include <cmath>
+#include <ctime>
+#include <utility>
+
+#include "admin/render.hpp"
+
+namespace pgsidecar::admin {
+namespace {
+
+using pool::PoolSnapshot;
+using pool::Snapshot;
+using Database = Snapshot::Database;
+
+class Json {
+ public:
+  Json& key(std::string_view name) {
+    comma();
+    quote(name);
+    out_ += ':';
+    after_key_ = true;
+    return *this;
+  }
+  Json& begin(char bracket) {
+    comma();
+    out_ += bracket;
+    first_ = true;
+    return *this;
+  }
+  Json& end(char bracket) {
+    out_ += bracket;
+    first_ = false;
+    return *this;
+  }
+  Json& string(std::string_view value) {
+    comma();
+    quote(value);
+    return *this;
+  }
+  Json& raw(std::string_view value) {
+    comma();
+    out_ += value;
+    return *this;
+  }
+  Json& field(std::string_view name, std::string_view value) { return key(name).string(value); }
+  Json& field(std::string_view name, const char* value) { return key(name).string(value); }
+  Json& field(std::string_view name, double value) { return key(name).raw(number(value)); }
+  Json& field(std::string_view name, std::uint64_t value) { return key(name).raw(std::to_string(value)); }
+  Json& field(std::string_view name, bool value) { return key(name).raw(value ? "true" : "false"); }
+  Json& null(std::string_view name) { return key(name).raw("null"); }
+  template <class T>
+  Json& field(std::string_view name, const std::optional<T>& value) {
+    return value ? field(name, *value) : null(name);
+  }
+  std::string take() {
+    out_ += '\n';
+    return std::move(out_);
+  }
+
+ private:
+  void comma() {
+    if (!first_ && !after_key_) out_ += ',';
+    first_ = after_key_ = false;
+  }
+  void quote(std::string_view text) {
+    static constexpr char kHex[] = "0123456789abcdef";
+    out_ += '"';
+    for (const char c : to_utf8(text)) {
+      if (c == '"' || c == '\\') {
+        out_ += '\\';
+        out_ += c;
+      } else if (static_cast<unsigned char>(c) < 0x20) {
+        out_ += "\\u00";
+        out_ += kHex[(c >> 4) & 15];
+        out_ += kHex[c & 15];
+      } else {
+        out_ += c;
+      }
+    }
+    out_ += '"';
+  }
+
+  std::string out_;
+  bool first_ = true, after_key_ = false;
+};
+
+double millis(double micros) {
+  return std::round(micros) / 1000;
+}
+double millis(std::uint64_t micros) {
+  return static_cast<double>(micros) / 1000;
+}
+double megabytes(std::uint64_t bytes) {
+  return std::round(static_cast<double>(bytes) / 1048576 * 10) / 10;
+}
+
+std::string iso8601(Clock::time_point time) {
+  const auto ms = std::chrono::duration_cast<std::chrono::milliseconds>(time.time_since_epoch()).count();
+  const std::time_t whole = ms / 1000;
+  std::tm utc{};
+  gmtime_r(&whole, &utc);
+  std::array<char, 40> text{};
+  const auto n = std::strftime(text.data(), text.size(), "%Y-%m-%dT%H:%M:%S.", &utc);
+  const std::string fraction = std::to_string(1000 + ms % 1000);
+  return std::string(text.data(), n) + fraction.substr(1) + "Z";
+}
+
+const char* status_of(Database database) {
+  return database == Database::Up ? "up" : database == Database::Down ? "down" : "unknown";
+}
+
+void write_database(Json& json, const Snapshot& s, Clock::time_point now) {
+  json.key("database").begin('{').field("status", status_of(s.database));
+  if (s.database == Database::Unknown || s.databaseLatencyMicros == 0)
+    json.null("latencyMs");
+  else
+    json.field("latencyMs", millis(s.databaseLatencyMicros));
+  if (s.database == Database::Up || s.databaseSeenMicrosAgo != 0)
+    json.field("lastOk", iso8601(now - std::chrono::microseconds(s.databaseSeenMicrosAgo)));
+  else
+    json.null("lastOk");
+  json.field("source", s.databaseProbed ? "probe" : "passive");
+  if (!s.databaseVersion.empty()) json.field("version", s.databaseVersion);
+  if (s.databaseError.empty())
+    json.null("error");
+  else
+    json.field("error", s.databaseError);
+  json.end('}');
+}
+
+void write_memory(Json& json, const Process& process) {
+  json.key("memory").begin('{').field("rssMb", megabytes(process.residentBytes));
+  if (process.memoryLimitBytes)
+    json.field("limitMb", megabytes(*process.memoryLimitBytes));
+  else
+    json.null("limitMb");
+  json.field("virtualMb", megabytes(process.virtualBytes)).end('}');
+}
+
+// What the top level and each pool of pool-stats have in common.
+struct Counts {
+  std::uint64_t total = 0, idle = 0, waiting = 0, active = 0, connecting = 0, closing = 0, max = 0, min = 0,
+                pinned = 0;
+
+  void add(const PoolSnapshot& p) {
+    total += p.total();
+    idle += p.serversIdle;
+    waiting += p.clientsWaiting;
+    active += p.serversActive;
+    connecting += p.serversLogin;
+    closing += p.serversClosing;
+    max += p.max;
+    min += p.min;
+    pinned += p.pinned;
+  }
+  double utilization() const {
+    return max == 0 ? 0 : std::round(static_cast<double>(active) / static_cast<double>(max) * 1000) / 1000;
+  }
+  // pg-pool's expired connections are those that will be closed and not used again: here, the ones being
+  // closed.
+  void write(Json& json) const {
+    json.field("totalCount", total).field("idleCount", idle).field("waitingCount", waiting);
+    json.field("activeCount", active).field("connectingCount", connecting).field("expiredCount", closing);
+    json.field("pinnedCount", pinned).field("max", max).field("min", min).field("utilization", utilization());
+  }
+};
+
+void write_quantiles(Json& json, std::string_view name, const pool::Histogram& h) {
+  json.key(name).begin('{').field("count", h.count());
+  json.field("p50", millis(h.quantile(0.50))).field("p95", millis(h.quantile(0.95)));
+  json.field("p99", millis(h.quantile(0.99))).field("max", millis(h.max_micros())).end('}');
+}
+
+// A setting that all pools share; null if they differ or there are none.
+std::optional<std::uint64_t> common(const Snapshot& s, std::uint32_t PoolSnapshot::*member) {
+  std::optional<std::uint64_t> value;
+  for (const auto& p : s.pools) {
+    if (value && *value != p.*member) return std::nullopt;
+    value = p.*member;
+  }
+  return value;
+}
+
+void write_pool(Json& json, const PoolSnapshot& p) {
+  Counts counts;
+  counts.add(p);
+  json.begin('{').field("database", p.database).field("user", p.user).field("mode", p.mode);
+  counts.write(json);
+  json.field("idleTimeoutMillis", std::uint64_t{p.idleTimeoutMillis});
+  json.field("connectionTimeoutMillis", std::uint64_t{p.connectionTimeoutMillis});
+  json.field("maxUses", std::uint64_t{p.maxUses});
+  json.key("clients").begin('{').field("active", std::uint64_t{p.clientsActive});
+  json.field("idle", std::uint64_t{p.clientsIdle}).field("waiting", std::uint64_t{p.clientsWaiting}).end('}');
+  json.field("oldestWaitMs", millis(p.oldestWaitMicros));
+  json.field("preparedStatements", std::uint64_t{p.preparedStatements});
+  json.field("transactions", p.counters.transactions).field("queries", p.counters.queries);
+  json.field("leases", p.counters.leases).field("waitTimeouts", p.counters.waitTimeouts);
+  json.field("connects", p.counters.connects).field("connectFailures", p.counters.connectFailures);
+  write_quantiles(json, "wait", p.counters.wait);
+  write_quantiles(json, "query", p.counters.query);
+  write_quantiles(json, "transaction", p.counters.transaction);
+  if (p.lastError.empty())
+    json.null("lastError");
+  else
+    json.field("lastError", p.lastError);
+  json.end('}');
+}
+
+}  // namespace
+
+std::string health_json(const Snapshot& s, const Process& process, Clock::time_point now) {
+  Counts counts;
+  for (const auto& p : s.pools) counts.add(p);
+  Json json;
+  json.begin('{').field("status", health_status(s)).field("timestamp", iso8601(now));
+  json.field("uptime", seconds(s.uptimeMicros)).field("version", PGSIDECAR_VERSION);
+  json.field("started", s.started).field("draining", s.draining);
+  json.key("checks").begin('{');
+  write_database(json, s, now);
+  json.key("pool").begin('{').field("totalCount", counts.total).field("idleCount", counts.idle);
+  json.field("waitingCount", counts.waiting).field("activeCount", counts.active).field("max", counts.max);
+  json.field("utilization", counts.utilization()).end('}');
+  write_memory(json, process);
+  json.end('}').end('}');
+  return json.take();
+}
+
+std::string ready_json(const Snapshot& s) {
+  const Readiness r = readiness(s);
+  Json json;
+  json.begin('{').field("ready", r.ready);
+  if (r.ready)
+    json.null("reason");
+  else
+    json.field("reason", r.reason);
+  json.field("database", status_of(s.database)).end('}');
+  return json.take();
+}
+
+std::string pool_stats_json(const Snapshot& s, Clock::time_point now) {
+  Counts counts;
+  pool::Histogram wait, query, transaction;
+  for (const auto& p : s.pools) {
+    counts.add(p);
+    wait.merge(p.counters.wait);
+    query.merge(p.counters.query);
+    transaction.merge(p.counters.transaction);
+  }
+  Json json;
+  json.begin('{').field("timestamp", iso8601(now));
+  counts.write(json);
+  json.field("idleTimeoutMillis", common(s, &PoolSnapshot::idleTimeoutMillis));
+  json.field("connectionTimeoutMillis", common(s, &PoolSnapshot::connectionTimeoutMillis));
+  json.field("maxUses", common(s, &PoolSnapshot::maxUses));
+  json.key("clients").begin('{').field("total", std::uint64_t{s.clients});
+  json.field("login", std::uint64_t{s.clientsLogin}).field("max", std::uint64_t{s.maxClients}).end('}');
+  write_quantiles(json, "wait", wait);
+  write_quantiles(json, "query", query);
+  write_quantiles(json, "transaction", transaction);
+  json.key("perPool").begin('[');
+  for (const auto& p : s.pools) write_pool(json, p);
+  json.end(']').end('}');
+  return json.take();
+}
+
+std::string compute_health_json(const Snapshot& s, const Process& process, Clock::time_point now) {
+  std::uint64_t used = 0;
+  for (const auto& p : s.pools) used += p.total();
+  Json json;
+  json.begin('{').field("status", health_status(s)).field("timestamp", iso8601(now));
+  json.field("version", PGSIDECAR_VERSION).field("pid", static_cast<std::uint64_t>(process.pid));
+  json.field("uptime", seconds(s.uptimeMicros)).field("draining", s.draining);
+  if (s.database == Database::Unknown || s.databaseLatencyMicros == 0)
+    json.null("latencyMs");
+  else
+    json.field("latencyMs", millis(s.databaseLatencyMicros));
+  json.field("usedByUs", used);
+  write_memory(json, process);
+  json.key("cpu").begin('{').field("userSeconds", process.cpuUserSeconds);
+  json.field("systemSeconds", process.cpuSystemSeconds);
+  json.field("totalSeconds", process.cpuUserSeconds + process.cpuSystemSeconds).end('}');
+  write_database(json, s, now);
+  json.end('}');
+  return json.take();
+}
+
+std::string error_json(std::string_view error, std::string_view hint) {
+  Json json;
+  json.begin('{').field("error", error);
+  if (!hint.empty()) json.field("hint", hint);
+  json.end('}');
+  return json.take();
+}
+
+}  // namespace pgsidecar::admin

@@ -1,0 +1,390 @@
+#include "admin/render.hpp"
+
+#include <openssl/crypto.h>
+#include <sys/resource.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <charconv>
+#include <cmath>
+#include <filesystem>
+#include <fstream>
+#include <vector>
+
+namespace pgsidecar::admin {
+
+using pool::PoolCounters;
+using pool::PoolSnapshot;
+using pool::Snapshot;
+using Database = Snapshot::Database;
+
+std::string to_utf8(std::string_view in) {
+  std::string out;
+  out.reserve(in.size());
+  for (std::size_t i = 0; i < in.size();) {
+    const auto lead = static_cast<unsigned char>(in[i]);
+    std::size_t length = lead < 0x80 ? 1 : lead >= 0xC2 && lead < 0xE0 ? 2 : (lead & 0xF0) == 0xE0 ? 3 : 0;
+    if (lead >= 0xF0 && lead < 0xF5) length = 4;
+    bool valid = length != 0 && i + length <= in.size();
+    for (std::size_t k = 1; valid && k < length; ++k) valid = (in[i + k] & 0xC0) == 0x80;
+    if (valid && length > 2) {  // overlong forms, surrogates and what lies above U+10FFFF
+      const auto second = static_cast<unsigned char>(in[i + 1]);
+      valid = !(lead == 0xE0 && second < 0xA0) && !(lead == 0xED && second > 0x9F) &&
+              !(lead == 0xF0 && second < 0x90) && !(lead == 0xF4 && second > 0x8F);
+    }
+    if (valid) {
+      out.append(in.substr(i, length));
+      i += length;
+    } else {
+      out += "\xEF\xBF\xBD";
+      ++i;
+    }
+  }
+  return out;
+}
+
+std::string number(double value) {
+  if (!std::isfinite(value)) return "0";
+  std::array<char, 32> text{};
+  const auto end = std::to_chars(text.data(), text.data() + text.size(), value);
+  return {text.data(), end.ptr};
+}
+
+double seconds(std::uint64_t micros) {
+  return static_cast<double>(micros) / 1e6;
+}
+
+namespace {
+
+// When the process began: its start in ticks after boot, and the boot's time. The command's name in
+// /proc/self/stat may contain spaces and parentheses, so fields are counted after the last ')'.
+double read_start_time() {
+  std::ifstream self("/proc/self/stat");
+  std::string line, word;
+  std::getline(self, line);
+  const auto close = line.rfind(')');
+  if (close == std::string::npos) return 0;
+  std::size_t at = close + 2;
+  for (int field = 3; field < 22 && at != std::string::npos; ++field) {
+    at = line.find(' ', at);
+    if (at != std::string::npos) ++at;
+  }
+  if (at == std::string::npos) return 0;
+  double ticks = 0, boot = 0;
+  std::from_chars(line.data() + at, line.data() + line.size(), ticks);
+  std::ifstream stat("/proc/stat");
+  while (stat >> word) {
+    if (word != "btime") continue;
+    stat >> boot;
+    break;
+  }
+  return boot + ticks / static_cast<double>(sysconf(_SC_CLK_TCK));
+}
+
+double to_seconds(const timeval& t) {
+  return static_cast<double>(t.tv_sec) + static_cast<double>(t.tv_usec) / 1e6;
+}
+
+}  // namespace
+
+Process read_process() {
+  static const double start_time = read_start_time();
+  Process p;
+  p.pid = static_cast<int>(getpid());
+  p.startTimeSeconds = start_time;
+  const auto page = static_cast<std::uint64_t>(sysconf(_SC_PAGESIZE));
+  std::ifstream statm("/proc/self/statm");
+  if (statm >> p.virtualBytes >> p.residentBytes) {
+    p.virtualBytes *= page;
+    p.residentBytes *= page;
+  }
+  std::uint64_t limit = 0;
+  if (std::ifstream cgroup("/sys/fs/cgroup/memory.max"); cgroup >> limit) p.memoryLimitBytes = limit;
+  rusage usage{};
+  getrusage(RUSAGE_SELF, &usage);
+  p.cpuUserSeconds = to_seconds(usage.ru_utime);
+  p.cpuSystemSeconds = to_seconds(usage.ru_stime);
+  rlimit files{};
+  getrlimit(RLIMIT_NOFILE, &files);
+  p.maxFds = files.rlim_cur;
+  std::error_code ec;
+  for (std::filesystem::directory_iterator it("/proc/self/fd", ec), end; !ec && it != end; it.increment(ec))
+    ++p.openFds;
+  if (p.openFds > 0) --p.openFds;  // the listing's own
+  return p;
+}
+
+Readiness readiness(const Snapshot& s) {
+  if (s.draining) return {false, "draining"};
+  if (!s.started) return {false, "not listening yet"};
+  if (s.database == Database::Down)
+    return {false,
+            "database down: " + (s.databaseError.empty() ? std::string("no reason known") : s.databaseError)};
+  return {true, {}};
+}
+
+const char* health_status(const Snapshot& s) {
+  if (!s.started || s.database == Database::Down) return "unhealthy";
+  if (s.draining) return "degraded";
+  for (const auto& p : s.pools)
+    if (!p.lastError.empty()) return "degraded";
+  return "healthy";
+}
+
+bool LabelSets::admit(const std::string& database, const std::string& user) {
+  const auto set = std::make_pair(database, user);
+  if (shown_.contains(set)) return true;
+  if (shown_.size() >= kLimit) return false;
+  shown_.insert(set);
+  return true;
+}
+
+namespace {
+
+class Writer {
+ public:
+  explicit Writer(Exposition format) : open_metrics_(format == Exposition::OpenMetrics) {}
+
+  void family(std::string_view name, std::string_view type, std::string_view help) {
+    name_ = name;
+    if (open_metrics_ && type == "counter" && name.ends_with("_total")) name.remove_suffix(6);
+    for (const auto& [word, text] : {std::pair{"# HELP ", help}, std::pair{"# TYPE ", type}})
+      out_.append(word).append(name).append(" ").append(text).append("\n");
+  }
+  void sample(std::string_view labels, std::string_view value, std::string_view suffix = {}) {
+    out_.append(name_).append(suffix);
+    if (!labels.empty()) out_.append("{").append(labels).append("}");
+    out_.append(" ").append(value).append("\n");
+  }
+  void sample(std::string_view labels, std::uint64_t value) { sample(labels, std::to_string(value)); }
+  void sample(std::string_view labels, double value) { sample(labels, number(value)); }
+  void one(std::string_view name, std::string_view type, std::string_view help, auto value) {
+    family(name, type, help);
+    sample({}, value);
+  }
+  std::string take() {
+    if (open_metrics_) out_ += "# EOF\n";
+    return std::move(out_);
+  }
+
+ private:
+  std::string out_, name_;
+  bool open_metrics_;
+};
+
+std::string label(std::string_view name, std::string_view value) {
+  std::string out(name);
+  out += "=\"";
+  for (const char c : to_utf8(value)) {
+    if (c == '\n') {
+      out += "\\n";
+      continue;
+    }
+    if (c == '"' || c == '\\') out += '\\';
+    out += c;
+  }
+  return out += '"';
+}
+
+// Bounds in microseconds, with the text that OpenMetrics asks for.
+struct Bound {
+  std::uint64_t micros;
+  const char* le;
+};
+constexpr Bound kBounds[] = {{100, "0.0001"},  {250, "0.00025"}, {500, "0.0005"},  {1000, "0.001"},
+                             {2500, "0.0025"}, {5000, "0.005"},  {10000, "0.01"},  {25000, "0.025"},
+                             {50000, "0.05"},  {100000, "0.1"},  {250000, "0.25"}, {500000, "0.5"},
+                             {1000000, "1.0"}, {2500000, "2.5"}, {5000000, "5.0"}, {10000000, "10.0"}};
+
+struct HistogramFamily {
+  const char *name, *help;
+  pool::Histogram PoolCounters::*member;
+  std::uint64_t from, to;  // the bounds used, in microseconds
+};
+constexpr HistogramFamily kHistograms[] = {
+    {"pgsidecar_pool_wait_seconds", "How long clients waited for a server connection.", &PoolCounters::wait,
+     100, 10000000},
+    {"pgsidecar_query_seconds", "Time from a query's first byte to its ReadyForQuery.", &PoolCounters::query,
+     250, 10000000},
+    {"pgsidecar_transaction_seconds", "Time from a transaction's begin to its end.",
+     &PoolCounters::transaction, 250, 10000000},
+    {"pgsidecar_server_connect_seconds", "Time to connect and log in to the server.", &PoolCounters::connect,
+     1000, 5000000}};
+
+struct CounterFamily {
+  const char *name, *help;
+  std::uint64_t PoolCounters::*member;
+};
+constexpr CounterFamily kCounters[] = {
+    {"pgsidecar_queries_total", "Queries relayed.", &PoolCounters::queries},
+    {"pgsidecar_transactions_total", "Transactions relayed.", &PoolCounters::transactions},
+    {"pgsidecar_server_assignments_total", "Leases: times that a server connection was given to a client.",
+     &PoolCounters::leases},
+    {"pgsidecar_server_connects_total", "Server connections opened.", &PoolCounters::connects},
+    {"pgsidecar_server_connect_failures_total", "Server connections that could not be opened.",
+     &PoolCounters::connectFailures},
+    {"pgsidecar_server_resets_total", "Server connections reset before the next client.",
+     &PoolCounters::resets},
+    {"pgsidecar_pool_wait_timeouts_total", "Clients that waited connectionTimeoutMillis in vain.",
+     &PoolCounters::waitTimeouts},
+    {"pgsidecar_cancels_total", "Cancel requests forwarded.", &PoolCounters::cancels},
+    {"pgsidecar_prepared_cache_hits_total", "Statements that were prepared already where they were needed.",
+     &PoolCounters::preparedHits},
+    {"pgsidecar_prepared_cache_misses_total", "Statements that had to be prepared.",
+     &PoolCounters::preparedMisses},
+    {"pgsidecar_prepared_cache_evictions_total", "Statements closed on a server to make room.",
+     &PoolCounters::preparedEvictions}};
+
+struct GaugeFamily {
+  const char *name, *help;
+  std::uint32_t PoolSnapshot::*member;
+};
+constexpr GaugeFamily kGauges[] = {
+    {"pgsidecar_pool_max_connections", "The pool's max.", &PoolSnapshot::max},
+    {"pgsidecar_pool_min_connections", "The pool's min.", &PoolSnapshot::min},
+    {"pgsidecar_pool_waiting_clients", "Clients waiting for a server connection.",
+     &PoolSnapshot::clientsWaiting},
+    {"pgsidecar_pool_pinned_connections", "Server connections kept by one client beyond its transaction.",
+     &PoolSnapshot::pinned}};
+
+struct StateLabel {
+  const char* state;
+  std::uint32_t PoolSnapshot::*member;
+};
+constexpr StateLabel kClientStates[] = {{"active", &PoolSnapshot::clientsActive},
+                                        {"idle", &PoolSnapshot::clientsIdle},
+                                        {"waiting", &PoolSnapshot::clientsWaiting}};
+constexpr StateLabel kServerStates[] = {{"active", &PoolSnapshot::serversActive},
+                                        {"idle", &PoolSnapshot::serversIdle},
+                                        {"login", &PoolSnapshot::serversLogin},
+                                        {"reset", &PoolSnapshot::serversReset},
+                                        {"draining", &PoolSnapshot::serversClosing}};
+
+void add(PoolSnapshot& to, const PoolSnapshot& p) {
+  for (const auto& g : kGauges)
+    if (g.member != &PoolSnapshot::clientsWaiting) to.*g.member += p.*g.member;
+  for (const auto& state : kClientStates) to.*state.member += p.*state.member;
+  for (const auto& state : kServerStates) to.*state.member += p.*state.member;
+  to.oldestWaitMicros = std::max(to.oldestWaitMicros, p.oldestWaitMicros);
+  to.preparedStatements += p.preparedStatements;
+  for (const auto& c : kCounters) to.counters.*c.member += p.counters.*c.member;
+  for (const auto& h : kHistograms) (to.counters.*h.member).merge(p.counters.*h.member);
+  to.counters.clientBytesReceived += p.counters.clientBytesReceived;
+  to.counters.clientBytesSent += p.counters.clientBytesSent;
+  to.counters.serverBytesReceived += p.counters.serverBytesReceived;
+  to.counters.serverBytesSent += p.counters.serverBytesSent;
+}
+
+struct Row {
+  std::string labels;
+  const PoolSnapshot* pool;
+};
+
+void write_pools(Writer& out, const std::vector<Row>& rows) {
+  for (const auto& g : kGauges) {
+    out.family(g.name, "gauge", g.help);
+    for (const auto& row : rows) out.sample(row.labels, std::uint64_t{row.pool->*g.member});
+  }
+  out.family("pgsidecar_pool_oldest_wait_seconds", "gauge",
+             "How long the first client in the queue has waited.");
+  for (const auto& row : rows) out.sample(row.labels, seconds(row.pool->oldestWaitMicros));
+  out.family("pgsidecar_server_connections", "gauge",
+             "Server connections by state; draining ones are being closed.");
+  for (const auto& row : rows)
+    for (const auto& s : kServerStates)
+      out.sample(row.labels + "," + label("state", s.state), std::uint64_t{row.pool->*s.member});
+  out.family("pgsidecar_prepared_statements", "gauge", "Statements prepared on server connections.");
+  for (const auto& row : rows) out.sample(row.labels, std::uint64_t{row.pool->preparedStatements});
+  for (const auto& c : kCounters) {
+    out.family(c.name, "counter", c.help);
+    for (const auto& row : rows) out.sample(row.labels, row.pool->counters.*c.member);
+  }
+  const auto bytes = [&](const char* name, const char* help, auto client, auto server) {
+    out.family(name, "counter", help);
+    for (const auto& row : rows) {
+      out.sample(row.labels + "," + label("side", "client"), row.pool->counters.*client);
+      out.sample(row.labels + "," + label("side", "server"), row.pool->counters.*server);
+    }
+  };
+  bytes("pgsidecar_received_bytes_total", "Bytes received from clients and from servers.",
+        &PoolCounters::clientBytesReceived, &PoolCounters::serverBytesReceived);
+  bytes("pgsidecar_sent_bytes_total", "Bytes sent to clients and to servers.", &PoolCounters::clientBytesSent,
+        &PoolCounters::serverBytesSent);
+  for (const auto& h : kHistograms) {
+    out.family(h.name, "histogram", h.help);
+    for (const auto& row : rows) {
+      const auto& histogram = row.pool->counters.*h.member;
+      for (const auto& bound : kBounds) {
+        if (bound.micros < h.from || bound.micros > h.to) continue;
+        out.sample(row.labels + ",le=\"" + bound.le + "\"",
+                   std::to_string(histogram.count_at_most(bound.micros)), "_bucket");
+      }
+      out.sample(row.labels + ",le=\"+Inf\"", std::to_string(histogram.count()), "_bucket");
+      out.sample(row.labels, number(seconds(histogram.sum_micros())), "_sum");
+      out.sample(row.labels, std::to_string(histogram.count()), "_count");
+    }
+  }
+}
+
+}  // namespace
+
+std::string metrics(const Snapshot& s, const Process& process, LabelSets& labels, Exposition format) {
+  std::vector<Row> rows;
+  PoolSnapshot other;
+  bool others = false;
+  for (const auto& p : s.pools) {
+    if (labels.admit(p.database, p.user))
+      rows.push_back({label("database", p.database) + "," + label("user", p.user), &p});
+    else
+      add(other, p), others = true;
+  }
+  if (others) rows.push_back({"database=\"other\",user=\"other\"", &other});
+
+  Writer out(format);
+  out.family("pgsidecar_build_info", "gauge", "What this is; always 1.");
+  out.sample(
+      label("version", PGSIDECAR_VERSION) + "," + label("openssl", OpenSSL_version(OPENSSL_VERSION_STRING)),
+      std::uint64_t{1});
+  out.one("pgsidecar_draining", "gauge", "1 while shutting down.", std::uint64_t{s.draining});
+  if (s.database != Database::Unknown)
+    out.one("pgsidecar_health_up", "gauge", "1 if the database answered last, 0 if it failed.",
+            std::uint64_t{s.database == Database::Up});
+  if (s.databaseLatencyMicros != 0)
+    out.one("pgsidecar_backend_latency_seconds", "gauge", "Latency of the last connect or probe.",
+            seconds(s.databaseLatencyMicros));
+
+  out.family("pgsidecar_client_connections", "gauge",
+             "Client connections by state; those still logging in have no pool yet.");
+  for (const auto& row : rows)
+    for (const auto& state : kClientStates)
+      out.sample(row.labels + "," + label("state", state.state), std::uint64_t{row.pool->*state.member});
+  out.sample("database=\"\",user=\"\",state=\"login\"", std::uint64_t{s.clientsLogin});
+  out.one("pgsidecar_client_connections_max", "gauge", "limits.maxClients.", std::uint64_t{s.maxClients});
+  write_pools(out, rows);
+
+  out.family("pgsidecar_server_closed_total", "counter", "Server connections closed, by reason.");
+  for (std::size_t i = 0; i < static_cast<std::size_t>(pool::CloseReason::kCount); ++i) {
+    std::uint64_t n = 0;
+    for (const auto& p : s.pools) n += p.counters.closed[i];
+    out.sample(label("reason", to_string(static_cast<pool::CloseReason>(i))), n);
+  }
+  out.family("pgsidecar_client_rejected_total", "counter", "Clients refused, by reason.");
+  for (std::size_t i = 0; i < s.rejected.size(); ++i)
+    out.sample(label("reason", to_string(static_cast<pool::RejectReason>(i))), s.rejected[i]);
+  out.family("pgsidecar_errors_total", "counter", "Errors sent to clients, by the SQLSTATE's class.");
+  for (const auto& [sqlstate_class, n] : s.errorsByClass)
+    out.sample(label("sqlstate_class", sqlstate_class), n);
+
+  out.one("process_cpu_seconds_total", "counter", "User and system CPU time.",
+          process.cpuUserSeconds + process.cpuSystemSeconds);
+  out.one("process_resident_memory_bytes", "gauge", "Resident memory.", process.residentBytes);
+  out.one("process_virtual_memory_bytes", "gauge", "Virtual memory.", process.virtualBytes);
+  out.one("process_open_fds", "gauge", "Open file descriptors.", process.openFds);
+  out.one("process_max_fds", "gauge", "The limit of open file descriptors.", process.maxFds);
+  out.one("process_start_time_seconds", "gauge", "Start of the process since the epoch.",
+          process.startTimeSeconds);
+  return out.take();
+}
+
+}  // namespace pgsidecar::admin

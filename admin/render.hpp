@@ -1,0 +1,72 @@
+// What the admin port shows: a snapshot and the process's own numbers as JSON (camelCase) and as Prometheus
+// series. Decides names, units and health's verdicts; holds no state but which label sets have been shown.
+// Called by server.cpp. The JSON documents are in json.cpp, the rest in render.cpp.
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <optional>
+#include <set>
+#include <string>
+#include <string_view>
+#include <utility>
+
+#include "pool/stats.hpp"
+
+namespace pgsidecar::admin {
+
+/// This process as the kernel sees it.
+struct Process {
+  int pid = 0;
+  std::uint64_t residentBytes = 0, virtualBytes = 0;
+  std::optional<std::uint64_t> memoryLimitBytes;  ///< the cgroup's, if there is one
+  double cpuUserSeconds = 0, cpuSystemSeconds = 0;
+  double startTimeSeconds = 0;  ///< since the epoch
+  std::uint64_t openFds = 0, maxFds = 0;
+};
+Process read_process();
+
+using Clock = std::chrono::system_clock;
+
+/// Ready: listening, not draining, and the database isn't known to be down. Not having heard of it is no
+/// reason.
+struct Readiness {
+  bool ready = false;
+  std::string reason;  ///< empty if ready
+};
+Readiness readiness(const pool::Snapshot& snapshot);
+
+/// unhealthy: not started or the database is down; degraded: draining, or a pool's last connect failed; else
+/// healthy.
+const char* health_status(const pool::Snapshot& snapshot);
+
+std::string health_json(const pool::Snapshot& snapshot, const Process& process, Clock::time_point now);
+std::string ready_json(const pool::Snapshot& snapshot);
+std::string pool_stats_json(const pool::Snapshot& snapshot, Clock::time_point now);
+std::string compute_health_json(const pool::Snapshot& snapshot, const Process& process,
+                                Clock::time_point now);
+/// `hint` says what to do; left out if empty.
+std::string error_json(std::string_view error, std::string_view hint = {});
+
+/// Bounds the label sets: the first 64 (database, user) keep their names, all further pools are summed as
+/// "other".
+class LabelSets {
+ public:
+  static constexpr std::size_t kLimit = 64;
+  bool admit(const std::string& database, const std::string& user);
+
+ private:
+  std::set<std::pair<std::string, std::string>> shown_;
+};
+
+/// What isn't UTF-8 becomes U+FFFD: names come from clients, and JSON and the exposition must stay valid.
+std::string to_utf8(std::string_view in);
+/// The shortest text that reads back as `value`; 0 for what isn't finite.
+std::string number(double value);
+double seconds(std::uint64_t micros);
+
+enum class Exposition { Prometheus, OpenMetrics };  ///< text 0.0.4, OpenMetrics 1.0
+std::string metrics(const pool::Snapshot& snapshot, const Process& process, LabelSets& labels,
+                    Exposition format);
+
+}  // namespace pgsidecar::admin

@@ -1,0 +1,570 @@
+#include "admin/server.hpp"
+
+#include <algorithm>
+#include <array>
+#include <boost/asio/awaitable.hpp>
+#include <boost/asio/buffer.hpp>
+#include <boost/asio/co_spawn.hpp>
+#include <boost/asio/detached.hpp>
+#include <boost/asio/ip/tcp.hpp>
+#include <boost/asio/redirect_error.hpp>
+#include <boost/asio/steady_timer.hpp>
+#include <boost/asio/use_awaitable.hpp>
+#include <boost/beast/core/error.hpp>
+#include <boost/beast/core/flat_buffer.hpp>
+#include <boost/beast/core/tcp_stream.hpp>
+#include <boost/beast/http.hpp>
+#include <chrono>
+#include <list>
+#include <stdexcept>
+#include <utility>
+#include <vector>
+
+#include "admin/access.hpp"
+#include "admin/render.hpp"
+
+namespace pgsidecar::admin {
+namespace {
+
+namespace asio = boost::asio;
+namespace beast = boost::beast;
+namespace http = boost::beast::http;
+using asio::ip::tcp;
+using boost::system::error_code;
+using namespace std::chrono_literals;
+using SnapshotPtr = std::shared_ptr<const pool::Snapshot>;
+
+constexpr std::size_t kMaxConnections = 32;
+constexpr std::uint32_t kHeaderLimit = 8 * 1024;
+constexpr std::uint64_t kBodyLimit = std::uint64_t{16} * 1024;
+constexpr auto kRequestTime =
+    5s;  // from the first wait for a request to its last byte; also to write the answer
+constexpr auto kSnapshotTime = 1s;  // a data loop that is silent for so long isn't alive
+constexpr auto kProbeTime = 10s;    // longer than connectionTimeoutMillis' default
+constexpr auto kLingerTime = 1s;    // so that an answer to an unread request isn't lost to a reset
+
+enum class Route {
+  Index,
+  Health,
+  Live,
+  Ready,
+  Startup,
+  PoolStats,
+  ComputeHealth,
+  Metrics,
+  Reload,
+  Drain,
+  Quit
+};
+
+struct Endpoint {
+  std::string_view path;
+  Route route;
+  std::string_view about;  // for the index; empty: an alias
+
+  bool changes() const { return route == Route::Reload || route == Route::Drain || route == Route::Quit; }
+};
+constexpr Endpoint kEndpoints[] = {
+    {"/", Route::Index, "this list"},
+    {"/health", Route::Health, "everything at a glance; 503 if unhealthy"},
+    {"/health/live", Route::Live, "200 as long as the process works, also while draining"},
+    {"/health/ready", Route::Ready, "503 while draining or while the database is known to be down"},
+    {"/health/startup", Route::Startup, "200 once listening"},
+    {"/api/monitoring/pool-stats", Route::PoolStats, "the pools: counts, utilization, wait and query times"},
+    {"/api/monitoring/compute-health", Route::ComputeHealth,
+     "process and database; ?probe=1 asks the database now"},
+    {"/metrics", Route::Metrics, "Prometheus text, or OpenMetrics if Accept asks"},
+    {"/api/admin/reload", Route::Reload, "reads the configuration again"},
+    {"/api/admin/drain", Route::Drain, "finishes what is active, then ends"},
+    {"/quitquitquit", Route::Quit, "ends the process (if admin.quitquitquit is on)"},
+    {"/healthz", Route::Health, {}},
+    {"/livez", Route::Live, {}},
+    {"/liveness", Route::Live, {}},
+    {"/readyz", Route::Ready, {}},
+    {"/readiness", Route::Ready, {}},
+    {"/startup", Route::Startup, {}}};
+
+constexpr const char* kJson = "application/json";
+constexpr const char* kText = "text/plain; charset=utf-8";
+constexpr const char* kPrometheus = "text/plain; version=0.0.4; charset=utf-8";
+constexpr const char* kOpenMetrics = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+using Request = http::request<http::string_body>;
+
+struct Answer {
+  unsigned status = 200;
+  const char* type = kJson;
+  std::string body;
+  const char* allow = nullptr;
+  bool bearer = false;  // asks for a token
+};
+
+Answer failure(unsigned status, std::string_view error, std::string_view hint = {}) {
+  Answer answer;
+  answer.status = status;
+  answer.body = error_json(error, hint);
+  return answer;
+}
+
+std::string index_text() {
+  std::string text = "pgsidecar " PGSIDECAR_VERSION "\n\n";
+  for (const auto& e : kEndpoints) {
+    if (e.about.empty()) continue;
+    std::string line = e.changes() ? "POST " : "GET  ";
+    line += e.path;
+    line.resize(std::max<std::size_t>(line.size() + 2, 40), ' ');
+    text.append(line).append(e.about).append("\n");
+  }
+  return text;
+}
+
+// One request's wait for a snapshot. The frame of the request owns it; callbacks hold it weakly, so that a
+// late answer finds nothing.
+struct Wait {
+  explicit Wait(asio::io_context& control) : timer(control) {}
+  void finish(SnapshotPtr s) {
+    snapshot = std::move(s);
+    answered = true;
+    timer.cancel();
+  }
+  asio::steady_timer timer;
+  SnapshotPtr snapshot;
+  bool answered = false;
+};
+
+// Requests that come while a snapshot is being made share it: the data loop is asked once at a time.
+struct Fetch {
+  std::vector<std::weak_ptr<Wait>> waits;
+  std::uint64_t number = 0;  // of the question in flight; 0: none
+  std::chrono::steady_clock::time_point asked;
+};
+
+// `busy` while a request is being answered; else `since` says when the silence began.
+struct Session {
+  explicit Session(tcp::socket socket) : stream(std::move(socket)) {}
+  beast::tcp_stream stream;
+  asio::ip::address peer, local;
+  bool busy = false;
+  std::chrono::steady_clock::time_point since = std::chrono::steady_clock::now();
+};
+
+std::string_view view(boost::beast::string_view s) {
+  return {s.data(), s.size()};
+}
+
+bool wants_probe(std::string_view query) {
+  while (!query.empty()) {
+    const auto end = std::min(query.find('&'), query.size());
+    const auto part = query.substr(0, end);
+    if (part == "probe=1" || part == "probe=true" || part == "probe") return true;
+    query.remove_prefix(std::min(end + 1, query.size()));
+  }
+  return false;
+}
+
+}  // namespace
+
+class Server::Impl : public std::enable_shared_from_this<Impl> {
+ public:
+  Impl(asio::io_context& control, const conf::Admin& settings, Callbacks callbacks)
+      : control_(control),
+        settings_(settings),
+        callbacks_(std::move(callbacks)),
+        acceptor_(control),
+        pause_(control) {}
+
+  void listen();
+  std::uint16_t port() const { return port_; }
+  void stop();
+
+ private:
+  asio::awaitable<void> accept_loop(std::shared_ptr<Impl> self);
+  asio::awaitable<void> serve(std::shared_ptr<Impl> self, std::shared_ptr<Session> session);
+  asio::awaitable<Answer> answer(const Session& session, const Request& request);
+  asio::awaitable<SnapshotPtr> fetch(bool probe);
+  asio::awaitable<void> write(Session& session, const Answer& answer, unsigned version, bool head,
+                              bool keep_alive, error_code& ec);
+  asio::awaitable<void> linger(Session& session);
+
+  void admit(tcp::socket socket);
+  bool make_room();
+  void refuse(tcp::socket& socket);
+  void ask(bool probe, const std::shared_ptr<Wait>& wait);
+  void answered(bool probe, std::uint64_t number, const SnapshotPtr& snapshot);
+  Answer change(const Session& session, const Request& request, const Endpoint& endpoint);
+
+  asio::io_context& control_;
+  const conf::Admin settings_;
+  const Callbacks callbacks_;
+  tcp::acceptor acceptor_;
+  asio::steady_timer pause_;  // after an accept that failed, e.g. for want of descriptors
+  std::uint16_t port_ = 0;
+  bool stopped_ = false;
+  std::list<std::shared_ptr<Session>> sessions_;
+  Fetch snapshot_, probe_;
+  std::uint64_t next_number_ = 1;
+  LabelSets labels_;
+};
+
+void Server::Impl::listen() {
+  if (!settings_.enabled) return;
+  const auto& where = settings_.listen;
+  const std::string shown =
+      (where.host.find(':') == std::string::npos ? where.host : "[" + where.host + "]") + ":" +
+      std::to_string(where.port);
+  const auto fail = [&](const std::string& why) {
+    throw std::runtime_error(
+        "admin.listen: " + shown + ": " + why +
+        "; choose another address by admin.listen or PGSIDECAR_ADMIN_LISTEN (off: no admin port)");
+  };
+  if (where.kind != conf::Listen::Kind::Tcp) fail("the admin port can't be a unix socket");
+
+  error_code ec;
+  tcp::endpoint endpoint(tcp::v4(), where.port);
+  if (!where.host.empty() && where.host != "*") {
+    auto address = asio::ip::make_address(where.host, ec);
+    if (ec) {
+      tcp::resolver resolver(control_);
+      const auto found = resolver.resolve(where.host, std::to_string(where.port), tcp::resolver::passive, ec);
+      if (ec || found.empty()) fail("can't resolve the name: " + ec.message());
+      address = found.begin()->endpoint().address();
+    }
+    endpoint.address(address);
+  }
+  const auto check = [&] {
+    if (ec == asio::error::address_in_use)
+      fail("the port is already in use, often by the application itself");
+    if (ec) fail(ec.message());
+  };
+  acceptor_.open(endpoint.protocol(), ec);
+  check();
+  acceptor_.set_option(tcp::acceptor::reuse_address(true), ec);
+  check();
+  acceptor_.bind(endpoint, ec);
+  check();
+  acceptor_.listen(128, ec);
+  check();
+  port_ = acceptor_.local_endpoint().port();
+  asio::co_spawn(control_, accept_loop(shared_from_this()), asio::detached);
+}
+
+void Server::Impl::stop() {
+  stopped_ = true;
+  error_code ec;
+  acceptor_.close(ec);
+  pause_.cancel();
+  for (auto* fetch : {&snapshot_, &probe_})
+    for (const auto& weak : std::exchange(fetch->waits, {}))
+      if (const auto wait = weak.lock()) wait->finish(nullptr);
+  for (const auto& session : sessions_)
+    if (!session->busy) session->stream.close();
+}
+
+asio::awaitable<void> Server::Impl::accept_loop([[maybe_unused]] std::shared_ptr<Impl> self) {
+  while (!stopped_) {
+    tcp::socket socket(control_);
+    error_code ec;
+    co_await acceptor_.async_accept(socket, asio::redirect_error(asio::use_awaitable, ec));
+    if (stopped_) break;
+    if (!ec) {
+      admit(std::move(socket));
+      continue;
+    }
+    pause_.expires_after(100ms);
+    co_await pause_.async_wait(asio::redirect_error(asio::use_awaitable, ec));
+  }
+}
+
+void Server::Impl::admit(tcp::socket socket) {
+  error_code ec, ignored;
+  const auto peer = socket.remote_endpoint(ec);
+  if (ec) return;
+  const auto local = socket.local_endpoint(ignored);
+  if (sessions_.size() >= kMaxConnections && !make_room()) {
+    refuse(socket);
+    return;
+  }
+  auto session = std::make_shared<Session>(std::move(socket));
+  session->peer = peer.address();
+  session->local = local.address();
+  session->stream.socket().set_option(tcp::no_delay(true), ignored);
+  sessions_.push_back(session);
+  asio::co_spawn(control_, serve(shared_from_this(), std::move(session)), asio::detached);
+}
+
+// At the bound the connection that has been silent for longest goes: idle scrapers must not keep a probe out.
+bool Server::Impl::make_room() {
+  auto oldest = sessions_.end();
+  for (auto it = sessions_.begin(); it != sessions_.end(); ++it)
+    if (!(*it)->busy && (oldest == sessions_.end() || (*it)->since < (*oldest)->since)) oldest = it;
+  if (oldest == sessions_.end()) return false;
+  (*oldest)->stream.close();
+  sessions_.erase(oldest);
+  return true;
+}
+
+// All connections are busy. Nothing waits for this one: what the socket doesn't take at once is lost.
+void Server::Impl::refuse(tcp::socket& socket) {
+  const std::string body =
+      error_json("too many admin connections", "at most 32 requests are answered at a time");
+  const std::string text =
+      "HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nCache-Control: no-store\r\n"
+      "Retry-After: 1\r\nContent-Type: application/json\r\nContent-Length: " +
+      std::to_string(body.size()) + "\r\n\r\n" + body;
+  error_code ec;
+  std::array<char, 4096> unread;
+  socket.non_blocking(true, ec);
+  socket.write_some(asio::buffer(text), ec);
+  socket.shutdown(tcp::socket::shutdown_send, ec);
+  socket.read_some(asio::buffer(unread), ec);
+}
+
+asio::awaitable<void> Server::Impl::serve(std::shared_ptr<Impl> self, std::shared_ptr<Session> session) {
+  // Whatever ends this, the connection no longer counts.
+  struct Leave {
+    std::list<std::shared_ptr<Session>>& sessions;
+    const std::shared_ptr<Session>& session;
+    ~Leave() { sessions.remove(session); }
+  };
+  const Leave leave{self->sessions_, session};
+  auto& stream = session->stream;
+  beast::flat_buffer buffer(kHeaderLimit + kBodyLimit + 1024);
+  bool keep_alive = true, unread = false;
+  while (keep_alive && !stopped_) {
+    http::request_parser<http::string_body> parser;
+    parser.header_limit(kHeaderLimit);
+    parser.body_limit(kBodyLimit);
+    session->busy = false;
+    session->since = std::chrono::steady_clock::now();
+    stream.expires_after(kRequestTime);
+    error_code ec;
+    co_await http::async_read(stream, buffer, parser, asio::redirect_error(asio::use_awaitable, ec));
+    Answer reply;
+    bool head = false;
+    unsigned version = 11;
+    if (!ec) {
+      session->busy = true;
+      const Request& request = parser.get();
+      head = request.method() == http::verb::head;
+      version = request.version();
+      keep_alive = request.keep_alive();
+      try {
+        reply = co_await answer(*session, request);
+      } catch (const std::exception&) {
+        reply = failure(500, "internal error");
+      }
+    } else {
+      keep_alive = false;
+      unread = true;
+      if (ec == http::error::header_limit || ec == http::error::buffer_overflow)
+        reply = failure(431, "the request's header is too large", "at most 8 KB are read");
+      else if (ec == http::error::body_limit)
+        reply = failure(413, "the request's body is too large", "at most 16 KB are read");
+      else if (ec.category() == http::make_error_code(http::error::bad_method).category() &&
+               ec != http::error::end_of_stream && ec != http::error::partial_message)
+        reply = failure(400, "not an HTTP request: " + ec.message());
+      else
+        break;
+    }
+    keep_alive = keep_alive && !stopped_;
+    session->busy = true;
+    co_await write(*session, reply, version, head, keep_alive, ec);
+    if (ec) break;
+  }
+  session->busy = false;
+  if (unread) co_await linger(*session);
+  error_code ignored;
+  stream.socket().shutdown(tcp::socket::shutdown_both, ignored);
+  stream.close();
+}
+
+asio::awaitable<void> Server::Impl::write(Session& session, const Answer& answer, unsigned version, bool head,
+                                          bool keep_alive, error_code& ec) {
+  const auto fill = [&](auto& response) {
+    response.version(version);
+    response.result(answer.status);
+    response.set(http::field::content_type, answer.type);
+    response.set(http::field::cache_control, "no-store");
+    response.set("X-Content-Type-Options", "nosniff");
+    if (answer.allow) response.set(http::field::allow, answer.allow);
+    if (answer.bearer) response.set(http::field::www_authenticate, "Bearer");
+    response.keep_alive(keep_alive);
+    response.content_length(answer.body.size());
+  };
+  session.stream.expires_after(kRequestTime);
+  if (head) {
+    http::response<http::empty_body> response;
+    fill(response);
+    co_await http::async_write(session.stream, response, asio::redirect_error(asio::use_awaitable, ec));
+  } else {
+    http::response<http::string_body> response;
+    fill(response);
+    response.body() = answer.body;
+    co_await http::async_write(session.stream, response, asio::redirect_error(asio::use_awaitable, ec));
+  }
+}
+
+asio::awaitable<void> Server::Impl::linger(Session& session) {
+  error_code ec;
+  session.stream.socket().shutdown(tcp::socket::shutdown_send, ec);
+  std::array<char, 2048> scratch;
+  const auto buffer = asio::buffer(scratch);
+  session.stream.expires_after(kLingerTime);
+  while (!ec) co_await session.stream.async_read_some(buffer, asio::redirect_error(asio::use_awaitable, ec));
+}
+
+void Server::Impl::ask(bool probe, const std::shared_ptr<Wait>& wait) {
+  auto& fetch = probe ? probe_ : snapshot_;
+  const auto now = std::chrono::steady_clock::now();
+  fetch.waits.push_back(wait);
+  const auto limit = probe ? kProbeTime : kSnapshotTime;
+  if (fetch.number != 0 && now - fetch.asked < limit) return;
+  std::erase_if(fetch.waits, [](const auto& weak) { return weak.expired(); });
+  const auto number = next_number_++;
+  fetch.number = number;
+  fetch.asked = now;
+  (probe ? callbacks_.probe
+         : callbacks_.snapshot)([weak = weak_from_this(), probe, number](const SnapshotPtr& snapshot) {
+    if (const auto self = weak.lock()) self->answered(probe, number, snapshot);
+  });
+}
+
+void Server::Impl::answered(bool probe, std::uint64_t number, const SnapshotPtr& snapshot) {
+  auto& fetch = probe ? probe_ : snapshot_;
+  if (fetch.number == number) fetch.number = 0;
+  for (const auto& weak : std::exchange(fetch.waits, {}))
+    if (const auto wait = weak.lock()) wait->finish(snapshot);
+}
+
+asio::awaitable<SnapshotPtr> Server::Impl::fetch(bool probe) {
+  if (stopped_ || !(probe ? callbacks_.probe : callbacks_.snapshot)) co_return nullptr;
+  const auto wait = std::make_shared<Wait>(control_);
+  wait->timer.expires_after(probe ? std::chrono::milliseconds(kProbeTime)
+                                  : std::chrono::milliseconds(kSnapshotTime));
+  ask(probe, wait);
+  if (!wait->answered) {
+    error_code ec;
+    co_await wait->timer.async_wait(asio::redirect_error(asio::use_awaitable, ec));
+  }
+  co_return std::move(wait->snapshot);
+}
+
+Answer Server::Impl::change(const Session& session, const Request& request, const Endpoint& endpoint) {
+  Caller caller;
+  caller.peer = session.peer;
+  caller.local = session.local;
+  caller.host = view(request[http::field::host]);
+  caller.origin = view(request[http::field::origin]);
+  caller.fetchSite = view(request["Sec-Fetch-Site"]);
+  caller.authorization = view(request[http::field::authorization]);
+  const Refusal refusal = refuse_change(settings_, caller);
+  if (refusal.status != 0) {
+    Answer reply = failure(refusal.status, refusal.error, refusal.hint);
+    reply.bearer = refusal.status == 401;
+    return reply;
+  }
+  if (stopped_ || !callbacks_.act) return failure(503, "shutting down");
+  const char* action = endpoint.route == Route::Reload  ? "reload"
+                       : endpoint.route == Route::Drain ? "drain"
+                                                        : "quit";
+  const std::string error = callbacks_.act(action);
+  if (!error.empty()) return failure(409, error);
+  Answer reply;
+  reply.body = "{\"ok\":true,\"action\":\"" + std::string(action) + "\"}\n";
+  return reply;
+}
+
+asio::awaitable<Answer> Server::Impl::answer(const Session& session, const Request& request) {
+  const std::string_view target = view(request.target());
+  const auto question = std::min(target.find('?'), target.size());
+  std::string_view path = target.substr(0, question);
+  if (path.size() > 1 && path.ends_with('/')) path.remove_suffix(1);
+  const auto* endpoint = std::find_if(std::begin(kEndpoints), std::end(kEndpoints),
+                                      [&](const Endpoint& e) { return e.path == path; });
+  if (endpoint == std::end(kEndpoints))
+    co_return failure(404, "no such endpoint: " + std::string(path.substr(0, 200)),
+                      "GET / lists the endpoints");
+  if (endpoint->route == Route::Quit && !settings_.quitquitquit)
+    co_return failure(404, "/quitquitquit is off", "admin.quitquitquit: true turns it on");
+
+  const auto method = request.method();
+  const bool reads = method == http::verb::get || method == http::verb::head;
+  if (endpoint->changes() ? method != http::verb::post : !reads) {
+    Answer reply =
+        failure(405, endpoint->changes() ? "only POST changes anything" : "only GET and HEAD here");
+    reply.allow = endpoint->changes() ? "POST" : "GET, HEAD";
+    co_return reply;
+  }
+  if (endpoint->changes()) co_return change(session, request, *endpoint);
+
+  Answer reply;
+  const Route route = endpoint->route;
+  if (route == Route::Index) {
+    reply.type = kText;
+    reply.body = index_text();
+    co_return reply;
+  }
+  const bool probe =
+      route == Route::ComputeHealth && wants_probe(target.substr(question).substr(question < target.size()));
+  const SnapshotPtr snapshot = co_await fetch(probe);
+  if (!snapshot) {
+    if (stopped_) co_return failure(503, "shutting down");
+    if (probe) co_return failure(503, "the database was not probed within 10 s");
+    Answer dead = failure(503, "the data loop did not answer within 1 s");
+    if (route == Route::Live)
+      dead.body = "{\"alive\":false,\"reason\":\"the data loop did not answer within 1 s\"}\n";
+    if (route == Route::Ready)
+      dead.body = "{\"ready\":false,\"reason\":\"the data loop did not answer within 1 s\"}\n";
+    co_return dead;
+  }
+
+  const auto now = Clock::now();
+  switch (route) {
+    case Route::Health:
+      if (health_status(*snapshot) == std::string_view("unhealthy")) reply.status = 503;
+      reply.body = health_json(*snapshot, read_process(), now);
+      break;
+    case Route::Live:
+      reply.body = "{\"alive\":true}\n";
+      break;
+    case Route::Ready:
+      if (!readiness(*snapshot).ready) reply.status = 503;
+      reply.body = ready_json(*snapshot);
+      break;
+    case Route::Startup:
+      if (!snapshot->started) reply.status = 503;
+      reply.body = snapshot->started ? "{\"started\":true}\n"
+                                     : "{\"started\":false,\"reason\":\"not listening yet\"}\n";
+      break;
+    case Route::PoolStats:
+      reply.body = pool_stats_json(*snapshot, now);
+      break;
+    case Route::ComputeHealth:
+      reply.body = compute_health_json(*snapshot, read_process(), now);
+      break;
+    default: {
+      const bool open = prefers_open_metrics(view(request[http::field::accept]));
+      reply.type = open ? kOpenMetrics : kPrometheus;
+      reply.body = metrics(*snapshot, read_process(), labels_,
+                           open ? Exposition::OpenMetrics : Exposition::Prometheus);
+    }
+  }
+  co_return reply;
+}
+
+Server::Server(asio::io_context& control, const conf::Admin& settings, Callbacks callbacks)
+    : impl_(std::make_shared<Impl>(control, settings, std::move(callbacks))) {}
+Server::~Server() {
+  impl_->stop();
+}
+void Server::listen() {
+  impl_->listen();
+}
+std::uint16_t Server::port() const {
+  return impl_->port();
+}
+void Server::stop() {
+  impl_->stop();
+}
+
+}  // namespace pgsidecar::admin

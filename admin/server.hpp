@@ -1,0 +1,50 @@
+// The admin port: health, statistics and metrics for anyone who reaches it, changes for callers on loopback
+// or with the token. Decides who may do what and how long a request may take; what the numbers look like is
+// render.hpp's, what an action does is the callbacks'. Lives on the control loop only; proxy/main.cpp creates
+// it.
+#pragma once
+
+#include <boost/asio/io_context.hpp>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <string_view>
+
+#include "conf/config.hpp"
+#include "pool/stats.hpp"
+
+namespace pgsidecar::admin {
+
+class Server {
+ public:
+  using SnapshotReceiver = std::function<void(std::shared_ptr<const pool::Snapshot>)>;
+
+  /// Called on the control loop; the receivers they are given must be called back there, at once or later.
+  struct Callbacks {
+    std::function<void(SnapshotReceiver)> snapshot;
+    std::function<void(SnapshotReceiver)> probe;  ///< asks the database first
+    /// reload, drain or quit; returns empty on success or an error text.
+    std::function<std::string(std::string_view action)> act;
+  };
+
+  Server(boost::asio::io_context& control, const conf::Admin& settings, Callbacks callbacks);
+  ~Server();
+  Server(const Server&) = delete;
+  Server& operator=(const Server&) = delete;
+
+  /// Does nothing if the port is off. Throws std::runtime_error with a text that names the key if it can't
+  /// listen.
+  void listen();
+  /// The port listened on; 0 before listen().
+  std::uint16_t port() const;
+  /// Closes the listener and idle connections. A request in progress still gets its answer; callbacks aren't
+  /// called again.
+  void stop();
+
+ private:
+  class Impl;
+  std::shared_ptr<Impl> impl_;
+};
+
+}  // namespace pgsidecar::admin

@@ -1,0 +1,237 @@
+#include "conf/schema.hpp"
+
+#include <charconv>
+#include <limits>
+#include <stdexcept>
+#include <utility>
+
+namespace pgsidecar::conf {
+
+namespace {
+
+template <class T>
+using Names = std::vector<std::pair<std::string_view, T>>;
+
+const Names<PoolMode> kPoolModes{{"transaction", PoolMode::Transaction}, {"session", PoolMode::Session}, {"statement", PoolMode::Statement}};
+const Names<ResidueCheck> kResidueChecks{{"triggered", ResidueCheck::Triggered}, {"always", ResidueCheck::Always}, {"never", ResidueCheck::Never}};
+const Names<AuthMethod> kMethods{{"scram-sha-256", AuthMethod::ScramSha256}, {"md5", AuthMethod::Md5}, {"password", AuthMethod::Password},
+                                 {"trust", AuthMethod::Trust}, {"cert", AuthMethod::Cert}};
+const Names<TlsMode> kTlsModes{{"disable", TlsMode::Disable}, {"allow", TlsMode::Allow}, {"require", TlsMode::Require}, {"verify-full", TlsMode::VerifyFull}};
+const Names<LogFormat> kFormats{{"text", LogFormat::Text}, {"json", LogFormat::Json}};
+
+template <class T>
+T parse_name(const Names<T>& names, const std::string& text) {
+  std::string known;
+  for (const auto& [name, value] : names) {
+    if (name == text) return value;
+    known += (known.empty() ? "" : ", ") + std::string(name);
+  }
+  throw std::invalid_argument("\"" + text + "\" is none of: " + known);
+}
+
+template <class T>
+std::string print_name(const Names<T>& names, T value) {
+  for (const auto& [name, v] : names)
+    if (v == value) return std::string(name);
+  return {};
+}
+
+bool parse_bool(const std::string& text) {
+  if (text == "true" || text == "on" || text == "yes" || text == "1") return true;
+  if (text == "false" || text == "off" || text == "no" || text == "0") return false;
+  throw std::invalid_argument("\"" + text + "\" is neither true nor false");
+}
+
+template <class T>
+T parse_number(const std::string& text, T min = 0, T max = std::numeric_limits<T>::max()) {
+  T n{};
+  const auto [end, ec] = std::from_chars(text.data(), text.data() + text.size(), n);
+  if (ec != std::errc() || end != text.data() + text.size() || n < min || n > max)
+    throw std::invalid_argument("\"" + text + "\" is not a whole number from " + std::to_string(min) + " to " + std::to_string(max));
+  return n;
+}
+
+Listen parse_listen(const std::string& text, std::uint16_t default_port) {
+  Listen listen;
+  if (text.starts_with("unix:")) {
+    listen.kind = Listen::Kind::Unix;
+    listen.directory = text.substr(5);
+    listen.port = default_port;
+    if (listen.directory.empty() || listen.directory[0] != '/')
+      throw std::invalid_argument("\"" + text + "\": unix: takes the absolute path of a directory");
+    if (const auto colon = listen.directory.rfind(':'); colon != std::string::npos) {
+      listen.port = parse_number<std::uint16_t>(listen.directory.substr(colon + 1), 1);
+      listen.directory.erase(colon);
+    }
+    return listen;
+  }
+  const auto colon = text.rfind(':');
+  const auto bracket = text.rfind(']');
+  if (colon == std::string::npos || (bracket != std::string::npos && colon < bracket))
+    throw std::invalid_argument("\"" + text + "\" is not host:port, [v6]:port or unix:/directory");
+  listen.host = text.substr(0, colon);
+  if (listen.host.size() >= 2 && listen.host.front() == '[' && listen.host.back() == ']') listen.host = listen.host.substr(1, listen.host.size() - 2);
+  else if (listen.host.find(':') != std::string::npos) throw std::invalid_argument("\"" + text + "\": an IPv6 address is written [address]:port");
+  if (listen.host.empty() || listen.host == "*") listen.host = "0.0.0.0";
+  listen.port = parse_number<std::uint16_t>(text.substr(colon + 1));
+  return listen;
+}
+
+std::string print_listen(const Listen& listen) {
+  if (listen.kind == Listen::Kind::Unix) return "unix:" + listen.directory + ":" + std::to_string(listen.port);
+  const bool v6 = listen.host.find(':') != std::string::npos;
+  return (v6 ? "[" + listen.host + "]" : listen.host) + ":" + std::to_string(listen.port);
+}
+
+std::vector<std::string> split_list(const std::string& text) {
+  std::vector<std::string> out;
+  std::string one;
+  for (const char c : text + ",") {
+    if (c == ',') {
+      if (!one.empty()) out.push_back(std::exchange(one, {}));
+    } else if (c != ' ' || !one.empty()) {
+      one += c;
+    }
+  }
+  return out;
+}
+
+template <class Section, class T>
+Key<Section> number_key(std::string_view path, T Section::*member, T min = 0) {
+  return {path, [=](Section& s, const std::string& t) { s.*member = parse_number<T>(t, min); }, [=](const Section& s) { return std::to_string(s.*member); }};
+}
+
+template <class Inner, class T>
+Key<Config> inner_number(std::string_view path, Inner Config::*inner, T Inner::*member, T min = 0) {
+  return {path, [=](Config& c, const std::string& t) { c.*inner.*member = parse_number<T>(t, min); },
+          [=](const Config& c) { return std::to_string(c.*inner.*member); }};
+}
+
+template <class Inner>
+Key<Config> inner_text(std::string_view path, Inner Config::*inner, std::string Inner::*member, bool needs_restart = false) {
+  return {path, [=](Config& c, const std::string& t) { c.*inner.*member = t; }, [=](const Config& c) { return c.*inner.*member; }, needs_restart};
+}
+
+template <class Inner>
+Key<Config> inner_bool(std::string_view path, Inner Config::*inner, bool Inner::*member, bool needs_restart = false) {
+  return {path, [=](Config& c, const std::string& t) { c.*inner.*member = parse_bool(t); },
+          [=](const Config& c) { return std::string(c.*inner.*member ? "true" : "false"); }, needs_restart};
+}
+
+template <class Inner, class T>
+Key<Config> inner_name(std::string_view path, Inner Config::*inner, T Inner::*member, const Names<T>& names, bool needs_restart = false) {
+  return {path, [=, &names](Config& c, const std::string& t) { c.*inner.*member = parse_name(names, t); },
+          [=, &names](const Config& c) { return print_name(names, c.*inner.*member); }, needs_restart};
+}
+
+std::vector<Key<PoolSettings>> make_pool_keys() {
+  using P = PoolSettings;
+  return {
+      {"mode", [](P& p, const std::string& t) { p.mode = parse_name(kPoolModes, t); }, [](const P& p) { return print_name(kPoolModes, p.mode); }},
+      number_key("max", &P::max, 1u),
+      number_key("min", &P::min),
+      number_key("idleTimeoutMillis", &P::idleTimeoutMillis),
+      number_key("connectionTimeoutMillis", &P::connectionTimeoutMillis),
+      number_key("maxUses", &P::maxUses),
+      number_key("maxLifetimeSeconds", &P::maxLifetimeSeconds),
+      {"allowExitOnIdle", [](P& p, const std::string& t) { p.allowExitOnIdle = parse_bool(t); }, [](const P& p) { return std::string(p.allowExitOnIdle ? "true" : "false"); }},
+      {"keepAlive", [](P& p, const std::string& t) { p.keepAlive = parse_bool(t); }, [](const P& p) { return std::string(p.keepAlive ? "true" : "false"); }},
+      number_key("keepAliveInitialDelayMillis", &P::keepAliveInitialDelayMillis),
+      {"residueCheck", [](P& p, const std::string& t) { p.residueCheck = parse_name(kResidueChecks, t); }, [](const P& p) { return print_name(kResidueChecks, p.residueCheck); }},
+      number_key("maxPreparedStatements", &P::maxPreparedStatements, 1u),
+  };
+}
+
+std::vector<Key<Config>> make_config_keys() {
+  std::vector<Key<Config>> keys;
+  keys.push_back({"listen",
+                  [](Config& c, const std::string& t) {
+                    c.listen.clear();
+                    std::uint16_t port = 6432;
+                    for (const std::string& one : split_list(t)) {
+                      c.listen.push_back(parse_listen(one, port));
+                      if (c.listen.back().kind == Listen::Kind::Tcp) port = c.listen.back().port;
+                    }
+                    if (c.listen.empty()) throw std::invalid_argument("at least one address is needed");
+                  },
+                  [](const Config& c) {
+                    std::string out;
+                    for (const Listen& listen : c.listen) out += (out.empty() ? "" : ",") + print_listen(listen);
+                    return out;
+                  },
+                  true});
+  static std::vector<std::string> names;  // keep the paths' texts
+  names.reserve(pool_keys().size());
+  for (const auto& key : pool_keys()) {
+    names.push_back("pool." + std::string(key.path));
+    keys.push_back({names.back(), [set = key.set](Config& c, const std::string& t) { set(c.pool, t); }, [get = key.get](const Config& c) { return get(c.pool); }});
+  }
+  keys.push_back(inner_name("auth.method", &Config::auth, &Auth::method, kMethods));
+  keys.push_back(inner_name("tls.mode", &Config::tls, &Tls::mode, kTlsModes));
+  keys.push_back(inner_text("tls.certificate", &Config::tls, &Tls::certificate));
+  keys.push_back(inner_text("tls.key", &Config::tls, &Tls::key));
+  keys.push_back(inner_text("tls.ca", &Config::tls, &Tls::ca));
+  keys.push_back(inner_number("limits.maxClients", &Config::limits, &Limits::maxClients, 1u));
+  keys.push_back(inner_number("limits.maxLoginClients", &Config::limits, &Limits::maxLoginClients, 1u));
+  keys.push_back(inner_number("limits.loginTimeoutMillis", &Config::limits, &Limits::loginTimeoutMillis, 100u));
+  keys.push_back(inner_number("limits.maxPreparedStatementsPerClient", &Config::limits, &Limits::maxPreparedStatementsPerClient, 1u));
+  keys.push_back(inner_number("limits.maxParseBytes", &Config::limits, &Limits::maxParseBytes, std::uint64_t{65536}));
+  keys.push_back({"admin.listen",
+                  [](Config& c, const std::string& t) {
+                    c.admin.enabled = t != "off" && t != "false";
+                    if (!c.admin.enabled) return;
+                    c.admin.listen = parse_listen(t, 5000);
+                    if (c.admin.listen.kind != Listen::Kind::Tcp) throw std::invalid_argument("takes host:port or off");
+                  },
+                  [](const Config& c) { return c.admin.enabled ? print_listen(c.admin.listen) : std::string("off"); }, true});
+  keys.push_back(inner_text("admin.tokenFile", &Config::admin, &Admin::tokenFile, true));
+  keys.push_back(inner_bool("admin.quitquitquit", &Config::admin, &Admin::quitquitquit, true));
+  keys.push_back({"admin.hosts", [](Config& c, const std::string& t) { c.admin.hosts = split_list(t); },
+                  [](const Config& c) {
+                    std::string out;
+                    for (const std::string& host : c.admin.hosts) out += (out.empty() ? "" : ",") + host;
+                    return out;
+                  },
+                  true});
+  keys.push_back({"log.level",
+                  [](Config& c, const std::string& t) {
+                    for (const std::string_view level : {"trace", "debug", "info", "warn", "error", "off"})
+                      if (level == t) return void(c.log.level = t);
+                    throw std::invalid_argument("\"" + t + "\" is none of: trace, debug, info, warn, error, off");
+                  },
+                  [](const Config& c) { return c.log.level; }});
+  keys.push_back(inner_name("log.format", &Config::log, &Log::format, kFormats, true));
+  keys.push_back(inner_number("shutdown.timeoutMillis", &Config::shutdown, &Shutdown::timeoutMillis));
+  keys.push_back(inner_bool("shutdown.acceptWhileDraining", &Config::shutdown, &Shutdown::acceptWhileDraining));
+  return keys;
+}
+
+}  // namespace
+
+const std::vector<Key<PoolSettings>>& pool_keys() {
+  static const std::vector<Key<PoolSettings>> keys = make_pool_keys();
+  return keys;
+}
+
+const std::vector<Key<Config>>& config_keys() {
+  static const std::vector<Key<Config>> keys = make_config_keys();
+  return keys;
+}
+
+std::string environment_name(std::string_view path) {
+  std::string out = "PGSIDECAR_";
+  char before = '.';
+  for (const char c : path) {
+    const bool upper = c >= 'A' && c <= 'Z';
+    if (c == '.') {
+      out += '_';
+    } else {
+      if (upper && before != '.' && !(before >= 'A' && before <= 'Z')) out += '_';
+      out += c >= 'a' && c <= 'z' ? static_cast<char>(c - 32) : c;
+    }
+    before = c;
+  }
+  return out;
+}
+
+}  // namespace pgsidecar::conf

@@ -1,0 +1,411 @@
+#include "conf/url.hpp"
+
+#include <pwd.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <charconv>
+#include <cstdlib>
+#include <fstream>
+
+#include "conf/load.hpp"
+#include "conf/suggest.hpp"
+
+namespace pgsidecar::conf {
+
+namespace {
+
+/// libpq's keywords, with the environment variable that fills each.
+struct Keyword {
+  std::string_view name, variable;
+  bool used;  // else known and ignored, with a warning
+};
+constexpr Keyword kKeywords[] = {
+    {"host", "PGHOST", true},
+    {"hostaddr", "PGHOSTADDR", true},
+    {"port", "PGPORT", true},
+    {"dbname", "PGDATABASE", true},
+    {"user", "PGUSER", true},
+    {"password", "PGPASSWORD", true},
+    {"passfile", "PGPASSFILE", true},
+    {"require_auth", "PGREQUIREAUTH", true},
+    {"channel_binding", "PGCHANNELBINDING", true},
+    {"connect_timeout", "PGCONNECT_TIMEOUT", true},
+    {"client_encoding", "PGCLIENTENCODING", true},
+    {"options", "PGOPTIONS", true},
+    {"application_name", "PGAPPNAME", true},
+    {"fallback_application_name", "", true},
+    {"keepalives", "", true},
+    {"keepalives_idle", "", true},
+    {"keepalives_interval", "", true},
+    {"keepalives_count", "", true},
+    {"tcp_user_timeout", "", true},
+    {"sslmode", "PGSSLMODE", true},
+    {"sslnegotiation", "PGSSLNEGOTIATION", true},
+    {"sslcert", "PGSSLCERT", true},
+    {"sslkey", "PGSSLKEY", true},
+    {"sslpassword", "", true},
+    {"sslrootcert", "PGSSLROOTCERT", true},
+    {"sslcrl", "PGSSLCRL", true},
+    {"sslsni", "PGSSLSNI", true},
+    {"ssl_min_protocol_version", "PGSSLMINPROTOCOLVERSION", true},
+    {"ssl_max_protocol_version", "PGSSLMAXPROTOCOLVERSION", true},
+    {"target_session_attrs", "PGTARGETSESSIONATTRS", true},
+    {"load_balance_hosts", "PGLOADBALANCEHOSTS", true},
+    {"replication", "", false},
+    {"gssencmode", "PGGSSENCMODE", false},
+    {"krbsrvname", "PGKRBSRVNAME", false},
+    {"gsslib", "PGGSSLIB", false},
+    {"gssdelegation", "PGGSSDELEGATION", false},
+    {"service", "PGSERVICE", false},
+    {"servicefile", "PGSERVICEFILE", false},
+    {"sslcompression", "PGSSLCOMPRESSION", false},
+    {"sslcrldir", "PGSSLCRLDIR", false},
+    {"sslcertmode", "PGSSLCERTMODE", false},
+    {"sslkeylogfile", "", false},
+    {"requirepeer", "PGREQUIREPEER", false},
+    {"requiressl", "PGREQUIRESSL", false},
+    {"min_protocol_version", "PGMINPROTOCOLVERSION", false},
+    {"max_protocol_version", "PGMAXPROTOCOLVERSION", false},
+    {"scram_client_key", "", false},
+    {"scram_server_key", "", false},
+    {"oauth_issuer", "", false},
+    {"oauth_client_id", "", false},
+    {"oauth_client_secret", "", false},
+    {"oauth_scope", "", false},
+    // Other clients' own, found in the URLs that applications copy.
+    {"pgbouncer", "", false},
+    {"connection_limit", "", false},
+    {"pool_timeout", "", false},
+    {"schema", "", false},
+    {"uselibpqcompat", "", false},
+    {"statement_cache_size", "", false},
+};
+
+const Keyword* find_keyword(std::string_view name) {
+  for (const Keyword& keyword : kKeywords)
+    if (keyword.name == name) return &keyword;
+  return nullptr;
+}
+
+using Values = std::map<std::string, std::string, std::less<>>;
+
+void set_value(Values& values, std::string_view raw_name, std::string value) {
+  std::string name(raw_name);
+  if (name == "ssl" && value == "true") name = "sslmode", value = "require";  // JDBC's and libpq's old form
+  if (!find_keyword(name)) {
+    std::vector<std::string_view> known;
+    for (const Keyword& keyword : kKeywords) known.push_back(keyword.name);
+    throw ConfigError("connection string: unknown parameter \"" + name + "\"" + did_you_mean(name, known));
+  }
+  values[name] = std::move(value);
+}
+
+int hex(char c) {
+  if (c >= '0' && c <= '9') return c - '0';
+  if (c >= 'a' && c <= 'f') return c - 'a' + 10;
+  if (c >= 'A' && c <= 'F') return c - 'A' + 10;
+  return -1;
+}
+
+std::string decode(std::string_view text, const char* part) {
+  std::string out;
+  for (std::size_t i = 0; i < text.size(); ++i) {
+    if (text[i] != '%') {
+      out += text[i];
+      continue;
+    }
+    const int high = i + 2 < text.size() + 0 && i + 2 <= text.size() - 1 ? hex(text[i + 1]) : -1;
+    const int low = high >= 0 ? hex(text[i + 2]) : -1;
+    if (low < 0) throw ConfigError(std::string("connection string: invalid percent-encoding in the ") + part + " (a % is written %25)");
+    if (high == 0 && low == 0) throw ConfigError(std::string("connection string: %00 is not allowed in the ") + part);
+    out += static_cast<char>(high * 16 + low);
+    i += 2;
+  }
+  return out;
+}
+
+void parse_uri(std::string_view text, Values& values) {
+  text.remove_prefix(text.find("://") + 3);
+  if (const auto hash = text.find('#'); hash != std::string_view::npos && text.find('?') > hash && text.find('@') < hash)
+    throw ConfigError("connection string: a # must be written %23");
+  std::string_view query;
+  // The authority ends at the first / or ?; a password may hold either only in percent-encoding, a @ anywhere before that.
+  std::size_t end = text.find_first_of("/?");
+  std::string_view authority = text.substr(0, end);
+  std::string_view rest = end == std::string_view::npos ? std::string_view() : text.substr(end);
+  if (const auto question = rest.find('?'); question != std::string_view::npos) {
+    query = rest.substr(question + 1);
+    rest = rest.substr(0, question);
+  }
+  if (const auto at = authority.rfind('@'); at != std::string_view::npos) {
+    const std::string_view credentials = authority.substr(0, at);
+    authority.remove_prefix(at + 1);
+    const auto colon = credentials.find(':');
+    if (!credentials.substr(0, colon).empty()) values["user"] = decode(credentials.substr(0, colon), "user name");
+    if (colon != std::string_view::npos) values["password"] = decode(credentials.substr(colon + 1), "password");
+  }
+  std::string hosts, ports;
+  bool any_port = false, first = true;
+  while (first || !authority.empty()) {
+    std::string_view one;
+    if (!authority.empty() && authority[0] == '[') {
+      const auto close = authority.find(']');
+      if (close == std::string_view::npos) throw ConfigError("connection string: end of string reached when looking for matching \"]\" in IPv6 host address");
+      one = authority.substr(1, close - 1);
+      if (one.empty()) throw ConfigError("connection string: IPv6 host address may not be empty");
+      authority.remove_prefix(close + 1);
+    } else {
+      const auto stop = authority.find_first_of(":,");
+      one = authority.substr(0, stop);
+      authority.remove_prefix(one.size());
+    }
+    std::string_view port;
+    if (!authority.empty() && authority[0] == ':') {
+      const auto comma = authority.find(',');
+      port = authority.substr(1, comma == std::string_view::npos ? comma : comma - 1);
+      authority.remove_prefix(1 + port.size());
+      any_port |= !port.empty();
+    }
+    if (!authority.empty() && authority[0] != ',') throw ConfigError("connection string: unexpected text after the host");
+    if (!first) hosts += ',', ports += ',';
+    hosts += decode(one, "host");
+    ports += decode(port, "port");
+    first = false;
+    if (authority.empty()) break;
+    authority.remove_prefix(1);
+    if (authority.empty()) {  // a trailing comma: one more, empty host
+      hosts += ',';
+      ports += ',';
+    }
+  }
+  if (!hosts.empty()) values["host"] = hosts;
+  if (any_port) values["port"] = ports;
+  if (rest.size() > 1) values["dbname"] = decode(rest.substr(1), "database name");
+  while (!query.empty()) {
+    const auto amp = query.find('&');
+    const std::string_view pair = query.substr(0, amp);
+    query = amp == std::string_view::npos ? std::string_view() : query.substr(amp + 1);
+    const auto equals = pair.find('=');
+    if (equals == std::string_view::npos) throw ConfigError("connection string: missing key/value separator \"=\" in a URI query parameter");
+    set_value(values, decode(pair.substr(0, equals), "query"), decode(pair.substr(equals + 1), "query"));
+  }
+}
+
+void parse_keywords(std::string_view text, Values& values) {
+  const auto blank = [](char c) { return c == ' ' || (c >= '\t' && c <= '\r'); };
+  std::size_t i = 0;
+  const auto skip = [&] { while (i < text.size() && blank(text[i])) ++i; };
+  for (skip(); i < text.size(); skip()) {
+    const std::size_t begin = i;
+    while (i < text.size() && text[i] != '=' && !blank(text[i])) ++i;
+    const std::string name(text.substr(begin, i - begin));
+    skip();
+    if (i == text.size() || text[i] != '=') throw ConfigError("connection string: missing \"=\" after a keyword (neither a URI nor keyword=value)");
+    ++i;
+    skip();
+    std::string value;
+    if (i < text.size() && text[i] == '\'') {
+      for (++i;; ++i) {
+        if (i == text.size()) throw ConfigError("connection string: unterminated quoted string in the value of \"" + name + "\"");
+        if (text[i] == '\'') break;
+        if (text[i] == '\\' && i + 1 < text.size()) ++i;
+        value += text[i];
+      }
+      ++i;
+    } else {
+      for (; i < text.size() && !blank(text[i]); ++i) {
+        if (text[i] == '\\' && i + 1 < text.size()) ++i;
+        value += text[i];
+      }
+    }
+    set_value(values, name, std::move(value));
+  }
+}
+
+std::vector<std::string> split(std::string_view text, char by) {
+  std::vector<std::string> out;
+  for (;;) {
+    const auto at = text.find(by);
+    out.emplace_back(text.substr(0, at));
+    if (at == std::string_view::npos) return out;
+    text.remove_prefix(at + 1);
+  }
+}
+
+std::uint32_t number(std::string_view name, std::string_view text, std::uint32_t max) {
+  std::uint32_t n = 0;
+  const auto [end, ec] = std::from_chars(text.data(), text.data() + text.size(), n);
+  if (ec != std::errc() || end != text.data() + text.size() || n > max)
+    throw ConfigError("connection string: invalid integer value \"" + std::string(text) + "\" for \"" + std::string(name) + "\"");
+  return n;
+}
+
+template <class T, std::size_t N>
+T choice(std::string_view name, std::string_view text, const std::pair<std::string_view, T> (&table)[N]) {
+  std::vector<std::string_view> known;
+  for (const auto& [word, value] : table) {
+    if (word == text) return value;
+    known.push_back(word);
+  }
+  throw ConfigError("connection string: invalid " + std::string(name) + " value \"" + std::string(text) + "\"" + did_you_mean(text, known));
+}
+
+bool is_loopback(const Host& host) {
+  const std::string& name = host.address.empty() ? host.name : host.address;
+  return host.is_unix() || name == "localhost" || name.starts_with("127.") || name == "::1";
+}
+
+/// One line of a passfile: host:port:database:user:password, * for any, backslash escapes.
+std::optional<std::string> password_from(const std::string& file, const Host& host, const std::string& dbname, const std::string& user,
+                                         std::vector<std::string>& warnings) {
+  struct stat info {};
+  if (::stat(file.c_str(), &info) != 0) return std::nullopt;
+  if ((info.st_mode & 077) != 0) {
+    warnings.push_back("password file \"" + file + "\" has group or world access; permissions should be u=rw (0600) or less; ignored");
+    return std::nullopt;
+  }
+  std::ifstream in(file);
+  for (std::string line; std::getline(in, line);) {
+    if (line.empty() || line[0] == '#') continue;
+    std::vector<std::string> fields(1);
+    std::vector<bool> any(1, true);
+    for (std::size_t i = 0; i < line.size(); ++i) {
+      if (line[i] == ':' && fields.size() < 5) {
+        fields.emplace_back();
+        continue;
+      }
+      if (line[i] == '\\' && i + 1 < line.size()) ++i;
+      fields.back() += line[i];
+    }
+    if (fields.size() != 5) continue;
+    const std::string name = host.is_unix() ? "localhost" : host.name;
+    const std::string wanted[] = {name, std::to_string(host.port), dbname, user};
+    bool match = true;
+    for (std::size_t i = 0; i < 4; ++i) match &= fields[i] == "*" || fields[i] == wanted[i];
+    if (match) return fields[4];
+  }
+  return std::nullopt;
+}
+
+}  // namespace
+
+Environment process_environment() {
+  return [](std::string_view name) -> std::optional<std::string> {
+    const char* value = std::getenv(std::string(name).c_str());
+    return value ? std::optional<std::string>(value) : std::nullopt;
+  };
+}
+
+ConnectParams parse_connection_string(std::string_view text, const std::map<std::string, std::string>& overrides,
+                                      const Environment& env) {
+  Values values;
+  if (text.starts_with("postgresql://") || text.starts_with("postgres://")) parse_uri(text, values);
+  else parse_keywords(text, values);
+  for (const auto& [name, value] : overrides) set_value(values, name, value);
+  ConnectParams p;
+  for (const Keyword& keyword : kKeywords) {
+    if (values.contains(keyword.name)) {
+      if (!keyword.used) p.warnings.push_back("parameter \"" + std::string(keyword.name) + "\" has no effect here and is ignored");
+      continue;
+    }
+    if (!keyword.variable.empty() && keyword.used)
+      if (auto value = env(keyword.variable); value && !value->empty()) values[std::string(keyword.name)] = *value;
+  }
+  const auto get = [&](std::string_view name) -> std::string {
+    const auto it = values.find(name);
+    return it == values.end() ? std::string() : it->second;
+  };
+
+  const auto names = split(get("host"), ',');
+  const auto addresses = split(get("hostaddr"), ',');
+  const auto ports = split(get("port"), ',');
+  const std::size_t count = values.contains("hostaddr") ? std::max(addresses.size(), names.size()) : names.size();
+  if (values.contains("hostaddr") && values.contains("host") && names.size() != addresses.size())
+    throw ConfigError("connection string: " + std::to_string(names.size()) + " host names, but " + std::to_string(addresses.size()) + " hostaddr values");
+  if (ports.size() > 1 && ports.size() != count)
+    throw ConfigError("connection string: " + std::to_string(ports.size()) + " port numbers, but " + std::to_string(count) + " hosts");
+  for (std::size_t i = 0; i < count; ++i) {
+    Host host;
+    host.name = i < names.size() ? names[i] : std::string();
+    host.address = values.contains("hostaddr") && i < addresses.size() ? addresses[i] : std::string();
+    if (host.name.empty()) host.name = host.address.empty() ? "localhost" : host.address;
+    const std::string& port = ports[ports.size() == 1 ? 0 : i];
+    if (!port.empty()) host.port = static_cast<std::uint16_t>(number("port", port, 65535));
+    if (host.port == 0) throw ConfigError("connection string: invalid port number: \"0\"");
+    p.hosts.push_back(std::move(host));
+  }
+  p.user = get("user");
+  if (p.user.empty()) {
+    const passwd* entry = ::getpwuid(::geteuid());
+    p.user = entry ? entry->pw_name : "postgres";
+  }
+  p.dbname = get("dbname");
+  if (p.dbname.empty()) p.dbname = p.user;
+  p.password = get("password");
+  if (p.password.empty()) {
+    std::string file = get("passfile");
+    if (file.empty())
+      if (const auto home = env("HOME")) file = *home + "/.pgpass";
+    for (const Host& host : p.hosts)
+      if (const auto found = file.empty() ? std::nullopt : password_from(file, host, p.dbname, p.user, p.warnings)) {
+        p.password = *found;
+        break;
+      }
+  }
+
+  p.sslrootcert = get("sslrootcert");
+  static constexpr std::pair<std::string_view, SslMode> kModes[] = {
+      {"disable", SslMode::Disable},  {"allow", SslMode::Allow},         {"prefer", SslMode::Prefer},          {"require", SslMode::Require},
+      {"no-verify", SslMode::Require}, {"verify-ca", SslMode::VerifyCa}, {"verify-full", SslMode::VerifyFull},
+  };
+  const bool local = std::all_of(p.hosts.begin(), p.hosts.end(), is_loopback);
+  if (const std::string mode = get("sslmode"); !mode.empty()) {
+    p.sslmode = choice("sslmode", mode, kModes);
+    if (!local && (p.sslmode == SslMode::Prefer || p.sslmode == SslMode::Allow || (p.sslmode == SslMode::Require && p.sslrootcert.empty())))
+      p.warnings.push_back("sslmode=" + mode + " does not verify the server's certificate (verify-full does)");
+    if (p.sslrootcert == "system" && p.sslmode != SslMode::VerifyFull)
+      throw ConfigError("connection string: weak sslmode \"" + mode + "\" may not be used with sslrootcert=system (use verify-full)");
+  } else {
+    p.sslmode = p.sslrootcert == "system" || !local ? SslMode::VerifyFull : SslMode::Prefer;
+  }
+  static constexpr std::pair<std::string_view, SslNegotiation> kNegotiation[] = {{"postgres", SslNegotiation::Postgres}, {"direct", SslNegotiation::Direct}};
+  if (const std::string how = get("sslnegotiation"); !how.empty()) p.sslnegotiation = choice("sslnegotiation", how, kNegotiation);
+  if (p.sslnegotiation == SslNegotiation::Direct && p.sslmode < SslMode::Require)
+    throw ConfigError("connection string: weak sslmode may not be used with sslnegotiation=direct (use sslmode=require, verify-ca or verify-full)");
+  p.sslcert = get("sslcert");
+  p.sslkey = get("sslkey");
+  if (!p.sslcert.empty() && p.sslkey.empty()) throw ConfigError("connection string: sslcert needs sslkey");
+  p.sslpassword = get("sslpassword");
+  p.sslcrl = get("sslcrl");
+  if (const auto sni = get("sslsni"); !sni.empty()) p.sslsni = sni != "0";
+  if (const auto v = get("ssl_min_protocol_version"); !v.empty()) p.sslMinProtocolVersion = v;
+  p.sslMaxProtocolVersion = get("ssl_max_protocol_version");
+  static constexpr std::pair<std::string_view, ChannelBinding> kBinding[] = {
+      {"disable", ChannelBinding::Disable}, {"prefer", ChannelBinding::Prefer}, {"require", ChannelBinding::Require}};
+  if (const auto binding = get("channel_binding"); !binding.empty()) p.channelBinding = choice("channel_binding", binding, kBinding);
+  if (const auto methods = get("require_auth"); !methods.empty()) p.requireAuth = split(methods, ',');
+  if (const auto seconds = get("connect_timeout"); !seconds.empty()) p.connectTimeoutMillis = number("connect_timeout", seconds, 86400) * 1000;
+  if (const auto on = get("keepalives"); !on.empty()) p.keepalives = on != "0";
+  const auto optional_number = [&](const char* name, std::optional<std::uint32_t>& to) {
+    if (const auto n = get(name); !n.empty()) to = number(name, n, 86'400'000);
+  };
+  optional_number("keepalives_idle", p.keepalivesIdleSeconds);
+  optional_number("keepalives_interval", p.keepalivesIntervalSeconds);
+  optional_number("keepalives_count", p.keepalivesCount);
+  optional_number("tcp_user_timeout", p.tcpUserTimeoutMillis);
+  static constexpr std::pair<std::string_view, TargetSessionAttrs> kAttrs[] = {
+      {"any", TargetSessionAttrs::Any},         {"read-write", TargetSessionAttrs::ReadWrite}, {"read-only", TargetSessionAttrs::ReadOnly},
+      {"primary", TargetSessionAttrs::Primary}, {"standby", TargetSessionAttrs::Standby},      {"prefer-standby", TargetSessionAttrs::PreferStandby}};
+  if (const auto attrs = get("target_session_attrs"); !attrs.empty()) p.targetSessionAttrs = choice("target_session_attrs", attrs, kAttrs);
+  p.loadBalanceHosts = get("load_balance_hosts") == "random";
+  std::string application = get("application_name");
+  if (application.empty()) application = get("fallback_application_name");
+  if (!application.empty()) p.startup.emplace_back("application_name", application);
+  if (const auto encoding = get("client_encoding"); !encoding.empty() && encoding != "auto") p.startup.emplace_back("client_encoding", encoding);
+  if (const auto options = get("options"); !options.empty()) p.startup.emplace_back("options", options);
+  return p;
+}
+
+}  // namespace pgsidecar::conf

@@ -1,0 +1,79 @@
+#include "pool/pool.hpp"
+
+#include <algorithm>
+
+namespace pgsidecar::pool {
+
+void Pool::admit(Slot& slot, Time now, double random) {
+  slot.connected = now;
+  const double jitter = 0.9 + 0.1 * random;
+  if (settings_.maxUses != 0)
+    slot.use_limit = std::max(1u, static_cast<std::uint32_t>(settings_.maxUses * jitter));
+  if (settings_.maxLifetimeSeconds != 0)
+    slot.lifetime_end = now + std::chrono::milliseconds(static_cast<std::int64_t>(settings_.maxLifetimeSeconds * jitter * 1000));
+}
+
+Slot* Pool::take(Time) {
+  if (!waiters_.empty() || idle_.empty()) return nullptr;
+  Slot* slot = &idle_.front();
+  slot->unlink();
+  return slot;
+}
+
+void Pool::wait(Waiter& waiter, Time now) {
+  waiter.since = now;
+  waiter.deadline = settings_.connectionTimeoutMillis == 0
+                        ? Time::max()
+                        : now + std::chrono::milliseconds(settings_.connectionTimeoutMillis);
+  waiters_.push_back(waiter);
+}
+
+Waiter* Pool::next_waiter() {
+  if (waiters_.empty()) return nullptr;
+  Waiter* waiter = &waiters_.front();
+  waiter->unlink();
+  return waiter;
+}
+
+Waiter* Pool::expired(Time now) {
+  if (waiters_.empty() || waiters_.front().deadline > now) return nullptr;
+  return next_waiter();
+}
+
+bool Pool::worn_out(const Slot& slot, Time now, CloseReason& reason) const {
+  if (slot.condemned) return reason = CloseReason::Reload, true;
+  if (slot.use_limit != 0 && slot.uses >= slot.use_limit) return reason = CloseReason::MaxUses, true;
+  if (now >= slot.lifetime_end) return reason = CloseReason::Lifetime, true;
+  return false;
+}
+
+void Pool::put_idle(Slot& slot, Time now) {
+  slot.idle_since = now;
+  idle_.push_front(slot);
+}
+
+Slot* Pool::outdated(Time now, CloseReason& reason) {
+  if (idle_.empty()) return nullptr;
+  const auto idle_limit = std::chrono::milliseconds(settings_.idleTimeoutMillis);
+  // The back has been idle longest; `min` connections are spared from the idle timeout, not from their lifetime.
+  if (Slot& slot = idle_.back();
+      settings_.idleTimeoutMillis != 0 && permits_ > settings_.min && now - slot.idle_since >= idle_limit) {
+    reason = CloseReason::Idle;
+    slot.unlink();
+    return &slot;
+  }
+  for (Slot& slot : idle_) {
+    if (!worn_out(slot, now, reason)) continue;
+    slot.unlink();
+    return &slot;
+  }
+  return nullptr;
+}
+
+std::uint32_t Pool::wanted(std::uint32_t connecting) const {
+  const auto waiting = static_cast<std::uint32_t>(waiters_.size());
+  if (waiting <= connecting || permits_ >= settings_.max) return 0;
+  return std::min(waiting - connecting, settings_.max - permits_);
+}
+
+}  // namespace pgsidecar::pool

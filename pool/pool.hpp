@@ -1,0 +1,92 @@
+// The policy of one pool, a (database, user): which server connection a client gets, who waits, when to open and when to
+// close. Decides only; connections and clearing up are the caller's, time is an argument. Servers last used first, waiters
+// first come first served. The permits bound what exists, connections being opened and closed included.
+#pragma once
+
+#include <boost/intrusive/list.hpp>
+#include <chrono>
+#include <cstdint>
+
+#include "conf/config.hpp"
+#include "pool/stats.hpp"
+
+namespace pgsidecar::pool {
+
+using Clock = std::chrono::steady_clock;
+using Time = Clock::time_point;
+using Hook = boost::intrusive::list_base_hook<boost::intrusive::link_mode<boost::intrusive::auto_unlink>>;
+
+/// One of the pool's `max` places. A member of the connection, so that the count can't leak.
+class Permit {
+ public:
+  explicit Permit(std::uint32_t& count) : count_(&count) { ++*count_; }
+  Permit(const Permit&) = delete;
+  Permit& operator=(const Permit&) = delete;
+  ~Permit() { release(); }
+  void release() {
+    if (count_) --*count_;
+    count_ = nullptr;
+  }
+
+ private:
+  std::uint32_t* count_;
+};
+
+/// A server connection as the pool sees it. On the idle list while nobody has leased it.
+struct Slot : Hook {
+  Time connected{}, idle_since{};
+  std::uint32_t uses = 0, use_limit = 0;       // leases so far and allowed; limit 0: none
+  Time lifetime_end = Time::max();
+  bool condemned = false;                      // closed when it comes back
+};
+
+/// A client that waits for a server connection.
+struct Waiter : Hook {
+  Time since{}, deadline = Time::max();
+  bool waiting() const { return is_linked(); }
+};
+
+class Pool {
+ public:
+  explicit Pool(const conf::PoolSettings& settings) : settings_(settings) {}
+
+  const conf::PoolSettings& settings() const { return settings_; }
+  void set_settings(const conf::PoolSettings& settings) { settings_ = settings; }
+  PoolCounters& counters() { return counters_; }
+  std::uint32_t& permits() { return permits_; }
+  std::uint32_t open() const { return permits_; }
+  std::size_t idle_count() const { return idle_.size(); }
+  std::size_t waiting_count() const { return waiters_.size(); }
+  Time oldest_wait() const { return waiters_.empty() ? Time::max() : waiters_.front().since; }
+
+  /// A connection was made: its limits, jittered by `random` (0..1) so that connections don't end together.
+  void admit(Slot& slot, Time now, double random);
+  /// The last used idle connection, leased to a client; nullptr if there is none or others wait already.
+  Slot* take(Time now);
+  void wait(Waiter& waiter, Time now);
+  /// The next to be served, off the queue; nullptr if none.
+  Waiter* next_waiter();
+  /// The first whose deadline has passed, off the queue; nullptr if none.
+  Waiter* expired(Time now);
+  void lease(Slot& slot) { ++slot.uses; ++counters_.leases; }
+  /// Why a connection that comes back must be closed, if it must.
+  bool worn_out(const Slot& slot, Time now, CloseReason& reason) const;
+  void put_idle(Slot& slot, Time now);
+  /// An idle connection that has been idle or alive too long, off the idle list; nullptr if none.
+  Slot* outdated(Time now, CloseReason& reason);
+  /// How many connections to open now: one for each waiter that none being opened is for, within `max`.
+  std::uint32_t wanted(std::uint32_t connecting) const;
+  Slot* any_idle() { return idle_.empty() ? nullptr : &idle_.front(); }
+
+ private:
+  using Slots = boost::intrusive::list<Slot, boost::intrusive::constant_time_size<false>>;
+  using Waiters = boost::intrusive::list<Waiter, boost::intrusive::constant_time_size<false>>;
+
+  conf::PoolSettings settings_;
+  PoolCounters counters_;
+  std::uint32_t permits_ = 0;
+  Slots idle_;       // front: last used
+  Waiters waiters_;  // front: first come
+};
+
+}  // namespace pgsidecar::pool

@@ -1,0 +1,139 @@
+#include "protocol/messages.hpp"
+
+namespace pgsidecar::protocol {
+
+std::optional<ErrorFields> parse_error(Bytes body) {
+  Reader reader(body);
+  ErrorFields fields;
+  while (reader.ok() && reader.left() > 0) {
+    const char code = static_cast<char>(reader.u8());
+    if (code == 0) break;
+    const std::string_view value = reader.cstring();
+    switch (code) {
+      case 'S': if (fields.severity.empty()) fields.severity = value; break;
+      case 'V': fields.severity = value; break;  // never translated
+      case 'C': fields.sqlstate = value; break;
+      case 'M': fields.message = value; break;
+      case 'D': fields.detail = value; break;
+      case 'H': fields.hint = value; break;
+      default: break;
+    }
+  }
+  if (!reader.done()) return std::nullopt;
+  if (fields.sqlstate.size() != 5) fields.sqlstate = "XX000";
+  return fields;
+}
+
+namespace {
+
+void write_report(std::string& out, Backend type, std::string_view severity, std::string_view sqlstate, std::string_view message,
+                  std::string_view detail, std::string_view hint) {
+  Writer writer(out);
+  writer.begin(type).u8('S').cstring(severity).u8('V').cstring(severity).u8('C').cstring(sqlstate).u8('M').cstring(message);
+  if (!detail.empty()) writer.u8('D').cstring(detail);
+  if (!hint.empty()) writer.u8('H').cstring(hint);
+  writer.u8(0).end();
+}
+
+}  // namespace
+
+void write_error(std::string& out, Severity severity, std::string_view sqlstate, std::string_view message,
+                 std::string_view detail, std::string_view hint) {
+  write_report(out, Backend::ErrorResponse, severity == Severity::Fatal ? "FATAL" : "ERROR", sqlstate, message, detail, hint);
+}
+
+void write_notice(std::string& out, std::string_view sqlstate, std::string_view message, std::string_view hint) {
+  write_report(out, Backend::NoticeResponse, "NOTICE", sqlstate, message, {}, hint);
+}
+
+std::string_view Startup::get(std::string_view name) const {
+  for (const auto& [key, value] : parameters)
+    if (key == name) return value;
+  return {};
+}
+
+std::optional<Startup> parse_startup(Bytes body) {
+  Reader reader(body);
+  Startup startup;
+  startup.version = reader.u32();
+  for (;;) {
+    const std::string_view name = reader.cstring();
+    if (!reader.ok()) return std::nullopt;
+    if (name.empty()) break;
+    const std::string_view value = reader.cstring();
+    if (!reader.ok()) return std::nullopt;
+    startup.parameters.emplace_back(name, value);
+  }
+  if (!reader.done()) return std::nullopt;
+  return startup;
+}
+
+void write_startup(std::string& out, const Startup& startup) {
+  Writer writer(out);
+  writer.begin_untyped().u32(startup.version);
+  for (const auto& [name, value] : startup.parameters) writer.cstring(name).cstring(value);
+  writer.u8(0).end();
+}
+
+void write_ready_for_query(std::string& out, TxStatus status) {
+  Writer(out).begin(Backend::ReadyForQuery).u8(static_cast<std::uint8_t>(status)).end();
+}
+
+void write_parameter_status(std::string& out, std::string_view name, std::string_view value) {
+  Writer(out).begin(Backend::ParameterStatus).cstring(name).cstring(value).end();
+}
+
+void write_backend_key_data(std::string& out, std::uint32_t pid, std::string_view key) {
+  Writer(out).begin(Backend::BackendKeyData).u32(pid).bytes(key).end();
+}
+
+void write_query(std::string& out, std::string_view sql) { Writer(out).begin(Frontend::Query).cstring(sql).end(); }
+
+void write_cancel_request(std::string& out, std::uint32_t pid, std::string_view key) {
+  Writer(out).begin_untyped().u32(kCancelRequest).u32(pid).bytes(key).end();
+}
+
+void write_negotiate_protocol_version(std::string& out, std::uint32_t version, const std::vector<std::string>& options) {
+  Writer writer(out);
+  writer.begin(Backend::NegotiateProtocolVersion).u32(version).u32(static_cast<std::uint32_t>(options.size()));
+  for (const std::string& option : options) writer.cstring(option);
+  writer.end();
+}
+
+std::optional<std::vector<std::pair<std::string, std::string>>> parse_options(std::string_view options) {
+  std::vector<std::string> words;
+  for (std::size_t i = 0; i < options.size();) {
+    const auto blank = [](char c) { return c == ' ' || c == '\t' || c == '\n' || c == '\r' || c == '\v' || c == '\f'; };
+    if (blank(options[i])) {
+      ++i;
+      continue;
+    }
+    std::string word;
+    while (i < options.size() && !blank(options[i])) {
+      if (options[i] == '\\' && i + 1 < options.size()) ++i;
+      word += options[i++];
+    }
+    words.push_back(std::move(word));
+  }
+  std::vector<std::pair<std::string, std::string>> settings;
+  for (std::size_t i = 0; i < words.size(); ++i) {
+    std::string_view word = words[i];
+    if (word == "-c") {
+      if (++i == words.size()) return std::nullopt;
+      word = words[i];
+    } else if (word.starts_with("-c") || word.starts_with("--")) {
+      word.remove_prefix(2);
+    } else {
+      return std::nullopt;
+    }
+    const std::size_t equals = word.find('=');
+    if (equals == std::string_view::npos || equals == 0) return std::nullopt;
+    std::string name(word.substr(0, equals));
+    for (char& c : name)
+      if (c == '-') c = '_';  // as the server does
+    settings.emplace_back(std::move(name), word.substr(equals + 1));
+  }
+  return settings;
+}
+
+}  // namespace pgsidecar::protocol

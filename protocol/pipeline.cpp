@@ -1,0 +1,77 @@
+#include "protocol/pipeline.hpp"
+
+#include <utility>
+
+namespace pgsidecar::protocol {
+
+bool Pipeline::push(Owed owed) {
+  if (owed.request == Request::Sync) {
+    // In COPY the server ignores Sync. Whether it still is in COPY can't be known here, so the Sync waits.
+    if (copy_in_ && !copy_ended_ && front()->request == Request::Execute) {
+      held_sync_ = true;
+      return false;
+    }
+    unsynced_ = failed_ = false;
+    append(owed);
+    return true;
+  }
+  if (owed.request == Request::CopyEnd) {
+    copy_ended_ = true;
+    held_sync_ = false;
+    if (!empty() && !failed_) append(owed);
+    return false;
+  }
+  if (failed_) return false;
+  if (owed.request != Request::Query && owed.request != Request::FunctionCall) unsynced_ = true;
+  append(owed);
+  return true;
+}
+
+std::optional<Owed> Pipeline::take_injection() {
+  if (empty() || at(head_).verdict != Verdict::Inject) return std::nullopt;
+  const Owed owed = at(head_);
+  pop();
+  return owed;
+}
+
+bool Pipeline::take_held_sync() {
+  if (!held_sync_ || copy_in_) return false;
+  return std::exchange(held_sync_, false);
+}
+
+void Pipeline::append(Owed owed) {
+  if (size() == ring_.size()) {
+    std::vector<Owed> larger(ring_.empty() ? 16 : ring_.size() * 2);
+    const std::size_t n = size();
+    for (std::size_t i = 0; i < n; ++i) larger[i] = at(head_ + i);
+    ring_ = std::move(larger);
+    head_ = 0;
+    tail_ = n;
+  }
+  at(tail_++) = owed;
+}
+
+// The server reads what follows an Execute that began a COPY in COPY mode: Syncs sent ahead, up to the client's CopyDone
+// or CopyFail, are ignored there.
+void Pipeline::begin_copy_in() {
+  copy_in_ = true;
+  copy_ended_ = false;
+  if (at(head_).request != Request::Execute) {
+    for (std::size_t i = head_ + 1; i != tail_; ++i) copy_ended_ |= at(i).request == Request::CopyEnd;
+    return;
+  }
+  std::size_t i = head_ + 1;
+  std::size_t ignored = 0;
+  while (i != tail_ && at(i).request == Request::Sync) ++i, ++ignored;
+  copy_ended_ = i != tail_ && at(i).request == Request::CopyEnd;
+  if (ignored == 0) return;
+  for (std::size_t j = head_ + 1; j + ignored != tail_; ++j) at(j) = at(j + ignored);
+  tail_ -= ignored;
+  unsynced_ = true;
+  for (std::size_t j = head_; j != tail_; ++j) {
+    if (at(j).request == Request::Sync) unsynced_ = false;
+    else if (at(j).request != Request::CopyEnd) unsynced_ = true;
+  }
+}
+
+}  // namespace pgsidecar::protocol

@@ -1,0 +1,273 @@
+#include "protocol/sql_scan.hpp"
+
+#include <array>
+#include <cstddef>
+
+namespace pgsidecar::protocol {
+
+namespace {
+
+constexpr bool is_word_start(unsigned char c) { return static_cast<unsigned>(c | 32) - 'a' < 26u || c == '_' || c >= 0x80; }
+constexpr bool is_digit(unsigned char c) { return static_cast<unsigned>(c) - '0' < 10u; }
+constexpr bool is_word(unsigned char c) { return is_word_start(c) || is_digit(c) || c == '$'; }
+
+/// Compares a word, in any case, with a lower-case one.
+bool is(std::string_view word, std::string_view lower) {
+  if (word.size() != lower.size()) return false;
+  for (std::size_t i = 0; i < word.size(); ++i) {
+    const char c = word[i];
+    if ((c >= 'A' && c <= 'Z' ? static_cast<char>(c + 32) : c) != lower[i]) return false;
+  }
+  return true;
+}
+
+bool starts(std::string_view word, std::string_view lower) {
+  return word.size() >= lower.size() && is(word.substr(0, lower.size()), lower);
+}
+
+template <std::size_t N>
+bool any(std::string_view word, const std::string_view (&list)[N]) {
+  for (const std::string_view one : list)
+    if (is(word, one)) return true;
+  return false;
+}
+
+class Scanner {
+ public:
+  Scanner(std::string_view sql, bool conforming) : p_(sql.data()), end_(p_ + sql.size()), conforming_(conforming) {}
+
+  std::uint32_t run() {
+    while (next()) {
+      if (kind_ == ';') {
+        n_ = 0;
+        first_ = second_ = {};
+        continue;
+      }
+      if (kind_ != 'w' && kind_ != '"') continue;
+      ++n_;
+      if (n_ == 1) first_ = word_;
+      if (n_ == 2) second_ = word_;
+      if (n_ <= 4 && kind_ == 'w') statement_word();
+      if (word_.size() >= 4) anywhere();
+    }
+    return residue_;
+  }
+
+ private:
+  /// The words that a statement begins with.
+  void statement_word() {
+    if (n_ == 1) {
+      switch (word_[0] | 32) {
+        case 's':
+          if (any(word_, {"start", "savepoint"})) residue_ |= kTransaction;
+          break;
+        case 'b':
+          if (is(word_, "begin")) residue_ |= kTransaction;
+          break;
+        case 'c':
+          if (is(word_, "commit")) residue_ |= kTransaction;
+          else if (is(word_, "call")) residue_ |= kCode;
+          break;
+        case 'e':
+          if (is(word_, "end")) residue_ |= kTransaction;
+          else if (is(word_, "execute")) residue_ |= kPrepared;
+          break;
+        case 'r':
+          if (any(word_, {"rollback", "release"})) residue_ |= kTransaction;
+          else if (is(word_, "reset")) residue_ |= kSettings;
+          break;
+        case 'a':
+          if (is(word_, "abort")) residue_ |= kTransaction;
+          break;
+        case 'd':
+          if (is(word_, "deallocate")) residue_ |= kPrepared;
+          else if (is(word_, "discard")) residue_ |= kDiscard;
+          else if (is(word_, "declare")) declare_ = true;
+          else if (is(word_, "do")) residue_ |= kCode;
+          break;
+        case 'l':
+          if (is(word_, "listen")) residue_ |= kListen;
+          else if (is(word_, "load")) residue_ |= kCode | kSession;
+          break;
+        case 'u':
+          if (is(word_, "unlisten")) residue_ |= kListen;
+          break;
+        default: break;
+      }
+      return;
+    }
+    if (n_ == 2) {
+      if (is(first_, "set")) {
+        if (!any(word_, {"local", "transaction", "constraints"})) residue_ |= kSettings;
+      } else if (is(first_, "prepare")) {
+        residue_ |= is(word_, "transaction") ? kTransaction : kPrepared;
+      }
+    }
+    if (is(first_, "explain") || is(first_, "create")) {
+      if (is(word_, "execute")) residue_ |= kPrepared;
+    }
+  }
+
+  /// Words that count wherever they stand.
+  void anywhere() {
+    switch (word_[0] | 32) {
+      case 's':
+        if (is(word_, "set_config")) residue_ |= kSettings;
+        else if (is(word_, "setseed")) residue_ |= kSession;
+        break;
+      case 'p':
+        if (starts(word_, "pg_temp")) residue_ |= kTemporary;
+        else if (is(word_, "pg_backend_pid")) residue_ |= kSession;
+        else if (starts(word_, "pg_advisory_") || starts(word_, "pg_try_advisory_")) {
+          if (word_.find("xact") == std::string_view::npos && word_.find("XACT") == std::string_view::npos)
+            residue_ |= kAdvisoryLock;
+        }
+        break;
+      case 't':
+        if (any(word_, {"temp", "temporary"})) residue_ |= kTemporary;
+        break;
+      case 'c':
+        if (is(word_, "currval")) residue_ |= kSession;
+        break;
+      case 'l':
+        if (is(word_, "lastval")) residue_ |= kSession;
+        break;
+      case 'd':
+        if (any(word_, {"dblink_connect", "dblink_connect_u"})) residue_ |= kSession;
+        break;
+      case 'e':
+        if (is(word_, "execute") && (is(first_, "explain") || is(first_, "create"))) residue_ |= kPrepared;
+        break;
+      case 'h':
+        if (is(word_, "hold") && declare_) residue_ |= kCursor;
+        break;
+      default: break;
+    }
+  }
+
+  /// The next token: 'w' word, '"' quoted identifier, ';', or another character. False at the end.
+  bool next() {
+    for (;;) {
+      if (p_ == end_) return false;
+      const auto c = static_cast<unsigned char>(*p_);
+      if (c == ' ' || (c >= '\t' && c <= '\r')) {
+        ++p_;
+        continue;
+      }
+      if (c == '-' && peek(1) == '-') {
+        while (p_ != end_ && *p_ != '\n' && *p_ != '\r') ++p_;
+        continue;
+      }
+      if (c == '/' && peek(1) == '*') {
+        if (!comment()) return false;
+        continue;
+      }
+      if (c == '\'') {
+        if (!quoted('\'', !conforming_)) return false;
+        continue;
+      }
+      if (c == '$' && !is_digit(peek(1))) {
+        if (dollar()) continue;
+        if (p_ == end_) return false;
+      }
+      if (c == '"') {
+        const char* begin = p_ + 1;
+        if (!quoted('"', false)) return false;
+        word_ = {begin, static_cast<std::size_t>(p_ - 1 - begin)};
+        kind_ = '"';
+        return true;
+      }
+      if (is_word_start(c)) {
+        const char* begin = p_;
+        while (p_ != end_ && is_word(static_cast<unsigned char>(*p_))) ++p_;
+        word_ = {begin, static_cast<std::size_t>(p_ - begin)};
+        if (p_ != end_ && *p_ == '\'' && word_.size() == 1 && (*begin | 32) == 'e') {
+          if (!quoted('\'', true)) return false;
+          continue;
+        }
+        if (word_.size() == 1 && (*begin | 32) == 'u' && peek(0) == '&' && peek(1) == '"') {
+          residue_ |= kUnreadable;  // its escapes may spell any name
+        }
+        kind_ = 'w';
+        return true;
+      }
+      if (is_digit(c)) {
+        while (p_ != end_ && (is_word(static_cast<unsigned char>(*p_)) || *p_ == '.')) ++p_;
+        continue;
+      }
+      ++p_;
+      kind_ = static_cast<char>(c);
+      return true;
+    }
+  }
+
+  unsigned char peek(std::ptrdiff_t ahead) const { return end_ - p_ > ahead ? static_cast<unsigned char>(p_[ahead]) : '\0'; }
+
+  bool unreadable() {
+    residue_ |= kUnreadable;
+    p_ = end_;
+    return false;
+  }
+
+  /// Passes a quoted text; p_ is at its opening quote.
+  bool quoted(char quote, bool escapes) {
+    for (++p_; p_ != end_; ++p_) {
+      if (*p_ == quote) {
+        if (peek(1) != static_cast<unsigned char>(quote)) {
+          ++p_;
+          return true;
+        }
+        ++p_;
+      } else if (escapes && *p_ == '\\' && ++p_ == end_) {
+        break;
+      }
+    }
+    return unreadable();
+  }
+
+  bool comment() {
+    int depth = 0;
+    for (; p_ != end_; ++p_) {
+      if (*p_ == '/' && peek(1) == '*') {
+        ++depth;
+        ++p_;
+      } else if (*p_ == '*' && peek(1) == '/') {
+        ++p_;
+        if (--depth == 0) {
+          ++p_;
+          return true;
+        }
+      }
+    }
+    return unreadable();
+  }
+
+  /// Passes a dollar-quoted text; false if it is none (p_ unmoved) or has no end (p_ at the end).
+  bool dollar() {
+    const char* tag_end = p_ + 1;
+    while (tag_end != end_ && *tag_end != '$' && is_word(static_cast<unsigned char>(*tag_end))) ++tag_end;
+    if (tag_end == end_ || *tag_end != '$') return false;
+    const std::string_view tag(p_, static_cast<std::size_t>(tag_end + 1 - p_));
+    const std::string_view rest(tag_end + 1, static_cast<std::size_t>(end_ - tag_end - 1));
+    const std::size_t at = rest.find(tag);
+    if (at == std::string_view::npos) return unreadable();
+    p_ = rest.data() + at + tag.size();
+    return true;
+  }
+
+  const char* p_;
+  const char* end_;
+  bool conforming_, declare_ = false;
+  char kind_ = 0;
+  int n_ = 0;  // words of this statement so far
+  std::string_view word_, first_, second_;
+  std::uint32_t residue_ = 0;
+};
+
+}  // namespace
+
+std::uint32_t scan_sql(std::string_view sql, bool standard_conforming_strings) {
+  return Scanner(sql, standard_conforming_strings).run();
+}
+
+}  // namespace pgsidecar::protocol

@@ -1,0 +1,82 @@
+#include "protocol/statements.hpp"
+
+#include "protocol/sql_scan.hpp"
+
+namespace pgsidecar::protocol {
+
+StatementRef StatementCache::intern(std::string_view body) {
+  if (const auto it = map_.find(body); it != map_.end()) return it->second.lock();
+  auto statement = std::make_unique<Statement>();
+  statement->body = body;
+  statement->id = next_id_++;
+  statement->residue = scan_sql(body.substr(0, body.find('\0')));
+  const StatementRef ref(statement.release(), [this](const Statement* s) {
+    map_.erase(std::string_view(s->body));
+    delete s;
+  });
+  map_.emplace(std::string_view(ref->body), ref);
+  return ref;
+}
+
+StatementRef ClientStatements::find(std::string_view name) const {
+  if (name.empty()) return unnamed_;
+  if (!named_) return nullptr;
+  const auto it = named_->find(name);
+  return it == named_->end() ? nullptr : it->second;
+}
+
+void ClientStatements::set(std::string_view name, StatementRef statement) {
+  if (name.empty()) {
+    unnamed_ = std::move(statement);
+    return;
+  }
+  if (!named_) named_ = std::make_unique<StringMap<StatementRef>>();
+  named_->insert_or_assign(std::string(name), std::move(statement));
+}
+
+void ClientStatements::erase(std::string_view name) {
+  if (name.empty()) unnamed_.reset();
+  else if (named_) named_->erase(name);
+}
+
+void ClientStatements::clear() {
+  unnamed_.reset();
+  named_.reset();
+}
+
+bool ServerStatements::touch(const StatementRef& statement) {
+  const auto it = map_.find(statement->id);
+  if (it == map_.end()) return false;
+  order_.splice(order_.begin(), order_, it->second);
+  return true;
+}
+
+void ServerStatements::add(const StatementRef& statement) {
+  if (touch(statement)) return;
+  order_.push_front(statement);
+  map_.emplace(statement->id, order_.begin());
+}
+
+void ServerStatements::erase(std::uint64_t id) {
+  const auto it = map_.find(id);
+  if (it == map_.end()) return;
+  order_.erase(it->second);
+  map_.erase(it);
+}
+
+void ServerStatements::clear() {
+  order_.clear();
+  map_.clear();
+  unnamed.reset();
+}
+
+StatementRef ServerStatements::evict(std::size_t limit) {
+  if (order_.size() <= limit) return nullptr;
+  StatementRef last = order_.back();
+  erase(last->id);
+  return last;
+}
+
+std::string server_name(std::uint64_t id) { return "pgsidecar_" + std::to_string(id); }
+
+}  // namespace pgsidecar::protocol

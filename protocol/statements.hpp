@@ -1,0 +1,81 @@
+// Protocol-level prepared statements in transaction mode. A client's names are its own; on a server connection a
+// statement is prepared once under a name of the proxy's, shared by all clients whose Parse had the same text and
+// parameter types. Decides names and what must be prepared or evicted; sends nothing.
+#pragma once
+
+#include <boost/container_hash/hash.hpp>
+#include <boost/unordered/unordered_flat_map.hpp>
+#include <cstdint>
+#include <functional>
+#include <list>
+#include <memory>
+#include <string>
+#include <string_view>
+
+namespace pgsidecar::protocol {
+
+/// One text with parameter types: Parse's body after the name. Shared by clients and servers while any holds it.
+struct Statement {
+  std::string body;
+  std::uint64_t id = 0;
+  std::uint32_t residue = 0;  ///< scan_sql of the text
+};
+using StatementRef = std::shared_ptr<const Statement>;
+
+/// Interns statements. A known body costs no allocation. Must outlive every StatementRef that it gave out.
+class StatementCache {
+ public:
+  StatementRef intern(std::string_view body);
+  std::size_t size() const { return map_.size(); }
+
+ private:
+  // Keys are views into the statements; a statement leaves the map when its last holder does.
+  boost::unordered_flat_map<std::string_view, std::weak_ptr<const Statement>> map_;
+  std::uint64_t next_id_ = 1;
+};
+
+/// Lets maps with std::string keys be asked with views.
+struct StringHash {
+  using is_transparent = void;
+  std::size_t operator()(std::string_view s) const { return boost::hash<std::string_view>{}(s); }
+};
+template <class T>
+using StringMap = boost::unordered_flat_map<std::string, T, StringHash, std::equal_to<>>;
+
+/// A client's names. Few per client, so a small vector would do; a map keeps the bound of thousands cheap.
+class ClientStatements {
+ public:
+  StatementRef find(std::string_view name) const;
+  void set(std::string_view name, StatementRef statement);
+  void erase(std::string_view name);
+  void clear();
+  void clear_unnamed() { unnamed_.reset(); }
+  std::size_t size() const { return named_ ? named_->size() : 0; }
+
+ private:
+  StatementRef unnamed_;
+  std::unique_ptr<StringMap<StatementRef>> named_;
+};
+
+/// What is prepared on one server connection, least recently used last.
+class ServerStatements {
+ public:
+  /// True if it is prepared there; it then counts as used now.
+  bool touch(const StatementRef& statement);
+  void add(const StatementRef& statement);
+  void erase(std::uint64_t id);
+  void clear();
+  /// A statement to close because more than `limit` are prepared; nullptr if none. It is forgotten.
+  StatementRef evict(std::size_t limit);
+  std::size_t size() const { return order_.size(); }
+  StatementRef unnamed;  ///< what the server's unnamed statement holds, if known
+
+ private:
+  std::list<StatementRef> order_;
+  boost::unordered_flat_map<std::uint64_t, std::list<StatementRef>::iterator> map_;
+};
+
+/// The name under which a statement is prepared on servers.
+std::string server_name(std::uint64_t id);
+
+}  // namespace pgsidecar::protocol

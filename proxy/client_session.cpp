@@ -1,0 +1,866 @@
+#include "proxy/client_session.hpp"
+
+#include <openssl/rand.h>
+#include <sys/socket.h>
+
+#include <algorithm>
+#include <boost/asio/post.hpp>
+
+#include "protocol/sql_scan.hpp"
+#include "proxy/log.hpp"
+#include "proxy/server_connection.hpp"
+#include "proxy/tls.hpp"
+#include "proxy/worker.hpp"
+
+namespace pgsidecar::proxy {
+
+using protocol::Bytes;
+using protocol::kHeaderSize;
+using protocol::Owed;
+using protocol::Request;
+using protocol::Verdict;
+
+namespace {
+
+constexpr std::size_t kMaxStartup = 10 * 1024;
+constexpr std::size_t kMaxPassword = 8 * 1024;
+constexpr std::size_t kMaxNames = 8 * 1024;
+constexpr std::size_t kMaxUnread = 64 * 1024;  // of a client that waits
+constexpr std::uint32_t kMaxMessage = 0x40000000;
+constexpr std::uint32_t kLastsOnlyInSession = protocol::kSession | protocol::kUnreadable;
+
+bool is_extended(char type) { return type == 'P' || type == 'B' || type == 'D' || type == 'E' || type == 'C' || type == 'H'; }
+
+}  // namespace
+
+/// What only a login needs.
+struct ClientSession::Login {
+  std::optional<protocol::ClientLogin> exchange;
+  protocol::Startup startup;
+  std::string user, database, peer;
+  bool negotiate = false;
+};
+
+ClientSession::ClientSession(Worker& worker, Socket socket, std::uint32_t id, std::string peer)
+    : worker_(worker), id_(id), channel_(std::move(socket)), login_(std::make_unique<Login>()) {
+  login_->peer = std::move(peer);
+  login_deadline = worker.now() + std::chrono::milliseconds(worker.config().limits.loginTimeoutMillis);
+}
+
+ClientSession::~ClientSession() = default;
+
+void ClientSession::start() { wait_readable(); }
+
+const std::string& ClientSession::application() const {
+  static const std::string none;
+  if (!settings) return none;
+  const auto it = settings->values.find("application_name");
+  return it == settings->values.end() ? none : it->second;
+}
+
+// --- reading and writing
+
+void ClientSession::wait_readable() {
+  if (channel_.reading || state_ == State::Closed) return;
+  channel_.reading = true;
+  channel_.transport.wait_readable([self = shared_from_this()](const boost::system::error_code& ec) { self->on_readable(ec); });
+}
+
+void ClientSession::on_readable(const boost::system::error_code& ec) {
+  channel_.reading = false;
+  if (ec || state_ == State::Closed) return;
+  if (state_ == State::Tls) return handle_tls();
+  if (!began_) {
+    // Direct TLS begins with a handshake record, which OpenSSL must read itself.
+    std::uint8_t first = 0;
+    if (::recv(channel_.transport.socket().native_handle(), &first, 1, MSG_PEEK | MSG_DONTWAIT) == 1) {
+      began_ = true;
+      if (first == 0x16) {
+        if (!worker_.client_tls()) return close();
+        channel_.transport.start_tls(worker_.client_tls(), true);
+        transition(State::Tls);
+        return handle_tls();
+      }
+    }
+  }
+  for (int turn = 0; turn < 4; ++turn) {
+    if (server_ && server_->queued() > kHighMark) return;  // resumed when the server has taken it
+    if (channel_.queued() > kHighMark) return;             // resumed when the client has read
+    if (state_ != State::Active && channel_.unread.size() > kMaxUnread) return;  // resumed with a lease
+    const IoResult got = channel_.transport.read(worker_.scratch());
+    if (got.status == IoStatus::WouldBlock) break;
+    if (got.status != IoStatus::Ok) return close();
+    if (state_ == State::Closing) continue;
+    const Bytes fresh(worker_.scratch().data(), got.bytes);
+    if (entry_) entry_->pool.counters().clientBytesReceived += got.bytes;
+    if (channel_.unread.empty()) {
+      channel_.keep(fresh, process(fresh));
+    } else {
+      channel_.unread.append(reinterpret_cast<const char*>(fresh.data()), fresh.size());
+      read_on();
+    }
+    if (state_ == State::Closed || state_ == State::Tls) return;
+    if (got.bytes < worker_.scratch().size() && !channel_.transport.pending()) break;
+  }
+  if (channel_.transport.pending()) {
+    boost::asio::post(worker_.loop(), [self = shared_from_this()] { self->on_readable({}); });
+    return;
+  }
+  wait_readable();
+}
+
+void ClientSession::read_on() {
+  if (channel_.unread.empty() || state_ == State::Closed) return;
+  const Bytes all(reinterpret_cast<const std::uint8_t*>(channel_.unread.data()), channel_.unread.size());
+  const std::size_t consumed = process(all);
+  if (state_ != State::Closed) channel_.keep(all, consumed);
+}
+
+void ClientSession::send(Gather& gather) {
+  if (gather.empty()) return;
+  if (state_ == State::Closed) return gather.clear();
+  if (entry_) entry_->pool.counters().clientBytesSent += gather.size();
+  if (!channel_.send(gather, worker_.tls_scratch())) {
+    boost::asio::post(worker_.loop(), [self = shared_from_this()] { self->close(); });
+    return;
+  }
+  if (channel_.queued() > 0) wait_writable();
+}
+
+void ClientSession::wait_writable() {
+  if (channel_.writing || state_ == State::Closed) return;
+  channel_.writing = true;
+  channel_.transport.wait_writable([self = shared_from_this()](const boost::system::error_code& ec) {
+    self->channel_.writing = false;
+    if (ec || self->state_ == State::Closed) return;
+    if (self->state_ == State::Tls) return self->handle_tls();
+    if (!self->channel_.flush(self->worker_.tls_scratch())) return self->close();
+    if (self->channel_.queued() > 0) return self->wait_writable();
+    if (self->state_ == State::Closing) return self->close();
+    if (self->server_) self->server_->resume_reading();
+    self->on_readable({});
+  });
+}
+
+std::size_t ClientSession::process(Bytes in) {
+  std::size_t at = 0;
+  auto& to_server = worker_.to_server;
+  while (at < in.size() && state_ != State::Closed && state_ != State::Closing && state_ != State::Tls) {
+    const Bytes left = in.subspan(at);
+    if (pass_left_ > 0) {
+      const std::size_t n = std::min(pass_left_, left.size());
+      if (pass_to_server_ && server_) to_server.add(left.data(), n);
+      pass_left_ -= n;
+      at += n;
+      continue;
+    }
+    std::size_t used = 0;
+    if (state_ == State::Startup) used = on_startup(left);
+    else if (state_ == State::Authenticating) used = on_password(left);
+    else if (state_ == State::Greeting || state_ == State::Waiting) break;
+    else {
+      if (left.size() < kHeaderSize) break;
+      const std::uint32_t length = protocol::load_u32(left.data() + 1);
+      if (length < 4 || length > kMaxMessage) {
+        fatal("08P01", "invalid message length");
+        break;
+      }
+      const std::size_t total = std::size_t{length} + 1;
+      used = on_request(static_cast<char>(left[0]), left.first(std::min(total, left.size())), total);
+    }
+    if (used == 0) break;
+    at += used;
+  }
+  if (server_) server_->send(to_server);
+  else to_server.clear();
+  send(worker_.to_client);
+  return at;
+}
+
+// --- how a client begins
+
+std::size_t ClientSession::on_startup(Bytes in) {
+  if (in.size() < 8) return 0;
+  const std::uint32_t length = protocol::load_u32(in.data());
+  if (length < 8 || length > kMaxStartup) {
+    fatal("08P01", "invalid length of startup packet");
+    return 0;
+  }
+  if (in.size() < length) return 0;
+  const Bytes body = in.subspan(4, length - 4);
+  const std::uint32_t code = protocol::load_u32(body.data());
+  const auto answer = [&](char c) { worker_.to_client.own([c](std::string& out) { out.push_back(c); }); };
+  if (code == protocol::kSslRequest) {
+    const bool tls = worker_.client_tls() && !channel_.transport.is_tls();
+    if (tls && in.size() > length) {
+      fatal("08P01", "received unencrypted data after SSL request");  // injected before the handshake
+      return 0;
+    }
+    answer(tls ? 'S' : 'N');
+    send(worker_.to_client);
+    if (tls) {
+      channel_.transport.start_tls(worker_.client_tls(), true);
+      transition(State::Tls);
+      wait_readable();
+    }
+    return length;
+  }
+  if (code == protocol::kGssEncRequest) {
+    answer('N');
+    return length;
+  }
+  if (code == protocol::kCancelRequest) {
+    protocol::Reader r(body.subspan(4));
+    const std::uint32_t pid = r.u32();
+    const Bytes key = r.rest();
+    if (r.ok()) worker_.cancel(pid, {reinterpret_cast<const char*>(key.data()), key.size()});
+    close();
+    return 0;
+  }
+  if (code >> 16 != 3) {
+    fatal("0A000", "unsupported frontend protocol " + std::to_string(code >> 16) + "." + std::to_string(code & 0xffff) +
+                       ": server supports 3.0 to 3.2");
+    return 0;
+  }
+  auto startup = protocol::parse_startup(body);
+  if (!startup) {
+    fatal("08P01", "invalid startup packet layout: expected terminator as last byte");
+    return 0;
+  }
+  begin_login(std::move(*startup));
+  return length;
+}
+
+void ClientSession::handle_tls() {
+  const IoResult result = channel_.transport.handshake();
+  if (result.status == IoStatus::WouldBlock) {
+    if (channel_.transport.wants_write()) wait_writable();
+    else wait_readable();
+    return;
+  }
+  if (result.status != IoStatus::Ok) {
+    log::info("client {}: TLS handshake failed: {}", id_, channel_.transport.tls_error());
+    return close();
+  }
+  transition(State::Startup);
+  on_readable({});
+}
+
+void ClientSession::begin_login(protocol::Startup startup) {
+  Login& login = *login_;
+  login.startup = std::move(startup);
+  login.user = login.startup.get("user");
+  login.database = login.startup.get("database");
+  if (login.user.empty()) return fatal("28000", "no PostgreSQL user name specified in startup packet");
+  if (login.database.empty()) login.database = login.user;
+  const conf::Config& config = worker_.config();
+  if (worker_.draining() && !config.shutdown.acceptWhileDraining) {
+    worker_.reject(pool::RejectReason::Draining);
+    return fatal("57P03", "the database system is shutting down");
+  }
+  if (worker_.full()) {
+    worker_.reject(pool::RejectReason::MaxClients);
+    return fatal("53300", "sorry, too many clients already",
+                 "pgsidecar serves at most " + std::to_string(config.limits.maxClients) + " clients (limits.maxClients).");
+  }
+  const bool tls = channel_.transport.is_tls();
+  if (!tls && (config.tls.mode == conf::TlsMode::Require || config.tls.mode == conf::TlsMode::VerifyFull))
+    return fatal("28000", "no pg_hba.conf entry for this connection: pgsidecar requires SSL encryption (tls.mode)");
+  if (const auto replication = login.startup.get("replication"); !replication.empty() && replication != "false" &&
+                                                                 replication != "off" && replication != "0" && replication != "no")
+    return fatal("0A000", "replication connections are not supported through pgsidecar", "Connect to the server directly.");
+
+  std::vector<std::string> unknown;
+  for (const auto& [name, value] : login.startup.parameters)
+    if (name.starts_with("_pq_.")) unknown.push_back(name);
+  const std::uint32_t version = std::min<std::uint32_t>(login.startup.version, protocol::kProtocol32);
+  if (login.startup.version > protocol::kProtocol32 || !unknown.empty() ||
+      (login.startup.version > protocol::kProtocol30 && login.startup.version < protocol::kProtocol32)) {
+    const std::uint32_t served = version == protocol::kProtocol32 ? version : std::uint32_t{protocol::kProtocol30};
+    worker_.to_client.own([&](std::string& out) { protocol::write_negotiate_protocol_version(out, served, unknown); });
+  }
+
+  using Method = conf::AuthMethod;
+  protocol::ClientAuth method = protocol::ClientAuth::Trust;
+  switch (config.auth.method) {
+    case Method::ScramSha256: method = protocol::ClientAuth::Scram; break;
+    case Method::Md5: method = protocol::ClientAuth::Md5; break;
+    case Method::Password: method = protocol::ClientAuth::Password; break;
+    case Method::Trust: break;
+    case Method::Cert:
+      if (!tls || peer_common_name(channel_.transport.ssl()) != login.user) {
+        worker_.reject(pool::RejectReason::Auth);
+        return fatal("28000", "certificate authentication failed for user \"" + login.user + "\"");
+      }
+      break;
+  }
+  login.exchange.emplace(method, login.user, protocol::ClientSecret{worker_.secret_of(login.user)},
+                         tls ? channel_binding(channel_.transport.ssl(), true) : std::string(), &worker_.scram_keys);
+  transition(State::Authenticating);
+  protocol::ClientLogin::Step step{};
+  worker_.to_client.own([&](std::string& out) { step = login.exchange->begin(out); });
+  if (step == protocol::ClientLogin::Step::Accepted) accepted();
+}
+
+std::size_t ClientSession::on_password(Bytes in) {
+  if (in.size() < kHeaderSize) return 0;
+  const std::uint32_t length = protocol::load_u32(in.data() + 1);
+  if (length < 4 || length > kMaxPassword) {
+    fatal("08P01", "invalid password packet size");
+    return 0;
+  }
+  const std::size_t total = std::size_t{length} + 1;
+  if (in.size() < total) return 0;
+  protocol::ClientLogin::Step step{};
+  worker_.to_client.own([&](std::string& out) {
+    step = login_->exchange->on_frame(static_cast<char>(in[0]), in.subspan(kHeaderSize, total - kHeaderSize), out);
+  });
+  if (step == protocol::ClientLogin::Step::Accepted) accepted();
+  if (step == protocol::ClientLogin::Step::Rejected) {
+    worker_.reject(pool::RejectReason::Auth);
+    log::warn("client {} from {}: password authentication failed for user \"{}\"", id_, login_->peer, login_->user);
+    send(worker_.to_client);
+    transition(State::Closing);
+    if (channel_.queued() == 0) close();
+  }
+  return total;
+}
+
+void ClientSession::accepted() {
+  std::string sqlstate, error;
+  PoolEntry* entry = worker_.find_pool(login_->database, login_->user, sqlstate, error);
+  if (!entry) {
+    worker_.reject(pool::RejectReason::UnknownDatabase);
+    return fatal(sqlstate, error);
+  }
+  std::map<std::string, std::string> values;
+  std::string complaint;
+  if (!settings_of(login_->startup, values, complaint)) return fatal("0A000", complaint);
+  entry_ = entry;
+  ++entry->clients;
+  settings = entry->settings.intern(std::move(values));
+  transition(State::Greeting);
+  login_deadline = pool::Time::max();
+  worker_.on_login(*this);
+  if (!settings->welcome.empty()) return greet();
+  transition(State::Greeting);
+  worker_.want_server(*this);
+}
+
+void ClientSession::greet() {
+  const bool long_key = login_->startup.version >= protocol::kProtocol32;
+  cancel_key_.resize(long_key ? 32 : 4);
+  RAND_bytes(reinterpret_cast<unsigned char*>(cancel_key_.data()), static_cast<int>(cancel_key_.size()));
+  worker_.to_client.own([&](std::string& out) {
+    out += settings->welcome;
+    protocol::write_backend_key_data(out, id_, cancel_key_);
+    protocol::write_ready_for_query(out, protocol::TxStatus::Idle);
+  });
+  log::debug("client {}: user {} database {} from {} logged in", id_, login_->user, login_->database, login_->peer);
+  login_.reset();
+  transition(server_ ? State::Active : State::Ready);
+  send(worker_.to_client);
+}
+
+void ClientSession::on_greeting_failed(const protocol::ErrorFields& error) {
+  worker_.to_client.own([&](std::string& out) {
+    protocol::write_error(out, protocol::Severity::Fatal, error.sqlstate, error.message, error.detail, error.hint);
+  });
+  send(worker_.to_client);
+  transition(State::Closing);
+  if (channel_.queued() == 0) close();
+}
+
+// --- leases
+
+bool ClientSession::rewrites() const { return entry_->pool.settings().mode != conf::PoolMode::Session; }
+
+bool ClientSession::acquire() {
+  request_since = worker_.now();
+  transition(State::Waiting);
+  worker_.want_server(*this);  // may lease at once
+  return server_ != nullptr;
+}
+
+void ClientSession::on_lease(ServerConnection& server) {
+  server_ = &server;
+  if (state_ == State::Greeting) {
+    if (server.pipeline.empty() && settings->welcome.empty()) {
+      // The server had these settings already: what it told counts.
+      for (const auto& [name, value] : server.parameters()) protocol::write_parameter_status(settings->welcome, name, value);
+    }
+    if (!settings->welcome.empty() && server.pipeline.empty()) on_server_ready();
+    return;
+  }
+  const pool::Time now = worker_.now();
+  if (request_since == pool::Time{}) request_since = now;
+  entry_->pool.counters().wait.record(
+      static_cast<std::uint64_t>(std::chrono::duration_cast<std::chrono::microseconds>(now - request_since).count()));
+  transaction_since = now;
+  const bool queued = state_ == State::Waiting;
+  transition(State::Active);
+  if (queued) {
+    boost::asio::post(worker_.loop(), [self = shared_from_this()] {
+      self->read_on();
+      if (self->state_ != State::Closed) self->wait_readable();
+    });
+  }
+}
+
+void ClientSession::on_server_ready() {
+  if (state_ == State::Greeting) {
+    greet();
+    ServerConnection* server = std::exchange(server_, nullptr);
+    transition(State::Ready);
+    if (entry_->pool.settings().mode == conf::PoolMode::Session) {
+      server_ = server;
+      transition(State::Active);
+      pinned_ = true;
+    } else {
+      server->detach(false);
+    }
+    boost::asio::post(worker_.loop(), [self = shared_from_this()] {
+      if (self->state_ == State::Closed) return;
+      self->read_on();
+      if (self->state_ != State::Closed) self->wait_readable();
+    });
+    return;
+  }
+  if (!server_ || server_->asking_residue()) return;
+  const conf::PoolSettings& policy = entry_->pool.settings();
+  if (policy.mode == conf::PoolMode::Session) {
+    if (draining_) fatal("57P01", "terminating connection due to administrator command");
+    return;
+  }
+  const std::uint32_t residue = residue_ & ~protocol::kTransaction;
+  const bool ask = policy.residueCheck == conf::ResidueCheck::Always || (residue & ~kLastsOnlyInSession) != 0;
+  if (ask && policy.residueCheck != conf::ResidueCheck::Never) {
+    residue_ &= kLastsOnlyInSession;
+    if (residue & kLastsOnlyInSession) pinned_ = true;
+    server_->ask_residue();
+    return;
+  }
+  if (residue & kLastsOnlyInSession) pinned_ = true;
+  if (draining_ && pass_left_ == 0) return fatal("57P01", "terminating connection due to administrator command");
+  if (pinned_ || (pass_left_ > 0 && pass_to_server_)) return;
+  release();
+}
+
+void ClientSession::on_residue(SettingsRef now, const std::string& pins, bool certain) {
+  if (now) settings = std::move(now);
+  const bool pin = !certain || !pins.empty() || (residue_ & kLastsOnlyInSession) != 0;
+  if (pin && !pinned_) log::info("client {}: pinned to its server connection: {}", id_, pins.empty() ? "session state" : pins);
+  pinned_ = pin;
+}
+
+void ClientSession::release() {
+  const pool::Time now = worker_.now();
+  auto& counters = entry_->pool.counters();
+  ++counters.transactions;
+  counters.transaction.record(
+      static_cast<std::uint64_t>(std::chrono::duration_cast<std::chrono::microseconds>(now - transaction_since).count()));
+  ServerConnection* server = std::exchange(server_, nullptr);
+  residue_ = 0;
+  transition(State::Ready);
+  server->detach(false);
+}
+
+void ClientSession::on_wait_failed(const std::string& sqlstate, const std::string& message, bool is_fatal) {
+  if (state_ == State::Greeting || is_fatal) return fatal(sqlstate, message);
+  transition(State::Ready);
+  worker_.count_error(sqlstate);
+  // The request that waited is answered with an error; of an extended one, all up to Sync goes unanswered, as on a server.
+  const char type = channel_.unread.empty() ? 'Q' : channel_.unread[0];
+  worker_.to_client.own([&](std::string& out) { protocol::write_error(out, protocol::Severity::Error, sqlstate, message); });
+  if (is_extended(type)) {
+    discarding_ = true;
+  } else {
+    const std::size_t total = channel_.unread.size() < kHeaderSize
+                                  ? 0
+                                  : std::size_t{protocol::load_u32(reinterpret_cast<const std::uint8_t*>(channel_.unread.data()) + 1)} + 1;
+    const std::size_t have = std::min(total, channel_.unread.size());
+    channel_.unread.erase(0, have);
+    pass_left_ = total - have;
+    pass_to_server_ = false;
+    worker_.to_client.own([](std::string& out) { protocol::write_ready_for_query(out, protocol::TxStatus::Idle); });
+  }
+  send(worker_.to_client);
+  read_on();
+  if (state_ != State::Closed) wait_readable();
+}
+
+void ClientSession::on_server_lost(const std::string& sqlstate, const std::string& message, bool in_transaction) {
+  if (!server_) return;
+  const bool query = server_->pipeline.front() && server_->pipeline.front()->request == Request::Query;
+  const bool owed = !server_->pipeline.empty() || server_->pipeline.unsynced();
+  bool sync_owed = false;
+  server_->pipeline.for_each([&](const Owed& o) { sync_owed |= o.request == Request::Sync && o.owner == id_; });
+  server_ = nullptr;
+  if (state_ == State::Greeting) return fatal(sqlstate, message);
+  worker_.count_error(sqlstate);
+  pending_.clear();
+  residue_ = 0;
+  // A session that lived on that connection, or a transaction, can't go on elsewhere.
+  if (pinned_ || in_transaction || pass_left_ > 0 || entry_->pool.settings().mode == conf::PoolMode::Session)
+    return fatal(sqlstate, message, "The server connection that held this client's transaction or session is gone.");
+  transition(State::Ready);
+  resume_reading();
+  if (!owed) return;
+  worker_.to_client.own([&](std::string& out) {
+    protocol::write_error(out, protocol::Severity::Error, sqlstate, message);
+    if (query || sync_owed) protocol::write_ready_for_query(out, protocol::TxStatus::Idle);
+  });
+  discarding_ = !query && !sync_owed;
+  send(worker_.to_client);
+  if (draining_) return fatal("57P01", "terminating connection due to administrator command");
+}
+
+// --- requests
+
+std::size_t ClientSession::on_request(char type, Bytes available, std::size_t total) {
+  const auto swallow = [&] {
+    pass_left_ = total - available.size();
+    pass_to_server_ = false;
+    return available.size();
+  };
+  if (type == 'X') {
+    close();
+    return 0;
+  }
+  if (discarding_) {
+    if (type == 'S') {
+      discarding_ = false;
+      worker_.to_client.own([](std::string& out) { protocol::write_ready_for_query(out, protocol::TxStatus::Idle); });
+    }
+    return swallow();
+  }
+  static constexpr std::string_view kKnown = "QPBDECSHFdcf";
+  if (kKnown.find(type) == std::string_view::npos) {
+    fatal("08P01", "invalid frontend message type " + std::to_string(static_cast<unsigned char>(type)));
+    return 0;
+  }
+  if (!server_) {
+    if (type == 'd' || type == 'c' || type == 'f' || type == 'H') return swallow();  // the rest of a COPY that failed
+    if (type == 'S') {
+      worker_.to_client.own([](std::string& out) { protocol::write_ready_for_query(out, protocol::TxStatus::Idle); });
+      return swallow();
+    }
+    if (!acquire()) return 0;
+  }
+  switch (type) {
+    case 'Q': return on_query(available, total);
+    case 'P': return on_parse(available, total);
+    case 'B': return on_bind(available, total);
+    case 'D': return on_describe(available, total);
+    case 'C': return on_close(available, total);
+    case 'E': server_->pipeline.push({Request::Execute, Verdict::Forward, id_}); break;
+    case 'F': server_->pipeline.push({Request::FunctionCall, Verdict::Forward, id_}); break;
+    case 'c':
+    case 'f': server_->pipeline.push({Request::CopyEnd, Verdict::Forward, id_}); break;
+    case 'S':
+      if (!server_->pipeline.push({Request::Sync, Verdict::Forward, id_})) return swallow();  // held during COPY
+      break;
+    default: break;
+  }
+  relay(available, total);
+  return available.size();
+}
+
+void ClientSession::relay(Bytes available, std::size_t total) {
+  worker_.to_server.add(available.data(), available.size());
+  pass_left_ = total - available.size();
+  pass_to_server_ = true;
+}
+
+std::size_t ClientSession::on_query(Bytes available, std::size_t total) {
+  const bool too_large = total > worker_.config().limits.maxParseBytes;
+  if (available.size() < total && !too_large && rewrites()) return 0;
+  if (rewrites()) {
+    if (too_large) {
+      residue_ |= protocol::kUnreadable;
+    } else {
+      protocol::Reader reader(available.subspan(kHeaderSize));
+      residue_ |= protocol::scan_sql(reader.cstring());
+    }
+  }
+  statements.clear_unnamed();
+  server_->statements.unnamed.reset();
+  ++entry_->pool.counters().queries;
+  server_->pipeline.push({Request::Query, Verdict::Forward, id_});
+  relay(available, total);
+  return available.size();
+}
+
+std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
+  if (!rewrites()) {
+    server_->pipeline.push({Request::Parse, Verdict::Forward, id_});
+    relay(available, total);
+    return available.size();
+  }
+  if (total > worker_.config().limits.maxParseBytes) {
+    fatal("54000", "statement text is larger than limits.maxParseBytes");
+    return 0;
+  }
+  if (available.size() < total) return 0;
+  protocol::Reader reader(available.subspan(kHeaderSize));
+  const std::string_view name = reader.cstring();
+  const Bytes rest = reader.rest();
+  const std::string_view body(reinterpret_cast<const char*>(rest.data()), rest.size());
+  auto& pipeline = server_->pipeline;
+  if (!reader.ok() || pipeline.failed()) {
+    relay(available, total);  // the server skips it, or says what is wrong with it
+    pipeline.push({Request::Parse, Verdict::Forward, id_});
+    if (!pipeline.failed()) pending_.push_back({std::string(name), nullptr});
+    return total;
+  }
+  protocol::StatementRef statement = worker_.statements.intern(body);
+  residue_ |= statement->residue;
+  auto& held = server_->statements;
+  if (name.empty()) {
+    pipeline.push({Request::Parse, Verdict::Forward, id_});
+    pending_.push_back({{}, statement});
+    statements.set({}, statement);
+    held.unnamed = std::move(statement);
+    relay(available, total);
+    return total;
+  }
+  if (statements.size() >= worker_.config().limits.maxPreparedStatementsPerClient) {
+    fatal("53000", "too many prepared statements", "limits.maxPreparedStatementsPerClient bounds them for each client.");
+    return 0;
+  }
+  const auto forward = [&](const protocol::StatementRef& s) {
+    worker_.to_server.own([&](std::string& out) {
+      protocol::Writer(out).begin(protocol::Frontend::Parse).cstring(protocol::server_name(s->id)).bytes(s->body).end();
+    });
+    pipeline.push({Request::Parse, Verdict::Forward, id_, static_cast<std::uint32_t>(s->id)});
+  };
+  if (const auto existing = statements.find(name)) {
+    // The server's own "already exists", with the client's name put back in (ServerConnection::on_error_response).
+    prepare(existing);
+    forward(existing);
+    pending_.push_back({std::string(name), nullptr});
+    return total;
+  }
+  auto& counters = entry_->pool.counters();
+  if (held.touch(statement)) {
+    ++counters.preparedHits;
+    pipeline.push({Request::Parse, Verdict::Inject, id_});
+  } else {
+    ++counters.preparedMisses;
+    forward(statement);
+    held.add(statement);
+  }
+  pending_.push_back({std::string(name), statement});
+  statements.set(name, std::move(statement));
+  return total;
+}
+
+void ClientSession::prepare(const protocol::StatementRef& statement) {
+  auto& held = server_->statements;
+  residue_ |= statement->residue;
+  if (held.touch(statement)) {
+    ++entry_->pool.counters().preparedHits;
+    return;
+  }
+  ++entry_->pool.counters().preparedMisses;
+  worker_.to_server.own([&](std::string& out) {
+    protocol::Writer(out)
+        .begin(protocol::Frontend::Parse)
+        .cstring(protocol::server_name(statement->id))
+        .bytes(statement->body)
+        .end();
+  });
+  server_->pipeline.push({Request::Parse, Verdict::Skip, id_, static_cast<std::uint32_t>(statement->id)});
+  held.add(statement);
+  while (const auto old = held.evict(entry_->pool.settings().maxPreparedStatements)) {
+    ++entry_->pool.counters().preparedEvictions;
+    worker_.to_server.own([&](std::string& out) {
+      protocol::Writer(out).begin(protocol::Frontend::Close).u8('S').cstring(protocol::server_name(old->id)).end();
+    });
+    server_->pipeline.push({Request::Close, Verdict::Skip, id_});
+  }
+}
+
+std::size_t ClientSession::on_bind(Bytes available, std::size_t total) {
+  auto& pipeline = server_->pipeline;
+  if (!rewrites() || pipeline.failed()) {
+    pipeline.push({Request::Bind, Verdict::Forward, id_});
+    relay(available, total);
+    return available.size();
+  }
+  protocol::Reader reader(available.subspan(kHeaderSize));
+  const std::string_view portal = reader.cstring();
+  const std::string_view name = reader.cstring();
+  if (!reader.ok()) {
+    if (available.size() < total && available.size() < kMaxNames) return 0;
+    pipeline.push({Request::Bind, Verdict::Forward, id_});
+    relay(available, total);
+    return available.size();
+  }
+  ++entry_->pool.counters().queries;
+  const auto statement = statements.find(name);
+  auto& held = server_->statements;
+  if (!statement || name.empty()) {
+    if (!statement && name.empty() && held.unnamed) {
+      worker_.to_server.own([](std::string& out) {
+        protocol::Writer(out).begin(protocol::Frontend::Close).u8('S').cstring("").end();
+      });
+      pipeline.push({Request::Close, Verdict::Skip, id_});
+      held.unnamed.reset();
+    }
+    if (statement && held.unnamed != statement) {
+      worker_.to_server.own([&](std::string& out) {
+        protocol::Writer(out).begin(protocol::Frontend::Parse).cstring("").bytes(statement->body).end();
+      });
+      pipeline.push({Request::Parse, Verdict::Skip, id_});
+      held.unnamed = statement;
+      residue_ |= statement->residue;
+    }
+    pipeline.push({Request::Bind, Verdict::Forward, id_});
+    relay(available, total);
+    return available.size();
+  }
+  prepare(statement);
+  const std::string own_name = protocol::server_name(statement->id);
+  const std::size_t consumed = kHeaderSize + portal.size() + 1 + name.size() + 1;
+  worker_.to_server.own([&](std::string& out) {
+    out.push_back('B');
+    out.append(4, '\0');
+    protocol::store_u32(reinterpret_cast<std::uint8_t*>(out.data() + out.size() - 4),
+                        static_cast<std::uint32_t>(total - 1 - name.size() + own_name.size()));
+    protocol::Writer(out).cstring(portal).cstring(own_name);
+  });
+  pipeline.push({Request::Bind, Verdict::Forward, id_});
+  worker_.to_server.add(available.data() + consumed, available.size() - consumed);
+  pass_left_ = total - available.size();
+  pass_to_server_ = true;
+  return available.size();
+}
+
+std::size_t ClientSession::on_describe(Bytes available, std::size_t total) {
+  if (available.size() < total && total < kMaxNames) return 0;
+  auto& pipeline = server_->pipeline;
+  protocol::Reader reader(available.subspan(kHeaderSize));
+  const char kind = static_cast<char>(reader.u8());
+  const std::string_view name = reader.cstring();
+  const auto statement = kind == 'S' && reader.ok() && rewrites() && !pipeline.failed() ? statements.find(name) : nullptr;
+  if (statement && !name.empty()) {
+    prepare(statement);
+    worker_.to_server.own([&](std::string& out) {
+      protocol::Writer(out).begin(protocol::Frontend::Describe).u8('S').cstring(protocol::server_name(statement->id)).end();
+    });
+  } else {
+    if (statement && server_->statements.unnamed != statement) {
+      worker_.to_server.own([&](std::string& out) {
+        protocol::Writer(out).begin(protocol::Frontend::Parse).cstring("").bytes(statement->body).end();
+      });
+      pipeline.push({Request::Parse, Verdict::Skip, id_});
+      server_->statements.unnamed = statement;
+    }
+    relay(available, total);
+  }
+  pipeline.push({Request::Describe, Verdict::Forward, id_});
+  return available.size();
+}
+
+std::size_t ClientSession::on_close(Bytes available, std::size_t total) {
+  if (available.size() < total && total < kMaxNames) return 0;
+  auto& pipeline = server_->pipeline;
+  protocol::Reader reader(available.subspan(kHeaderSize));
+  const char kind = static_cast<char>(reader.u8());
+  const std::string_view name = reader.cstring();
+  if (rewrites() && kind == 'S' && reader.ok() && !pipeline.failed()) {
+    statements.erase(name);
+    if (name.empty()) server_->statements.unnamed.reset();
+    else if (available.size() == total) {
+      pipeline.push({Request::Close, Verdict::Inject, id_});
+      return total;
+    }
+  }
+  pipeline.push({Request::Close, Verdict::Forward, id_});
+  relay(available, total);
+  return available.size();
+}
+
+void ClientSession::on_parse_done(bool ok) {
+  if (pending_.empty()) return;
+  const PendingParse parse = std::move(pending_.front());
+  pending_.erase(pending_.begin());
+  if (ok) return;
+  if (!parse.statement) parse_error_ = parse.name;
+  else if (statements.find(parse.name) == parse.statement) statements.erase(parse.name);
+}
+
+void ClientSession::on_statements_gone() {
+  statements.clear();
+  server_->statements.clear();
+}
+
+void ClientSession::resume_reading() {
+  boost::asio::post(worker_.loop(), [self = shared_from_this()] {
+    if (self->state_ != State::Closed && !self->channel_.reading) self->on_readable({});
+  });
+}
+
+void ClientSession::on_apply_failed(const protocol::ErrorFields& error) {
+  server_ = nullptr;
+  fatal(error.sqlstate, "could not carry this session's settings to another server connection: " + error.message);
+}
+
+// --- the end
+
+void ClientSession::on_deadline(pool::Time now) {
+  if (now < login_deadline || state_ == State::Closed) return;
+  if (state_ == State::Closing) return close();
+  login_deadline = now + std::chrono::seconds(1);
+  worker_.reject(pool::RejectReason::Timeout);
+  log::info("client {}: login timed out", id_);
+  fatal("08006", "canceling authentication due to timeout");
+}
+
+void ClientSession::drain() {
+  draining_ = true;
+  if (state_ == State::Ready || counts_as_login() || state_ == State::Greeting || state_ == State::Waiting)
+    return fatal("57P01", "terminating connection due to administrator command");
+  if (server_ && server_->pipeline.releasable() && pass_left_ == 0)
+    fatal("57P01", "terminating connection due to administrator command");
+}
+
+void ClientSession::fatal(std::string_view sqlstate, std::string_view message, std::string_view hint) {
+  if (state_ == State::Closed || state_ == State::Closing) return;
+  worker_.count_error(sqlstate);
+  if (sqlstate == "08P01") worker_.reject(pool::RejectReason::Protocol);
+  worker_.to_client.own([&](std::string& out) {
+    protocol::write_error(out, protocol::Severity::Fatal, sqlstate, message, {}, hint);
+  });
+  unlink();
+  transition(State::Closing);
+  give_up_server();
+  login_deadline = worker_.now() + std::chrono::seconds(5);
+  send(worker_.to_client);
+  worker_.kick();
+  if (channel_.queued() > 0) return;
+  channel_.transport.shutdown_send();
+  close();
+}
+
+void ClientSession::give_up_server() {
+  if (!server_) return;
+  ServerConnection* server = std::exchange(server_, nullptr);
+  server->send(worker_.to_server);  // what came before counts, as it would on a direct connection
+  if (pass_left_ > 0 && pass_to_server_) return server->close(pool::CloseReason::Broken);  // half a message was sent
+  server->detach(!server->pipeline.releasable() || pinned_ || residue_ != 0 ||
+                 entry_->pool.settings().mode == conf::PoolMode::Session);
+}
+
+void ClientSession::close() {
+  if (state_ == State::Closed) return;
+  const auto self = shared_from_this();
+  unlink();
+  transition(State::Closed);
+  give_up_server();
+  channel_.transport.close();
+  worker_.on_client_closed(*this);
+}
+
+}  // namespace pgsidecar::proxy

@@ -1,0 +1,125 @@
+// One client: how it begins (TLS, cancel, login), then the relay's client side. Reads requests, keeps the names of its
+// prepared statements and its settings, waits for a server connection and gives it back. Owned by the Worker.
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "pool/pool.hpp"
+#include "protocol/login.hpp"
+#include "protocol/pipeline.hpp"
+#include "protocol/statements.hpp"
+#include "proxy/channel.hpp"
+#include "proxy/settings.hpp"
+
+namespace pgsidecar::proxy {
+
+class ServerConnection;
+class Worker;
+struct PoolEntry;
+
+class ClientSession : public pool::Waiter, public std::enable_shared_from_this<ClientSession> {
+ public:
+  /// Startup: untyped packets. Tls: handshake. Authenticating. Greeting: logged in, the server's parameters not known yet.
+  /// Ready: holds no server connection. Waiting: in the pool's queue. Active: holds one. Closing: closes once sent.
+  enum class State { Startup, Tls, Authenticating, Greeting, Ready, Waiting, Active, Closing, Closed };
+
+  ClientSession(Worker& worker, Socket socket, std::uint32_t id, std::string peer);
+  ~ClientSession();
+  void start();
+
+  State state() const { return state_; }
+  std::uint32_t id() const { return id_; }
+  const std::string& cancel_key() const { return cancel_key_; }
+  ServerConnection* server() { return server_; }
+  PoolEntry* entry() { return entry_; }
+  const std::string& application() const;
+  bool counts_as_login() const { return state_ < State::Greeting; }
+
+  /// A server connection is leased to it now: what waited goes on.
+  void on_lease(ServerConnection& server);
+  /// No server connection came in time, or the pool has none to give.
+  void on_wait_failed(const std::string& sqlstate, const std::string& message, bool fatal);
+  /// The server connection died under it.
+  void on_server_lost(const std::string& sqlstate, const std::string& message, bool in_transaction);
+  /// The server owes nothing and is outside a transaction. Decides whether the lease ends.
+  void on_server_ready();
+  void on_greeting_failed(const protocol::ErrorFields& error);
+  void on_residue(SettingsRef settings, const std::string& pins, bool certain);
+  void on_parse_done(bool ok);
+  void on_statements_gone();  ///< DISCARD ALL, DEALLOCATE ALL
+  void on_apply_failed(const protocol::ErrorFields& error);
+  /// The Parse that is next to be answered names a statement that exists already.
+  bool pending_is_duplicate() const { return !pending_.empty() && !pending_.front().statement; }
+  /// The client's name in the error of such a Parse.
+  const std::string* pending_parse_error() const { return parse_error_ ? &*parse_error_ : nullptr; }
+  void forget_pending_parse_error() { parse_error_.reset(); }
+  void resume_reading();
+  bool pinned() const { return pinned_; }
+
+  void send(Gather& gather);
+  std::size_t queued() const { return channel_.queued(); }
+  void on_deadline(pool::Time now);
+  pool::Time login_deadline = pool::Time::max();
+  pool::Time request_since{}, transaction_since{};
+
+  void drain();  ///< leaves at the next transaction boundary, at once if there is none open
+  void fatal(std::string_view sqlstate, std::string_view message, std::string_view hint = {});
+  void close();
+
+  SettingsRef settings;
+  protocol::ClientStatements statements;
+
+ private:
+  struct PendingParse {
+    std::string name;
+    protocol::StatementRef statement;
+  };
+
+  void transition(State next) { state_ = next; }
+  void wait_readable();
+  void on_readable(const boost::system::error_code& ec);
+  void wait_writable();
+  void read_on();  ///< works off what is unread
+  std::size_t process(protocol::Bytes in);
+  std::size_t on_startup(protocol::Bytes in);
+  void begin_login(protocol::Startup startup);
+  std::size_t on_password(protocol::Bytes in);
+  void accepted();
+  void greet();
+  std::size_t on_request(char type, protocol::Bytes available, std::size_t total);
+  bool acquire();
+  void handle_tls();
+  void release();
+  void give_up_server();
+  void relay(protocol::Bytes available, std::size_t total);
+
+  std::size_t on_query(protocol::Bytes available, std::size_t total);
+  std::size_t on_parse(protocol::Bytes available, std::size_t total);
+  std::size_t on_bind(protocol::Bytes available, std::size_t total);
+  std::size_t on_describe(protocol::Bytes available, std::size_t total);
+  std::size_t on_close(protocol::Bytes available, std::size_t total);
+  void prepare(const protocol::StatementRef& statement);
+  bool rewrites() const;
+
+  Worker& worker_;
+  const std::uint32_t id_;
+  State state_ = State::Startup;
+  bool pinned_ = false, draining_ = false, discarding_ = false, began_ = false;
+  bool pass_to_server_ = false;
+  std::uint32_t residue_ = 0;
+  std::size_t pass_left_ = 0;
+  ServerConnection* server_ = nullptr;
+  PoolEntry* entry_ = nullptr;
+  Channel channel_;
+  std::string cancel_key_;
+  std::vector<PendingParse> pending_;
+  std::optional<std::string> parse_error_;
+
+  struct Login;                    // gone after the login
+  std::unique_ptr<Login> login_;
+};
+
+}  // namespace pgsidecar::proxy

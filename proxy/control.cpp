@@ -1,0 +1,75 @@
+#include "proxy/control.hpp"
+
+#include <boost/asio/local/stream_protocol.hpp>
+#include <boost/asio/post.hpp>
+#include <filesystem>
+
+namespace pgsidecar::proxy {
+
+namespace asio = boost::asio;
+
+struct Control::Lookup {
+  Upstream upstream;
+  Done done;
+  std::size_t next_host = 0;
+};
+
+void Control::resolve(conf::Upstream upstream, Done done) {
+  asio::post(control_, [this, upstream = std::move(upstream), done = std::move(done)]() mutable {
+    auto lookup = std::make_shared<Lookup>();
+    lookup->done = std::move(done);
+    try {
+      lookup->upstream.params = conf::resolve_upstream(upstream, env_);
+      if (lookup->upstream.params.sslmode != conf::SslMode::Disable) lookup->upstream.tls = context(lookup->upstream.params);
+    } catch (const std::exception& e) {
+      lookup->upstream.error = e.what();
+      return finish(std::move(lookup));
+    }
+    look_up_next(std::move(lookup));
+  });
+}
+
+void Control::look_up_next(std::shared_ptr<Lookup> lookup) {
+  Upstream& upstream = lookup->upstream;
+  if (lookup->next_host == upstream.params.hosts.size()) {
+    if (!upstream.targets.empty()) upstream.error.clear();
+    return finish(std::move(lookup));
+  }
+  const conf::Host& host = upstream.params.hosts[lookup->next_host++];
+  if (host.is_unix()) {
+    std::string path = host.name + "/.s.PGSQL." + std::to_string(host.port);
+    if (path[0] == '@') path[0] = '\0';
+    upstream.targets.push_back({asio::local::stream_protocol::endpoint(path), host});
+    return look_up_next(std::move(lookup));
+  }
+  const std::string name = host.address.empty() ? host.name : host.address;
+  auto on_answer = [this, lookup, host](boost::system::error_code ec, const asio::ip::tcp::resolver::results_type& found) {
+    if (ec) lookup->upstream.error = "could not translate host name \"" + host.name + "\" to address: " + ec.message();
+    for (const auto& entry : found) lookup->upstream.targets.push_back({entry.endpoint(), host});
+    look_up_next(lookup);
+  };
+  resolver_.async_resolve(name, std::to_string(host.port), std::move(on_answer));
+}
+
+void Control::finish(std::shared_ptr<Lookup> lookup) {
+  asio::post(data_, [lookup = std::move(lookup)] {
+    lookup->done(std::make_shared<const Upstream>(std::move(lookup->upstream)));
+  });
+}
+
+std::shared_ptr<SSL_CTX> Control::context(const conf::ConnectParams& p) {
+  // A replaced certificate or CA file is a different context.
+  std::string key = std::to_string(static_cast<int>(p.sslmode)) + '\n' + std::to_string(static_cast<int>(p.sslnegotiation)) +
+                    '\n' + p.sslMinProtocolVersion + '\n' + p.sslMaxProtocolVersion;
+  for (const conf::Host& host : p.hosts) key += '\n' + host.name;  // a resumed session isn't verified again
+  for (const std::string& file : {p.sslrootcert, p.sslcert, p.sslkey, p.sslcrl}) {
+    std::error_code ec;
+    const auto changed = std::filesystem::last_write_time(file, ec);
+    key += '\n' + file + '\n' + (ec ? "" : std::to_string(changed.time_since_epoch().count()));
+  }
+  auto& context = contexts_[key];
+  if (!context) context = std::shared_ptr<SSL_CTX>(make_client_context(p).release(), SSL_CTX_free);
+  return context;
+}
+
+}  // namespace pgsidecar::proxy

@@ -1,0 +1,59 @@
+// What the data loop has done elsewhere, so that it never waits: reading secrets, CA bundles, DNS. Runs on the control
+// loop; answers are posted back to the data loop.
+#pragma once
+
+#include <boost/asio/io_context.hpp>
+#include <boost/asio/ip/tcp.hpp>
+#include <functional>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "conf/config.hpp"
+#include "conf/load.hpp"
+#include "proxy/tls.hpp"
+#include "proxy/transport.hpp"
+
+namespace pgsidecar::proxy {
+
+/// An address to try and the host that it belongs to.
+struct Target {
+  boost::asio::generic::stream_protocol::endpoint endpoint;
+  conf::Host host;
+};
+
+/// Everything a connect needs, resolved now.
+struct Upstream {
+  conf::ConnectParams params;
+  std::vector<Target> targets;
+  std::shared_ptr<SSL_CTX> tls;  ///< null with sslmode=disable
+  std::string error;             ///< why there is nothing to connect to; then the rest is empty
+};
+
+class Control {
+ public:
+  Control(boost::asio::io_context& control, boost::asio::io_context& data, conf::Environment env)
+      : control_(control), data_(data), env_(std::move(env)), resolver_(control) {}
+
+  using Done = std::function<void(std::shared_ptr<const Upstream>)>;
+  /// Called on the data loop; `done` is called there too.
+  void resolve(conf::Upstream upstream, Done done);
+
+  boost::asio::io_context& loop() { return control_; }
+  const conf::Environment& environment() const { return env_; }
+
+ private:
+  struct Lookup;
+  void look_up_next(std::shared_ptr<Lookup> lookup);
+  void finish(std::shared_ptr<Lookup> lookup);
+  std::shared_ptr<SSL_CTX> context(const conf::ConnectParams& params);
+
+  boost::asio::io_context& control_;
+  boost::asio::io_context& data_;
+  conf::Environment env_;
+  boost::asio::ip::tcp::resolver resolver_;
+  std::map<std::string, std::shared_ptr<SSL_CTX>> contexts_;  // by what makes them differ; control loop only
+};
+
+}  // namespace pgsidecar::proxy

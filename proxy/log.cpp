@@ -1,0 +1,50 @@
+#include "proxy/log.hpp"
+
+#include <spdlog/async.h>
+#include <spdlog/pattern_formatter.h>
+#include <spdlog/sinks/stdout_sinks.h>
+
+namespace pgsidecar::proxy::log {
+
+namespace {
+
+constexpr std::size_t kQueue = 1024;
+
+/// The message as the inside of a JSON string.
+class JsonMessage : public spdlog::custom_flag_formatter {
+ public:
+  void format(const spdlog::details::log_msg& message, const std::tm&, spdlog::memory_buf_t& out) override {
+    for (const char c : message.payload) {
+      const auto u = static_cast<unsigned char>(c);
+      if (c == '"' || c == '\\') out.push_back('\\');
+      if (u >= 0x20) {
+        out.push_back(c);
+      } else {
+        fmt::format_to(std::back_inserter(out), "\\u{:04x}", u);
+      }
+    }
+  }
+  std::unique_ptr<custom_flag_formatter> clone() const override { return std::make_unique<JsonMessage>(); }
+};
+
+}  // namespace
+
+void start(const conf::Log& settings) {
+  if (!spdlog::thread_pool()) spdlog::init_thread_pool(kQueue, 1);
+  auto logger = std::make_shared<spdlog::async_logger>("", std::make_shared<spdlog::sinks::stdout_sink_mt>(),
+                                                       spdlog::thread_pool(), spdlog::async_overflow_policy::overrun_oldest);
+  logger->set_level(spdlog::level::from_str(settings.level));
+  logger->flush_on(spdlog::level::info);
+  auto formatter = std::make_unique<spdlog::pattern_formatter>(spdlog::pattern_time_type::utc);
+  if (settings.format == conf::LogFormat::Json) {
+    formatter->add_flag<JsonMessage>('*').set_pattern(R"({"time":"%Y-%m-%dT%H:%M:%S.%eZ","level":"%l","message":"%*"})");
+  } else {
+    formatter->set_pattern("%Y-%m-%dT%H:%M:%S.%eZ %l %v");
+  }
+  logger->set_formatter(std::move(formatter));
+  spdlog::set_default_logger(std::move(logger));
+}
+
+void stop() { spdlog::shutdown(); }
+
+}  // namespace pgsidecar::proxy::log

@@ -1,0 +1,139 @@
+// The command line, and the joining of proxy and admin.
+#include <malloc.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <iostream>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "admin/client.hpp"
+#include "admin/server.hpp"
+#include "conf/load.hpp"
+#include "proxy/log.hpp"
+#include "proxy/supervisor.hpp"
+
+namespace {
+
+using namespace pgsidecar;
+
+constexpr int kMistake = 2;
+
+constexpr const char* kHelp =
+    "pgsidecar: a PostgreSQL connection pooler that runs beside its application\n"
+    "\n"
+    "  pgsidecar [run] [--config FILE]   run; with DATABASE_URL set no file is needed\n"
+    "  pgsidecar check [--config FILE]   validate, print the effective configuration (secrets redacted)\n"
+    "  pgsidecar healthcheck             exit 0 if the running pgsidecar is alive\n"
+    "  pgsidecar wait [--max 30s]        wait until it is ready\n"
+    "  pgsidecar shutdown                tell it to drain and exit (needs admin.quitquitquit)\n"
+    "  pgsidecar --version | --help\n"
+    "\n"
+    "Every key of the configuration is also an environment variable: PGSIDECAR_ and its path in upper snake\n"
+    "case (PGSIDECAR_POOL_MAX, PGSIDECAR_ADMIN_LISTEN). PGSIDECAR_CONFIG names the file.\n"
+    "Exit codes: 0 clean stop, 1 run-time failure, 2 configuration mistake, 3 forced end of a drain.\n";
+
+struct Arguments {
+  std::string command = "run", config;
+  std::chrono::milliseconds max{30000};
+};
+
+/// "30s", "500ms", "2m" or seconds; negative if it is none.
+std::chrono::milliseconds parse_duration(std::string_view text) {
+  char* end = nullptr;
+  const std::string copy(text);
+  const double n = std::strtod(copy.c_str(), &end);
+  const std::string_view unit(end);
+  const double factor = unit == "ms" ? 1 : unit.empty() || unit == "s" ? 1000 : unit == "m" ? 60000 : -1;
+  if (end == copy.c_str() || factor < 0 || !(n >= 0 && n < 1e9)) return std::chrono::milliseconds(-1);
+  return std::chrono::milliseconds(static_cast<std::int64_t>(n * factor));
+}
+
+[[noreturn]] void usage(const std::string& mistake) {
+  std::cerr << "pgsidecar: " << mistake << "\nTry: pgsidecar --help\n";
+  std::exit(kMistake);
+}
+
+Arguments parse(int argc, char** argv) {
+  Arguments arguments;
+  if (const char* file = std::getenv("PGSIDECAR_CONFIG")) arguments.config = file;
+  bool have_command = false;
+  for (int i = 1; i < argc; ++i) {
+    const std::string_view argument = argv[i];
+    const auto value = [&](std::string_view name) -> std::string {
+      if (argument.size() > name.size() && argument[name.size()] == '=') return std::string(argument.substr(name.size() + 1));
+      if (i + 1 >= argc) usage(std::string(name) + " needs a value");
+      return argv[++i];
+    };
+    if (argument == "--version" || argument == "-V") {
+      std::cout << "pgsidecar " PGSIDECAR_VERSION "\n";
+      std::exit(0);
+    } else if (argument == "--help" || argument == "-h" || argument == "help") {
+      std::cout << kHelp;
+      std::exit(0);
+    } else if (argument == "--config" || argument.starts_with("--config=")) {
+      arguments.config = value("--config");
+    } else if (argument == "--max" || argument.starts_with("--max=")) {
+      arguments.max = parse_duration(value("--max"));
+      if (arguments.max.count() < 0) usage("--max takes a duration such as 30s");
+    } else if (!have_command && (argument == "run" || argument == "check" || argument == "healthcheck" ||
+                                 argument == "wait" || argument == "shutdown")) {
+      arguments.command = argument;
+      have_command = true;
+    } else {
+      usage("unknown argument \"" + std::string(argument) + "\"");
+    }
+  }
+  return arguments;
+}
+
+int run(const Arguments& arguments, std::shared_ptr<const conf::Config> config, const conf::Environment& env) {
+  ::mallopt(M_ARENA_MAX, 2);  // two threads allocate
+  proxy::log::start(config->log);
+  proxy::Supervisor supervisor(arguments.config, config, env);
+  admin::Server::Callbacks callbacks;
+  callbacks.snapshot = [&](proxy::Supervisor::SnapshotDone done) { supervisor.snapshot(std::move(done)); };
+  callbacks.probe = [&](proxy::Supervisor::SnapshotDone done) { supervisor.probe(std::move(done)); };
+  callbacks.act = [&](std::string_view action) -> std::string {
+    if (action == "reload") return supervisor.reload();
+    supervisor.drain();
+    return {};
+  };
+  admin::Server server(supervisor.control_loop(), config->admin, std::move(callbacks));
+  if (config->admin.enabled) server.listen();
+  return supervisor.run(
+      [&] {
+        if (config->admin.enabled) proxy::log::info("admin at http://{}:{}", config->admin.listen.host, server.port());
+      },
+      [&] { server.stop(); });
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const Arguments arguments = parse(argc, argv);
+  const conf::Environment env = conf::process_environment();
+  std::shared_ptr<const conf::Config> config;
+  try {
+    config = std::make_shared<const conf::Config>(conf::load(arguments.config, env));
+  } catch (const conf::ConfigError& e) {
+    std::cerr << "pgsidecar: " << e.what() << "\n";
+    return kMistake;
+  }
+  if (arguments.command == "check") {
+    std::cout << conf::to_redacted_yaml(*config);
+    return 0;
+  }
+  if (arguments.command == "healthcheck") return admin::healthcheck(config->admin);
+  if (arguments.command == "wait") return admin::wait_ready(config->admin, arguments.max);
+  if (arguments.command == "shutdown") return admin::shutdown(config->admin);
+  try {
+    return run(arguments, config, env);
+  } catch (const std::exception& e) {
+    proxy::log::stop();
+    std::cerr << "pgsidecar: " << e.what() << "\n";
+    return 1;
+  }
+}

@@ -1,0 +1,487 @@
+#include "proxy/server_connection.hpp"
+
+#include <algorithm>
+#include <boost/asio/post.hpp>
+
+#include "proxy/client_session.hpp"
+#include "proxy/log.hpp"
+#include "proxy/worker.hpp"
+
+namespace pgsidecar::proxy {
+
+using protocol::Backend;
+using protocol::Bytes;
+using protocol::kHeaderSize;
+using protocol::Owed;
+using protocol::Request;
+using protocol::TxStatus;
+using protocol::Verdict;
+
+namespace {
+
+constexpr std::uint32_t kMaxMessage = 0x40000000;
+constexpr std::size_t kMaxParsed = 1u << 20;  // of a message of the server that is looked into
+// Notes of the proxy's own queries.
+constexpr std::uint32_t kApply = 1, kResidue = 2, kReset = 3;
+
+/// Messages that are looked into and so wanted whole.
+bool wanted_whole(Backend type) {
+  switch (type) {
+    case Backend::ReadyForQuery:
+    case Backend::ErrorResponse:
+    case Backend::NoticeResponse:
+    case Backend::ParameterStatus:
+    case Backend::CommandComplete:
+    case Backend::NotificationResponse:
+      return true;
+    default:
+      return false;
+  }
+}
+
+}  // namespace
+
+ServerConnection::ServerConnection(Worker& worker, PoolEntry& entry, std::uint64_t id)
+    : worker_(worker), entry_(entry), id_(id), permit_(entry.pool.permits()) {}
+
+void ServerConnection::transition(State next) { state_ = next; }
+
+// --- reading and writing
+
+void ServerConnection::wait_readable() {
+  if (channel_->reading || state_ == State::Closed) return;
+  channel_->reading = true;
+  channel_->transport.wait_readable([self = shared_from_this()](const boost::system::error_code& ec) { self->on_readable(ec); });
+}
+
+void ServerConnection::on_readable(const boost::system::error_code& ec) {
+  channel_->reading = false;
+  if (ec || state_ == State::Closed) return;
+  for (int turn = 0; turn < 4; ++turn) {
+    if (client_ && client_->queued() > kHighMark) return;  // resumed when the client has read
+    const IoResult got = channel_->transport.read(worker_.scratch());
+    if (got.status == IoStatus::WouldBlock) break;
+    if (got.status != IoStatus::Ok) {
+      if (state_ == State::Closing) return closed();
+      return lost("08006", "server closed the connection unexpectedly");
+    }
+    if (state_ == State::Closing) continue;
+    entry_.pool.counters().serverBytesReceived += got.bytes;
+    const Bytes fresh(worker_.scratch().data(), got.bytes);
+    if (channel_->unread.empty()) {
+      channel_->keep(fresh, process(fresh));
+    } else {
+      channel_->unread.append(reinterpret_cast<const char*>(fresh.data()), fresh.size());
+      const Bytes all(reinterpret_cast<const std::uint8_t*>(channel_->unread.data()), channel_->unread.size());
+      channel_->keep(all, process(all));
+    }
+    if (state_ == State::Closed) return;
+    if (got.bytes < worker_.scratch().size() && !channel_->transport.pending()) break;
+  }
+  if (channel_->transport.pending()) {
+    boost::asio::post(worker_.loop(), [self = shared_from_this()] { self->on_readable({}); });
+    return;
+  }
+  wait_readable();
+}
+
+void ServerConnection::resume_reading() {
+  if (alive() && !channel_->reading)
+    boost::asio::post(worker_.loop(), [self = shared_from_this()] {
+      if (self->alive() && !self->channel_->reading) self->on_readable({});
+    });
+}
+
+void ServerConnection::send(Gather& gather) {
+  if (gather.empty()) return;
+  if (!alive()) return gather.clear();
+  entry_.pool.counters().serverBytesSent += gather.size();
+  if (!channel_->send(gather, worker_.tls_scratch())) {
+    // What the server said before it went is still to be read; on_readable finds the end.
+    boost::asio::post(worker_.loop(), [self = shared_from_this()] {
+      if (self->alive() && !self->channel_->reading) self->on_readable({});
+    });
+    return;
+  }
+  if (channel_->queued() > 0) wait_writable();
+}
+
+void ServerConnection::wait_writable() {
+  if (channel_->writing || state_ == State::Closed) return;
+  channel_->writing = true;
+  channel_->transport.wait_writable([self = shared_from_this()](const boost::system::error_code& ec) {
+    Channel& channel = *self->channel_;
+    channel.writing = false;
+    if (ec || !self->alive()) return;
+    if (!channel.flush(self->worker_.tls_scratch())) return self->lost("08006", "server closed the connection unexpectedly");
+    if (channel.queued() > 0) return self->wait_writable();
+    if (self->client_) self->client_->resume_reading();
+  });
+}
+
+std::size_t ServerConnection::process(Bytes in) {
+  const auto self = shared_from_this();
+  std::size_t at = 0;
+  Gather& out = worker_.to_client;
+  ClientSession* const reader = client_;
+  const auto reader_alive = reader ? reader->shared_from_this() : nullptr;
+  bool ready = false;
+  while (at < in.size() && alive()) {
+    const Bytes left = in.subspan(at);
+    if (pass_left_ > 0) {
+      const std::size_t n = std::min(pass_left_, left.size());
+      if (pass_forward_ && client_) out.add(left.data(), n);
+      pass_left_ -= n;
+      at += n;
+      continue;
+    }
+    if (left.size() < kHeaderSize) break;
+    const std::uint32_t length = protocol::load_u32(left.data() + 1);
+    const std::size_t total = std::size_t{length} + 1;
+    if (length < 4 || length > kMaxMessage) {
+      lost("08P01", "invalid message length from the server");
+      break;
+    }
+    const auto type = static_cast<Backend>(left[0]);
+    const Owed* front = pipeline.front();
+    const bool whole = (wanted_whole(type) || (front && front->owner == protocol::kProxy)) && total <= kMaxParsed;
+    if (whole && left.size() < total) break;
+    const Bytes available = left.first(std::min(total, left.size()));
+    if (!on_frame(type, available, total)) {
+      if (alive()) lost("08P01", "unexpected message from the server");
+      break;
+    }
+    at += available.size();
+    ready |= type == Backend::ReadyForQuery;
+  }
+  if (reader && reader->server() == this) reader->send(out);
+  else out.clear();
+  if (alive()) {
+    send(worker_.to_server);
+    if (ready && pipeline.releasable()) {
+      if (client_) client_->on_server_ready();
+      else settle();
+    }
+  }
+  return at;
+}
+
+bool ServerConnection::on_frame(Backend type, Bytes available, std::size_t total) {
+  const Owed* front = pipeline.front();
+  const bool to_client = client_ && !(front && (front->owner == protocol::kProxy || front->owner != client_->id()));
+  const auto pass = [&](bool forward) {
+    if (forward) worker_.to_client.add(available.data(), available.size());
+    pass_left_ = total - available.size();
+    pass_forward_ = forward;
+    return true;
+  };
+  switch (type) {
+    case Backend::ParameterStatus: {
+      protocol::Reader reader(available.subspan(kHeaderSize));
+      const std::string_view name = reader.cstring();
+      const std::string_view value = reader.cstring();
+      if (!reader.ok()) return false;
+      parameters_[std::string(name)] = value;
+      return pass(to_client && client_->state() != ClientSession::State::Greeting);
+    }
+    case Backend::NoticeResponse:
+      return pass(to_client && client_->state() != ClientSession::State::Greeting);
+    case Backend::NotificationResponse:
+      return pass(client_ != nullptr && client_->state() == ClientSession::State::Active);
+    default: return on_reply(type, available, total);
+  }
+}
+
+bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total) {
+  if (type == Backend::ErrorResponse && available.size() == total) {
+    const auto error = protocol::parse_error(available.subspan(kHeaderSize));
+    if (!error) return false;
+    worker_.count_error(error->sqlstate);
+    if (error->severity == "FATAL" || error->severity == "PANIC" || pipeline.empty()) {
+      lost(error->sqlstate, error->message);
+      return true;
+    }
+  }
+  const TxStatus status = type == Backend::ReadyForQuery && total == 6 ? static_cast<TxStatus>(available[5]) : TxStatus::Idle;
+  const auto reply = pipeline.receive(type, status, [this](const Owed& owed) { on_dropped(owed); });
+  if (!reply) return false;
+  const Owed& owed = reply->owed;
+  const bool ours = client_ && owed.owner == client_->id();
+  bool forward = ours && owed.verdict == Verdict::Forward;
+  if (owed.owner == protocol::kProxy) {
+    on_proxy_reply(type, owed.note, available);
+  } else if (type == Backend::ErrorResponse) {
+    if (ours && owed.request == Request::Parse && client_->pending_parse_error()) {
+      forward = false;
+      rename_error(available);
+    } else {
+      forward = ours;
+    }
+    if (ours) client_->forget_pending_parse_error();
+    if (pipeline.take_held_sync()) {
+      worker_.to_server.own([](std::string& out) { protocol::Writer(out).begin(protocol::Frontend::Sync).end(); });
+      pipeline.push({Request::Sync, Verdict::Forward, owed.owner});
+    }
+  } else if (type == Backend::ParseComplete && owed.verdict == Verdict::Forward) {
+    if (ours) client_->on_parse_done(true);
+  } else if (type == Backend::CommandComplete && ours) {
+    protocol::Reader reader(available.subspan(kHeaderSize));
+    const std::string_view tag = reader.cstring();
+    if (tag == "DISCARD ALL" || tag == "DEALLOCATE ALL") client_->on_statements_gone();
+  }
+  if (forward) worker_.to_client.add(available.data(), available.size());
+  pass_left_ = total - available.size();
+  pass_forward_ = forward;
+  inject();
+  return true;
+}
+
+void ServerConnection::inject() {
+  while (const auto owed = pipeline.take_injection()) {
+    const bool ours = client_ && owed->owner == client_->id();
+    if (!ours) continue;
+    if (owed->request == Request::Parse) client_->on_parse_done(true);
+    const auto type = owed->request == Request::Parse ? Backend::ParseComplete : Backend::CloseComplete;
+    worker_.to_client.own([type](std::string& out) { protocol::Writer(out).begin(type).end(); });
+  }
+}
+
+void ServerConnection::on_dropped(const Owed& owed) {
+  if (owed.request != Request::Parse) return;
+  if (owed.verdict == Verdict::Inject) {
+    if (client_ && owed.owner == client_->id()) client_->on_parse_done(false);
+    return;
+  }
+  if (owed.note != 0) {
+    // A Parse of a name that exists already has failed because of that; what it named stays.
+    const bool duplicate = client_ && owed.verdict == Verdict::Forward && client_->pending_is_duplicate();
+    if (!duplicate) statements.erase(owed.note);
+  } else {
+    statements.unnamed.reset();
+  }
+  if (owed.verdict == Verdict::Forward && client_ && owed.owner == client_->id()) client_->on_parse_done(false);
+}
+
+// The server knows a client's statement under the proxy's name for it; in its error the client's own name belongs.
+void ServerConnection::rename_error(Bytes whole) {
+  auto error = protocol::parse_error(whole.subspan(kHeaderSize));
+  if (!error) return;
+  const std::string& name = *client_->pending_parse_error();
+  if (const std::size_t open = error->message.find("\"pgsidecar_"); open != std::string::npos) {
+    const std::size_t shut = error->message.find('"', open + 1);
+    error->message.replace(open, shut == std::string::npos ? std::string::npos : shut + 1 - open, "\"" + name + "\"");
+  }
+  worker_.to_client.own([&](std::string& out) {
+    protocol::write_error(out, protocol::Severity::Error, error->sqlstate, error->message, error->detail, error->hint);
+  });
+}
+
+// --- the proxy's own queries
+
+void ServerConnection::ask(std::uint32_t note, std::string_view sql) {
+  pipeline.push({Request::Query, Verdict::Skip, protocol::kProxy, note});
+  statements.unnamed.reset();
+  worker_.to_server.own([&](std::string& out) { protocol::write_query(out, sql); });
+}
+
+void ServerConnection::on_proxy_reply(Backend type, std::uint32_t note, Bytes whole) {
+  if (note == kResidue) {
+    if (type == Backend::DataRow) {
+      protocol::Reader reader(whole.subspan(kHeaderSize));
+      std::string field[3];
+      const std::uint16_t columns = reader.u16();
+      for (std::uint16_t i = 0; i < columns && i < 3; ++i) {
+        const std::uint32_t size = reader.u32();
+        if (size == 0xffffffff) continue;
+        const Bytes value = reader.bytes(size);
+        field[i].assign(reinterpret_cast<const char*>(value.data()), value.size());
+      }
+      if (!reader.ok()) residue_failed_ = true;
+      else if (field[0] == "s") residue_settings_[lower(field[1])] = field[2];
+      else if (field[0] != "r") residue_pins_ += (residue_pins_.empty() ? "" : ", ") + residue_name(field[0][0]) + field[1];
+      else if (field[1] != "none" || field[2] != entry_.user) residue_pins_ += (residue_pins_.empty() ? "" : ", ") + std::string("role ") + field[1];
+    } else if (type == Backend::ErrorResponse) {
+      residue_failed_ = true;
+    } else if (type == Backend::ReadyForQuery) {
+      finish_residue();
+    }
+    return;
+  }
+  if (type == Backend::ErrorResponse) {
+    const auto error = protocol::parse_error(whole.subspan(kHeaderSize));
+    own_query_failed_ = true;
+    if (note == kApply && client_ && error) {
+      apply_failed(*error);
+    }
+    return;
+  }
+  if (type != Backend::ReadyForQuery) return;
+  if (note == kApply && client_ && client_->state() == ClientSession::State::Greeting && !own_query_failed_) {
+    settings->welcome.clear();
+    for (const auto& [name, value] : parameters_) protocol::write_parameter_status(settings->welcome, name, value);
+  }
+  own_query_failed_ = false;
+}
+
+void ServerConnection::apply_failed(const protocol::ErrorFields& error) {
+  condemned = true;  // what its session holds is not known
+  settings.reset();
+  if (client_->state() == ClientSession::State::Greeting) {
+    ClientSession* client = std::exchange(client_, nullptr);
+    client->on_greeting_failed(error);
+  } else {
+    ClientSession* client = std::exchange(client_, nullptr);
+    client->on_apply_failed(error);
+  }
+  boost::asio::post(worker_.loop(), [self = shared_from_this()] {
+    if (self->alive()) self->close(pool::CloseReason::Broken);
+  });
+}
+
+void ServerConnection::ask_residue() {
+  asking_residue_ = true;
+  residue_failed_ = false;
+  residue_settings_.clear();
+  residue_pins_.clear();
+  ask(kResidue, kResidueSql);
+  send(worker_.to_server);
+}
+
+void ServerConnection::finish_residue() {
+  asking_residue_ = false;
+  if (!client_) return;
+  if (residue_failed_) {
+    settings.reset();
+    client_->on_residue(nullptr, "the session could not be examined", false);
+    return;
+  }
+  const SettingsRef before = settings;
+  settings = entry_.settings.intern(std::move(residue_settings_));
+  residue_settings_.clear();
+  if (settings->welcome.empty() && before)
+    for (const auto& [name, value] : parameters_) protocol::write_parameter_status(settings->welcome, name, value);
+  client_->on_residue(settings, residue_pins_, true);
+}
+
+// --- leases
+
+void ServerConnection::lease(ClientSession& client) {
+  transition(State::Leased);
+  entry_.pool.lease(*this);
+  client_ = &client;
+  if (settings != client.settings) {
+    const std::string sql = settings_sql(*settings, *client.settings);
+    settings = client.settings;
+    if (!sql.empty()) ask(kApply, sql);
+    // Outside a request of the client's there is nothing to go ahead of.
+    if (client.state() == ClientSession::State::Greeting) send(worker_.to_server);
+  }
+  client.on_lease(*this);
+}
+
+void ServerConnection::detach(bool dirty) {
+  client_ = nullptr;
+  asking_residue_ = false;
+  pass_forward_ = false;
+  if (!alive()) return;
+  if (dirty) return start_reset();
+  settle();
+}
+
+void ServerConnection::start_reset() {
+  transition(State::Resetting);
+  ++entry_.pool.counters().resets;
+  if (pipeline.copy_in()) return close(pool::CloseReason::Broken);
+  deadline = worker_.now() + std::chrono::seconds(1);  // then what is still running is cancelled
+  worker_.kick();
+  Gather out;
+  std::swap(out, worker_.to_server);
+  if (pipeline.unsynced()) {
+    worker_.to_server.own([](std::string& o) { protocol::Writer(o).begin(protocol::Frontend::Sync).end(); });
+    pipeline.push({Request::Sync, Verdict::Skip, protocol::kProxy});
+  }
+  ask(kReset, "ROLLBACK");
+  ask(kReset, "DISCARD ALL");
+  statements.clear();
+  settings = entry_.settings.intern({});
+  send(worker_.to_server);
+  std::swap(out, worker_.to_server);
+}
+
+void ServerConnection::settle() {
+  if (client_ || !alive() || !pipeline.releasable() || pass_left_ > 0 || cancels_pending > 0 || channel_->queued() > 0) return;
+  deadline = pool::Time::max();
+  pool::CloseReason reason{};
+  if (!settings) reason = pool::CloseReason::Broken, condemned = true;
+  if (entry_.pool.worn_out(*this, worker_.now(), reason)) return close(reason);
+  transition(State::Idle);
+  entry_.pool.put_idle(*this, worker_.now());
+  worker_.serve(entry_);
+}
+
+void ServerConnection::settle_after_cancel() {
+  if (!client_ && (state_ == State::Leased || state_ == State::Resetting)) settle();
+}
+
+void ServerConnection::on_deadline(pool::Time now) {
+  if (now < deadline) return;
+  switch (state_) {
+    case State::Resetting:
+      if (!pipeline.empty() && ++resets_overdue_ < 10) {
+        worker_.send_cancel(*this);
+        deadline = now + std::chrono::seconds(1);
+        return;
+      }
+      return close(pool::CloseReason::Broken);
+    case State::Closing: return closed();
+    default: deadline = pool::Time::max();
+  }
+}
+
+// --- the end
+
+void ServerConnection::lost(const std::string& sqlstate, const std::string& reason) {
+  if (!alive()) return;
+  const auto self = shared_from_this();
+  const bool in_transaction = pipeline.status() != TxStatus::Idle;
+  log::info("server {} ({}@{}, pid {}): lost: {} {}", id_, entry_.user, entry_.database, pid_, sqlstate, reason);
+  unlink();
+  const bool clean_end = state_ == State::Idle;
+  transition(State::Closing);
+  ++entry_.pool.counters().closed[static_cast<std::size_t>(sqlstate.starts_with("57P") ? pool::CloseReason::AdminShutdown
+                                                                                       : pool::CloseReason::Error)];
+  if (!clean_end) worker_.database_seen(false, reason);
+  if (ClientSession* client = std::exchange(client_, nullptr)) {
+    client->send(worker_.to_client);
+    client->on_server_lost(sqlstate, reason, in_transaction);
+  }
+  closed();
+}
+
+void ServerConnection::close(pool::CloseReason reason) {
+  if (state_ == State::Closed || state_ == State::Closing) return;
+  unlink();
+  ++entry_.pool.counters().closed[static_cast<std::size_t>(reason)];
+  client_ = nullptr;
+  Gather terminate;
+  if (channel_->queued() == 0) {
+    terminate.own([](std::string& out) { protocol::Writer(out).begin(protocol::Frontend::Terminate).end(); });
+    channel_->send(terminate, worker_.tls_scratch());
+  }
+  transition(State::Closing);
+  // The permit is kept until the server has closed its end: only then it doesn't count this connection any more.
+  channel_->transport.shutdown_send();
+  deadline = worker_.now() + std::chrono::seconds(5);
+  worker_.kick();
+  wait_readable();
+}
+
+void ServerConnection::closed() {
+  if (state_ == State::Closed) return;
+  transition(State::Closed);
+  if (channel_) channel_->transport.close();
+  permit_.release();
+  worker_.on_server_closed(*this);
+}
+
+}  // namespace pgsidecar::proxy

@@ -1,0 +1,114 @@
+// One connection to a PostgreSQL server: connecting and logging in (a coroutine), then the relay's server side. Knows
+// what the server is known to hold (settings, prepared statements) and which replies it owes. Its permit counts until the
+// server has closed its end, so that `max` holds as the server counts. Owned by its PoolEntry.
+#pragma once
+
+#include <boost/asio/awaitable.hpp>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "pool/pool.hpp"
+#include "protocol/messages.hpp"
+#include "protocol/pipeline.hpp"
+#include "protocol/statements.hpp"
+#include "proxy/channel.hpp"
+#include "proxy/control.hpp"
+#include "proxy/settings.hpp"
+
+namespace pgsidecar::proxy {
+
+class ClientSession;
+class Worker;
+struct PoolEntry;
+
+class ServerConnection : public pool::Slot, public std::enable_shared_from_this<ServerConnection> {
+ public:
+  enum class State { Connecting, Idle, Leased, Resetting, Closing, Closed };
+
+  ServerConnection(Worker& worker, PoolEntry& entry, std::uint64_t id);
+
+  void connect();  ///< starts; ends in Worker::on_connected or on_connect_failed
+  State state() const { return state_; }
+  std::uint64_t id() const { return id_; }
+  std::uint32_t pid() const { return pid_; }
+  PoolEntry& entry() { return entry_; }
+  ClientSession* client() { return client_; }
+  const Target& target() const { return target_; }
+  const std::string& cancel_key() const { return cancel_key_; }
+  const std::map<std::string, std::string>& parameters() const { return parameters_; }
+  std::size_t queued() const { return channel_ ? channel_->queued() : 0; }
+  bool alive() const { return state_ == State::Idle || state_ == State::Leased || state_ == State::Resetting; }
+
+  protocol::Pipeline pipeline;
+  protocol::ServerStatements statements;
+  SettingsRef settings;  ///< what its session has; null: unknown, reset before use
+  std::uint32_t cancels_pending = 0;
+
+  void lease(ClientSession& client);
+  /// Sends what the worker has gathered for this connection. A failure is dealt with in the next turn.
+  void send(Gather& gather);
+  /// Takes the client away. `dirty`: what the session holds is unknown, or a transaction is open: rolled back and reset first.
+  void detach(bool dirty);
+  /// Sends Terminate and waits for the server to close its end.
+  void close(pool::CloseReason reason);
+  void resume_reading();
+  /// The query that asks what the session holds is under way.
+  void ask_residue();
+  bool asking_residue() const { return asking_residue_; }
+  /// Returns to the pool, or closes, if it is clean and nothing is pending.
+  void settle();
+  /// A cancel that was under way has been answered.
+  void settle_after_cancel();
+  void on_deadline(pool::Time now);
+  pool::Time deadline = pool::Time::max();
+
+ private:
+  boost::asio::awaitable<void> run_connect(std::shared_ptr<ServerConnection> self);
+  /// Empty: logged in; else why not, with login_sqlstate_.
+  boost::asio::awaitable<std::string> log_in(std::shared_ptr<const Upstream> upstream, Target target, bool tls,
+                                             conf::TargetSessionAttrs wanted);
+  void fail_connect(const std::string& sqlstate, const std::string& error);
+
+  void transition(State next);
+  void wait_readable();
+  void on_readable(const boost::system::error_code& ec);
+  void wait_writable();
+  std::size_t process(protocol::Bytes in);
+  bool on_frame(protocol::Backend type, protocol::Bytes available, std::size_t total);
+  bool on_reply(protocol::Backend type, protocol::Bytes available, std::size_t total);
+  void on_dropped(const protocol::Owed& owed);
+  void on_proxy_reply(protocol::Backend type, std::uint32_t note, protocol::Bytes whole);
+  void rename_error(protocol::Bytes whole);
+  void apply_failed(const protocol::ErrorFields& error);
+  void ask(std::uint32_t note, std::string_view sql);
+  void inject();
+  void lost(const std::string& sqlstate, const std::string& reason);
+  void start_reset();
+  void finish_residue();
+  void closed();
+
+  Worker& worker_;
+  PoolEntry& entry_;
+  const std::uint64_t id_;
+  pool::Permit permit_;
+  State state_ = State::Connecting;
+  std::optional<Channel> channel_;
+  Target target_;
+  std::uint32_t pid_ = 0;
+  std::string cancel_key_;
+  std::map<std::string, std::string> parameters_;
+  ClientSession* client_ = nullptr;
+  std::size_t pass_left_ = 0;   // of a message that is passing through
+  bool pass_forward_ = false;
+  bool asking_residue_ = false, residue_failed_ = false, own_query_failed_ = false;
+  bool retry_other_tls_ = false;  // sslmode prefer and allow
+  int resets_overdue_ = 0;
+  std::map<std::string, std::string> residue_settings_;
+  std::string residue_pins_;
+  std::string login_sqlstate_;
+};
+
+}  // namespace pgsidecar::proxy

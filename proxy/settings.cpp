@@ -1,0 +1,114 @@
+#include "proxy/settings.hpp"
+
+#include <algorithm>
+
+namespace pgsidecar::proxy {
+
+namespace {
+
+constexpr std::size_t kMaxKnown = 4096;
+
+std::string quoted(std::string_view text, char quote) {
+  std::string out(1, quote);
+  for (const char c : text) {
+    if (c == quote) out += quote;
+    if (c == '\\' && quote == '\'') out += '\\';
+    out += c;
+  }
+  return out += quote;
+}
+
+std::string literal(std::string_view text) {
+  return (text.find('\\') == std::string_view::npos ? "" : " E") + quoted(text, '\'');
+}
+
+std::string reset_name(std::string_view name) {
+  std::string out;
+  for (std::size_t at = 0;;) {
+    const std::size_t dot = name.find('.', at);
+    out += quoted(name.substr(at, dot - at), '"');
+    if (dot == std::string_view::npos) return out;
+    out += '.';
+    at = dot + 1;
+  }
+}
+
+}  // namespace
+
+const char* const kResidueSql =
+    "SELECT 's', name, setting FROM pg_catalog.pg_settings WHERE source OPERATOR(pg_catalog.=) 'session'"
+    " UNION ALL SELECT 'l', 'advisory lock', '' FROM pg_catalog.pg_locks WHERE locktype OPERATOR(pg_catalog.=) 'advisory'"
+    " AND pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid()"
+    " UNION ALL (SELECT 't', relname::pg_catalog.text, '' FROM pg_catalog.pg_class"
+    " WHERE relnamespace OPERATOR(pg_catalog.=) pg_catalog.pg_my_temp_schema() LIMIT 1)"
+    " UNION ALL (SELECT 't', proname::pg_catalog.text, '' FROM pg_catalog.pg_proc"
+    " WHERE pronamespace OPERATOR(pg_catalog.=) pg_catalog.pg_my_temp_schema() LIMIT 1)"
+    " UNION ALL (SELECT 't', typname::pg_catalog.text, '' FROM pg_catalog.pg_type"
+    " WHERE typnamespace OPERATOR(pg_catalog.=) pg_catalog.pg_my_temp_schema() LIMIT 1)"
+    " UNION ALL SELECT 'p', name, '' FROM pg_catalog.pg_prepared_statements WHERE from_sql"
+    " UNION ALL SELECT 'c', name, '' FROM pg_catalog.pg_cursors WHERE is_holdable"
+    " UNION ALL SELECT 'n', c, '' FROM pg_catalog.pg_listening_channels() AS c"
+    " UNION ALL SELECT 'r', pg_catalog.current_setting('role'), session_user::pg_catalog.text";
+
+std::string lower(std::string_view name) {
+  std::string out(name);
+  std::transform(out.begin(), out.end(), out.begin(), [](char c) { return c >= 'A' && c <= 'Z' ? static_cast<char>(c + 32) : c; });
+  return out;
+}
+
+std::string residue_name(char kind) {
+  switch (kind) {
+    case 'l': return "";
+    case 't': return "temporary object ";
+    case 'p': return "prepared statement ";
+    case 'c': return "cursor ";
+    case 'n': return "listening on ";
+    default: return "";
+  }
+}
+
+SettingsRef SettingsCache::intern(std::map<std::string, std::string> values) {
+  if (const auto it = known_.find(values); it != known_.end()) return it->second;
+  if (known_.size() >= kMaxKnown) std::erase_if(known_, [](const auto& e) { return e.second.use_count() == 1; });
+  auto settings = std::make_shared<Settings>();
+  settings->values = values;
+  known_.emplace(std::move(values), settings);
+  return settings;
+}
+
+void SettingsCache::forget_welcomes() {
+  for (auto& [values, settings] : known_) settings->welcome.clear();
+}
+
+bool settings_of(const protocol::Startup& startup, std::map<std::string, std::string>& values, std::string& complaint) {
+  // The server takes `options` first, then the other parameters in order.
+  if (const auto options = startup.get("options"); !options.empty()) {
+    const auto parsed = protocol::parse_options(options);
+    if (!parsed) {
+      complaint = "unsupported startup options: only settings (-c name=value) can be given through pgsidecar";
+      return false;
+    }
+    for (const auto& [name, value] : *parsed) values[lower(name)] = value;
+  }
+  for (const auto& [name, value] : startup.parameters) {
+    if (name == "user" || name == "database" || name == "options" || name == "replication" || name.starts_with("_pq_."))
+      continue;
+    values[lower(name)] = value;
+  }
+  return true;
+}
+
+std::string settings_sql(const Settings& have, const Settings& want) {
+  std::string sets, resets;
+  for (const auto& [name, value] : want.values) {
+    const auto it = have.values.find(name);
+    if (it != have.values.end() && it->second == value) continue;
+    sets += sets.empty() ? "SELECT " : ",";
+    sets += "pg_catalog.set_config(" + literal(name) + "," + literal(value) + ",false)";
+  }
+  for (const auto& [name, value] : have.values)
+    if (!want.values.contains(name)) resets += "RESET " + reset_name(name) + ";";
+  return resets + sets;
+}
+
+}  // namespace pgsidecar::proxy

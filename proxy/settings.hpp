@@ -1,0 +1,43 @@
+// A client's session settings as one interned value: equal settings are the same object, so that "does this server
+// connection have what this client needs" is one comparison of pointers. Applied by set_config, whose values are the
+// server's own flattened texts. PostgreSQL documentation, sections 20.1 and 9.27.1.
+#pragma once
+
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "protocol/messages.hpp"
+
+namespace pgsidecar::proxy {
+
+struct Settings {
+  std::map<std::string, std::string> values;  ///< names in lower case
+  std::string welcome;                        ///< ParameterStatus messages of a session with these; empty: not tried yet
+};
+using SettingsRef = std::shared_ptr<Settings>;
+
+class SettingsCache {
+ public:
+  SettingsRef intern(std::map<std::string, std::string> values);
+  void forget_welcomes();
+
+ private:
+  std::map<std::map<std::string, std::string>, SettingsRef> known_;
+};
+
+/// What of a StartupMessage are settings (user, database, replication and `_pq_.` aren't). False: `options` holds
+/// something else than settings, named in `complaint`.
+bool settings_of(const protocol::Startup& startup, std::map<std::string, std::string>& values, std::string& complaint);
+
+/// SQL that turns a session with `have` into one with `want`.
+std::string settings_sql(const Settings& have, const Settings& want);
+
+/// SQL that asks the server what a session holds: rows (kind, name, value). Kinds: s setting, l advisory lock,
+/// t temporary object, p SQL-prepared statement, c holdable cursor, n channel listened to, r role or authorization.
+std::string residue_name(char kind);  ///< a kind in words, for a pin's reason
+std::string lower(std::string_view name);
+extern const char* const kResidueSql;
+
+}  // namespace pgsidecar::proxy

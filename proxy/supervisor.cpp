@@ -1,0 +1,130 @@
+#include "proxy/supervisor.hpp"
+
+#include <sys/resource.h>
+
+#include <boost/asio/post.hpp>
+#include <csignal>
+#include <thread>
+
+#include "proxy/log.hpp"
+
+namespace pgsidecar::proxy {
+
+namespace asio = boost::asio;
+
+namespace {
+
+/// As many descriptors as clients and servers may need, if the hard limit allows.
+void raise_file_limit(std::uint64_t wanted) {
+  rlimit limit{};
+  if (::getrlimit(RLIMIT_NOFILE, &limit) != 0 || limit.rlim_cur >= wanted) return;
+  limit.rlim_cur = std::min<rlim_t>(wanted, limit.rlim_max);
+  ::setrlimit(RLIMIT_NOFILE, &limit);
+  if (limit.rlim_cur < wanted)
+    log::warn("limits.maxClients needs {} open files, the system allows {}", wanted, static_cast<std::uint64_t>(limit.rlim_cur));
+}
+
+}  // namespace
+
+Supervisor::Supervisor(std::string config_path, std::shared_ptr<const conf::Config> config, conf::Environment env)
+    : config_path_(std::move(config_path)),
+      config_(config),
+      env_(env),
+      control_(control_loop_, data_loop_, std::move(env)),
+      worker_(data_loop_, control_, std::move(config)),
+      signals_(control_loop_, SIGTERM, SIGINT, SIGHUP) {
+  std::signal(SIGPIPE, SIG_IGN);
+}
+
+void Supervisor::snapshot(SnapshotDone done) {
+  asio::post(data_loop_, [this, done = std::move(done)]() mutable {
+    auto copy = std::make_shared<const pool::Snapshot>(worker_.snapshot());
+    asio::post(control_loop_, [copy = std::move(copy), done = std::move(done)] { done(copy); });
+  });
+}
+
+void Supervisor::probe(SnapshotDone done) {
+  asio::post(data_loop_, [this, done = std::move(done)]() mutable {
+    worker_.probe([this, done = std::move(done)] { snapshot(done); });
+  });
+}
+
+std::string Supervisor::reload() {
+  try {
+    auto next = std::make_shared<const conf::Config>(conf::load(config_path_, env_));
+    if (next->tls.mode != conf::TlsMode::Disable) make_server_context(next->tls);  // a bad file must change nothing
+    const conf::Changes changes = conf::compare(*config_, *next);
+    for (const std::string& key : changes.applied) log::info("reload: {} changed", key);
+    for (const std::string& key : changes.needRestart) log::warn("reload: {} changed, which needs a restart", key);
+    if (changes.applied.empty() && changes.needRestart.empty()) log::info("reload: nothing changed");
+    if (next->log.level != config_->log.level) spdlog::set_level(spdlog::level::from_str(next->log.level));
+    config_ = next;
+    asio::post(data_loop_, [this, next] { worker_.reload(next); });
+    return {};
+  } catch (const std::exception& e) {
+    log::error("reload: nothing is changed: {}", e.what());
+    return e.what();
+  }
+}
+
+void Supervisor::drain() {
+  asio::post(data_loop_, [this] { worker_.drain(); });
+}
+
+void Supervisor::wait_signal() {
+  signals_.async_wait([this](const boost::system::error_code& ec, int number) {
+    if (ec) return;
+    if (number == SIGHUP) {
+      reload();
+    } else if (signalled_) {
+      log::warn("second signal: ending at once");
+      log::stop();
+      std::_Exit(3);
+    } else {
+      signalled_ = true;
+      drain();
+    }
+    wait_signal();
+  });
+}
+
+int Supervisor::run(const std::function<void()>& listening, const std::function<void()>& stopping) {
+  raise_file_limit(config_->limits.maxClients + 256);
+  worker_.on_stopped = [this](int code) {
+    exit_code_ = code;
+    data_loop_.stop();
+  };
+  worker_.listen();
+  listening();
+  wait_signal();
+  auto control_guard = asio::make_work_guard(control_loop_);
+  std::thread control([this] {
+    for (;;) {
+      try {
+        control_loop_.run();
+        return;
+      } catch (const std::exception& e) {
+        log::error("control loop: {}", e.what());
+      }
+    }
+  });
+  auto data_guard = asio::make_work_guard(data_loop_);
+  try {
+    data_loop_.run();
+  } catch (const std::exception& e) {
+    log::error("data loop: {}", e.what());
+    exit_code_ = 1;
+  }
+  asio::post(control_loop_, [this, &stopping] {
+    stopping();
+    boost::system::error_code ignored;
+    signals_.cancel(ignored);
+    control_loop_.stop();
+  });
+  control.join();
+  log::info("stopped");
+  log::stop();
+  return exit_code_;
+}
+
+}  // namespace pgsidecar::proxy

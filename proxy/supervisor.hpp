@@ -1,0 +1,50 @@
+// The process's life: the data loop and the control loop with its thread, signals, reload, drain, the admin port. Joined to
+// admin by callbacks, which main.cpp makes.
+#pragma once
+
+#include <boost/asio/executor_work_guard.hpp>
+#include <boost/asio/io_context.hpp>
+#include <boost/asio/signal_set.hpp>
+#include <functional>
+#include <memory>
+#include <string>
+
+#include "conf/load.hpp"
+#include "proxy/control.hpp"
+#include "proxy/worker.hpp"
+
+namespace pgsidecar::proxy {
+
+class Supervisor {
+ public:
+  Supervisor(std::string config_path, std::shared_ptr<const conf::Config> config, conf::Environment env);
+
+  boost::asio::io_context& control_loop() { return control_loop_; }
+
+  /// Copies the statistics on the data loop and hands them over on the control loop.
+  using SnapshotDone = std::function<void(std::shared_ptr<const pool::Snapshot>)>;
+  void snapshot(SnapshotDone done);
+  void probe(SnapshotDone done);
+  /// Reload from the same file: empty, or why nothing was changed. On the control loop.
+  std::string reload();
+  void drain();
+
+  /// Listens, then runs until stopped. `listening` is called once the clients' port is open. Returns the exit code.
+  int run(const std::function<void()>& listening, const std::function<void()>& stopping);
+
+ private:
+  void wait_signal();
+
+  std::string config_path_;
+  std::shared_ptr<const conf::Config> config_;  // control loop's view
+  conf::Environment env_;
+  boost::asio::io_context data_loop_{BOOST_ASIO_CONCURRENCY_HINT_UNSAFE_IO};
+  boost::asio::io_context control_loop_{1};
+  Control control_;
+  Worker worker_;
+  boost::asio::signal_set signals_;
+  bool signalled_ = false;
+  int exit_code_ = 0;
+};
+
+}  // namespace pgsidecar::proxy

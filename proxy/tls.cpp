@@ -1,0 +1,196 @@
+#include "proxy/tls.hpp"
+
+#include <arpa/inet.h>
+#include <openssl/err.h>
+#include <openssl/evp.h>
+#include <openssl/pem.h>
+#include <openssl/x509v3.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <vector>
+
+namespace pgsidecar::proxy {
+
+namespace {
+
+constexpr unsigned char kAlpn[] = "\x0apostgresql";
+constexpr unsigned kAlpnSize = sizeof kAlpn - 1;
+
+[[noreturn]] void fail(const std::string& what) {
+  const unsigned long code = ERR_get_error();
+  const char* reason = code ? ERR_reason_error_string(code) : nullptr;
+  ERR_clear_error();
+  throw std::runtime_error(what + (reason ? std::string(": ") + reason : std::string()));
+}
+
+/// The newest session of a context, for resumption. Attached to the context and freed with it.
+struct Newest {
+  SSL_SESSION* session = nullptr;
+  ~Newest() { SSL_SESSION_free(session); }
+};
+
+int newest_index() {
+  static const int index = SSL_CTX_get_ex_new_index(
+      0, nullptr, nullptr, nullptr,
+      [](void*, void* data, CRYPTO_EX_DATA*, int, long, void*) { delete static_cast<Newest*>(data); });
+  return index;
+}
+
+int keep_session(SSL* ssl, SSL_SESSION* session) {
+  auto* newest = static_cast<Newest*>(SSL_CTX_get_ex_data(SSL_get_SSL_CTX(ssl), newest_index()));
+  SSL_SESSION_free(newest->session);
+  newest->session = session;
+  return 1;
+}
+
+int choose_alpn(SSL*, const unsigned char** out, unsigned char* size, const unsigned char* in, unsigned in_size, void*) {
+  unsigned char* chosen = nullptr;
+  if (SSL_select_next_proto(&chosen, size, kAlpn, kAlpnSize, in, in_size) != OPENSSL_NPN_NEGOTIATED)
+    return SSL_TLSEXT_ERR_ALERT_FATAL;
+  *out = chosen;
+  return SSL_TLSEXT_ERR_OK;
+}
+
+int version_of(const std::string& name) {
+  if (name.empty()) return 0;
+  if (name == "TLSv1.2") return TLS1_2_VERSION;
+  if (name == "TLSv1.3") return TLS1_3_VERSION;
+  if (name == "TLSv1.1") return TLS1_1_VERSION;
+  if (name == "TLSv1") return TLS1_VERSION;
+  throw std::runtime_error("invalid TLS version \"" + name + "\" (TLSv1.2, TLSv1.3)");
+}
+
+/// libpq's rule: a key is its owner's alone, or root's and readable by the group.
+void check_key_file(const std::string& file) {
+  struct stat info {};
+  if (::stat(file.c_str(), &info) != 0) throw std::runtime_error("could not read private key file \"" + file + "\"");
+  const bool ok = info.st_uid == 0 && ::geteuid() != 0 ? (info.st_mode & 0137) == 0 : (info.st_mode & 0177) == 0 || (info.st_uid == 0 && (info.st_mode & 0137) == 0);
+  if (!ok)
+    throw std::runtime_error("private key file \"" + file +
+                             "\" has group or world access; file must have permissions u=rw (0600) or less if owned by the "
+                             "current user, or permissions u=rw,g=r (0640) or less if owned by root");
+}
+
+int give_password(char* buffer, int size, int, void* password) {
+  const auto& text = *static_cast<const std::string*>(password);
+  const auto n = std::min(static_cast<std::size_t>(size), text.size());
+  std::copy_n(text.data(), n, buffer);
+  return static_cast<int>(n);
+}
+
+bool is_address(const std::string& host) {
+  unsigned char buffer[16];
+  return ::inet_pton(AF_INET, host.c_str(), buffer) == 1 || ::inet_pton(AF_INET6, host.c_str(), buffer) == 1;
+}
+
+}  // namespace
+
+SslContext make_server_context(const conf::Tls& tls) {
+  SslContext context(SSL_CTX_new(TLS_server_method()));
+  if (!context) fail("TLS");
+  SSL_CTX* c = context.get();
+  SSL_CTX_set_min_proto_version(c, TLS1_2_VERSION);
+  SSL_CTX_set_options(c, SSL_OP_NO_RENEGOTIATION);
+  SSL_CTX_set_mode(c, SSL_MODE_RELEASE_BUFFERS);
+  SSL_CTX_set_session_cache_mode(c, SSL_SESS_CACHE_OFF);
+  SSL_CTX_set_alpn_select_cb(c, choose_alpn, nullptr);
+  if (SSL_CTX_use_certificate_chain_file(c, tls.certificate.c_str()) != 1)
+    fail("tls.certificate: cannot use \"" + tls.certificate + "\"");
+  if (SSL_CTX_use_PrivateKey_file(c, tls.key.c_str(), SSL_FILETYPE_PEM) != 1) fail("tls.key: cannot use \"" + tls.key + "\"");
+  if (SSL_CTX_check_private_key(c) != 1) fail("tls.key: \"" + tls.key + "\" is not the key of tls.certificate");
+  if (!tls.ca.empty()) {
+    if (SSL_CTX_load_verify_locations(c, tls.ca.c_str(), nullptr) != 1) fail("tls.ca: cannot use \"" + tls.ca + "\"");
+    SSL_CTX_set_client_CA_list(c, SSL_load_client_CA_file(tls.ca.c_str()));
+    SSL_CTX_set_verify(c, SSL_VERIFY_PEER | (tls.mode == conf::TlsMode::VerifyFull ? SSL_VERIFY_FAIL_IF_NO_PEER_CERT : 0), nullptr);
+  } else if (tls.mode == conf::TlsMode::VerifyFull) {
+    throw std::runtime_error("tls.mode verify-full needs tls.ca, the CA of the clients' certificates");
+  }
+  static constexpr unsigned char kContext[] = "pgsidecar";
+  SSL_CTX_set_session_id_context(c, kContext, sizeof kContext - 1);
+  return context;
+}
+
+SslContext make_client_context(const conf::ConnectParams& p) {
+  SslContext context(SSL_CTX_new(TLS_client_method()));
+  if (!context) fail("TLS");
+  SSL_CTX* c = context.get();
+  SSL_CTX_set_min_proto_version(c, p.sslMinProtocolVersion.empty() ? TLS1_2_VERSION : version_of(p.sslMinProtocolVersion));
+  if (!p.sslMaxProtocolVersion.empty()) SSL_CTX_set_max_proto_version(c, version_of(p.sslMaxProtocolVersion));
+  SSL_CTX_set_options(c, SSL_OP_NO_RENEGOTIATION);
+  const bool system = p.sslrootcert.empty() || p.sslrootcert == "system";
+  const bool verify = p.sslmode == conf::SslMode::VerifyCa || p.sslmode == conf::SslMode::VerifyFull ||
+                      (p.sslmode == conf::SslMode::Require && !system);
+  if (verify) {
+    if (system ? SSL_CTX_set_default_verify_paths(c) != 1 : SSL_CTX_load_verify_locations(c, p.sslrootcert.c_str(), nullptr) != 1)
+      fail("could not read root certificate file \"" + p.sslrootcert + "\" (sslrootcert)");
+    SSL_CTX_set_verify(c, SSL_VERIFY_PEER, nullptr);
+    if (!p.sslcrl.empty()) {
+      X509_STORE* store = SSL_CTX_get_cert_store(c);
+      if (X509_STORE_load_locations(store, p.sslcrl.c_str(), nullptr) != 1) fail("could not read \"" + p.sslcrl + "\" (sslcrl)");
+      X509_STORE_set_flags(store, X509_V_FLAG_CRL_CHECK | X509_V_FLAG_CRL_CHECK_ALL);
+    }
+  }
+  if (!p.sslcert.empty()) {
+    if (SSL_CTX_use_certificate_chain_file(c, p.sslcert.c_str()) != 1) fail("could not read certificate file \"" + p.sslcert + "\" (sslcert)");
+    check_key_file(p.sslkey);
+    SSL_CTX_set_default_passwd_cb(c, give_password);
+    SSL_CTX_set_default_passwd_cb_userdata(c, const_cast<std::string*>(&p.sslpassword));
+    const int ok = SSL_CTX_use_PrivateKey_file(c, p.sslkey.c_str(), SSL_FILETYPE_PEM);
+    SSL_CTX_set_default_passwd_cb_userdata(c, nullptr);
+    if (ok != 1) fail("could not load private key file \"" + p.sslkey + "\" (sslkey)");
+    if (SSL_CTX_check_private_key(c) != 1) fail("certificate does not match private key file \"" + p.sslkey + "\"");
+  }
+  SSL_CTX_set_ex_data(c, newest_index(), new Newest);
+  SSL_CTX_set_session_cache_mode(c, SSL_SESS_CACHE_CLIENT | SSL_SESS_CACHE_NO_INTERNAL_STORE);
+  SSL_CTX_sess_set_new_cb(c, keep_session);
+  return context;
+}
+
+void prepare_client(SSL* ssl, const conf::ConnectParams& params, const conf::Host& host) {
+  const bool address = is_address(host.name);
+  if (params.sslsni && !address && !host.name.empty()) SSL_set_tlsext_host_name(ssl, host.name.c_str());
+  if (params.sslmode == conf::SslMode::VerifyFull) {
+    X509_VERIFY_PARAM* verify = SSL_get0_param(ssl);
+    X509_VERIFY_PARAM_set_hostflags(verify, X509_CHECK_FLAG_NO_PARTIAL_WILDCARDS);
+    if (address) X509_VERIFY_PARAM_set1_ip_asc(verify, host.name.c_str());
+    else X509_VERIFY_PARAM_set1_host(verify, host.name.c_str(), host.name.size());
+  }
+  if (params.sslnegotiation == conf::SslNegotiation::Direct) SSL_set_alpn_protos(ssl, kAlpn, kAlpnSize);
+  auto* newest = static_cast<Newest*>(SSL_CTX_get_ex_data(SSL_get_SSL_CTX(ssl), newest_index()));
+  if (newest && newest->session) {
+    SSL_set_session(ssl, newest->session);
+    if (SSL_SESSION_get_protocol_version(newest->session) == TLS1_3_VERSION) {  // its tickets are for one use
+      SSL_SESSION_free(newest->session);
+      newest->session = nullptr;
+    }
+  }
+}
+
+std::string channel_binding(SSL* ssl, bool own) {
+  X509* certificate = own ? SSL_get_certificate(ssl) : SSL_get0_peer_certificate(ssl);
+  if (!certificate) return {};
+  int digest = NID_undef;
+  if (OBJ_find_sigid_algs(X509_get_signature_nid(certificate), &digest, nullptr) != 1 || digest == NID_undef) return {};
+  if (digest == NID_md5 || digest == NID_sha1) digest = NID_sha256;
+  const EVP_MD* md = EVP_get_digestbynid(digest);
+  unsigned char hash[EVP_MAX_MD_SIZE];
+  unsigned size = 0;
+  if (!md || X509_digest(certificate, md, hash, &size) != 1) return {};
+  return {reinterpret_cast<const char*>(hash), size};
+}
+
+std::string peer_common_name(SSL* ssl) {
+  X509* certificate = ssl ? SSL_get0_peer_certificate(ssl) : nullptr;
+  if (!certificate || SSL_get_verify_result(ssl) != X509_V_OK) return {};
+  const X509_NAME* name = X509_get_subject_name(certificate);
+  const int at = X509_NAME_get_index_by_NID(name, NID_commonName, -1);
+  if (at < 0) return {};
+  const ASN1_STRING* text = X509_NAME_ENTRY_get_data(X509_NAME_get_entry(name, at));
+  const std::string cn(reinterpret_cast<const char*>(ASN1_STRING_get0_data(text)), static_cast<std::size_t>(ASN1_STRING_length(text)));
+  return cn.find('\0') == std::string::npos ? cn : std::string();
+}
+
+}  // namespace pgsidecar::proxy

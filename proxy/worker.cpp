@@ -1,0 +1,567 @@
+#include "proxy/worker.hpp"
+
+#include <netinet/tcp.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <boost/asio/post.hpp>
+
+#include "proxy/log.hpp"
+
+namespace pgsidecar::proxy {
+
+namespace asio = boost::asio;
+using std::chrono::milliseconds;
+
+namespace {
+
+std::uint64_t micros(pool::Clock::duration d) {
+  return static_cast<std::uint64_t>(std::max<std::int64_t>(0, std::chrono::duration_cast<std::chrono::microseconds>(d).count()));
+}
+
+/// A failure that more tries won't mend: wrong credentials, no such database.
+bool is_permanent(std::string_view sqlstate) { return sqlstate.starts_with("28") || sqlstate.starts_with("3D"); }
+
+const char* mode_name(conf::PoolMode mode) {
+  switch (mode) {
+    case conf::PoolMode::Session: return "session";
+    case conf::PoolMode::Statement: return "statement";
+    default: return "transaction";
+  }
+}
+
+}  // namespace
+
+Worker::Worker(asio::io_context& data, Control& control, std::shared_ptr<const conf::Config> config)
+    : data_(data), control_(control), config_(std::move(config)), timer_(data), started_at_(pool::Clock::now()) {
+  use_config();
+}
+
+Worker::~Worker() = default;
+
+void Worker::use_config() {
+  if (config_->tls.mode != conf::TlsMode::Disable) client_tls_ = make_server_context(config_->tls);
+  upstream_ = conf::resolve_upstream(config_->upstream, control_.environment());
+  for (const std::string& warning : upstream_.warnings) log::warn("upstream: {}", warning);
+}
+
+void Worker::reload(std::shared_ptr<const conf::Config> config) {
+  config_ = std::move(config);
+  use_config();
+  // Pools of other settings are made anew; the old ones' connections leave as they come back.
+  for (auto& [key, entry] : pools_) {
+    for (auto& [id, server] : entry->servers) server->condemned = true;
+    entry->settings.forget_welcomes();
+    std::string sqlstate, error;
+    entry->retry_at = {};
+    if (const auto it = config_->databases.find(entry->database); it != config_->databases.end()) {
+      entry->pool.set_settings(it->second.pool);
+    } else {
+      entry->pool.set_settings(config_->pool);
+    }
+  }
+  kick();
+}
+
+// --- listening
+
+template <class Acceptor>
+void Worker::accept(std::shared_ptr<Acceptor> acceptor) {
+  acceptor->async_accept([this, acceptor](const boost::system::error_code& ec, typename Acceptor::protocol_type::socket::template rebind_executor<asio::io_context::executor_type>::other socket) {
+    if (ec == asio::error::operation_aborted || !acceptor->is_open()) return;
+    if (ec) {
+      log::error("accept: {}", ec.message());
+      auto timer = std::make_shared<asio::steady_timer>(data_, milliseconds(100));
+      timer->async_wait([this, acceptor, timer](const boost::system::error_code&) { accept(acceptor); });
+      return;
+    }
+    std::string peer = "unix socket";
+    if constexpr (std::is_same_v<typename Acceptor::protocol_type, asio::ip::tcp>) {
+      boost::system::error_code ignored;
+      const auto remote = socket.remote_endpoint(ignored);
+      peer = remote.address().to_string() + ":" + std::to_string(remote.port());
+      const int one = 1;
+      ::setsockopt(socket.native_handle(), IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+      ::setsockopt(socket.native_handle(), SOL_SOCKET, SO_KEEPALIVE, &one, sizeof one);
+    }
+    std::uint32_t id = 0;
+    do id = static_cast<std::uint32_t>(random_()) & 0x7fffffff;
+    while (id == 0 || clients_.contains(id));
+    auto client = std::make_shared<ClientSession>(*this, Socket(std::move(socket)), id, std::move(peer));
+    clients_.emplace(id, client);
+    client->start();
+    kick();
+    accept(acceptor);
+  });
+}
+
+void Worker::listen() {
+  using Tcp = asio::basic_socket_acceptor<asio::ip::tcp, asio::io_context::executor_type>;
+  using Local = asio::basic_socket_acceptor<asio::local::stream_protocol, asio::io_context::executor_type>;
+  for (const conf::Listen& where : config_->listen) {
+    const std::string text = where.kind == conf::Listen::Kind::Unix ? "unix:" + where.directory
+                                                                     : where.host + ":" + std::to_string(where.port);
+    try {
+      if (where.kind == conf::Listen::Kind::Unix) {
+        const std::string path = where.directory + "/.s.PGSQL." + std::to_string(where.port);
+        ::unlink(path.c_str());
+        auto acceptor = std::make_shared<Local>(data_.get_executor(), asio::local::stream_protocol::endpoint(path));
+        ::chmod(path.c_str(), 0777);
+        close_listeners_.push_back([acceptor, path] {
+          boost::system::error_code ignored;
+          acceptor->close(ignored);
+          ::unlink(path.c_str());
+        });
+        accept(acceptor);
+        log::info("listening on {}", path);
+        continue;
+      }
+      asio::ip::tcp::endpoint endpoint;
+      boost::system::error_code not_literal;
+      const auto address = asio::ip::make_address(where.host, not_literal);
+      if (not_literal) {
+        asio::ip::tcp::resolver resolver(data_);
+        endpoint = *resolver.resolve(where.host, std::to_string(where.port)).begin();
+      } else {
+        endpoint = {address, where.port};
+      }
+      auto acceptor = std::make_shared<Tcp>(data_.get_executor(), endpoint.protocol());
+      acceptor->set_option(Tcp::reuse_address(true));
+      acceptor->bind(endpoint);
+      acceptor->listen(1024);
+      close_listeners_.push_back([acceptor] {
+        boost::system::error_code ignored;
+        acceptor->close(ignored);
+      });
+      log::info("listening on {}:{}", where.host, acceptor->local_endpoint().port());
+      accept(acceptor);
+    } catch (const boost::system::system_error& e) {
+      throw std::runtime_error("cannot listen on " + text + ": " + e.code().message() +
+                               " (change `listen` or PGSIDECAR_LISTEN)");
+    }
+  }
+  started_ = true;
+}
+
+// --- logins and leases
+
+bool Worker::full() const {
+  std::size_t logged_in = 0;
+  for (const auto& [key, entry] : pools_) logged_in += entry->clients;
+  return logged_in >= config_->limits.maxClients;
+}
+
+std::optional<std::string> Worker::secret_of(const std::string& user) {
+  const auto it = config_->users.find(user);
+  if (it != config_->users.end() && it->second.password) {
+    try {
+      return conf::expand(*it->second.password, control_.environment());
+    } catch (const conf::ConfigError& e) {
+      log::error("password of user \"{}\": {}", user, e.what());
+      return std::nullopt;
+    }
+  }
+  if (user == upstream_.user) return upstream_.password;
+  return std::nullopt;
+}
+
+PoolEntry* Worker::find_pool(const std::string& database, const std::string& user, std::string& sqlstate, std::string& error) {
+  auto key = std::make_pair(database, user);
+  if (const auto it = pools_.find(key); it != pools_.end()) return it->second.get();
+  const conf::PoolSettings* settings = &config_->pool;
+  conf::Upstream upstream = config_->upstream;
+  if (const auto it = config_->databases.find(database); it != config_->databases.end()) {
+    upstream = it->second.upstream;
+    settings = &it->second.pool;
+  } else if (const auto any = config_->databases.find("*"); any != config_->databases.end()) {
+    upstream = any->second.upstream;
+    upstream.keys["dbname"] = database;
+    settings = &any->second.pool;
+  } else if (database != upstream_.dbname) {
+    sqlstate = "3D000";
+    error = "database \"" + database + "\" does not exist";
+    return nullptr;
+  }
+  if (user != upstream_.user) {
+    const auto named = config_->users.find(user);
+    if (named == config_->users.end() && !config_->users.contains("*")) {
+      sqlstate = "28000";
+      error = "role \"" + user + "\" does not exist";
+      return nullptr;
+    }
+    upstream.keys["user"] = user;
+    upstream.keys["password"] = named != config_->users.end() && named->second.password ? *named->second.password : "";
+  }
+  if (const auto named = config_->users.find(user); named != config_->users.end() && named->second.pool)
+    settings = &*named->second.pool;
+  auto entry = std::make_unique<PoolEntry>(database, user, *settings, std::move(upstream));
+  return pools_.emplace(std::move(key), std::move(entry)).first->second.get();
+}
+
+void Worker::on_login(ClientSession&) {
+  had_client_ = true;
+  idle_since_ = pool::Time::max();
+}
+
+void Worker::want_server(ClientSession& client) {
+  PoolEntry& entry = *client.entry();
+  if (pool::Slot* slot = entry.pool.take(now())) return static_cast<ServerConnection*>(slot)->lease(client);
+  entry.pool.wait(client, now());
+  kick();
+  serve(entry);
+}
+
+void Worker::serve(PoolEntry& entry) {
+  while (entry.pool.waiting_count() > 0 && entry.pool.any_idle()) {
+    auto* server = static_cast<ServerConnection*>(entry.pool.any_idle());
+    server->unlink();
+    server->lease(*static_cast<ClientSession*>(entry.pool.next_waiter()));
+  }
+  if (now() < entry.retry_at) return;
+  std::uint32_t open = entry.pool.wanted(entry.connecting);
+  if (open == 0 && entry.clients > 0 && !draining_ && entry.pool.open() < entry.pool.settings().min) open = 1;
+  if (entry.failures > 0) open = std::min(open, entry.connecting == 0 ? 1u : 0u);  // one probes for all
+  for (; open > 0; --open) {
+    auto server = std::make_shared<ServerConnection>(*this, entry, next_server_++);
+    entry.servers.emplace(server->id(), server);
+    ++entry.connecting;
+    server->connect();
+  }
+}
+
+void Worker::on_connected(ServerConnection& server) {
+  PoolEntry& entry = server.entry();
+  --entry.connecting;
+  entry.failures = 0;
+  entry.retry_at = {};
+  entry.last_error.clear();
+  database_seen(true);
+  if (const auto it = server.parameters().find("server_version"); it != server.parameters().end())
+    database_version_ = it->second;
+  log::info("server {} ({}@{}, pid {}): connected", server.id(), entry.user, entry.database, server.pid());
+  kick();
+}
+
+void Worker::on_connect_failed(ServerConnection& server, const std::string& sqlstate, const std::string& message) {
+  PoolEntry& entry = server.entry();
+  --entry.connecting;
+  entry.last_error = message;
+  entry.last_sqlstate = sqlstate;
+  ++entry.pool.counters().connectFailures;
+  ++entry.failures;
+  const double seconds = std::min(5.0, 0.05 * static_cast<double>(1u << std::min(entry.failures, 8u))) * (0.75 + 0.5 * random());
+  entry.retry_at = now() + milliseconds(static_cast<int>(seconds * 1000));
+  log::warn("{}@{}: cannot connect: {} {}", entry.user, entry.database, sqlstate, message);
+  database_seen(false, message);
+  entry.servers.erase(server.id());
+  if (is_permanent(sqlstate)) {
+    while (pool::Waiter* waiter = entry.pool.next_waiter())
+      static_cast<ClientSession*>(waiter)->on_wait_failed(sqlstate, message, true);
+  }
+  kick();
+  check_stopped();
+}
+
+void Worker::on_server_closed(ServerConnection& server) {
+  PoolEntry& entry = server.entry();
+  // The connection may be in the middle of a turn of its own.
+  asio::post(data_, [this, &entry, id = server.id()] {
+    entry.servers.erase(id);
+    serve(entry);
+    check_stopped();
+  });
+}
+
+void Worker::on_client_closed(ClientSession& client) {
+  if (client.entry()) --client.entry()->clients;
+  asio::post(data_, [this, id = client.id()] {
+    clients_.erase(id);
+    if (clients_.empty()) {
+      idle_since_ = now();
+      kick();
+    }
+    check_stopped();
+  });
+}
+
+// --- cancel
+
+void Worker::cancel(std::uint32_t pid, std::string_view key) {
+  const auto it = clients_.find(pid);
+  if (it == clients_.end()) return;
+  ClientSession& client = *it->second;
+  const std::string& own = client.cancel_key();
+  if (own.empty() || own.size() != key.size() || CRYPTO_memcmp(own.data(), key.data(), own.size()) != 0) return;
+  ServerConnection* server = client.server();
+  if (server && server->pipeline.front() && server->pipeline.front()->owner == client.id()) send_cancel(*server);
+}
+
+namespace {
+
+/// One cancel request on a connection of its own, until the server has closed it.
+struct CancelRequest : std::enable_shared_from_this<CancelRequest> {
+  CancelRequest(asio::io_context& loop, std::shared_ptr<ServerConnection> to) : socket(loop.get_executor()), timer(loop), server(std::move(to)) {}
+  void start() {
+    ++server->cancels_pending;
+    protocol::write_cancel_request(message, server->pid(), server->cancel_key());
+    timer.expires_after(std::chrono::seconds(5));
+    timer.async_wait([self = shared_from_this()](const boost::system::error_code& ec) {
+      boost::system::error_code ignored;
+      if (!ec) self->socket.cancel(ignored);
+    });
+    socket.async_connect(server->target().endpoint, [self = shared_from_this()](const boost::system::error_code& ec) {
+      if (ec) return self->finish();
+      boost::system::error_code failed;
+      self->socket.write_some(asio::buffer(self->message), failed);
+      self->wait();
+    });
+  }
+  void wait() {
+    socket.async_wait(Socket::wait_read, [self = shared_from_this()](const boost::system::error_code&) { self->finish(); });
+  }
+  void finish() {
+    timer.cancel();
+    boost::system::error_code ignored;
+    socket.close(ignored);
+    --server->cancels_pending;
+    server->settle_after_cancel();
+  }
+  Socket socket;
+  asio::steady_timer timer;
+  std::shared_ptr<ServerConnection> server;
+  std::string message;
+};
+
+}  // namespace
+
+void Worker::send_cancel(ServerConnection& server) {
+  ++server.entry().pool.counters().cancels;
+  std::make_shared<CancelRequest>(data_, server.shared_from_this())->start();
+}
+
+// --- time
+
+void Worker::kick() { arm_tick(milliseconds(100)); }
+
+void Worker::arm_tick(milliseconds after) {
+  const pool::Time at = now() + after;
+  if (stopped_ || at >= tick_at_) return;
+  tick_at_ = at;
+  timer_.expires_at(at);
+  timer_.async_wait([this](const boost::system::error_code& ec) {
+    if (!ec) tick();
+  });
+}
+
+void Worker::tick() {
+  tick_at_ = pool::Time::max();
+  const pool::Time t = now();
+  bool busy = draining_, servers = false;
+  for (auto& [key, entry] : pools_) {
+    while (pool::Waiter* waiter = entry->pool.expired(t)) {
+      auto& client = *static_cast<ClientSession*>(waiter);
+      ++entry->pool.counters().waitTimeouts;
+      if (entry->failures > 0 && !entry->last_error.empty()) {
+        client.on_wait_failed(entry->last_sqlstate, entry->last_error, false);
+        continue;
+      }
+      const conf::PoolSettings& settings = entry->pool.settings();
+      std::string message = "timed out after " + std::to_string(settings.connectionTimeoutMillis) +
+                            " ms waiting for a server connection: " + std::to_string(entry->pool.open()) + " of " +
+                            std::to_string(settings.max) + " in use";
+      ClientSession* longest = nullptr;
+      for (auto& [id, server] : entry->servers)
+        if (server->client() && (!longest || server->client()->transaction_since < longest->transaction_since))
+          longest = server->client();
+      if (longest) {
+        const auto held = std::chrono::duration<double>(t - longest->transaction_since).count();
+        const auto status = longest->server()->pipeline.status();
+        message += "; longest held " + fmt::format("{:.1f}", held) + " s by client " + std::to_string(longest->id()) +
+                   " (application \"" + longest->application() + "\")" +
+                   (longest->server()->pipeline.empty() && status != protocol::TxStatus::Idle ? ", idle in transaction" : "");
+      }
+      client.on_wait_failed("53300", message, false);
+    }
+    pool::CloseReason reason{};
+    while (pool::Slot* slot = entry->pool.outdated(t, reason)) static_cast<ServerConnection*>(slot)->close(reason);
+    std::vector<std::shared_ptr<ServerConnection>> due;
+    for (auto& [id, server] : entry->servers) {
+      busy |= !server->alive() || server->state() == ServerConnection::State::Resetting;
+      servers = true;
+      if (t >= server->deadline) due.push_back(server);
+    }
+    for (const auto& server : due) server->on_deadline(t);
+    serve(*entry);
+    busy |= entry->pool.waiting_count() > 0 || entry->connecting > 0;
+    servers |= entry->clients > 0 && entry->pool.open() < entry->pool.settings().min;
+  }
+  std::vector<std::shared_ptr<ClientSession>> due;
+  for (auto& [id, client] : clients_)
+    if (client->login_deadline != pool::Time::max()) {
+      busy = true;
+      if (t >= client->login_deadline) due.push_back(client);
+    }
+  for (const auto& client : due) client->on_deadline(t);
+  if (draining_ && t >= drain_until_ && exit_code_ == 0) {
+    exit_code_ = 3;
+    std::vector<std::shared_ptr<ClientSession>> left;
+    for (auto& [id, client] : clients_) left.push_back(client);
+    for (const auto& client : left) {
+      log::warn("drain: client {} (application \"{}\") is cut off after {} ms", client->id(), client->application(), config_->shutdown.timeoutMillis);
+      if (client->server() && !client->server()->pipeline.empty()) send_cancel(*client->server());
+      client->fatal("57P01", "terminating connection due to administrator command");
+      client->close();
+    }
+  }
+  const bool exit_on_idle = config_->pool.allowExitOnIdle && had_client_ && clients_.empty();
+  if (exit_on_idle && !draining_ && t - idle_since_ >= milliseconds(config_->pool.idleTimeoutMillis)) {
+    log::info("no clients for {} ms: exiting (pool.allowExitOnIdle)", config_->pool.idleTimeoutMillis);
+    drain();
+  }
+  if (busy) arm_tick(milliseconds(100));
+  else if (servers || exit_on_idle) arm_tick(milliseconds(1000));
+  check_stopped();
+}
+
+// --- the end
+
+void Worker::drain() {
+  if (draining_) return;
+  draining_ = true;
+  drain_until_ = now() + milliseconds(config_->shutdown.timeoutMillis);
+  log::info("draining: {} clients, at most {} ms", clients_.size(), config_->shutdown.timeoutMillis);
+  if (!config_->shutdown.acceptWhileDraining) {
+    for (const auto& close_listener : close_listeners_) close_listener();
+    close_listeners_.clear();
+    std::vector<std::shared_ptr<ClientSession>> all;
+    for (auto& [id, client] : clients_) all.push_back(client);
+    for (const auto& client : all) client->drain();
+  }
+  kick();
+  check_stopped();
+}
+
+void Worker::check_stopped() {
+  if (!draining_ || stopped_ || !clients_.empty()) return;
+  for (const auto& close_listener : close_listeners_) close_listener();
+  close_listeners_.clear();
+  bool left = false;
+  for (auto& [key, entry] : pools_) {
+    std::vector<std::shared_ptr<ServerConnection>> all;
+    for (auto& [id, server] : entry->servers) all.push_back(server);
+    for (const auto& server : all) {
+      if (server->state() == ServerConnection::State::Connecting) continue;
+      server->close(pool::CloseReason::Drain);
+    }
+    left |= !all.empty();
+  }
+  // The servers' own farewell isn't waited for longer than this.
+  if (left && now() < drain_until_ && !farewell_over()) return;
+  stopped_ = true;
+  timer_.cancel();
+  if (on_stopped) on_stopped(exit_code_);
+}
+
+bool Worker::farewell_over() {
+  if (farewell_at_ == pool::Time{}) farewell_at_ = now() + milliseconds(50);
+  return now() >= farewell_at_;
+}
+
+// --- what is told
+
+void Worker::count_error(std::string_view sqlstate) {
+  const std::string_view klass = sqlstate.substr(0, 2);
+  if (const auto it = errors_.find(klass); it != errors_.end()) ++it->second;
+  else if (errors_.size() < 64) errors_.emplace(klass, 1);
+}
+
+void Worker::database_seen(bool up, std::string error) {
+  database_ = up ? pool::Snapshot::Database::Up : pool::Snapshot::Database::Down;
+  database_error_ = std::move(error);
+  if (up) database_seen_ = now();
+}
+
+void Worker::probe(std::function<void()> done) {
+  // A connect is the probe: it needs no client, no query, and says what a client would hear.
+  control_.resolve(config_->upstream, [this, done = std::move(done)](std::shared_ptr<const Upstream> found) {
+    if (!found->error.empty() || found->targets.empty()) {
+      database_seen(false, found->error);
+      return done();
+    }
+    auto socket = std::make_shared<Socket>(data_.get_executor());
+    auto timer = std::make_shared<asio::steady_timer>(data_, milliseconds(900));
+    timer->async_wait([socket, timer](const boost::system::error_code& ec) {
+      boost::system::error_code ignored;
+      if (!ec) socket->cancel(ignored);
+    });
+    const pool::Time begun = now();
+    socket->async_connect(found->targets.front().endpoint, [this, socket, timer, begun, done](const boost::system::error_code& ec) {
+      timer->cancel();
+      database_seen(!ec, ec ? ec.message() : std::string());
+      if (!ec) database_latency_ = micros(now() - begun);
+      done();
+    });
+  });
+}
+
+pool::Snapshot Worker::snapshot() {
+  const pool::Time t = now();
+  pool::Snapshot s;
+  s.draining = draining_;
+  s.started = started_;
+  s.uptimeMicros = micros(t - started_at_);
+  s.maxClients = config_->limits.maxClients;
+  s.rejected = rejected_;
+  s.errorsByClass.insert(errors_.begin(), errors_.end());
+  s.database = database_;
+  s.databaseError = database_error_;
+  s.databaseVersion = database_version_;
+  s.databaseLatencyMicros = database_latency_;
+  if (database_seen_ != pool::Time{}) s.databaseSeenMicrosAgo = micros(t - database_seen_);
+  std::map<const PoolEntry*, std::size_t> index;
+  for (const auto& [key, entry] : pools_) {
+    pool::PoolSnapshot p;
+    const conf::PoolSettings& settings = entry->pool.settings();
+    p.database = entry->database;
+    p.user = entry->user;
+    p.max = settings.max;
+    p.min = settings.min;
+    p.idleTimeoutMillis = settings.idleTimeoutMillis;
+    p.connectionTimeoutMillis = settings.connectionTimeoutMillis;
+    p.maxUses = settings.maxUses;
+    p.mode = mode_name(settings.mode);
+    p.lastError = entry->last_error;
+    p.clientsWaiting = static_cast<std::uint32_t>(entry->pool.waiting_count());
+    if (p.clientsWaiting > 0) p.oldestWaitMicros = micros(t - entry->pool.oldest_wait());
+    for (const auto& [id, server] : entry->servers) {
+      p.preparedStatements += server->statements.size();
+      switch (server->state()) {
+        case ServerConnection::State::Connecting: ++p.serversLogin; break;
+        case ServerConnection::State::Idle: ++p.serversIdle; break;
+        case ServerConnection::State::Leased: ++p.serversActive; break;
+        case ServerConnection::State::Resetting: ++p.serversReset; break;
+        case ServerConnection::State::Closing: ++p.serversClosing; break;
+        case ServerConnection::State::Closed: break;
+      }
+    }
+    p.counters = entry->pool.counters();
+    index[entry.get()] = s.pools.size();
+    s.pools.push_back(std::move(p));
+  }
+  for (const auto& [id, client] : clients_) {
+    if (!client->entry()) {
+      ++s.clientsLogin;
+      continue;
+    }
+    ++s.clients;
+    pool::PoolSnapshot& p = s.pools[index[client->entry()]];
+    if (client->state() == ClientSession::State::Active) ++p.clientsActive;
+    else if (client->state() == ClientSession::State::Ready) ++p.clientsIdle;
+    if (client->pinned()) ++p.pinned;
+  }
+  return s;
+}
+
+}  // namespace pgsidecar::proxy

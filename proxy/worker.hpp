@@ -1,0 +1,128 @@
+// One data loop and all that lives on it: listeners, clients, pools, server connections, the scratch buffers, one tick.
+// Could exist twice. Everything here runs on the data loop; the control loop asks by posting.
+#pragma once
+
+#include <array>
+#include <boost/asio/io_context.hpp>
+#include <boost/asio/ip/tcp.hpp>
+#include <boost/asio/local/stream_protocol.hpp>
+#include <boost/asio/steady_timer.hpp>
+#include <boost/unordered/unordered_flat_map.hpp>
+#include <functional>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "conf/config.hpp"
+#include "pool/pool.hpp"
+#include "pool/stats.hpp"
+#include "protocol/login.hpp"
+#include "protocol/scram.hpp"
+#include "proxy/client_session.hpp"
+#include "proxy/control.hpp"
+#include "proxy/server_connection.hpp"
+
+namespace pgsidecar::proxy {
+
+/// One pool and its connections.
+struct PoolEntry {
+  PoolEntry(std::string database_name, std::string user_name, const conf::PoolSettings& policy, conf::Upstream from)
+      : database(std::move(database_name)), user(std::move(user_name)), pool(policy), upstream(std::move(from)) {}
+  std::string database, user;
+  pool::Pool pool;
+  conf::Upstream upstream;
+  SettingsCache settings;
+  boost::unordered_flat_map<std::uint64_t, std::shared_ptr<ServerConnection>> servers;
+  std::uint32_t connecting = 0;
+  std::uint32_t clients = 0;
+  pool::Time retry_at{};        // no connect before
+  std::uint32_t failures = 0;   // connects failed in a row
+  std::string last_error, last_sqlstate;
+};
+
+class Worker {
+ public:
+  Worker(boost::asio::io_context& data, Control& control, std::shared_ptr<const conf::Config> config);
+  ~Worker();
+
+  /// Throws std::runtime_error naming the address and the key to change.
+  void listen();
+  void reload(std::shared_ptr<const conf::Config> config);
+  void drain();                       ///< as at SIGTERM
+  std::function<void(int exit_code)> on_stopped;  ///< nothing is left
+  pool::Snapshot snapshot();
+  void probe(std::function<void()> done);
+
+  // For clients and servers.
+  boost::asio::io_context& loop() { return data_; }
+  Control& control() { return control_; }
+  const conf::Config& config() const { return *config_; }
+  pool::Time now() const { return pool::Clock::now(); }
+  std::span<std::uint8_t> scratch() { return scratch_; }
+  std::span<std::uint8_t> tls_scratch() { return tls_scratch_; }
+  double random() { return std::uniform_real_distribution<>(0, 1)(random_); }
+
+  Gather to_client, to_server;        // of the turn that is running
+  protocol::StatementCache statements;
+  protocol::ScramKeyCache scram_keys;
+  SSL_CTX* client_tls() { return client_tls_.get(); }
+
+  /// The pool for a login; nullptr and an error text in PostgreSQL's words if there is none.
+  PoolEntry* find_pool(const std::string& database, const std::string& user, std::string& sqlstate, std::string& error);
+  /// The secret that a user must prove; nullopt: no such user.
+  std::optional<std::string> secret_of(const std::string& user);
+
+  void want_server(ClientSession& client);           ///< queues it and opens connections
+  void serve(PoolEntry& entry);                      ///< gives idle connections to waiters, opens what is missing
+  void on_connected(ServerConnection& server);
+  void on_connect_failed(ServerConnection& server, const std::string& sqlstate, const std::string& message);
+  void on_server_closed(ServerConnection& server);
+  void on_client_closed(ClientSession& client);
+  void on_login(ClientSession& client);
+  void cancel(std::uint32_t pid, std::string_view key);
+  void send_cancel(ServerConnection& server);
+  void reject(pool::RejectReason reason) { ++rejected_[static_cast<std::size_t>(reason)]; }
+  void count_error(std::string_view sqlstate);
+  void database_seen(bool up, std::string error = {});
+  void kick();  ///< deadlines are near: the tick runs soon
+  bool draining() const { return draining_; }
+  bool full() const;
+  std::size_t clients() const { return clients_.size(); }
+
+ private:
+  template <class Acceptor>
+  void accept(std::shared_ptr<Acceptor> acceptor);
+  void tick();
+  void arm_tick(std::chrono::milliseconds after);
+  void check_stopped();
+  bool farewell_over();
+  void use_config();
+
+  boost::asio::io_context& data_;
+  Control& control_;
+  std::shared_ptr<const conf::Config> config_;
+  std::array<std::uint8_t, kScratch> scratch_;
+  std::array<std::uint8_t, 16 * 1024> tls_scratch_;
+  std::minstd_rand random_{std::random_device{}()};
+  boost::asio::steady_timer timer_;
+  pool::Time tick_at_ = pool::Time::max();
+  std::map<std::pair<std::string, std::string>, std::unique_ptr<PoolEntry>> pools_;
+  boost::unordered_flat_map<std::uint32_t, std::shared_ptr<ClientSession>> clients_;
+  std::vector<std::function<void()>> close_listeners_;
+  SslContext client_tls_;
+  conf::ConnectParams upstream_;      // the global upstream as read at start or reload
+  std::uint64_t next_server_ = 1;
+  bool draining_ = false, started_ = false, stopped_ = false, had_client_ = false;
+  pool::Time drain_until_ = pool::Time::max(), idle_since_ = pool::Time::max(), started_at_;
+  std::array<std::uint64_t, static_cast<std::size_t>(pool::RejectReason::kCount)> rejected_{};
+  std::map<std::string, std::uint64_t, std::less<>> errors_;
+  pool::Snapshot::Database database_ = pool::Snapshot::Database::Unknown;
+  std::string database_error_, database_version_;
+  pool::Time database_seen_{};
+  std::uint64_t database_latency_ = 0;
+  pool::Time farewell_at_{};
+  int exit_code_ = 0;
+};
+
+}  // namespace pgsidecar::proxy

@@ -1,0 +1,231 @@
+#include <gtest/gtest.h>
+
+#include <sys/stat.h>
+
+#include <cstdio>
+#include <fstream>
+#include <map>
+
+#include "conf/load.hpp"
+#include "conf/schema.hpp"
+
+namespace pgsidecar::conf {
+namespace {
+
+Environment environment(std::map<std::string, std::string> values) {
+  return [values = std::move(values)](std::string_view name) -> std::optional<std::string> {
+    const auto it = values.find(std::string(name));
+    return it == values.end() ? std::nullopt : std::optional(it->second);
+  };
+}
+
+const Environment kUrl = environment({{"DATABASE_URL", "postgresql://app:s3cret@db.example.com/shop"}});
+
+ConnectParams parse(std::string_view text, std::map<std::string, std::string> env = {}) {
+  return parse_connection_string(text, {}, environment(std::move(env)));
+}
+
+std::string mistake(const std::function<void()>& f) {
+  try {
+    f();
+  } catch (const ConfigError& e) {
+    return e.what();
+  }
+  return {};
+}
+
+TEST(Url, Accepted) {
+  const struct {
+    const char* text;
+    const char *host, *user, *password, *dbname;
+    std::uint16_t port;
+  } rows[] = {
+      {"postgresql://", "localhost", nullptr, "", nullptr, 5432},
+      {"postgres://u@h", "h", "u", "", "u", 5432},
+      {"postgresql://u:p@h:1/d", "h", "u", "p", "d", 1},
+      {"postgresql://u:p%40%2F%25@h/d", "h", "u", "p@/%", "d", 5432},
+      {"postgresql://u:p@ss@h/d", "h", "u", "p@ss", "d", 5432},  // node-postgres' reading
+      {"postgresql://u@[::1]:6000/d", "::1", "u", "", "d", 6000},
+      {"postgresql://%2Fvar%2Frun/d?user=x", "/var/run", "x", "", "d", 5432},
+      {"postgresql:///d?host=a&port=7&user=x&password=q", "a", "x", "q", "d", 7},
+      {"postgresql://u@h/d?", "h", "u", "", "d", 5432},
+      {"host=h port=9 user=u password='a b\\'c' dbname=d", "h", "u", "a b'c", "d", 9},
+      {"host = h  user = u", "h", "u", "", "u", 5432},
+      {"postgresql://u@h?dbname=x", "h", "u", "", "x", 5432},
+  };
+  for (const auto& row : rows) {
+    const ConnectParams p = parse(row.text);
+    EXPECT_EQ(p.hosts.at(0).name, row.host) << row.text;
+    EXPECT_EQ(p.hosts.at(0).port, row.port) << row.text;
+    EXPECT_TRUE(!row.user || p.user == row.user) << row.text;
+    EXPECT_EQ(p.password, row.password) << row.text;
+    EXPECT_TRUE(!row.dbname || p.dbname == row.dbname) << row.text;
+  }
+}
+
+TEST(Url, SeveralHosts) {
+  const ConnectParams p = parse("postgresql://u@a:1,b,[::2]:3/d?target_session_attrs=read-write");
+  ASSERT_EQ(p.hosts.size(), 3u);
+  EXPECT_EQ(p.hosts[0].port, 1);
+  EXPECT_EQ(p.hosts[1].name, "b");
+  EXPECT_EQ(p.hosts[1].port, 5432);
+  EXPECT_EQ(p.hosts[2].name, "::2");
+  EXPECT_EQ(p.hosts[2].port, 3);
+  EXPECT_EQ(p.targetSessionAttrs, TargetSessionAttrs::ReadWrite);
+  EXPECT_EQ(parse("host=a,b port=5").hosts[1].port, 5);
+}
+
+TEST(Url, Refused) {
+  const struct {
+    const char *text, *says;
+  } rows[] = {
+      {"postgresql://u:%4@h/d", "percent-encoding"},
+      {"postgresql://u:%@h/d", "percent-encoding"},
+      {"postgresql://u:%zz@h/d", "percent-encoding"},
+      {"postgresql://u:%00@h/d", "%00"},
+      {"postgresql://h:99999/d", "port"},
+      {"postgresql://h:x/d", "port"},
+      {"postgresql://[::1/d", "]"},
+      {"postgresql://[]/d", "IPv6"},
+      {"postgresql://h/d?sslmod=require", "\"sslmode\""},
+      {"postgresql://h/d?sslmode=required", "\"require\""},
+      {"postgresql://h/d?x", "separator"},
+      {"postgresql://a:1,b:2,c/d?port=1,2", "2 port numbers, but 3 hosts"},
+      {"host", "="},
+      {"host='a", "unterminated"},
+      {"mysql://h/d", "="},
+      {"postgresql://h/d?sslrootcert=system&sslmode=require", "weak"},
+      {"postgresql://localhost/d?sslnegotiation=direct", "weak"},
+  };
+  for (const auto& row : rows) {
+    const std::string text = mistake([&] { parse(row.text); });
+    EXPECT_NE(text.find(row.says), std::string::npos) << row.text << " -> " << text;
+  }
+}
+
+TEST(Url, MistakesDoNotTellThePassword) {
+  for (const char* text : {"postgresql://u:hunter2@h:x/d", "postgresql://u:hunter2%@h/d", "host=h password=hunter2 port=x", "postgresql://u:hunter2@h/d?no=1"})
+    EXPECT_EQ(mistake([&] { parse(text); }).find("hunter2"), std::string::npos) << text;
+}
+
+TEST(Url, SslmodeByDefault) {
+  EXPECT_EQ(parse("postgresql://u@db.example.com/d").sslmode, SslMode::VerifyFull);
+  for (const char* local : {"postgresql://u@localhost/d", "postgresql://u@127.0.0.1/d", "postgresql://u@[::1]/d", "host=/tmp"})
+    EXPECT_EQ(parse(local).sslmode, SslMode::Prefer) << local;
+  EXPECT_EQ(parse("postgresql://u@h/d?sslmode=no-verify").sslmode, SslMode::Require);
+  EXPECT_EQ(parse("postgresql://u@h/d", {{"PGSSLMODE", "disable"}}).sslmode, SslMode::Disable);
+}
+
+TEST(Url, EnvironmentFillsWhatTheUrlLeavesOut) {
+  const ConnectParams p = parse("postgresql://h/d", {{"PGUSER", "e"}, {"PGPASSWORD", "pw"}, {"PGHOST", "other"}, {"PGPORT", "77"}});
+  EXPECT_EQ(p.hosts[0].name, "h");
+  EXPECT_EQ(p.hosts[0].port, 77);
+  EXPECT_EQ(p.user, "e");
+  EXPECT_EQ(p.password, "pw");
+}
+
+TEST(Url, Passfile) {
+  const std::string file = testing::TempDir() + "pgsidecar_passfile";
+  std::ofstream(file) << "# comment\nother:*:*:*:no\nh:5432:*:u:a\\:b\n";
+  std::remove((file + "x").c_str());
+  ASSERT_EQ(::chmod(file.c_str(), 0600), 0);
+  EXPECT_EQ(parse("postgresql://u@h/d?passfile=" + file).password, "a:b");
+  EXPECT_EQ(parse("postgresql://v@h/d?passfile=" + file).password, "");
+  ASSERT_EQ(::chmod(file.c_str(), 0644), 0);
+  EXPECT_EQ(parse("postgresql://u@h/d?passfile=" + file).password, "");
+  std::remove(file.c_str());
+}
+
+TEST(Load, NothingIsDefaults) {
+  const Config config = load_text("", "x", kUrl);
+  EXPECT_EQ(config, Config{});
+}
+
+TEST(Load, TheExampleIsTheDefaults) {
+  const Config example = load(std::string(PGSIDECAR_SOURCE_DIR) + "/conf/pgsidecar.yaml", kUrl);
+  for (const auto& key : config_keys()) EXPECT_EQ(key.get(example), key.get(Config{})) << key.path;
+  EXPECT_EQ(example, Config{});
+  std::ifstream in(std::string(PGSIDECAR_SOURCE_DIR) + "/conf/pgsidecar.yaml");
+  const std::string text((std::istreambuf_iterator<char>(in)), {});
+  for (const auto& key : config_keys()) {
+    const std::string_view name = key.path.substr(key.path.rfind('.') + 1);
+    EXPECT_NE(text.find(std::string(name) + ":"), std::string::npos) << key.path << " is missing in the example";
+  }
+}
+
+TEST(Load, FileThenEnvironment) {
+  const auto env = environment({{"DATABASE_URL", "postgresql://u@h/d"}, {"PGSIDECAR_POOL_MAX", "7"}, {"PGSIDECAR_POOL_IDLE_TIMEOUT_MILLIS", "5"}});
+  const Config config = load_text("pool: {max: 3, min: 1, mode: session}\nlisten: ['127.0.0.1:1', 'unix:/tmp']\n", "x", env);
+  EXPECT_EQ(config.pool.max, 7u);
+  EXPECT_EQ(config.pool.min, 1u);
+  EXPECT_EQ(config.pool.idleTimeoutMillis, 5u);
+  EXPECT_EQ(config.pool.mode, PoolMode::Session);
+  ASSERT_EQ(config.listen.size(), 2u);
+  EXPECT_EQ(config.listen[1].directory, "/tmp");
+  EXPECT_EQ(config.listen[1].port, 1);
+}
+
+TEST(Load, SectionsTakeWhatTheyLeaveOutFromTheGlobalOnes) {
+  const Config config = load_text("databases: {a: {pool: {max: 4}}, '*': {}}\nusers: {x: {password: pw, pool: {min: 0}}}\npool: {maxUses: 9}\n", "x", kUrl);
+  EXPECT_EQ(config.databases.at("a").pool.max, 4u);
+  EXPECT_EQ(config.databases.at("a").pool.maxUses, 9u);
+  EXPECT_EQ(config.databases.at("a").upstream.keys.at("dbname"), "a");
+  EXPECT_EQ(config.users.at("x").pool->maxUses, 9u);
+}
+
+TEST(Load, AllMistakesAtOnceWithTheirLines) {
+  const std::string text = mistake([] {
+    load_text("pool:\n  maxx: 3\n  mode: sesion\n  max: 0\nlistn: x\nusers: {u: {pasword: x}}\n", "f.yaml", kUrl);
+  });
+  for (const char* says : {"f.yaml:2: pool.maxx: unknown key (did you mean \"pool.max\"?)", "f.yaml:3: pool.mode", "f.yaml:4: pool.max", "f.yaml:5: listn",
+                           "\"listen\"", "\"password\""})
+    EXPECT_NE(text.find(says), std::string::npos) << says << "\n" << text;
+}
+
+TEST(Load, WhatIsWrong) {
+  const struct {
+    const char *yaml, *says;
+  } rows[] = {
+      {"[", "not valid YAML"}, {"3", "mapping"}, {"pool: 3", "mapping"}, {"pool: {min: 20}", "more than"}, {"tls: {mode: require}", "tls.certificate"},
+      {"listen: nowhere", "host:port"}, {"log: {level: loud}", "none of"}, {"upstream: {url: '${NO_SUCH}'}", "NO_SUCH is not set"},
+      {"upstream: {url: 'postgresql://h:x/d'}", "port"}, {"users: {u: {password: '${file:/no/such}'}}", "/no/such"}, {"pool: {keepAlive: perhaps}", "true"},
+      {"listen: '::1:5432'", "[address]:port"}, {"admin: {listen: 'unix:/tmp'}", "host:port or off"},
+  };
+  for (const auto& row : rows) {
+    const std::string text = mistake([&] { load_text(row.yaml, "x", kUrl); });
+    EXPECT_NE(text.find(row.says), std::string::npos) << row.yaml << " -> " << text;
+  }
+  EXPECT_NE(mistake([] { load_text("", "", environment({})); }).find("set DATABASE_URL"), std::string::npos);
+}
+
+TEST(Load, Expands) {
+  const auto env = environment({{"A", "x"}, {"EMPTY", ""}});
+  EXPECT_EQ(expand("a${A}b$$c$", env), "axb$c$");
+  EXPECT_EQ(expand("${B:-d}${EMPTY:-e}", env), "de");
+  EXPECT_FALSE(mistake([&] { expand("${B}", env); }).empty());
+  EXPECT_FALSE(mistake([&] { expand("${A", env); }).empty());
+}
+
+TEST(Load, SecretsAreNotPrinted) {
+  const Config config = load_text("users: {u: {password: hunter2}}\nupstream: {url: 'postgresql://u:hunter3@h/d', password: hunter4}\n", "x", kUrl);
+  const std::string text = to_redacted_yaml(config);
+  EXPECT_EQ(text.find("hunter"), std::string::npos) << text;
+  EXPECT_NE(text.find("maxUses"), std::string::npos);
+}
+
+TEST(Load, SaysWhatAReloadChanges) {
+  Config a = load_text("", "x", kUrl), b = a;
+  b.pool.max = 3;
+  b.listen[0].port = 1;
+  const Changes changes = compare(a, b);
+  EXPECT_EQ(changes.applied, std::vector<std::string>{"pool.max"});
+  EXPECT_EQ(changes.needRestart, std::vector<std::string>{"listen"});
+}
+
+TEST(Load, EnvironmentNames) {
+  EXPECT_EQ(environment_name("pool.idleTimeoutMillis"), "PGSIDECAR_POOL_IDLE_TIMEOUT_MILLIS");
+  EXPECT_EQ(environment_name("admin.listen"), "PGSIDECAR_ADMIN_LISTEN");
+}
+
+}  // namespace
+}  // namespace pgsidecar::conf

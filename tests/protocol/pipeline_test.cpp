@@ -1,0 +1,216 @@
+#include "protocol/pipeline.hpp"
+
+#include <gtest/gtest.h>
+
+#include <string>
+#include <vector>
+
+namespace pgsidecar::protocol {
+namespace {
+
+constexpr OwnerId kA = 7, kB = 8;
+
+/// Requests and replies as letters: what a client sends, then what the server says.
+struct Script {
+  Pipeline pipeline;
+  std::vector<Owed> dropped;
+
+  bool ask(Request request, Verdict verdict = Verdict::Forward, OwnerId owner = kA, std::uint32_t note = 0) {
+    return pipeline.push({request, verdict, owner, note});
+  }
+  std::optional<Pipeline::Reply> hear(char type, char status = 'I') {
+    return pipeline.receive(static_cast<Backend>(type), static_cast<TxStatus>(status),
+                            [this](const Owed& owed) { dropped.push_back(owed); });
+  }
+  bool all(const std::string& replies) {
+    for (const char c : replies)
+      if (!hear(c)) return false;
+    return true;
+  }
+};
+
+TEST(Pipeline, SimpleQueryEndsAtReadyForQuery) {
+  Script s;
+  s.ask(Request::Query);
+  EXPECT_FALSE(s.pipeline.releasable());
+  EXPECT_TRUE(s.all("TDDC"));
+  EXPECT_FALSE(s.pipeline.empty());
+  EXPECT_TRUE(s.all("Z"));
+  EXPECT_TRUE(s.pipeline.releasable());
+}
+
+TEST(Pipeline, TransactionStatusKeepsTheLease) {
+  Script s;
+  s.ask(Request::Query);
+  EXPECT_TRUE(s.hear('C') && s.hear('Z', 'T'));
+  EXPECT_TRUE(s.pipeline.empty());
+  EXPECT_FALSE(s.pipeline.releasable());
+  s.ask(Request::Query);
+  EXPECT_TRUE(s.hear('E') && s.hear('Z', 'E'));
+  EXPECT_FALSE(s.pipeline.releasable());
+  EXPECT_EQ(s.pipeline.status(), TxStatus::Failed);
+}
+
+TEST(Pipeline, ExtendedBatch) {
+  Script s;
+  for (const Request r : {Request::Parse, Request::Bind, Request::Describe, Request::Execute}) s.ask(r);
+  EXPECT_TRUE(s.pipeline.unsynced());
+  s.ask(Request::Sync);
+  EXPECT_FALSE(s.pipeline.unsynced());
+  EXPECT_TRUE(s.all("12TDDDCZ"));
+  EXPECT_TRUE(s.pipeline.releasable());
+}
+
+TEST(Pipeline, DescribeOfAStatementAnswersTwice) {
+  Script s;
+  s.ask(Request::Describe);
+  s.ask(Request::Sync);
+  EXPECT_FALSE(s.hear('t')->completes);
+  EXPECT_TRUE(s.hear('n')->completes);
+  EXPECT_TRUE(s.all("Z"));
+}
+
+TEST(Pipeline, FlushedWithoutSyncIsNotReleasable) {
+  Script s;
+  s.ask(Request::Parse);
+  EXPECT_TRUE(s.all("1"));
+  EXPECT_TRUE(s.pipeline.empty());
+  EXPECT_FALSE(s.pipeline.releasable());
+}
+
+TEST(Pipeline, AnErrorSkipsUpToSync) {
+  Script s;
+  s.ask(Request::Parse, Verdict::Forward, kA, 1);
+  s.ask(Request::Bind);
+  s.ask(Request::Execute);
+  s.ask(Request::Sync);
+  s.ask(Request::Parse, Verdict::Forward, kA, 2);
+  s.ask(Request::Sync);
+  EXPECT_TRUE(s.all("E"));
+  ASSERT_EQ(s.dropped.size(), 3u);
+  EXPECT_EQ(s.dropped[0].note, 1u);
+  EXPECT_TRUE(s.all("Z1Z"));
+  EXPECT_TRUE(s.pipeline.releasable());
+}
+
+TEST(Pipeline, AfterAnErrorWithoutSyncNothingIsOwed) {
+  Script s;
+  s.ask(Request::Parse);
+  EXPECT_TRUE(s.all("E"));
+  EXPECT_TRUE(s.pipeline.failed());
+  EXPECT_FALSE(s.ask(Request::Bind));
+  EXPECT_FALSE(s.ask(Request::Query));
+  EXPECT_TRUE(s.ask(Request::Sync));
+  EXPECT_TRUE(s.all("Z"));
+  EXPECT_TRUE(s.pipeline.releasable());
+}
+
+TEST(Pipeline, AnErrorAtSyncBelongsToSync) {
+  Script s;
+  s.ask(Request::Execute);
+  s.ask(Request::Sync);
+  EXPECT_TRUE(s.all("CEZ"));  // a deferred constraint fails at the commit that Sync is
+  EXPECT_TRUE(s.dropped.empty());
+}
+
+TEST(Pipeline, InjectionsWaitForTheirTurn) {
+  Script s;
+  s.ask(Request::Parse);
+  s.ask(Request::Parse, Verdict::Inject, kA, 5);
+  s.ask(Request::Bind);
+  EXPECT_FALSE(s.pipeline.take_injection());
+  EXPECT_TRUE(s.all("1"));
+  EXPECT_FALSE(s.hear('2'));  // not before the injected reply
+  ASSERT_TRUE(s.pipeline.take_injection());
+  EXPECT_TRUE(s.all("2"));
+}
+
+TEST(Pipeline, SeveralOwnersBehindEachOther) {
+  Script s;
+  s.ask(Request::Query, Verdict::Skip, kProxy, 9);
+  s.ask(Request::Query, Verdict::Forward, kA);
+  s.ask(Request::Query, Verdict::Forward, kB);
+  EXPECT_EQ(s.hear('C')->owed.owner, kProxy);
+  EXPECT_TRUE(s.all("Z"));
+  EXPECT_EQ(s.hear('C')->owed.owner, kA);
+  EXPECT_TRUE(s.all("Z"));
+  EXPECT_EQ(s.hear('E')->owed.owner, kB);
+  EXPECT_EQ(s.hear('Z')->owed.owner, kB);
+  EXPECT_TRUE(s.pipeline.releasable());
+}
+
+TEST(Pipeline, CopyInExtendedIgnoresSyncsSentAhead) {
+  Script s;
+  s.ask(Request::Execute);
+  s.ask(Request::Sync);
+  EXPECT_TRUE(s.all("G"));
+  EXPECT_TRUE(s.pipeline.copy_in());
+  s.ask(Request::CopyEnd);
+  s.ask(Request::Sync);
+  EXPECT_TRUE(s.all("CZ"));
+  EXPECT_TRUE(s.pipeline.releasable());
+}
+
+TEST(Pipeline, CopyInSentBlindlyKeepsTheSyncBehindCopyDone) {
+  Script s;
+  s.ask(Request::Execute);
+  s.ask(Request::CopyEnd);
+  s.ask(Request::Sync);
+  EXPECT_TRUE(s.all("GCZ"));
+  EXPECT_TRUE(s.pipeline.releasable());
+}
+
+TEST(Pipeline, ASyncInCopyIsHeldAndSentIfTheCopyFails) {
+  Script s;
+  s.ask(Request::Execute);
+  EXPECT_TRUE(s.all("G"));
+  EXPECT_FALSE(s.ask(Request::Sync));
+  EXPECT_FALSE(s.pipeline.take_held_sync());
+  EXPECT_TRUE(s.all("E"));
+  EXPECT_TRUE(s.pipeline.take_held_sync());
+  s.ask(Request::Sync);
+  EXPECT_TRUE(s.all("Z"));
+  EXPECT_TRUE(s.pipeline.releasable());
+}
+
+TEST(Pipeline, CopyInOfASimpleQuery) {
+  Script s;
+  s.ask(Request::Query);
+  EXPECT_TRUE(s.all("G"));
+  s.ask(Request::CopyEnd);
+  EXPECT_TRUE(s.all("CZ"));
+  EXPECT_TRUE(s.pipeline.releasable());
+}
+
+TEST(Pipeline, WhatTheServerCannotSayNow) {
+  const struct {
+    Request asked;
+    std::string wrong;
+  } rows[] = {
+      {Request::Query, "12nt3V"}, {Request::Parse, "2CZ3DTG"}, {Request::Bind, "1CZDT"}, {Request::Describe, "1C2ZD"},
+      {Request::Execute, "1Z2tn3V"}, {Request::Close, "12CZD"}, {Request::Sync, "12CDT"}, {Request::FunctionCall, "1CD"},
+  };
+  for (const auto& row : rows)
+    for (const char c : row.wrong) {
+      Script s;
+      s.ask(row.asked);
+      EXPECT_FALSE(s.hear(c)) << c << " in reply to request " << static_cast<int>(row.asked);
+    }
+  Script none;
+  for (const char c : std::string("12CDTZEGn")) EXPECT_FALSE(none.hear(c)) << c;
+}
+
+TEST(Pipeline, TheRingGrowsAndWraps) {
+  Script s;
+  for (int round = 0; round < 50; ++round) {
+    for (int i = 0; i < 37; ++i) s.ask(Request::Query, Verdict::Forward, kA, static_cast<std::uint32_t>(i));
+    for (int i = 0; i < 37; ++i) {
+      EXPECT_EQ(s.hear('C')->owed.note, static_cast<std::uint32_t>(i));
+      EXPECT_TRUE(s.all("Z"));
+    }
+  }
+  EXPECT_TRUE(s.pipeline.releasable());
+}
+
+}  // namespace
+}  // namespace pgsidecar::protocol

@@ -1,0 +1,60 @@
+#include "protocol/statements.hpp"
+
+#include <gtest/gtest.h>
+
+namespace pgsidecar::protocol {
+namespace {
+
+using namespace std::string_literals;
+
+TEST(StatementCache, SameTextAndTypesAreOneStatement) {
+  StatementCache cache;
+  const auto a = cache.intern("SELECT 1\0\0\0"s);
+  EXPECT_EQ(a, cache.intern("SELECT 1\0\0\0"s));
+  EXPECT_NE(a, cache.intern("SELECT 1\0\0\1\0\0\0\x17"s));
+  EXPECT_EQ(cache.size(), 1u);  // the one that nobody held is gone
+}
+
+TEST(StatementCache, ForgetsWhatNobodyHolds) {
+  StatementCache cache;
+  {
+    const auto a = cache.intern("SELECT 1\0\0\0"s);
+    ClientStatements client;
+    client.set("s1", a);
+    client.set("", a);
+    EXPECT_EQ(a.use_count(), 3);
+  }
+  EXPECT_EQ(cache.size(), 0u);
+}
+
+TEST(ClientStatements, NamesAreTheClientsOwn) {
+  StatementCache cache;
+  ClientStatements one, two;
+  one.set("s", cache.intern("SELECT 1"));
+  two.set("s", cache.intern("SELECT 2"));
+  EXPECT_NE(one.find("s"), two.find("s"));
+  one.erase("s");
+  EXPECT_FALSE(one.find("s"));
+  EXPECT_TRUE(two.find("s"));
+  EXPECT_FALSE(two.find(""));
+  two.clear();
+  EXPECT_EQ(two.size(), 0u);
+}
+
+TEST(ServerStatements, LeastRecentlyUsedLeaves) {
+  StatementCache cache;
+  ServerStatements server;
+  const auto a = cache.intern("A"), b = cache.intern("B"), c = cache.intern("C");
+  for (const auto& s : {a, b, c}) server.add(s);
+  EXPECT_FALSE(server.evict(3));
+  EXPECT_TRUE(server.touch(a));
+  EXPECT_EQ(server.evict(2), b);
+  EXPECT_FALSE(server.touch(b));
+  server.erase(c->id);
+  EXPECT_EQ(server.size(), 1u);
+  server.clear();
+  EXPECT_FALSE(server.touch(a));
+}
+
+}  // namespace
+}  // namespace pgsidecar::protocol
