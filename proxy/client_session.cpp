@@ -69,6 +69,7 @@ void ClientSession::wait_readable() {
 void ClientSession::on_readable(const boost::system::error_code& ec) {
   channel_.reading = false;
   if (ec || state_ == State::Closed) return;
+  const Worker::Turn turn(worker_);
   if (state_ == State::Tls) return handle_tls();
   if (!began_) {
     // Direct TLS begins with a handshake record, which OpenSSL must read itself.
@@ -83,7 +84,7 @@ void ClientSession::on_readable(const boost::system::error_code& ec) {
       }
     }
   }
-  for (int turn = 0; turn < 4; ++turn) {
+  for (int round = 0; round < 4; ++round) {
     if (server_ && server_->queued() > kHighMark) return;  // resumed when the server has taken it
     if (channel_.queued() > kHighMark) return;             // resumed when the client has read
     if (state_ != State::Active && channel_.unread.size() > kMaxUnread) return;  // resumed with a lease
@@ -378,13 +379,18 @@ bool ClientSession::rewrites() const { return entry_->pool.settings().mode != co
 bool ClientSession::acquire() {
   request_since = worker_.now();
   transition(State::Waiting);
+  acquiring_ = true;
   worker_.want_server(*this);  // may lease at once
+  acquiring_ = false;
   return server_ != nullptr;
 }
 
 void ClientSession::on_lease(ServerConnection& server) {
   server_ = &server;
   if (state_ == State::Greeting) {
+    const Worker::Turn turn(worker_);
+    server.apply_settings();
+    server.send(worker_.to_server);
     if (server.pipeline.empty() && settings->welcome.empty()) {
       // The server had these settings already: what it told counts.
       for (const auto& [name, value] : server.parameters()) protocol::write_parameter_status(settings->welcome, name, value);
@@ -397,14 +403,14 @@ void ClientSession::on_lease(ServerConnection& server) {
   entry_->pool.counters().wait.record(
       static_cast<std::uint64_t>(std::chrono::duration_cast<std::chrono::microseconds>(now - request_since).count()));
   transaction_since = now;
-  const bool queued = state_ == State::Waiting;
   transition(State::Active);
-  if (queued) {
-    boost::asio::post(worker_.loop(), [self = shared_from_this()] {
-      self->read_on();
-      if (self->state_ != State::Closed) self->wait_readable();
-    });
-  }
+  if (!acquiring_) worker_.run_later(*this);
+}
+
+void ClientSession::go_on() {
+  if (state_ == State::Closed) return;
+  read_on();
+  wait_readable();
 }
 
 void ClientSession::on_server_ready() {
@@ -419,11 +425,7 @@ void ClientSession::on_server_ready() {
     } else {
       server->detach(false);
     }
-    boost::asio::post(worker_.loop(), [self = shared_from_this()] {
-      if (self->state_ == State::Closed) return;
-      self->read_on();
-      if (self->state_ != State::Closed) self->wait_readable();
-    });
+    worker_.run_later(*this);
     return;
   }
   if (!server_ || server_->asking_residue()) return;
@@ -547,6 +549,7 @@ std::size_t ClientSession::on_request(char type, Bytes available, std::size_t to
     }
     if (!acquire()) return 0;
   }
+  server_->apply_settings();
   switch (type) {
     case 'Q': return on_query(available, total);
     case 'P': return on_parse(available, total);
@@ -835,9 +838,10 @@ void ClientSession::fatal(std::string_view sqlstate, std::string_view message, s
   });
   unlink();
   transition(State::Closing);
+  send(worker_.to_client);
+  if (state_ == State::Closed) return;
   give_up_server();
   login_deadline = worker_.now() + std::chrono::seconds(5);
-  send(worker_.to_client);
   worker_.kick();
   if (channel_.queued() > 0) return;
   channel_.transport.shutdown_send();

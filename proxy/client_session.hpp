@@ -57,6 +57,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   const std::string* pending_parse_error() const { return parse_error_ ? &*parse_error_ : nullptr; }
   void forget_pending_parse_error() { parse_error_.reset(); }
   void resume_reading();
+  void go_on();  ///< works off what was kept while it waited, and reads again
   bool pinned() const { return pinned_; }
 
   void send(Gather& gather);
@@ -107,7 +108,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   Worker& worker_;
   const std::uint32_t id_;
   State state_ = State::Startup;
-  bool pinned_ = false, draining_ = false, discarding_ = false, began_ = false;
+  bool pinned_ = false, draining_ = false, discarding_ = false, began_ = false, acquiring_ = false;
   bool pass_to_server_ = false;
   std::uint32_t residue_ = 0;
   std::size_t pass_left_ = 0;

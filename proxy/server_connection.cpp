@@ -57,7 +57,8 @@ void ServerConnection::wait_readable() {
 void ServerConnection::on_readable(const boost::system::error_code& ec) {
   channel_->reading = false;
   if (ec || state_ == State::Closed) return;
-  for (int turn = 0; turn < 4; ++turn) {
+  const Worker::Turn turn(worker_);
+  for (int round = 0; round < 4; ++round) {
     if (client_ && client_->queued() > kHighMark) return;  // resumed when the client has read
     const IoResult got = channel_->transport.read(worker_.scratch());
     if (got.status == IoStatus::WouldBlock) break;
@@ -369,14 +370,14 @@ void ServerConnection::lease(ClientSession& client) {
   transition(State::Leased);
   entry_.pool.lease(*this);
   client_ = &client;
-  if (settings != client.settings) {
-    const std::string sql = settings_sql(*settings, *client.settings);
-    settings = client.settings;
-    if (!sql.empty()) ask(kApply, sql);
-    // Outside a request of the client's there is nothing to go ahead of.
-    if (client.state() == ClientSession::State::Greeting) send(worker_.to_server);
-  }
   client.on_lease(*this);
+}
+
+void ServerConnection::apply_settings() {
+  if (settings == client_->settings || !settings) return;
+  const std::string sql = settings_sql(*settings, *client_->settings);
+  settings = client_->settings;
+  if (!sql.empty()) ask(kApply, sql);
 }
 
 void ServerConnection::detach(bool dirty) {

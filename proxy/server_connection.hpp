@@ -48,6 +48,8 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   std::uint32_t cancels_pending = 0;
 
   void lease(ClientSession& client);
+  /// Gives the session the client's settings, ahead of what the client sends next.
+  void apply_settings();
   /// Sends what the worker has gathered for this connection. A failure is dealt with in the next turn.
   void send(Gather& gather);
   /// Takes the client away. `dirty`: what the session holds is unknown, or a transaction is open: rolled back and reset first.

@@ -213,6 +213,21 @@ void Worker::want_server(ClientSession& client) {
   serve(entry);
 }
 
+void Worker::run_later(ClientSession& client) {
+  runnable_.push_back(client.shared_from_this());
+  if (turns_ == 0) asio::post(data_, [this] { const Turn turn(*this); });
+}
+
+void Worker::run_runnable() {
+  while (!runnable_.empty()) {
+    ++turns_;
+    std::swap(runnable_, running_);
+    for (const auto& client : running_) client->go_on();
+    running_.clear();
+    --turns_;
+  }
+}
+
 void Worker::serve(PoolEntry& entry) {
   while (entry.pool.waiting_count() > 0 && entry.pool.any_idle()) {
     auto* server = static_cast<ServerConnection*>(entry.pool.any_idle());

@@ -54,6 +54,20 @@ class Worker {
   pool::Snapshot snapshot();
   void probe(std::function<void()> done);
 
+  /// One handler's run on the loop. Clients that got a lease in it go on at its end, before the loop waits again.
+  class Turn {
+   public:
+    explicit Turn(Worker& worker) : worker_(worker) { ++worker_.turns_; }
+    Turn(const Turn&) = delete;
+    Turn& operator=(const Turn&) = delete;
+    ~Turn() {
+      if (--worker_.turns_ == 0 && !worker_.runnable_.empty()) worker_.run_runnable();
+    }
+
+   private:
+    Worker& worker_;
+  };
+
   // For clients and servers.
   boost::asio::io_context& loop() { return data_; }
   Control& control() { return control_; }
@@ -74,6 +88,7 @@ class Worker {
   std::optional<std::string> secret_of(const std::string& user);
 
   void want_server(ClientSession& client);           ///< queues it and opens connections
+  void run_later(ClientSession& client);             ///< at the end of this turn
   void serve(PoolEntry& entry);                      ///< gives idle connections to waiters, opens what is missing
   void on_connected(ServerConnection& server);
   void on_connect_failed(ServerConnection& server, const std::string& sqlstate, const std::string& message);
@@ -95,6 +110,7 @@ class Worker {
   void accept(std::shared_ptr<Acceptor> acceptor);
   void tick();
   void arm_tick(std::chrono::milliseconds after);
+  void run_runnable();
   void check_stopped();
   bool farewell_over();
   void use_config();
@@ -112,6 +128,8 @@ class Worker {
   std::vector<std::function<void()>> close_listeners_;
   SslContext client_tls_;
   conf::ConnectParams upstream_;      // the global upstream as read at start or reload
+  std::vector<std::shared_ptr<ClientSession>> runnable_, running_;
+  int turns_ = 0;
   std::uint64_t next_server_ = 1;
   bool draining_ = false, started_ = false, stopped_ = false, had_client_ = false;
   pool::Time drain_until_ = pool::Time::max(), idle_since_ = pool::Time::max(), started_at_;

@@ -1,0 +1,176 @@
+#!/usr/bin/python3
+"""pgsidecar beside Debian's PgBouncer (transaction mode, the same pool of 15) in one run, alternating; prints Markdown tables.
+
+CPU is the proxy process's own, from the kernel's scheduler statistics, divided by pgbench's count of transactions. Absolute times
+say little on a shared machine; the ratio of the two within one run does, and the table gives its spread over the rounds.
+
+  integration/bench/bench.py [--seconds 4] [--rounds 3] [--only cpu,memory,start,idle]
+"""
+import argparse
+import contextlib
+import os
+import pathlib
+import re
+import statistics
+import subprocess
+import sys
+import time
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+import harness  # noqa: E402
+import wire  # noqa: E402
+from harness import DATABASE, PASSWORD, USER  # noqa: E402
+
+POOL = {"pool": {"max": 15, "min": 0, "maxUses": 0, "connectionTimeoutMillis": 60000}, "limits": {"maxClients": 2000}}
+CASES = [("select-only, simple", ["-S", "-M", "simple"], 1), ("select-only, simple", ["-S", "-M", "simple"], 50),
+         ("select-only, extended", ["-S", "-M", "extended"], 1), ("select-only, extended", ["-S", "-M", "extended"], 50),
+         ("TPC-B, simple", ["-M", "simple"], 1), ("TPC-B, simple", ["-M", "simple"], 50)]
+
+
+@contextlib.contextmanager
+def running(proxy):
+    try:
+        yield proxy
+    finally:
+        proxy.close()
+
+
+def ours(pg, tls):
+    return harness.Proxy(pg, POOL, url=pg.url(sslmode="verify-full" if tls else "disable"))
+
+
+def theirs(pg, tls):
+    return harness.PgBouncer(pg, POOL, tls=tls)
+
+
+def transactions(proxy, arguments, clients, seconds):
+    """(transactions, CPU seconds of the proxy) of one pgbench run."""
+    before = proxy.cpu_seconds()
+    done = subprocess.run(["pgbench", "-n", "-c", str(clients), "-j", "1", "-T", str(seconds), *arguments], env=proxy.environment(),
+                          capture_output=True, text=True, timeout=seconds + 120)
+    cpu = proxy.cpu_seconds() - before
+    if done.returncode:
+        raise SystemExit(f"pgbench failed with {proxy.kind}:\n{done.stderr}")
+    return int(re.search(r"transactions actually processed: (\d+)", done.stdout)[1]), cpu
+
+
+def cpu(pg, seconds, rounds):
+    print("\n### CPU of the proxy per transaction\n")
+    print("| upstream | load | clients | pgsidecar, µs | PgBouncer, µs | ratio | spread | tps, pgsidecar / PgBouncer |")
+    print("|---|---|--:|--:|--:|--:|---|--:|")
+    worst = 0
+    for tls in (False, True):
+        with running(ours(pg, tls)) as a, running(theirs(pg, tls)) as b:
+            for load, arguments, clients in CASES:
+                for proxy in (a, b):
+                    transactions(proxy, arguments, clients, 1)  # connections are opened
+                micros, ratios, tps = {a: [], b: []}, [], {a: [], b: []}
+                for number in range(rounds):
+                    for proxy in (a, b) if number % 2 == 0 else (b, a):
+                        count, used = transactions(proxy, arguments, clients, seconds)
+                        micros[proxy].append(used / count * 1e6)
+                        tps[proxy].append(count / seconds)
+                    ratios.append(micros[a][-1] / micros[b][-1])
+                ratio = statistics.median(ratios)
+                worst = max(worst, ratio)
+                print(f"| {'TLS' if tls else 'plain'} | {load} | {clients} | {statistics.median(micros[a]):.1f} | {statistics.median(micros[b]):.1f} "
+                      f"| **{ratio:.2f}** | {min(ratios):.2f} to {max(ratios):.2f} | {statistics.median(tps[a]) / statistics.median(tps[b]):.2f} |", flush=True)
+    return worst
+
+
+def memory(pg, clients=1000):
+    print(f"\n### Memory of an idle client ({clients} logged in, each has run a query)\n")
+    print("| | Rss before, KB | Rss after, KB | bytes a client |")
+    print("|---|--:|--:|--:|")
+    for make in (ours, theirs):
+        with running(make(pg, True)) as proxy:
+            held = []
+
+            def add(count):
+                for _ in range(count):
+                    w = wire.Wire(proxy.port, timeout=60)
+                    failure = w.login(USER, PASSWORD, DATABASE)
+                    if failure:
+                        raise SystemExit(failure.error)
+                    w.value("SELECT 1")
+                    held.append(w)
+
+            add(50)  # what is set up once is not the clients'
+            time.sleep(0.5)
+            before = proxy.rss_kb()
+            add(clients)
+            time.sleep(0.5)
+            after = proxy.rss_kb()
+            print(f"| {proxy.kind} | {before} | {after} | {(after - before) * 1024 / clients:.0f} |", flush=True)
+            for w in held:
+                w.sock.close()
+
+
+def start(pg, rounds=15):
+    print("\n### From exec to listening\n")
+    print("| | median, ms | least, ms |")
+    print("|---|--:|--:|")
+    for make in (ours, theirs):
+        times = []
+        for _ in range(rounds):
+            with running(make(pg, True)) as proxy:
+                times.append(proxy.listening_at - proxy.started_at)
+        print(f"| {proxy.kind} | {statistics.median(times) * 1000:.0f} | {min(times) * 1000:.0f} |", flush=True)
+
+
+def idle(pg, seconds=10):
+    print(f"\n### Idle, 20 clients connected, over {seconds} s\n")
+    print("| | wake-ups a second | system calls a second | CPU, µs a second |")
+    print("|---|--:|--:|--:|")
+    for make in (ours, theirs):
+        with running(make(pg, True)) as proxy:
+            held = [proxy.connect(prepare_threshold=None) for _ in range(20)]
+            for connection in held:
+                connection.execute("SELECT 1")
+            time.sleep(2)
+            switches, used, begin = proxy.switches(), proxy.cpu_seconds(), time.monotonic()
+            time.sleep(seconds)
+            elapsed = time.monotonic() - begin
+            woken, used = (proxy.switches() - switches) / elapsed, (proxy.cpu_seconds() - used) / elapsed
+            print(f"| {proxy.kind} | {woken:.1f} | {system_calls(proxy.pid, seconds)} | {used * 1e6:.0f} |", flush=True)
+            for connection in held:
+                connection.close()
+
+
+def system_calls(pid, seconds):
+    """Counted by strace; `-` where it may not trace."""
+    try:
+        done = subprocess.run(["timeout", "-s", "INT", str(seconds), "strace", "-f", "-c", "-p", str(pid)], capture_output=True, text=True)
+    except FileNotFoundError:
+        return "-"
+    if "attach" in done.stderr and "Operation not permitted" in done.stderr:
+        return "-"
+    total = re.search(r"^\s*100\.00\s+\S+\s+(?:\d+\s+)?(\d+)\s+(?:\d+\s+)?total", done.stderr, re.M)
+    return f"{int(total[1]) / seconds:.1f}" if total else "0.0"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=int, default=4, help="length of each pgbench run")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", default="cpu,memory,start,idle")
+    parser.add_argument("--assert-ratio", type=float, help="exit 1 if a CPU ratio's median is above this")
+    options = parser.parse_args()
+    wanted = options.only.split(",")
+    worst = 0
+    with harness.Postgres(plain=True) as pg:
+        environment = {**os.environ, "PGPASSWORD": PASSWORD}
+        subprocess.run(["pgbench", "-i", "-q", "-s", "50" if "cpu" in wanted else "1", "-h", "127.0.0.1", "-p", str(pg.port), "-U", USER, DATABASE], env=environment, check=True, capture_output=True)
+        if "cpu" in wanted:
+            worst = cpu(pg, options.seconds, options.rounds)
+        if "memory" in wanted:
+            memory(pg)
+        if "start" in wanted:
+            start(pg)
+        if "idle" in wanted:
+            idle(pg)
+    return 1 if options.assert_ratio and worst > options.assert_ratio else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

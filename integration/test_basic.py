@@ -1,0 +1,312 @@
+"""What an application meets first: login, a query, startup parameters, the errors of a login."""
+import os
+import re
+import socket
+import struct
+import subprocess
+
+import psycopg
+import pytest
+
+import harness
+import wire
+from harness import DATABASE, OTHER_DATABASE, OTHER_PASSWORD, OTHER_USER, PASSWORD, USER
+
+
+def psql(environment, *arguments):
+    return subprocess.run(["psql", "-XAtq", "-v", "ON_ERROR_STOP=1", *arguments], env=environment, capture_output=True, text=True, timeout=60)
+
+
+def login_error(conninfo):
+    """(SQLSTATE, severity and text) of a login that fails."""
+    with pytest.raises(psycopg.OperationalError) as caught:
+        psycopg.connect(conninfo).close()
+    # libpq gives the text of a failed connect only; wire_error has the SQLSTATE.
+    return re.sub(r"^connection failed: |^connection to server .* failed: ", "", str(caught.value)).strip()
+
+
+def wire_error(port, tls, user, password, database, **parameters):
+    with wire.Wire(port) as w:
+        if tls:
+            import ssl
+            w.send(wire.request(wire.SSL_REQUEST))
+            assert w.bytes(1) == b"S"
+            context = ssl.create_default_context()
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+            w.sock = context.wrap_socket(w.sock)
+        failure = w.login(user, password, database, **parameters)
+        return failure and {k: v for k, v in failure.error.items() if k in "SVCMDH"}
+
+
+@pytest.mark.generic
+def test_psql(proxy):
+    done = psql(proxy.environment(), "-c", "SELECT 1 + 1", "-c", "SELECT current_user, current_database()")
+    assert (done.stdout, done.stderr, done.returncode) == ("2\napp|app\n", "", 0)
+
+
+@pytest.mark.generic
+def test_psql_script(proxy):
+    script = """CREATE TEMP TABLE t (a int, b text) ON COMMIT DROP;
+    """
+    done = psql(proxy.environment(), "-c", "BEGIN; " + script + "INSERT INTO t SELECT g, 'x' || g FROM generate_series(1, 1000) g; SELECT count(*) FROM t; COMMIT")
+    assert done.stdout == "1000\n", done.stderr
+
+
+@pytest.mark.generic
+def test_psycopg(proxy):
+    with proxy.connect(prepare_threshold=None) as connection:
+        assert connection.execute("SELECT %s::int + 1", (41,)).fetchone() == (42,)
+        with pytest.raises(psycopg.errors.DivisionByZero):
+            connection.execute("SELECT 1 / 0")
+        assert connection.execute("SELECT 'again'").fetchone() == ("again",)
+        with connection.transaction():
+            connection.execute("CREATE TEMP TABLE t (a int) ON COMMIT DROP")
+            connection.execute("INSERT INTO t VALUES (1)")
+
+
+def test_upstream_is_tls(proxy, pg):
+    with proxy.connect() as connection:
+        assert connection.execute("SELECT ssl, version FROM pg_stat_ssl WHERE pid = pg_backend_pid()").fetchone()[0] is True
+
+
+def test_host_name_is_verified(proxies, pg):
+    good = proxies(url=pg.url(host="localhost"))
+    with good.connect() as connection:
+        assert connection.execute("SELECT 1").fetchone() == (1,)
+    # A certificate of another CA is refused, and the client is told why.
+    other = good.directory / "other-ca"
+    other.mkdir()
+    harness.make_certificates(other)
+    bad = proxies({"pool": {"connectionTimeoutMillis": 1500}}, url=pg.url().replace(str(pg.ca), str(other / "ca.crt")))
+    error = wire_error(bad.port, False, USER, PASSWORD, DATABASE)
+    assert error and re.search("certificate|verify", error["M"]), error
+
+
+@pytest.mark.parametrize("name,value,setting", [
+    ("application_name", "my app", "application_name"),
+    ("options", "-c statement_timeout=4321", "statement_timeout"),
+    ("options", r"-c search_path=pg_catalog,\ public -c work_mem=5MB", "work_mem"),
+    ("options", "--lock-timeout=77ms", "lock_timeout"),
+    ("client_encoding", "LATIN1", "client_encoding"),
+    ("DateStyle", "German, DMY", "DateStyle"),
+    ("TimeZone", "Asia/Tokyo", "TimeZone"),
+    ("extra_float_digits", "2", "extra_float_digits"),
+    ("search_path", "pg_catalog, public", "search_path"),
+    ("statement_timeout", "12345", "statement_timeout"),
+    ("IntervalStyle", "iso_8601", "IntervalStyle"),
+    ("app.tenant", "seven", "app.tenant"),
+])
+def test_startup_parameter_takes_effect(proxy, pg, name, value, setting):
+    def answers(connection):
+        return connection.value(f"SHOW {setting}"), connection.parameters.get(setting)
+
+    with wire.Wire(pg.port) as direct:
+        import ssl
+        direct.send(wire.request(wire.SSL_REQUEST))
+        direct.bytes(1)
+        context = ssl.create_default_context()
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        direct.sock = context.wrap_socket(direct.sock)
+        assert direct.login(USER, PASSWORD, DATABASE, **{name: value}) is None
+        expected = answers(direct)
+    with wire.Wire(proxy.port) as w:
+        assert w.login(USER, PASSWORD, DATABASE, **{name: value}) is None
+        assert answers(w) == expected
+    with wire.Wire(proxy.port) as w:  # and it is gone for the next one
+        assert w.login(USER, PASSWORD, DATABASE) is None
+        if setting != "app.tenant":
+            default = pg.sql("SELECT reset_val FROM pg_settings WHERE lower(name) = lower(%s)", setting, database=DATABASE)[0][0]
+            shown = w.value(f"SELECT setting FROM pg_settings WHERE lower(name) = lower('{setting}')")
+            assert shown == default or setting in ("application_name", "client_encoding", "DateStyle"), (shown, default)
+        assert value not in w.value(f"SELECT current_setting('{setting}', true) || ''") if setting == "application_name" else True
+
+
+@pytest.mark.parametrize("parameters", [
+    {"TimeZone": "Nowhere/Town"},
+    {"options": "-c nosuchparameter=1"},
+    {"options": "-c work_mem=lots"},
+    {"client_encoding": "NOSUCH"},
+    {"nosuchparameter": "1"},
+    {"options": "-c shared_buffers=1GB"},
+])
+def test_bad_startup_parameter_fails_the_login_as_directly(proxy, pg, parameters):
+    direct = wire_error(pg.port, True, USER, PASSWORD, DATABASE, **parameters)
+    through = wire_error(proxy.port, False, USER, PASSWORD, DATABASE, **parameters)
+    assert through is not None
+    assert (through["S"], through["C"], through["M"]) == (direct["S"], direct["C"], direct["M"])
+    with proxy.connect() as connection:
+        assert connection.execute("SELECT 1").fetchone() == (1,)
+
+
+@pytest.mark.parametrize("user,password,database", [
+    (USER, "wrong", DATABASE),
+    ("nobody_here", PASSWORD, DATABASE),
+    (USER, PASSWORD, "no_such_database"),
+    (USER, "", DATABASE),
+])
+def test_login_error_as_directly(proxies, pg, user, password, database):
+    proxy = proxies({"databases": {"*": {}}, "users": {USER: {}}})
+    direct = wire_error(pg.port, True, user, password or "x", database)
+    through = wire_error(proxy.port, False, user, password or "x", database)
+    assert through is not None
+    assert (through["S"], through["C"], through["M"]) == (direct["S"], direct["C"], direct["M"])
+
+
+def test_unknown_database_of_a_fixed_list(proxy):
+    error = wire_error(proxy.port, False, USER, PASSWORD, "no_such_database")
+    assert (error["S"], error["C"], error["M"]) == ("FATAL", "3D000", 'database "no_such_database" does not exist')
+
+
+def test_too_many_clients(proxies):
+    proxy = proxies({"limits": {"maxClients": 3}})
+    held = [proxy.connect() for _ in range(3)]
+    error = wire_error(proxy.port, False, USER, PASSWORD, DATABASE)
+    assert (error["S"], error["C"], error["M"]) == ("FATAL", "53300", "sorry, too many clients already")
+    held.pop().close()
+    harness.poll(lambda: wire_error(proxy.port, False, USER, PASSWORD, DATABASE) is None, what="a place is free again")
+    for connection in held:
+        connection.close()
+
+
+@pytest.mark.parametrize("method", ["scram-sha-256", "md5", "password", "trust"])
+def test_auth_methods(proxies, method):
+    proxy = proxies({"auth": {"method": method}})
+    with proxy.connect() as connection:
+        assert connection.execute("SELECT current_user").fetchone() == (USER,)
+    wrong = wire_error(proxy.port, False, USER, "wrong", DATABASE)
+    if method == "trust":
+        assert wrong is None
+    else:
+        assert (wrong["C"], wrong["M"]) == ("28P01", f'password authentication failed for user "{USER}"')
+
+
+def test_two_users_and_databases(proxies, pg):
+    proxy = proxies({"databases": {"*": {}}, "users": {USER: {}, OTHER_USER: {"password": OTHER_PASSWORD}}})
+
+    def work(index):
+        user, password, database = (USER, PASSWORD, DATABASE) if index % 2 else (OTHER_USER, OTHER_PASSWORD, OTHER_DATABASE)
+        with proxy.connect(user, password, database) as connection:
+            for _ in range(20):
+                assert connection.execute("SELECT session_user, current_database()").fetchone() == (user, database)
+
+    harness.threads(10, work)
+    assert {row[0] for row in pg.sql("SELECT DISTINCT usename FROM pg_stat_activity WHERE client_port > 0")} <= {USER, OTHER_USER}
+
+
+def test_unix_socket(proxies):
+    import tempfile
+    with tempfile.TemporaryDirectory(prefix="pgs") as directory:
+        port = harness.free_port()
+        proxy = proxies({"listen": [f"127.0.0.1:{port}", f"unix:{directory}"]}, wait=False)
+        proxy.port = port
+        proxy.wait_listening()
+        socket_file = next(name for name in os.listdir(directory) if re.fullmatch(r"\.s\.PGSQL\.\d+", name))
+        with proxy.connect(host=directory, port=int(socket_file.rsplit(".", 1)[1])) as connection:
+            assert connection.execute("SELECT 1").fetchone() == (1,)
+        assert proxy.stop() == 0
+        assert socket_file not in os.listdir(directory)
+
+
+def certified(tmp_path):
+    harness.make_certificates(tmp_path)
+    return {"certificate": str(tmp_path / "server.crt"), "key": str(tmp_path / "server.key"), "ca": str(tmp_path / "ca.crt")}
+
+
+def test_tls_for_clients(proxies, tmp_path):
+    files = certified(tmp_path)
+    proxy = proxies({"tls": {"mode": "require", **files}})
+    for extra in ({}, {"channel_binding": "require"}):
+        with proxy.connect(sslmode="verify-full", sslrootcert=files["ca"], **extra) as connection:
+            assert connection.pgconn.ssl_in_use
+            assert connection.execute("SELECT 1").fetchone() == (1,)
+    error = wire_error(proxy.port, False, USER, PASSWORD, DATABASE)
+    assert error["S"] == "FATAL" and error["C"] == "28000", error
+    optional = proxies({"tls": {"mode": "allow", **files}})
+    for mode in ("disable", "require"):
+        with optional.connect(sslmode=mode) as connection:
+            assert connection.pgconn.ssl_in_use == (mode == "require")
+            assert connection.execute("SELECT repeat('x', 1000000)").fetchone()[0] == "x" * 1000000
+
+
+def test_client_certificates(proxies, tmp_path):
+    files = certified(tmp_path)
+    proxy = proxies({"tls": {"mode": "verify-full", **files}, "auth": {"method": "cert"}})
+    keys = {"sslmode": "verify-full", "sslrootcert": files["ca"]}
+    with proxy.connect(password=None, sslcert=tmp_path / "client.crt", sslkey=tmp_path / "client.key", **keys) as connection:
+        assert connection.execute("SELECT current_user").fetchone() == (USER,)
+    with pytest.raises(psycopg.OperationalError):
+        proxy.connect(password=None, **keys)
+
+
+def test_direct_tls(proxies, tmp_path):
+    """TLS without an SSLRequest, as with sslnegotiation=direct, told by ALPN."""
+    import ssl
+    files = certified(tmp_path)
+    proxy = proxies({"tls": {"mode": "require", **files}})
+    context = ssl.create_default_context(cafile=files["ca"])
+    context.set_alpn_protocols(["postgresql"])
+    with wire.Wire(proxy.port) as w:
+        w.sock = context.wrap_socket(w.sock, server_hostname="localhost")
+        assert w.sock.selected_alpn_protocol() == "postgresql"
+        assert w.login(USER, PASSWORD, DATABASE) is None
+        assert w.value("SELECT 1") == "1"
+
+
+def test_login_timeout(proxies):
+    proxy = proxies({"limits": {"loginTimeoutMillis": 500}})
+    with wire.Wire(proxy.port) as silent, wire.Wire(proxy.port) as half:
+        half.send(struct.pack("!i", 100) + b"\0\3")
+        assert not [m for m in silent.closed() if m.type != "E"]
+        assert not [m for m in half.closed() if m.type != "E"]
+    with proxy.connect() as connection:
+        assert connection.execute("SELECT 1").fetchone() == (1,)
+
+
+def test_server_not_there_and_then_it_is(proxies, pg):
+    port = harness.free_port()
+    proxy = proxies({"pool": {"connectionTimeoutMillis": 1000}}, url=pg.url(port=port))
+    error = wire_error(proxy.port, False, USER, PASSWORD, DATABASE)
+    assert error and error["C"][:2] in ("08", "57"), error
+    assert "refused" in error["M"]
+    # and then it recovers: something listens there
+    relay = socket.create_server(("127.0.0.1", port))
+    import threading
+
+    def serve():
+        while True:
+            try:
+                near, _ = relay.accept()
+            except OSError:
+                return
+            far = socket.create_connection(("127.0.0.1", pg.port))
+            for a, b in ((near, far), (far, near)):
+                threading.Thread(target=pump, args=(a, b), daemon=True).start()
+
+    def pump(a, b):
+        try:
+            while data := a.recv(65536):
+                b.sendall(data)
+        except OSError:
+            pass
+        for end in (a, b):
+            try:
+                end.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
+
+    threading.Thread(target=serve, daemon=True).start()
+    harness.poll(lambda: wire_error(proxy.port, False, USER, PASSWORD, DATABASE) is None, timeout=20, what="logins work")
+    relay.close()
+
+
+def test_upstream_password_is_read_at_each_connect(proxies, pg, tmp_path):
+    secret = tmp_path / "password"
+    secret.write_text("not the password\n")
+    proxy = proxies({"upstream": {"url": f"postgresql://{USER}@127.0.0.1:{pg.port}/{DATABASE}", "sslmode": "require",
+                                  "password": "${file:%s}" % secret},
+                     "users": {USER: {"password": PASSWORD}},
+                     "pool": {"connectionTimeoutMillis": 1000}})
+    error = wire_error(proxy.port, False, USER, PASSWORD, DATABASE)
+    assert error and "password authentication failed" in error["M"], error
+    secret.write_text(PASSWORD + "\n")
+    harness.poll(lambda: wire_error(proxy.port, False, USER, PASSWORD, DATABASE) is None, timeout=20, what="the new password counts")

@@ -1,0 +1,397 @@
+"""Chaos: what breaks is told clearly and at once, nothing hangs, nothing crashes; and then it recovers."""
+import os
+import random
+import signal
+import struct
+import threading
+import time
+
+import psycopg
+import pytest
+
+import harness
+import wire
+from gate import Gate
+from harness import DATABASE, PASSWORD, USER
+
+LOST = {"08006", "08003", "57P01", "57P02", "57P03", "08001"}
+
+
+def raw(proxy, timeout=30, **parameters):
+    w = wire.Wire(proxy.port, timeout=timeout)
+    failure = w.login(USER, PASSWORD, DATABASE, **parameters)
+    assert failure is None, failure.error
+    return w
+
+
+def recovers(proxy, within=20):
+    """New and pooled connections work, five in a row."""
+    def works():
+        try:
+            with proxy.connect() as connection:
+                for _ in range(5):
+                    assert connection.execute("SELECT 1").fetchone() == (1,)
+            return True
+        except psycopg.Error:
+            return False
+    harness.poll(works, within, "it recovers", 0.1)
+
+
+@pytest.fixture
+def own():
+    """A server of its own for tests that break it."""
+    with harness.Postgres(max_connections=40) as server:
+        yield server
+
+
+def kill_backend(pid):
+    os.kill(pid, signal.SIGKILL)
+
+
+def test_kill_9_of_the_backend_in_mid_query(own, proxies):
+    proxy = proxies({"pool": {"max": 3}}, server=own)
+    with raw(proxy) as idle, raw(proxy) as busy, raw(proxy) as transaction:
+        assert idle.value("SELECT 1") == "1"
+        transaction.ask(wire.query("BEGIN"))
+        transaction.ask(wire.query("SELECT 1"))
+        busy.send(wire.query("SELECT pg_sleep(60)"))
+        pid = harness.poll(lambda: own.backends("query LIKE '%pg_sleep(60)%' AND state = 'active'"), what="it runs")[0]
+        kill_backend(pid)
+        messages = busy.until()
+        error = [m for m in messages if m.type == "E"][-1].error
+        assert error["C"] in LOST and error["S"] == "ERROR", error
+        assert messages[-1].body == b"I"  # the client is kept
+        # The crash restart took the others' servers too: the open transaction is broken and stays so until it is ended.
+        messages = transaction.ask(wire.query("SELECT 1"))
+        assert [m.type for m in messages if m.type in "EZ"] == ["E", "Z"]
+        if messages[-1].body == b"E":
+            assert transaction.ask(wire.query("SELECT 1"))[-1].body == b"E"
+        assert transaction.ask(wire.query("ROLLBACK"))[-1].body == b"I"
+        own.wait_ready()
+        harness.poll(lambda: all(m.type != "E" for m in idle.ask(wire.query("SELECT 1"))), 20, "the idle client works again", 0.1)
+        harness.poll(lambda: all(m.type != "E" for m in busy.ask(wire.query("SELECT 1"))), 20, "the busy client works again", 0.1)
+    recovers(proxy)
+
+
+def test_terminated_backends_are_not_noticed_by_idle_clients(own, proxies):
+    proxy = proxies({"pool": {"max": 4}}, server=own)
+    clients = [raw(proxy) for _ in range(8)]
+    for w in clients:
+        assert w.value("SELECT 1") == "1"
+    own.sql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'app'")
+    harness.poll(lambda: own.count("usename = 'app'") == 0, what="they are gone")
+    for w in clients:
+        assert w.value("SELECT 2") == "2"
+        w.sock.close()
+
+
+def test_terminated_in_a_transaction(own, proxies):
+    proxy = proxies({"pool": {"max": 2}}, server=own)
+    with raw(proxy) as w:
+        w.ask(wire.query("BEGIN"))
+        pid = int(w.value("SELECT pg_backend_pid()"))
+        own.sql("SELECT pg_terminate_backend(%s)", pid)
+        harness.poll(lambda: pid not in own.backends(), what="it is gone")
+        messages = w.ask(wire.query("SELECT 1"))
+        error = next(m for m in messages if m.type == "E").error
+        assert error["C"] in LOST | {"25P02"}, error
+        assert messages[-1].body == b"E"
+        messages = w.ask(wire.query("SELECT 'never in another transaction'"))
+        assert messages[-1].body == b"E" and not [m for m in messages if m.type == "D"]
+        # COMMIT of a broken transaction is a ROLLBACK, as in PostgreSQL
+        messages = w.ask(wire.query("COMMIT"))
+        assert messages[-1].body == b"I"
+        assert [m.tag for m in messages if m.type == "C"] in ([], ["ROLLBACK"])
+        assert w.value("SELECT 3") == "3"
+    recovers(proxy)
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGQUIT])
+def test_restart_of_postgresql_under_load(own, proxies, how):
+    proxy = proxies({"pool": {"max": 5, "connectionTimeoutMillis": 15000}}, server=own)
+    stop, errors, done = threading.Event(), [], [0] * 12
+
+    def work(index):
+        with raw(proxy, timeout=60) as w:
+            while not stop.is_set():
+                messages = w.ask(wire.query(f"SELECT {index}"))
+                for m in messages:
+                    if m.type == "E":
+                        errors.append(m.error)
+                    elif m.type == "D":
+                        assert m.row == [str(index).encode()]
+                        done[index] += 1
+
+    def conduct():
+        harness.poll(lambda: min(done) > 20, 30, "load runs")
+        own.restart(how)
+        before = list(done)
+        harness.poll(lambda: all(now > then + 20 for now, then in zip(done, before)), 30, "every client works again")
+
+    def both(index):
+        if index < 12:
+            return work(index)
+        try:
+            conduct()
+        finally:
+            stop.set()
+
+    harness.threads(13, both)
+    assert {e["C"] for e in errors} <= LOST | {"53300"}, errors[:3]
+    recovers(proxy)
+
+
+def test_server_down_tells_its_own_error_in_time_and_comes_back(own, proxies):
+    proxy = proxies({"pool": {"max": 2, "connectionTimeoutMillis": 1000}}, server=own)
+    with raw(proxy) as w:
+        assert w.value("SELECT 1") == "1"
+        own.stop()
+        before = time.monotonic()
+        messages = w.ask(wire.query("SELECT 1"))
+        assert time.monotonic() - before < 5
+        error = next(m for m in messages if m.type == "E").error
+        assert error["C"] in LOST | {"53300"}, error
+        messages = w.ask(wire.query("SELECT 1"))
+        error = next(m for m in messages if m.type == "E").error
+        assert "refused" in error["M"] + error.get("D", ""), error
+        own.start()
+        harness.poll(lambda: all(m.type != "E" for m in w.ask(wire.query("SELECT 1"))), 20, "the same client works again", 0.1)
+    recovers(proxy)
+
+
+def test_too_many_connections_at_the_server(own, proxies):
+    """The server's own 53300 reaches a client only when its wait is over."""
+    room = 40 - 3
+    proxy = proxies({"pool": {"max": 5, "connectionTimeoutMillis": 1000}}, server=own)
+    held = [own.connect() for _ in range(room)]
+    with wire.Wire(proxy.port) as w:
+        failure = w.login(USER, PASSWORD, DATABASE)
+        error = failure.error if failure else next(m for m in w.ask(wire.query("SELECT 1")) if m.type == "E").error
+        assert error["C"] == "53300", error
+    for connection in held:
+        connection.close()
+    recovers(proxy)
+
+
+GARBAGE = {
+    "http": b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+    "zeros": bytes(64),
+    "huge length": struct.pack("!i", 0x7fffffff) + b"\0\3\0\0" + b"x" * 100,
+    "negative length": struct.pack("!i", -5) + b"\0\3\0\0" + b"x" * 100,
+    "short length": struct.pack("!i", 4) + b"\0\3\0\0",
+    "no terminator": struct.pack("!ii", 20, 196608) + b"user\0appappa",
+    "tls hello": bytes.fromhex("160301007a010000760303") + bytes(111),
+    "random": random.Random(7).randbytes(5000),
+    "many ssl requests": wire.request(wire.SSL_REQUEST) * 1000,
+    "empty user": wire.startup_packet({"user": "", "database": "app"}),
+    "no user": wire.startup_packet({"database": "app"}),
+    "20 KB startup": wire.startup_packet({"user": "x" * 20000}),
+}
+
+
+@pytest.mark.parametrize("name", GARBAGE)
+def test_garbage_from_a_client_before_login(proxy, name):
+    with raw(proxy) as good, wire.Wire(proxy.port, timeout=20) as bad:
+        try:
+            bad.send(GARBAGE[name])
+            bad.sock.shutdown(1)
+            while bad.sock.recv(65536):
+                pass
+        except OSError:
+            pass
+        assert good.value("SELECT 1") == "1"
+    recovers(proxy)
+
+
+AFTER = {
+    "unknown type": wire.frame("?", b"what"),
+    "server's message": wire.frame("Z", b"I"),
+    "negative length": b"Q" + struct.pack("!i", -1) + b"x" * 50,
+    "length 3": b"Q" + struct.pack("!i", 3),
+    "huge sync": b"S" + struct.pack("!i", 0x7ffffff0) + b"x" * 1000,
+    "unterminated query": wire.frame("Q", b"SELECT 1"),
+    "password after login": wire.frame("p", b"secret\0"),
+    "truncated parse": wire.frame("P", b"name"),
+    "truncated bind": wire.frame("B", b"a\0"),
+    "execute without count": wire.frame("E", b"\0"),
+    "describe of x": wire.frame("D", b"x\0"),
+    "close without name": wire.frame("C", b""),
+    "random": random.Random(8).randbytes(3000),
+}
+
+
+@pytest.mark.parametrize("name", AFTER)
+@pytest.mark.parametrize("state", ["idle", "in transaction"])
+def test_garbage_from_a_client_after_login(proxies, name, state):
+    proxy = proxies({"pool": {"max": 1, "connectionTimeoutMillis": 10000}})
+    with raw(proxy, timeout=20) as bad:
+        if state == "in transaction":
+            bad.ask(wire.query("BEGIN"))
+        try:
+            bad.send(AFTER[name], wire.SYNC)
+            bad.sock.shutdown(1)
+            while bad.sock.recv(65536):
+                pass
+        except OSError:
+            pass
+    recovers(proxy)
+
+
+@pytest.mark.parametrize("garbage", [b"\0" * 100, random.Random(9).randbytes(2000), wire.frame("Z", b"I") * 3, wire.frame("D", b"\xff\xff"),
+                                     b"D" + struct.pack("!i", -2), b"E" + struct.pack("!i", 0x7fffffff) + b"SERROR\0", wire.frame("R", struct.pack("!i", 0))])
+def test_garbage_from_the_server(proxies, pg, garbage):
+    """Bytes put into the server's stream, in mid-query and while idle: that connection ends, its client is told."""
+    with Gate(pg.port) as gate:
+        url = pg.url(port=gate.port, sslmode="disable").split("?")[0] + "?sslmode=disable"
+        with harness.Postgres(max_connections=20, plain=True) as plain:
+            gate.target = ("127.0.0.1", plain.port)
+            proxy = proxies({"pool": {"max": 1, "connectionTimeoutMillis": 5000}}, url=url)
+            with raw(proxy, timeout=20) as w:
+                w.send(wire.query("SELECT pg_sleep(1)"))
+                harness.poll(lambda: plain.count("state = 'active' AND query LIKE '%%pg_sleep%%'"), what="it runs")
+                gate.inject(garbage)
+                try:
+                    w.until()
+                except wire.Closed:
+                    pass
+            recovers(proxy)
+            gate.inject(garbage)
+            recovers(proxy)
+
+
+def test_cut_connections_to_the_server(pg, proxies):
+    with Gate(pg.port) as gate:
+        proxy = proxies({"pool": {"max": 3, "connectionTimeoutMillis": 10000}}, url=pg.url(port=gate.port))
+        with raw(proxy) as w:
+            for reset in (False, True):
+                assert w.value("SELECT 1") == "1"
+                gate.cut(reset)
+                # No byte of this one was sent: another connection takes it, or the loss is found first.
+                harness.poll(lambda: all(m.type != "E" for m in w.ask(wire.query("SELECT 1"))), 10, "the client works again", 0.05)
+                w.send(wire.query("SELECT pg_sleep(30)"))
+                harness.poll(lambda: pg.count("state = 'active' AND query LIKE '%%pg_sleep(30)%%'"), what="it runs")
+                gate.cut(reset)
+                messages = w.until()
+                assert next(m for m in messages if m.type == "E").error["C"] in LOST
+                pg.sql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE '%%pg_sleep(30)%%' AND pid <> pg_backend_pid()")
+        recovers(proxy)
+
+
+def test_sliced_and_delayed(pg, proxies):
+    """One byte a segment both ways, TLS upstream."""
+    with Gate(pg.port) as upstream:
+        proxy = proxies({"pool": {"max": 2}}, url=pg.url(port=upstream.port))
+        with Gate(proxy.port) as client:
+            upstream.slice, client.slice = 1, 1
+            with proxy.connect(port=client.port) as connection:
+                assert connection.execute("SELECT repeat('ab', 5000)").fetchone()[0] == "ab" * 5000
+                for n in range(20):
+                    assert connection.execute("SELECT %s::int", (n,)).fetchone() == (n,)
+            upstream.slice, client.slice, upstream.delay = 3, 7, 0.001
+            with proxy.connect(port=client.port) as connection:
+                with connection.transaction():
+                    assert connection.execute("SELECT %s::text", ("x" * 500,)).fetchone() == ("x" * 500,)
+        upstream.slice, upstream.delay = 0, 0
+        recovers(proxy)
+
+
+def test_stalled_server_in_login_and_in_query(pg, proxies):
+    with Gate(pg.port) as gate:
+        proxy = proxies({"pool": {"max": 2, "connectionTimeoutMillis": 1000}}, url=pg.url(port=gate.port))
+        gate.silent = True
+        before = time.monotonic()
+        with wire.Wire(proxy.port) as w:
+            failure = w.login(USER, PASSWORD, DATABASE)
+            assert failure is not None and failure.error["C"] in LOST | {"53300"}, failure
+        assert time.monotonic() - before < 6
+        gate.silent = False
+        gate.cut()
+        recovers(proxy)
+        with raw(proxy, timeout=30) as stuck:
+            assert stuck.value("SELECT 1") == "1"
+            gate.stall()
+            stuck.send(wire.query("SELECT 1"))
+            # The client waits, as on a direct connection; the proxy goes on answering others.
+            assert proxy.http("/health/live")[0] == 200
+            gate.resume()
+            assert [m.row for m in stuck.until() if m.type == "D"] == [[b"1"]]
+        recovers(proxy)
+
+
+def test_stalled_client_holds_up_nobody(proxies, pg):
+    proxy = proxies({"pool": {"max": 2, "connectionTimeoutMillis": 10000}})
+    with Gate(proxy.port) as gate:
+        with wire.Wire(gate.port) as stuck:
+            assert stuck.login(USER, PASSWORD, DATABASE) is None
+            gate.stall()
+            stuck.send(wire.query("SELECT 1"))
+            for _ in range(100):
+                with raw(proxy) as w:
+                    assert w.value("SELECT 2") == "2"
+            gate.resume()
+            assert stuck.until()[-1].type == "Z"
+    recovers(proxy)
+
+
+def test_clients_that_drop_leave_nothing_behind(proxies, pg):
+    """Hundreds dropped in every state: no descriptor, no server connection, no memory is lost."""
+    proxy = proxies({"pool": {"max": 4, "connectionTimeoutMillis": 20000}})
+    recovers(proxy)
+    rng = random.Random(3)
+
+    def drop(_):
+        for _ in range(25):
+            kind = rng.randrange(7)
+            w = wire.Wire(proxy.port)
+            if kind == 0:
+                w.send(wire.startup_packet({"user": USER, "database": DATABASE})[:rng.randrange(1, 20)])
+            elif kind == 1:
+                w.send(wire.startup_packet({"user": USER, "database": DATABASE}))
+            else:
+                assert w.login(USER, PASSWORD, DATABASE) is None
+                w.send(*[(wire.query("BEGIN"), wire.query("SELECT 1")), (wire.query("SELECT pg_sleep(0.05)"),), (wire.parse("SELECT 1"), wire.bind()),
+                         (wire.query("SELECT repeat('x', 100) FROM generate_series(1, 5000)"),), (b"Q\0\0",)][kind - 2])
+            if rng.random() < 0.5:
+                import socket
+                w.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            w.sock.close()
+
+    harness.threads(8, drop)
+    recovers(proxy)
+    first_files, first_rss = None, proxy.rss_kb()
+
+    def settled():
+        stats = proxy.stats()
+        return stats["activeCount"] == 0 and stats["waitingCount"] == 0
+    harness.poll(settled, 20, "nothing is in use")
+    first_files = proxy.open_files()
+    harness.threads(8, drop)
+    recovers(proxy)
+    harness.poll(lambda: settled() and proxy.open_files() <= first_files + 4, 20, "descriptors are given back")
+    if not harness.sanitized():
+        assert proxy.rss_kb() < first_rss + 4096
+    assert pg.count("usename = 'app'") <= 4
+
+
+def test_out_of_descriptors(pg, proxies):
+    """At the process's limit new clients wait or are refused; those that are there go on; and then it recovers."""
+    import resource
+    proxy = proxies({"pool": {"max": 2}})
+    recovers(proxy)
+    with raw(proxy) as good:
+        limit = proxy.open_files() + 20
+        resource.prlimit(proxy.pid, resource.RLIMIT_NOFILE, (limit, limit))
+        held = []
+        for _ in range(60):
+            try:
+                held.append(wire.Wire(proxy.port, timeout=1))
+            except OSError:
+                break
+        assert good.value("SELECT 1") == "1"
+        cpu = proxy.cpu_seconds()
+        before = time.monotonic()
+        time.sleep(1)
+        assert (proxy.cpu_seconds() - cpu) / (time.monotonic() - before) < 0.5, "it spins on accept"
+        for w in held:
+            w.sock.close()
+    recovers(proxy)

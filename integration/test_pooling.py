@@ -1,0 +1,328 @@
+"""The pool: its bound as the server counts it, recycling, waiting, and that nothing of one client reaches another."""
+import concurrent.futures
+import random
+import re
+import secrets
+import threading
+import time
+
+import psycopg
+import pytest
+
+import harness
+import wire
+from harness import DATABASE, PASSWORD, USER
+
+
+def raw(proxy, **parameters):
+    w = wire.Wire(proxy.port)
+    failure = w.login(USER, PASSWORD, DATABASE, **parameters)
+    assert failure is None, failure.error
+    return w
+
+
+@pytest.mark.generic
+def test_max_is_never_exceeded_under_churn(proxies, pg):
+    proxy = proxies({"pool": {"max": 5, "maxUses": 7, "idleTimeoutMillis": 50, "connectionTimeoutMillis": 30000}})
+    with harness.Watch(pg, "usename = 'app'") as watch:
+        def work(index):
+            rng = random.Random(index)
+            for _ in range(8):
+                with proxy.connect(prepare_threshold=None) as connection:
+                    for _ in range(rng.randrange(1, 6)):
+                        kind = rng.random()
+                        if kind < 0.6:
+                            assert connection.execute("SELECT %s::int", (index,)).fetchone() == (index,)
+                        elif kind < 0.8:
+                            with connection.transaction():
+                                connection.execute("SELECT pg_sleep(0.002)")
+                                assert connection.execute("SELECT %s::int", (index,)).fetchone() == (index,)
+                        elif kind < 0.9:
+                            with pytest.raises(psycopg.errors.DivisionByZero):
+                                connection.execute("SELECT 1 / 0")
+                        else:
+                            connection.execute("BEGIN")
+                            connection.execute("SELECT 1")
+                            connection.pgconn.finish()  # gone in the middle of a transaction
+                            break
+        harness.threads(60, work)
+    assert watch.samples > 50
+    assert watch.most == 5 or (harness.sanitized() and watch.most <= 5), watch.most
+    if proxy.kind == "pgsidecar":
+        assert watch.without_tls == 0
+
+
+def test_recycled_after_max_uses(proxies, pg):
+    proxy = proxies({"pool": {"max": 1, "maxUses": 10}})
+    seen = []
+    with raw(proxy) as w:
+        for _ in range(100):
+            seen.append(w.value("SELECT pg_backend_pid()"))
+    uses = [seen.count(pid) for pid in dict.fromkeys(seen)]
+    assert max(uses) <= 10, uses
+    assert len(uses) >= 10 and len(uses) <= 25, uses  # jitter shortens, never to nothing
+
+
+def test_max_lifetime(proxies, pg):
+    proxy = proxies({"pool": {"max": 1, "maxLifetimeSeconds": 1}})
+    with raw(proxy) as w:
+        first = w.value("SELECT pg_backend_pid()")
+        harness.poll(lambda: w.value("SELECT pg_backend_pid()") != first, 10, "another server connection", 0.1)
+
+
+def test_idle_connections_go_down_to_min(proxies, pg):
+    proxy = proxies({"pool": {"max": 6, "min": 2, "idleTimeoutMillis": 300}})
+    clients = [raw(proxy) for _ in range(6)]
+    for w in clients:
+        w.ask(wire.query("BEGIN"))
+    assert pg.count("usename = 'app'") == 6
+    for w in clients:
+        w.ask(wire.query("COMMIT"))
+    harness.poll(lambda: pg.count("usename = 'app'") == 2, 10, "two connections left")
+    until = time.monotonic() + 1
+    while time.monotonic() < until:
+        assert pg.count("usename = 'app'") == 2
+        time.sleep(0.1)
+    for w in clients:
+        w.sock.close()
+
+
+def test_wait_times_out_with_the_reason(proxies, pg):
+    proxy = proxies({"pool": {"max": 2, "connectionTimeoutMillis": 500}})
+    holders = [raw(proxy, application_name="worker") for _ in range(2)]
+    for w in holders:
+        w.ask(wire.query("BEGIN"))
+    with raw(proxy) as waiter:
+        before = time.monotonic()
+        messages = waiter.ask(wire.query("SELECT 1"))
+        waited = time.monotonic() - before
+        assert [m.type for m in messages] == ["E", "Z"]
+        error = messages[0].error
+        assert (error["S"], error["C"]) == ("ERROR", "53300")
+        assert re.search(r"timed out after 500 ms waiting for a server connection: 2 of 2 in use", error["M"]), error
+        everything = " ".join(error.values())
+        assert "worker" in everything and "idle in transaction" in everything, error
+        assert 0.4 < waited < 3
+        # the extended protocol too, and the client goes on
+        messages = waiter.ask(wire.parse("SELECT 1"), wire.bind(), wire.execute(), wire.SYNC)
+        assert [m.type for m in messages] == ["E", "Z"]
+        holders[0].ask(wire.query("COMMIT"))
+        assert waiter.value("SELECT 2") == "2"
+    for w in holders:
+        w.sock.close()
+
+
+def test_waiters_are_served_first_come_first_served(proxies, pg):
+    proxy = proxies({"pool": {"max": 1, "connectionTimeoutMillis": 20000}})
+    holder = raw(proxy)
+    holder.ask(wire.query("BEGIN"))
+    waiters = [raw(proxy) for _ in range(8)]
+    for position, w in enumerate(waiters):
+        w.send(wire.query("SELECT clock_timestamp()"))
+        harness.poll(lambda: proxy.stats()["waitingCount"] == position + 1, what=f"{position + 1} waiting")
+    holder.ask(wire.query("COMMIT"))
+    times = [next(m.row[0] for m in w.until() if m.type == "D") for w in waiters]
+    assert times == sorted(times)
+    for w in [holder, *waiters]:
+        w.sock.close()
+
+
+def test_idle_servers_are_leased_last_used_first(proxies, pg):
+    proxy = proxies({"pool": {"max": 4}})
+    clients = [raw(proxy) for _ in range(4)]
+    for w in clients:
+        w.ask(wire.query("BEGIN"))
+    for w in clients:
+        w.ask(wire.query("COMMIT"))
+    assert len({clients[n % 4].value("SELECT pg_backend_pid()") for n in range(12)}) == 1
+    for w in clients:
+        w.sock.close()
+
+
+def test_client_gone_in_a_transaction_is_rolled_back_and_the_connection_kept(proxies, pg):
+    pg.sql("DROP TABLE IF EXISTS gone", database=DATABASE)
+    pg.sql("CREATE TABLE gone (a int); GRANT ALL ON gone TO app", database=DATABASE)
+    proxy = proxies({"pool": {"max": 1}})
+    w = raw(proxy)
+    w.ask(wire.query("BEGIN"))
+    w.ask(wire.query("INSERT INTO gone VALUES (1)"))
+    pid = w.value("SELECT pg_backend_pid()")
+    w.sock.close()
+    with raw(proxy) as after:
+        assert after.value("SELECT pg_backend_pid()") == pid
+        assert after.value("SELECT count(*) FROM gone") == "0"
+        assert after.ask(wire.query("SELECT 1"))[-1].body == b"I"
+
+
+def test_client_gone_in_the_middle_of_a_query_and_a_result(proxies, pg):
+    proxy = proxies({"pool": {"max": 1, "connectionTimeoutMillis": 20000}})
+    for sql in ("SELECT pg_sleep(30)", "SELECT repeat('x', 1000) FROM generate_series(1, 300000)", "BEGIN; SELECT pg_sleep(30)"):
+        w = raw(proxy)
+        w.send(wire.query(sql))
+        harness.poll(lambda: pg.count("usename = 'app' AND state = 'active'") == 1 or "repeat" in sql, what="it runs")
+        w.sock.close()
+        with raw(proxy) as after:
+            before = time.monotonic()
+            assert after.value("SELECT 'free'") == "free"
+            assert time.monotonic() - before < 15, sql
+
+
+SETTINGS = [("TimeZone", ["Asia/Tokyo", "Europe/Rome", "UTC"]), ("work_mem", ["1MB", "2MB", "3MB"]), ("search_path", ["a", "b", "c"]),
+            ("application_name", ["eins", "zwei", "drei"]), ("statement_timeout", ["11s", "12s", "13s"]), ("app.tenant", ["x", "y", "z"])]
+
+
+def test_settings_of_one_client_are_never_seen_by_another(proxies, pg):
+    """Each client sets, and sees its own value or, having set none, the default: never another's."""
+    proxy = proxies({"pool": {"max": 3, "connectionTimeoutMillis": 60000}})
+    with pg.connect() as direct:
+        default = {name: direct.execute("SELECT current_setting(%s, true)", (name,)).fetchone()[0] or "" for name, _ in SETTINGS}
+
+    def work(index):
+        rng = random.Random(index)
+        own = dict(default)
+        with raw(proxy) as w:
+            for _ in range(40):
+                name, values = rng.choice(SETTINGS)
+                if index % 3 and rng.random() < 0.3:
+                    value = rng.choice(values)
+                    w.ask(wire.query(f"SET {name} TO '{value}'"))
+                    own[name] = value
+                seen = w.value(f"SELECT coalesce(current_setting('{name}', true), '') || ''")
+                if own[name] != default[name] or name != "application_name":
+                    assert seen == own[name], (index, name)
+                else:
+                    assert seen not in values, (index, name, seen)
+
+    harness.threads(20, work)
+
+
+def test_settings_obey_the_transaction(proxies, pg):
+    proxy = proxies({"pool": {"max": 1}})
+    with raw(proxy) as a, raw(proxy) as b:
+        a.ask(wire.query("SET work_mem TO '7MB'"))
+        a.ask(wire.query("BEGIN"))
+        a.ask(wire.query("SET work_mem TO '9MB'"))
+        assert a.value("SHOW work_mem") == "9MB"
+        a.ask(wire.query("ROLLBACK"))
+        assert b.value("SHOW work_mem") == "4MB"
+        assert a.value("SHOW work_mem") == "7MB"
+        a.ask(wire.query("SET LOCAL work_mem TO '11MB'"))
+        assert a.value("SHOW work_mem") == "7MB"
+        b.ask(wire.query("SET work_mem TO '13MB'"))
+        assert a.value("SHOW work_mem") == "7MB"
+        a.ask(wire.query("RESET work_mem"))
+        assert (a.value("SHOW work_mem"), b.value("SHOW work_mem")) == ("4MB", "13MB")
+
+
+@pytest.mark.parametrize("leave,look", [
+    ("CREATE TEMP TABLE leftover (a int)", "SELECT count(*) FROM pg_class WHERE relname = 'leftover' AND pg_table_is_visible(oid)"),
+    ("SELECT pg_advisory_lock(4711)", "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid()"),
+    ("LISTEN leftover", "SELECT count(*) FROM pg_listening_channels()"),
+    ("PREPARE leftover AS SELECT 1", "SELECT count(*) FROM pg_prepared_statements WHERE from_sql"),
+    ("DECLARE leftover CURSOR WITH HOLD FOR SELECT 1", "SELECT count(*) FROM pg_cursors WHERE is_holdable"),
+    ("SET ROLE pg_monitor", "SELECT count(*) WHERE current_user <> 'app'"),
+    ("DO $$ BEGIN PERFORM set_config('work_mem', '17MB', false); END $$", "SELECT count(*) WHERE current_setting('work_mem') <> '4MB'"),
+])
+def test_what_a_client_left_behind_is_gone_for_the_next(proxies, pg, leave, look):
+    pg.sql("GRANT pg_monitor TO app")
+    proxy = proxies({"pool": {"max": 1, "connectionTimeoutMillis": 10000}})
+    with raw(proxy) as w:
+        messages = w.ask(wire.query(leave))
+        assert not [m for m in messages if m.type == "E"], [m.error for m in messages if m.type == "E"]
+    with raw(proxy) as after:
+        assert after.value(look) == "0"
+
+
+@pytest.mark.generic
+def test_no_client_sees_another_ones_bytes(proxies, pg):
+    """Random tokens from 60 clients on 4 servers, in all forms: each gets its own, whole and in order."""
+    proxy = proxies({"pool": {"max": 4, "connectionTimeoutMillis": 60000}})
+    rounds = 10
+
+    def work(index):
+        rng = random.Random(index)
+        with wire.Wire(proxy.port, timeout=60) as w:
+            assert w.login(USER, PASSWORD, DATABASE) is None
+            for _ in range(rounds):
+                tokens = [secrets.token_hex(rng.choice((4, 100, 5000))) for _ in range(rng.randrange(1, 6))]
+                kind = rng.randrange(4)
+                if kind == 0:
+                    for token in tokens:
+                        assert w.value(f"SELECT '{token}'") == token
+                elif kind == 1:  # pipelined, a Sync each
+                    w.send(*(wire.parse("SELECT $1::text") + wire.bind("", [t]) + wire.describe("P") + wire.execute() + wire.SYNC for t in tokens))
+                    for token in tokens:
+                        assert [m.row[0].decode() for m in w.until() if m.type == "D"] == [token]
+                elif kind == 2:  # one Sync for all
+                    w.send(*(wire.parse("SELECT $1::text") + wire.bind("", [t]) + wire.execute() for t in tokens), wire.SYNC)
+                    assert [m.row[0].decode() for m in w.until() if m.type == "D"] == tokens
+                else:  # a simple query of several statements in a transaction
+                    w.ask(wire.query("BEGIN"))
+                    messages = w.ask(wire.query("; ".join(f"SELECT '{t}'" for t in tokens)))
+                    assert [m.row[0].decode() for m in messages if m.type == "D"] == tokens
+                    w.ask(wire.query(rng.choice(("COMMIT", "ROLLBACK"))))
+
+    harness.threads(60, work)
+
+
+def test_session_mode(proxies, pg):
+    proxy = proxies({"pool": {"mode": "session", "max": 2, "connectionTimeoutMillis": 700}})
+    with raw(proxy) as a, raw(proxy) as b:
+        a.ask(wire.query("CREATE TEMP TABLE mine (a int)"))
+        pid = a.value("SELECT pg_backend_pid()")
+        assert b.value("SELECT pg_backend_pid()") != pid
+        assert [a.value("SELECT pg_backend_pid()") for _ in range(5)] == [pid] * 5
+        assert a.value("SELECT count(*) FROM mine") == "0"
+        with wire.Wire(proxy.port) as third:
+            failure = third.login(USER, PASSWORD, DATABASE)
+            if failure is None:
+                failure = third.ask(wire.query("SELECT 1"))[0]
+            assert failure.error["C"] == "53300", failure.error
+    with raw(proxy) as after:
+        assert after.value("SELECT count(*) FROM pg_class WHERE relname = 'mine' AND pg_table_is_visible(oid)") == "0"
+
+
+def test_statement_mode_refuses_transactions(proxies, pg):
+    proxy = proxies({"pool": {"mode": "statement", "max": 1}})
+    with raw(proxy) as w:
+        assert w.value("SELECT 1") == "1"
+        w.send(wire.query("BEGIN"))
+        messages = w.closed() if False else w.until("E")
+        assert "transaction" in messages[-1].error["M"].lower(), messages[-1].error
+    with raw(proxy) as after:
+        assert after.value("SELECT 2") == "2"
+
+
+def test_pool_of_a_section_has_its_own_max(proxies, pg):
+    proxy = proxies({"databases": {DATABASE: {"pool": {"max": 2}}}, "pool": {"max": 9, "connectionTimeoutMillis": 20000}})
+    with harness.Watch(pg, "usename = 'app'") as watch:
+        with concurrent.futures.ThreadPoolExecutor(10) as executor:
+            def work(_):
+                with raw(proxy) as w:
+                    w.ask(wire.query("SELECT pg_sleep(0.05)"))
+            list(executor.map(work, range(20)))
+    assert watch.most == 2
+
+
+def test_idle_proxy_lets_the_server_sleep(proxies, pg):
+    """Without clients no connection is opened and no query is sent."""
+    proxy = proxies({"pool": {"min": 2, "idleTimeoutMillis": 200}})
+    before = pg.sql("SELECT sum(sessions) FROM pg_stat_database WHERE datname = %s", DATABASE)[0][0]
+    for _ in range(5):
+        proxy.http("/health/ready")
+        proxy.http("/metrics")
+        time.sleep(0.1)
+    assert pg.sql("SELECT sum(sessions) FROM pg_stat_database WHERE datname = %s", DATABASE)[0][0] == before
+    assert pg.count("usename = 'app'") == 0
+
+
+def test_exit_on_idle(proxies, pg):
+    proxy = proxies({"pool": {"allowExitOnIdle": True, "idleTimeoutMillis": 300}})
+    time.sleep(0.6)
+    assert proxy.running()  # there has been no client yet
+    with raw(proxy) as w:
+        assert w.value("SELECT 1") == "1"
+        stop = threading.Event()
+        assert not stop.wait(0.6)
+        assert proxy.running()
+    assert proxy.wait_exit(10) == 0

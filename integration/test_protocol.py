@@ -1,0 +1,509 @@
+"""The protocol beyond what a driver does on a good day (PostgreSQL documentation, sections 55.2 and 55.7)."""
+import hashlib
+import random
+import struct
+import threading
+import time
+
+import psycopg
+import pytest
+
+import harness
+import wire
+from harness import DATABASE, PASSWORD, USER
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def raw(proxy, timeout=30, **parameters):
+    w = wire.Wire(proxy.port, timeout=timeout)
+    failure = w.login(USER, PASSWORD, DATABASE, **parameters)
+    assert failure is None, failure.error
+    return w
+
+
+def kinds(messages):
+    return "".join(m.type for m in messages)
+
+
+def healthy(w):
+    assert w.value("SELECT 'fine'") == "fine"
+
+
+@pytest.fixture
+def small(proxies):
+    """Two server connections only, so that every mistake in sharing shows."""
+    return proxies({"pool": {"max": 2, "connectionTimeoutMillis": 30000}})
+
+
+# ---- beginnings
+
+@pytest.mark.parametrize("code", [wire.SSL_REQUEST, wire.GSSENC_REQUEST])
+def test_encryption_is_declined_and_the_login_goes_on(proxy, code):
+    with wire.Wire(proxy.port) as w:
+        w.send(wire.request(code))
+        assert w.bytes(1) == b"N"
+        assert w.login(USER, PASSWORD, DATABASE) is None
+        healthy(w)
+
+
+def test_gss_then_ssl_then_login(proxy):
+    with wire.Wire(proxy.port) as w:
+        for code in (wire.GSSENC_REQUEST, wire.SSL_REQUEST):
+            w.send(wire.request(code))
+            assert w.bytes(1) == b"N"
+        assert w.login(USER, PASSWORD, DATABASE) is None
+        healthy(w)
+
+
+def test_protocol_3_2(proxy):
+    with wire.Wire(proxy.port) as w:
+        assert w.login(USER, PASSWORD, DATABASE, version=wire.V3_2) is None
+        if w.negotiated is None:
+            assert 4 <= len(w.key) <= 256
+        healthy(w)
+
+
+@pytest.mark.parametrize("version,options", [(196608 + 9999, {}), (wire.V3_0, {"_pq_.no_such_option": "on"}), (196608 + 7, {"_pq_.a": "1", "_pq_.b": "2"})])
+def test_unknown_versions_and_options_are_negotiated(proxy, version, options):
+    with wire.Wire(proxy.port) as w:
+        assert w.login(USER, PASSWORD, DATABASE, version=version, **options) is None
+        assert w.negotiated is not None
+        newest, count = struct.unpack_from("!ii", w.negotiated.body)
+        # The documentation says "newest minor version"; servers send the whole version number.
+        assert newest & 0xffff in (0, 2) and count == len(options)
+        names = [part.decode() for part in w.negotiated.body[8:].split(b"\0") if part]
+        assert sorted(names) == sorted(options)
+        healthy(w)
+
+
+def test_protocol_2_is_refused(proxy):
+    with wire.Wire(proxy.port) as w:
+        w.send(wire.request(131072, b"user\0app\0\0"))
+        messages = w.closed()
+        assert len(messages) <= 1
+        if messages:
+            assert messages[0].error["C"] == "0A000"
+    with raw(proxy) as w:
+        healthy(w)
+
+
+def test_replication_is_its_own_or_refused(proxy):
+    with wire.Wire(proxy.port) as w:
+        failure = w.login(USER, PASSWORD, DATABASE, replication="true")
+        assert failure is None or failure.error["S"] == "FATAL" and failure.error["C"] in ("0A000", "42501"), failure and failure.error
+    with raw(proxy) as w:
+        healthy(w)
+
+
+def test_parameters_and_key_are_those_of_the_server(proxy, pg):
+    with raw(proxy) as w:
+        assert w.parameters["server_version"].startswith("15.") and w.parameters["client_encoding"] == "UTF8"
+        assert {"server_encoding", "integer_datetimes", "standard_conforming_strings", "session_authorization", "is_superuser"} <= set(w.parameters)
+        assert w.parameters["session_authorization"] == USER and w.parameters["is_superuser"] == "off"
+        assert w.pid and w.key
+
+
+def test_byte_by_byte(small):
+    """Every message split at every byte."""
+    with wire.Wire(small.port, timeout=60) as w:
+        whole = w.sock.sendall
+
+        def trickle(data):
+            for at in range(len(data)):
+                whole(data[at:at + 1])
+        send, w.send = w.send, lambda *frames: trickle(b"".join(frames))
+        assert w.login(USER, PASSWORD, DATABASE) is None
+        healthy(w)
+        messages = w.ask(wire.parse("SELECT $1::text", "s"), wire.bind("s", ["abc"]), wire.describe("P"), wire.execute(), wire.SYNC)
+        assert kinds(messages) == "12TDCZ"
+
+
+# ---- simple protocol
+
+def test_several_statements_and_empty_queries(small):
+    with raw(small) as w:
+        assert kinds(w.ask(wire.query("SELECT 1; SELECT 2; SELECT 3"))) == "TDCTDCTDCZ"
+        assert kinds(w.ask(wire.query(""))) == "IZ"
+        assert kinds(w.ask(wire.query("  -- nothing\n"))) == "IZ"
+        assert kinds(w.ask(wire.query("SELECT 1; SELECT 1/0; SELECT 3"))) == "TDCEZ"
+        assert kinds(w.ask(wire.query("DO $$ BEGIN RAISE NOTICE 'hear'; END $$"))) == "NCZ"
+        healthy(w)
+
+
+def test_pipelined_simple_queries(small):
+    with raw(small) as w:
+        w.send(*(wire.query(f"SELECT {n}") for n in range(200)))
+        for n in range(200):
+            assert [m.row[0] for m in w.until() if m.type == "D"] == [str(n).encode()]
+
+
+def test_transaction_status(small):
+    with raw(small) as w:
+        states = [w.ask(wire.query(sql))[-1].body for sql in ("BEGIN", "SELECT 1", "SELECT 1/0", "SELECT 1", "ROLLBACK", "SELECT 1")]
+        assert states == [b"T", b"T", b"E", b"E", b"I", b"I"]
+
+
+def test_begin_and_commit_pipelined_over_clients(small):
+    """Whole transactions in one packet from 20 clients: the lease ends at the right ReadyForQuery."""
+    def work(index):
+        with raw(small) as w:
+            for _ in range(20):
+                w.send(wire.query("BEGIN"), wire.query(f"SELECT set_config('app.me', '{index}', true)"), wire.query("SELECT current_setting('app.me')"), wire.query("COMMIT"))
+                rows = []
+                for _ in range(4):
+                    rows += [m.row[0] for m in w.until() if m.type == "D"]
+                assert rows == [str(index).encode()] * 2
+    harness.threads(20, work)
+
+
+# ---- extended protocol
+
+def test_describe_flush_and_portal_suspended(small):
+    with raw(small) as w:
+        w.send(wire.parse("SELECT g FROM generate_series(1, 10) g WHERE g > $1", "s", [23]), wire.describe("S", "s"), wire.FLUSH)
+        assert kinds([w.recv() for _ in range(3)]) == "1tT"
+        w.send(wire.bind("s", ["2"], "p"), wire.execute("p", 3), wire.FLUSH)
+        assert kinds([w.recv() for _ in range(5)]) == "2DDDs"
+        w.send(wire.execute("p", 3), wire.FLUSH)
+        assert kinds([w.recv() for _ in range(4)]) == "DDDs"
+        w.send(wire.execute("p", 0), wire.close("P", "p"), wire.SYNC)
+        assert kinds(w.until()) == "DDC3Z"
+        assert kinds(w.ask(wire.close("S", "s"), wire.SYNC)) == "3Z"
+        messages = w.ask(wire.bind("s", ["2"]), wire.SYNC)
+        assert kinds(messages) == "EZ" and messages[0].error["C"] == "26000"
+        assert kinds(w.ask(wire.close("S", "never was"), wire.SYNC)) == "3Z"
+        healthy(w)
+
+
+def test_no_data_and_empty_query(small):
+    with raw(small) as w:
+        assert kinds(w.ask(wire.parse(""), wire.bind(), wire.describe("P"), wire.execute(), wire.SYNC)) == "12nIZ"
+        assert kinds(w.ask(wire.SYNC)) == "Z"
+        assert kinds(w.ask(wire.SYNC, wire.SYNC)) == "Z"
+        assert w.recv().type == "Z"
+
+
+@pytest.mark.parametrize("bad", ["parse", "bind", "execute"])
+def test_error_in_a_pipeline(small, bad):
+    """All up to the Sync is skipped; what comes behind it counts."""
+    with raw(small) as w:
+        first = {"parse": wire.parse("SELEC 1"), "bind": wire.parse("SELECT $1::int", "x") + wire.bind("x", ["word"]),
+                 "execute": wire.parse("SELECT 1/(random()*0)::int") + wire.bind() + wire.execute()}[bad]
+        w.send(first, wire.parse("SELECT 'skipped'", "later"), wire.bind("later"), wire.execute(), wire.SYNC,
+               wire.parse("SELECT 'good'", "after"), wire.bind("after"), wire.execute(), wire.SYNC, wire.query("SELECT 'end'"))
+        one = w.until()
+        assert kinds(one).endswith("EZ") and "D" not in kinds(one)
+        two = w.until()
+        assert kinds(two) == "12DCZ" and two[2].row == [b"good"]
+        assert [m.row for m in w.until() if m.type == "D"] == [[b"end"]]
+        # The Parse that was skipped has not made a statement.
+        messages = w.ask(wire.bind("later"), wire.SYNC)
+        assert kinds(messages) == "EZ" and messages[0].error["C"] == "26000"
+        # and its name is free, on any server
+        assert kinds(w.ask(wire.parse("SELECT 1", "later"), wire.SYNC)) == "1Z"
+
+
+def test_statement_names_are_the_clients_own(small):
+    """One name, another text for each client, on two servers, over many transactions."""
+    def work(index):
+        with raw(small, timeout=60) as w:
+            assert kinds(w.ask(wire.parse(f"SELECT {index}, $1::int", "same"), wire.SYNC)) == "1Z"
+            for n in range(30):
+                messages = w.ask(wire.bind("same", [str(n)]), wire.execute(), wire.SYNC)
+                assert kinds(messages) == "2DCZ", [m.error for m in messages if m.type == "E"]
+                assert messages[1].row == [str(index).encode(), str(n).encode()]
+    harness.threads(30, work)
+
+
+def test_unnamed_statement_survives_a_change_of_server(small):
+    with raw(small) as w, raw(small) as other:
+        pid = w.value("SELECT pg_backend_pid()")
+        assert kinds(w.ask(wire.parse("SELECT 'unnamed', pg_backend_pid()"), wire.SYNC)) == "1Z"
+        # Take the server that has it.
+        for _ in range(2):
+            other.ask(wire.query("BEGIN"))
+            if other.value("SELECT pg_backend_pid()") == pid:
+                break
+        messages = w.ask(wire.bind(), wire.execute(), wire.SYNC)
+        assert kinds(messages) == "2DCZ" and messages[1].row[0] == b"unnamed"
+        assert messages[1].row[1] != pid.encode()
+        other.ask(wire.query("ROLLBACK"))
+
+
+def test_duplicate_and_redefined_statements(small):
+    with raw(small) as w:
+        assert kinds(w.ask(wire.parse("SELECT 1", "s"), wire.SYNC)) == "1Z"
+        messages = w.ask(wire.parse("SELECT 2", "s"), wire.SYNC)
+        assert kinds(messages) == "EZ" and messages[0].error["C"] == "42P05"
+        assert kinds(w.ask(wire.close("S", "s"), wire.parse("SELECT 3", "s"), wire.bind("s"), wire.execute(), wire.SYNC)) == "312DCZ"
+        for n in range(3):  # the unnamed one may be replaced
+            messages = w.ask(wire.parse(f"SELECT {n}"), wire.bind(), wire.execute(), wire.SYNC)
+            assert messages[2].row == [str(n).encode()]
+
+
+def test_many_statements_evict(proxies):
+    proxy = proxies({"pool": {"max": 1, "maxPreparedStatements": 10}})
+    with raw(proxy) as w:
+        for n in range(50):
+            assert kinds(w.ask(wire.parse(f"SELECT {n}", f"s{n}"), wire.SYNC)) == "1Z"
+        for n in list(range(50)) + random.Random(1).sample(range(50), 50):
+            messages = w.ask(wire.bind(f"s{n}"), wire.describe("P"), wire.execute(), wire.SYNC)
+            assert kinds(messages) == "2TDCZ" and messages[2].row == [str(n).encode()]
+        assert int(w.value("SELECT count(*) FROM pg_prepared_statements")) <= 10
+
+
+def test_deallocate_and_discard(small):
+    with raw(small) as w:
+        for sql in ("DEALLOCATE ALL", "DISCARD ALL", "DEALLOCATE s"):
+            assert kinds(w.ask(wire.parse("SELECT 1", "s"), wire.SYNC)) == "1Z", sql
+            done = w.ask(wire.query(sql))
+            assert kinds(done) == "CZ", [m.error for m in done if m.type == "E"]
+            messages = w.ask(wire.bind("s"), wire.SYNC)
+            assert kinds(messages) == "EZ" and messages[0].error["C"] == "26000", sql
+
+
+def test_cached_plan_must_not_change_result_type(small, pg):
+    pg.sql("DROP TABLE IF EXISTS shape; CREATE TABLE shape (a int); INSERT INTO shape VALUES (1); GRANT ALL ON shape TO app", database=DATABASE)
+    with raw(small) as w:
+        assert kinds(w.ask(wire.parse("SELECT * FROM shape", "s"), wire.bind("s"), wire.execute(), wire.SYNC)) == "12DCZ"
+        pg.sql("ALTER TABLE shape ADD b int", database=DATABASE)
+        messages = w.ask(wire.bind("s"), wire.execute(), wire.SYNC)
+        # As directly: 0A000; a server that has not prepared it yet gives the new shape.
+        assert kinds(messages) in ("EZ", "2DCZ")
+        if messages[0].type == "E":
+            assert messages[0].error["C"] == "0A000"
+        w.ask(wire.close("S", "s"), wire.SYNC)
+        assert kinds(w.ask(wire.parse("SELECT * FROM shape", "s"), wire.bind("s"), wire.execute(), wire.SYNC)) == "12DCZ"
+
+
+def test_function_call(small, pg):
+    oid = pg.sql("SELECT 'int4pl'::regproc::oid")[0][0]
+    with raw(small) as w:
+        messages = w.ask(wire.function_call(oid, b"40", b"2"))
+        assert kinds(messages) == "VZ" and messages[0].body[4:] == b"42"
+        messages = w.ask(wire.function_call(oid, b"no", b"2"))
+        assert kinds(messages) == "EZ"
+        healthy(w)
+
+
+# ---- COPY
+
+@pytest.fixture
+def table(pg):
+    pg.sql("DROP TABLE IF EXISTS copied; CREATE TABLE copied (a int, b text); GRANT ALL ON copied TO app", database=DATABASE)
+    return "copied"
+
+
+def test_copy_in_and_out(small, table):
+    with small.connect() as connection:
+        with connection.cursor() as cursor:
+            with cursor.copy("COPY copied FROM STDIN") as copy:
+                for n in range(100000):
+                    copy.write_row((n, f"row {n}"))
+            assert cursor.execute("SELECT count(*), sum(a) FROM copied").fetchone() == (100000, 4999950000)
+            with cursor.copy("COPY (SELECT a FROM copied ORDER BY a) TO STDOUT") as copy:
+                assert b"".join(copy).count(b"\n") == 100000
+
+
+def test_copy_failed_by_the_client(small, table):
+    with raw(small) as w:
+        w.send(wire.query("COPY copied FROM STDIN"))
+        assert w.recv().type == "G"
+        w.send(wire.copy_data(b"1\tone\n"), wire.copy_fail("changed my mind"))
+        messages = w.until()
+        assert kinds(messages) == "EZ" and messages[0].error["C"] == "57014" and "changed my mind" in messages[0].error["M"]
+        assert w.value("SELECT count(*) FROM copied") == "0"
+
+
+def test_copy_failed_by_the_server_while_the_client_sends(small, table):
+    """A bad row early in much data: the error comes, the rest is discarded, the next query is answered."""
+    with raw(small, timeout=60) as w:
+        w.send(wire.query("COPY copied FROM STDIN"))
+        assert w.recv().type == "G"
+        w.send(wire.copy_data(b"not a number\tx\n"))
+        block = wire.copy_data(b"1\t" + b"y" * 8000 + b"\n")
+        for _ in range(500):
+            w.send(block)
+        w.send(wire.COPY_DONE)
+        messages = w.until()
+        assert kinds(messages) == "EZ" and messages[0].error["C"] == "22P02"
+        assert w.value("SELECT count(*) FROM copied") == "0"
+
+
+def test_copy_by_extended_protocol(small, table):
+    with raw(small) as w:
+        w.send(wire.parse("COPY copied FROM STDIN"), wire.bind(), wire.execute(), wire.SYNC)
+        assert kinds(w.until("G")) == "12G"
+        w.send(wire.copy_data(b"1\ta\n"), wire.copy_data(b"2\tb\n"), wire.COPY_DONE, wire.SYNC)
+        assert kinds(w.until()) == "CZ"
+        assert w.value("SELECT count(*) FROM copied") == "2"
+        w.send(wire.parse("COPY copied FROM STDIN"), wire.bind(), wire.execute(), wire.SYNC)
+        w.until("G")
+        w.send(wire.copy_data(b"bad\n"), wire.COPY_DONE, wire.SYNC)
+        assert kinds(w.until()) == "EZ"
+        healthy(w)
+
+
+def test_client_gone_in_the_middle_of_a_copy(proxies, pg, table):
+    proxy = proxies({"pool": {"max": 1, "connectionTimeoutMillis": 20000}})
+    w = raw(proxy)
+    w.send(wire.query("COPY copied FROM STDIN"))
+    assert w.recv().type == "G"
+    w.send(wire.copy_data(b"1\tone\n"))
+    w.sock.close()
+    with raw(proxy) as after:
+        assert after.value("SELECT count(*) FROM copied") == "0"
+    out = raw(proxy)
+    out.send(wire.query("COPY (SELECT repeat('x', 1000) FROM generate_series(1, 200000)) TO STDOUT"))
+    assert out.recv().type == "H"
+    out.sock.close()
+    with raw(proxy) as after:
+        healthy(after)
+
+
+def test_both_buffers_full(small, table):
+    """The client sends queries with large answers and reads only at the end: both kernels' buffers fill, nothing deadlocks."""
+    with raw(small, timeout=90) as w:
+        count, size = 60, 400000
+        sender = threading.Thread(target=lambda: [w.send(wire.query(f"SELECT repeat('{chr(97 + n % 26)}', {size}), '{'z' * 20000}'")) for n in range(count)], daemon=True)
+        sender.start()
+        time.sleep(0.3)  # let them fill; correctness doesn't depend on it
+        for n in range(count):
+            row = next(m for m in w.until() if m.type == "D").row
+            assert row[0] == chr(97 + n % 26).encode() * size
+        sender.join(10)
+
+
+# ---- sizes
+
+def test_large_values_both_ways_in_little_memory(proxies, pg):
+    proxy = proxies({"pool": {"max": 2}})
+    size = 200 << 20
+    with raw(proxy, timeout=120) as w:
+        w.send(wire.query(f"SELECT repeat('x', {size})"))
+        assert w.recv().type == "T"
+        head = w.bytes(5)
+        left = struct.unpack("!i", head[1:])[0] - 4
+        assert head[:1] == b"D" and left > size
+        while left:
+            left -= len(w.bytes(min(left, max(len(w.buffer), 1))))
+        assert kinds(w.until()) == "CZ"
+        # and towards the server, as a parameter
+        w.send(wire.parse("SELECT length($1), md5($1)"))
+        block = b"y" * (1 << 20)
+        inner = b"\0\0" + struct.pack("!hhi", 0, 1, size)
+        w.send(b"B" + struct.pack("!i", 4 + len(inner) + size + 2) + inner)
+        digest = hashlib.md5()
+        for _ in range(size >> 20):
+            w.send(block)
+            digest.update(block)
+        w.send(struct.pack("!h", 0), wire.execute(), wire.SYNC)
+        row = next(m for m in w.until() if m.type == "D").row
+        assert row == [str(size).encode(), digest.hexdigest().encode()]
+        healthy(w)
+    if not harness.sanitized():
+        assert proxy.status("VmHWM") < 64 * 1024, proxy.status("VmHWM")
+
+
+def test_large_query_text(small):
+    with raw(small, timeout=60) as w:
+        value = "q" * (20 << 20)
+        assert w.value(f"SELECT length('{value}')") == str(len(value))
+        messages = w.ask(wire.parse(f"SELECT length('{value}')", "large"), wire.bind("large"), wire.execute(), wire.SYNC)
+        assert kinds(messages) == "12DCZ" and messages[2].row == [str(len(value)).encode()]
+
+
+def test_slow_reader_holds_no_memory(proxies):
+    proxy = proxies({"pool": {"max": 2}})
+    with raw(proxy, timeout=60) as slow:
+        slow.send(wire.query("SELECT repeat('x', 1000) FROM generate_series(1, 200000)"))
+        slow.recv()
+        with raw(proxy) as other:
+            for _ in range(50):
+                healthy(other)
+        if not harness.sanitized():
+            assert proxy.status("VmHWM") < 64 * 1024
+        assert kinds(slow.until())[-2:] == "CZ"
+        healthy(slow)
+
+
+# ---- cancel
+
+def test_cancel(small, pg):
+    with small.connect() as connection:
+        failure = []
+
+        def run():
+            try:
+                connection.execute("SELECT pg_sleep(60)")
+            except psycopg.Error as error:
+                failure.append(error)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        harness.poll(lambda: pg.count("usename = 'app' AND query LIKE '%%pg_sleep(60)%%' AND state = 'active'"), what="it runs")
+        connection.cancel()
+        thread.join(20)
+        assert not thread.is_alive()
+        assert failure[0].sqlstate == "57014"
+        assert connection.execute("SELECT 1").fetchone() == (1,)
+
+
+def test_cancel_hits_nobody_else(proxies, pg):
+    """One client cancels while idle, again and again; the others on the same servers never feel it."""
+    proxy = proxies({"pool": {"max": 2, "connectionTimeoutMillis": 60000}})
+    stop = threading.Event()
+
+    def work(index):
+        if index == 0:
+            with raw(proxy) as w:
+                for _ in range(150):
+                    healthy(w)
+                    with wire.Wire(proxy.port) as c:
+                        c.send(wire.request(wire.CANCEL_REQUEST, struct.pack("!I", w.pid) + w.key))
+                        c.closed()
+            stop.set()
+        else:
+            with raw(proxy) as w:
+                while not stop.is_set():
+                    assert w.value("SELECT pg_sleep(0.001)::text || 'ok'") == "ok"
+
+    harness.threads(5, work)
+
+
+def test_cancel_with_a_wrong_key(small, pg):
+    with raw(small) as w:
+        w.send(wire.query("SELECT pg_sleep(1), 'done'"))
+        for pid, key in ((w.pid, bytes(len(w.key))), (w.pid + 1, w.key), (0, b"\0" * 4)):
+            with wire.Wire(small.port) as c:
+                c.send(wire.request(wire.CANCEL_REQUEST, struct.pack("!I", pid) + key))
+                assert c.closed() == []
+        assert [m.row[1] for m in w.until() if m.type == "D"] == [b"done"]
+
+
+def test_cancel_of_a_waiting_client(proxies):
+    proxy = proxies({"pool": {"max": 1, "connectionTimeoutMillis": 30000}})
+    with raw(proxy) as holder, raw(proxy) as waiter:
+        holder.ask(wire.query("BEGIN"))
+        waiter.send(wire.query("SELECT 1"))
+        harness.poll(lambda: proxy.stats()["waitingCount"] == 1, what="it waits")
+        with wire.Wire(proxy.port) as c:
+            c.send(wire.request(wire.CANCEL_REQUEST, struct.pack("!I", waiter.pid) + waiter.key))
+            assert c.closed() == []
+        messages = waiter.until()
+        assert kinds(messages) == "EZ" and messages[0].error["C"] == "57014"
+        holder.ask(wire.query("COMMIT"))
+        healthy(waiter)
+
+
+# ---- notices, parameters
+
+def test_parameter_status_is_told(small):
+    with raw(small) as w, raw(small) as other:
+        messages = w.ask(wire.query("SET TimeZone TO 'Asia/Tokyo'"))
+        assert (b"TimeZone\0Asia/Tokyo\0") in [m.body for m in messages if m.type == "S"]
+        told = [m.body for _ in range(4) for m in other.ask(wire.query("SELECT 1")) if m.type == "S"]
+        assert not [body for body in told if b"Tokyo" in body]
+        messages = w.ask(wire.query("RESET TimeZone"))
+        assert w.value("SHOW TimeZone") == "UTC"
