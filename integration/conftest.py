@@ -51,7 +51,7 @@ def proxy(proxies):
 
 def pytest_runtest_protocol(item):
     # A hang ends the run with every thread's stack instead of with silence.
-    faulthandler.dump_traceback_later(float(os.environ.get("TEST_TIMEOUT", "180")), exit=True)
+    faulthandler.dump_traceback_later(float(os.environ.get("TEST_TIMEOUT", "180")), exit=True, file=_stderr)
 
 
 def pytest_sessionfinish():
@@ -66,4 +66,6 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_configure(config):
+    global _stderr
+    _stderr = os.dup(2)  # before pytest captures it
     config.addinivalue_line("markers", "generic: makes sense with another pooler too (HARNESS_PROXY=pgbouncer)")

@@ -89,7 +89,7 @@ def test_terminated_in_a_transaction(own, proxies):
     proxy = proxies({"pool": {"max": 2}}, server=own)
     with raw(proxy) as w:
         w.ask(wire.query("BEGIN"))
-        pid = int(w.value("SELECT pg_backend_pid()"))
+        pid = harness.poll(lambda: own.backends("usename = 'app' AND state = 'idle in transaction'"), what="it is in a transaction")[0]
         own.sql("SELECT pg_terminate_backend(%s)", pid)
         harness.poll(lambda: pid not in own.backends(), what="it is gone")
         messages = w.ask(wire.query("SELECT 1"))

@@ -218,16 +218,14 @@ def test_statement_names_are_the_clients_own(small):
 
 def test_unnamed_statement_survives_a_change_of_server(small):
     with raw(small) as w, raw(small) as other:
-        pid = w.value("SELECT pg_backend_pid()")
-        assert kinds(w.ask(wire.parse("SELECT 'unnamed', pg_backend_pid()"), wire.SYNC)) == "1Z"
-        # Take the server that has it.
-        for _ in range(2):
-            other.ask(wire.query("BEGIN"))
-            if other.value("SELECT pg_backend_pid()") == pid:
-                break
+        server = w.value("SELECT inet_client_port()")
+        assert kinds(w.ask(wire.parse("SELECT 'unnamed', inet_client_port()"), wire.SYNC)) == "1Z"
+        # Take the server that has it: the last used one.
+        other.ask(wire.query("BEGIN"))
+        assert other.value("SELECT inet_client_port()") == server
         messages = w.ask(wire.bind(), wire.execute(), wire.SYNC)
         assert kinds(messages) == "2DCZ" and messages[1].row[0] == b"unnamed"
-        assert messages[1].row[1] != pid.encode()
+        assert messages[1].row[1] != server.encode()
         other.ask(wire.query("ROLLBACK"))
 
 
@@ -410,6 +408,7 @@ def test_large_query_text(small):
     with raw(small, timeout=60) as w:
         value = "q" * (20 << 20)
         assert w.value(f"SELECT length('{value}')") == str(len(value))
+        value = value[:10 << 20]
         messages = w.ask(wire.parse(f"SELECT length('{value}')", "large"), wire.bind("large"), wire.execute(), wire.SYNC)
         assert kinds(messages) == "12DCZ" and messages[2].row == [str(len(value)).encode()]
 

@@ -48,6 +48,7 @@ class Scanner {
       if (n_ == 1) first_ = word_;
       if (n_ == 2) second_ = word_;
       if (n_ <= 4 && kind_ == 'w') statement_word();
+      if (n_ <= 3 && n_ >= 2 && is(first_, "set") && !is(second_, "local") && peek_past_blanks() == '.') residue_ |= kCustomSetting;
       if (word_.size() >= 4) anywhere();
     }
     return residue_;
@@ -112,7 +113,7 @@ class Scanner {
   void anywhere() {
     switch (word_[0] | 32) {
       case 's':
-        if (is(word_, "set_config")) residue_ |= kSettings;
+        if (is(word_, "set_config")) set_config();
         else if (is(word_, "setseed")) residue_ |= kSession;
         break;
       case 'p':
@@ -145,6 +146,37 @@ class Scanner {
     }
   }
 
+  unsigned char peek_past_blanks() const {
+    const char* p = p_;
+    while (p != end_ && (*p == ' ' || (*p >= '\t' && *p <= '\r'))) ++p;
+    return p == end_ ? '\0' : static_cast<unsigned char>(*p);
+  }
+
+  /// set_config(name, value, is_local): harmless if the last argument is `true`; the name counts if it is one literal.
+  void set_config() {
+    if (!next() || kind_ != '(') {
+      residue_ |= kSettings | kCustomSetting;
+      return;
+    }
+    int depth = 1, tokens = 0, argument = 1;
+    bool plain_name = false, local = false;
+    literals_ = 0;
+    while (depth > 0 && next()) {
+      if (kind_ == '(' || kind_ == '[') ++depth;
+      if (kind_ == ')' || kind_ == ']') --depth;
+      const bool ends = depth == 0 || (depth == 1 && kind_ == ',');
+      if (!ends) {
+        ++tokens;
+        local = tokens == 1 && kind_ == 'w' && is(word_, "true");
+        continue;
+      }
+      if (argument == 1) plain_name = tokens == 0 && literals_ == 1 && literal_.find('.') == std::string_view::npos;
+      if (depth == 0 && argument == 3 && tokens == 1 && local) return;
+      if (depth > 0) ++argument, tokens = 0, local = false;
+    }
+    residue_ |= plain_name && depth == 0 ? kSettings : kSettings | kCustomSetting;
+  }
+
   /// The next token: 'w' word, '"' quoted identifier, ';', or another character. False at the end.
   bool next() {
     for (;;) {
@@ -163,7 +195,10 @@ class Scanner {
         continue;
       }
       if (c == '\'') {
+        const char* begin = p_ + 1;
         if (!quoted('\'', !conforming_)) return false;
+        literal_ = {begin, static_cast<std::size_t>(p_ - 1 - begin)};
+        ++literals_;
         continue;
       }
       if (c == '$' && !is_digit(peek(1))) {
@@ -183,6 +218,7 @@ class Scanner {
         word_ = {begin, static_cast<std::size_t>(p_ - begin)};
         if (p_ != end_ && *p_ == '\'' && word_.size() == 1 && (*begin | 32) == 'e') {
           if (!quoted('\'', true)) return false;
+          literals_ += 2;  // its escapes aren't read
           continue;
         }
         if (word_.size() == 1 && (*begin | 32) == 'u' && peek(0) == '&' && peek(1) == '"') {
@@ -259,6 +295,8 @@ class Scanner {
   const char* end_;
   bool conforming_, declare_ = false;
   char kind_ = 0;
+  int literals_ = 0;
+  std::string_view literal_;  // the last plain one
   int n_ = 0;  // words of this statement so far
   std::string_view word_, first_, second_;
   std::uint32_t residue_ = 0;

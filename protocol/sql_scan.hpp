@@ -20,6 +20,7 @@ enum Residue : std::uint32_t {
   kDiscard = 1u << 7,         ///< DISCARD
   kSession = 1u << 8,         ///< currval, lastval, setseed, pg_backend_pid: depends on the session it runs in
   kTransaction = 1u << 9,     ///< not residue: BEGIN, START, COMMIT, END, ROLLBACK, ABORT, SAVEPOINT, PREPARE TRANSACTION
+  kCustomSetting = 1u << 10,  ///< SET app.x, set_config of such a name or of one not written out: the server can't list these
   kUnreadable = 1u << 31,     ///< unterminated quote or comment and the like
 };
 

@@ -1,9 +1,11 @@
 #include "proxy/client_session.hpp"
 
 #include <openssl/rand.h>
+#include <strings.h>
 #include <sys/socket.h>
 
 #include <algorithm>
+#include <cstring>
 #include <boost/asio/post.hpp>
 
 #include "protocol/sql_scan.hpp"
@@ -27,7 +29,7 @@ constexpr std::size_t kMaxPassword = 8 * 1024;
 constexpr std::size_t kMaxNames = 8 * 1024;
 constexpr std::size_t kMaxUnread = 64 * 1024;  // of a client that waits
 constexpr std::uint32_t kMaxMessage = 0x40000000;
-constexpr std::uint32_t kLastsOnlyInSession = protocol::kSession | protocol::kUnreadable;
+constexpr std::uint32_t kLastsOnlyInSession = protocol::kSession | protocol::kCustomSetting | protocol::kUnreadable;
 
 bool is_extended(char type) { return type == 'P' || type == 'B' || type == 'D' || type == 'E' || type == 'C' || type == 'H'; }
 
@@ -172,8 +174,12 @@ std::size_t ClientSession::process(Bytes in) {
     if (used == 0) break;
     at += used;
   }
-  if (server_) server_->send(to_server);
-  else to_server.clear();
+  if (server_) {
+    server_->inject();
+    server_->send(to_server);
+  } else {
+    to_server.clear();
+  }
   send(worker_.to_client);
   return at;
 }
@@ -343,8 +349,8 @@ void ClientSession::accepted() {
   transition(State::Greeting);
   login_deadline = pool::Time::max();
   worker_.on_login(*this);
+  entry->settings.derive_welcome(*settings);
   if (!settings->welcome.empty()) return greet();
-  transition(State::Greeting);
   worker_.want_server(*this);
 }
 
@@ -353,7 +359,7 @@ void ClientSession::greet() {
   cancel_key_.resize(long_key ? 32 : 4);
   RAND_bytes(reinterpret_cast<unsigned char*>(cancel_key_.data()), static_cast<int>(cancel_key_.size()));
   worker_.to_client.own([&](std::string& out) {
-    out += settings->welcome;
+    for (const auto& [name, value] : settings->welcome) protocol::write_parameter_status(out, name, value);
     protocol::write_backend_key_data(out, id_, cancel_key_);
     protocol::write_ready_for_query(out, protocol::TxStatus::Idle);
   });
@@ -393,7 +399,7 @@ void ClientSession::on_lease(ServerConnection& server) {
     server.send(worker_.to_server);
     if (server.pipeline.empty() && settings->welcome.empty()) {
       // The server had these settings already: what it told counts.
-      for (const auto& [name, value] : server.parameters()) protocol::write_parameter_status(settings->welcome, name, value);
+      settings->welcome = server.parameters();
     }
     if (!settings->welcome.empty() && server.pipeline.empty()) on_server_ready();
     return;
@@ -588,10 +594,45 @@ std::size_t ClientSession::on_query(Bytes available, std::size_t total) {
   }
   statements.clear_unnamed();
   server_->statements.unnamed.reset();
+  if ((residue_ & protocol::kPrepared) && available.size() == total && deallocate(available)) return total;
   ++entry_->pool.counters().queries;
   server_->pipeline.push({Request::Query, Verdict::Forward, id_});
   relay(available, total);
   return available.size();
+}
+
+// DEALLOCATE of a protocol-level statement: the server knows it under the proxy's name.
+bool ClientSession::deallocate(Bytes whole) {
+  std::string_view sql(reinterpret_cast<const char*>(whole.data()) + kHeaderSize, whole.size() - kHeaderSize - 1);
+  const auto trim = [](std::string_view s) {
+    const auto first = s.find_first_not_of(" \t\r\n;");
+    return first == std::string_view::npos ? std::string_view() : s.substr(first, s.find_last_not_of(" \t\r\n;") - first + 1);
+  };
+  sql = trim(sql);
+  const auto take_word = [&](std::string_view word) {
+    if (sql.size() <= word.size() || ::strncasecmp(sql.data(), word.data(), word.size()) != 0 || !std::strchr(" \t\r\n", sql[word.size()])) return false;
+    sql = trim(sql.substr(word.size()));
+    return true;
+  };
+  if (!take_word("DEALLOCATE")) return false;
+  take_word("PREPARE");
+  std::string name;
+  if (sql.size() >= 2 && sql.front() == '"' && sql.back() == '"' && sql.find('"', 1) == sql.size() - 1) name = sql.substr(1, sql.size() - 2);
+  else if (sql.find_first_of(" \t\r\n;\"'") == std::string_view::npos) name = lower(sql);
+  const auto statement = name.empty() ? nullptr : statements.find(name);
+  if (!statement || server_->pipeline.status() == protocol::TxStatus::Failed) return false;
+  if (!server_->pipeline.unsynced()) {
+    prepare(statement);
+    if (server_->pipeline.unsynced()) {
+      worker_.to_server.own([](std::string& out) { protocol::Writer(out).begin(protocol::Frontend::Sync).end(); });
+      server_->pipeline.push({Request::Sync, Verdict::Skip, id_});
+    }
+  }
+  worker_.to_server.own([&](std::string& out) { protocol::write_query(out, "DEALLOCATE " + protocol::server_name(statement->id)); });
+  server_->pipeline.push({Request::Query, Verdict::Forward, id_});
+  server_->statements.erase(statement->id);
+  statements.erase(name);
+  return true;
 }
 
 std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
@@ -601,8 +642,12 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
     return available.size();
   }
   if (total > worker_.config().limits.maxParseBytes) {
-    fatal("54000", "statement text is larger than limits.maxParseBytes");
-    return 0;
+    // Too long to be kept: prepared on this connection under the client's own name, which pins the client to it.
+    residue_ |= protocol::kUnreadable;
+    if (server_->pipeline.push({Request::Parse, Verdict::Forward, id_})) pending_.push_back({{}, nullptr});
+    server_->statements.unnamed.reset();
+    relay(available, total);
+    return available.size();
   }
   if (available.size() < total) return 0;
   protocol::Reader reader(available.subspan(kHeaderSize));
@@ -652,6 +697,7 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
     ++counters.preparedMisses;
     forward(statement);
     held.add(statement);
+    evict();
   }
   pending_.push_back({std::string(name), statement});
   statements.set(name, std::move(statement));
@@ -675,7 +721,11 @@ void ClientSession::prepare(const protocol::StatementRef& statement) {
   });
   server_->pipeline.push({Request::Parse, Verdict::Skip, id_, static_cast<std::uint32_t>(statement->id)});
   held.add(statement);
-  while (const auto old = held.evict(entry_->pool.settings().maxPreparedStatements)) {
+  evict();
+}
+
+void ClientSession::evict() {
+  while (const auto old = server_->statements.evict(entry_->pool.settings().maxPreparedStatements)) {
     ++entry_->pool.counters().preparedEvictions;
     worker_.to_server.own([&](std::string& out) {
       protocol::Writer(out).begin(protocol::Frontend::Close).u8('S').cstring(protocol::server_name(old->id)).end();

@@ -102,6 +102,8 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   std::size_t on_bind(protocol::Bytes available, std::size_t total);
   std::size_t on_describe(protocol::Bytes available, std::size_t total);
   std::size_t on_close(protocol::Bytes available, std::size_t total);
+  void evict();
+  bool deallocate(protocol::Bytes whole);
   void prepare(const protocol::StatementRef& statement);
   bool rewrites() const;
 

@@ -109,6 +109,7 @@ awaitable<void> ServerConnection::run_connect(std::shared_ptr<ServerConnection> 
   entry_.pool.counters().connect.record(static_cast<std::uint64_t>(micros));
   ++entry_.pool.counters().connects;
   settings = entry_.settings.intern({});
+  if (settings->welcome.empty()) settings->welcome = parameters_;
   state_ = State::Leased;  // until settle() puts it on the idle list
   entry_.pool.admit(*this, worker_.now(), worker_.random());
   worker_.on_connected(*this);

@@ -159,6 +159,8 @@ std::size_t ServerConnection::process(Bytes in) {
   else out.clear();
   if (alive()) {
     send(worker_.to_server);
+    if (ready && client_ && pipeline.status() != TxStatus::Idle && entry_.pool.settings().mode == conf::PoolMode::Statement)
+      client_->fatal("0A000", "transaction blocks are not allowed in statement mode (pool.mode)");
     if (ready && pipeline.releasable()) {
       if (client_) client_->on_server_ready();
       else settle();
@@ -318,8 +320,7 @@ void ServerConnection::on_proxy_reply(Backend type, std::uint32_t note, Bytes wh
   }
   if (type != Backend::ReadyForQuery) return;
   if (note == kApply && client_ && client_->state() == ClientSession::State::Greeting && !own_query_failed_) {
-    settings->welcome.clear();
-    for (const auto& [name, value] : parameters_) protocol::write_parameter_status(settings->welcome, name, value);
+    settings->welcome = parameters_;
   }
   own_query_failed_ = false;
 }
@@ -356,11 +357,9 @@ void ServerConnection::finish_residue() {
     client_->on_residue(nullptr, "the session could not be examined", false);
     return;
   }
-  const SettingsRef before = settings;
   settings = entry_.settings.intern(std::move(residue_settings_));
   residue_settings_.clear();
-  if (settings->welcome.empty() && before)
-    for (const auto& [name, value] : parameters_) protocol::write_parameter_status(settings->welcome, name, value);
+  if (settings->welcome.empty()) settings->welcome = parameters_;
   client_->on_residue(settings, residue_pins_, true);
 }
 

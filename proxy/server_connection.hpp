@@ -56,6 +56,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   void detach(bool dirty);
   /// Sends Terminate and waits for the server to close its end.
   void close(pool::CloseReason reason);
+  void inject();  ///< replies of the proxy's own whose turn has come
   void resume_reading();
   /// The query that asks what the session holds is under way.
   void ask_residue();
@@ -86,7 +87,6 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   void rename_error(protocol::Bytes whole);
   void apply_failed(const protocol::ErrorFields& error);
   void ask(std::uint32_t note, std::string_view sql);
-  void inject();
   void lost(const std::string& sqlstate, const std::string& reason);
   void start_reset();
   void finish_residue();

@@ -76,6 +76,20 @@ SettingsRef SettingsCache::intern(std::map<std::string, std::string> values) {
   return settings;
 }
 
+void SettingsCache::derive_welcome(Settings& settings) {
+  const auto name = settings.values.find("application_name");
+  if (!settings.welcome.empty() || name == settings.values.end()) return;
+  // The server cuts it at 63 bytes and replaces what isn't printable ASCII.
+  const bool plain = name->second.size() < 64 && std::all_of(name->second.begin(), name->second.end(), [](char c) { return c >= 32 && c < 127; });
+  if (!plain) return;
+  auto others = settings.values;
+  others.erase("application_name");
+  const auto it = known_.find(others);
+  if (it == known_.end() || it->second->welcome.empty()) return;
+  settings.welcome = it->second->welcome;
+  settings.welcome["application_name"] = name->second;
+}
+
 void SettingsCache::forget_welcomes() {
   for (auto& [values, settings] : known_) settings->welcome.clear();
 }

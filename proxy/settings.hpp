@@ -14,13 +14,15 @@ namespace pgsidecar::proxy {
 
 struct Settings {
   std::map<std::string, std::string> values;  ///< names in lower case
-  std::string welcome;                        ///< ParameterStatus messages of a session with these; empty: not tried yet
+  std::map<std::string, std::string> welcome;  ///< ParameterStatus of a session with these; empty: not tried yet
 };
 using SettingsRef = std::shared_ptr<Settings>;
 
 class SettingsCache {
  public:
   SettingsRef intern(std::map<std::string, std::string> values);
+  /// What a session is told is known without asking if it differs from a known one in its application_name alone.
+  void derive_welcome(Settings& settings);
   void forget_welcomes();
 
  private:

@@ -309,6 +309,10 @@ void Worker::cancel(std::uint32_t pid, std::string_view key) {
   ClientSession& client = *it->second;
   const std::string& own = client.cancel_key();
   if (own.empty() || own.size() != key.size() || CRYPTO_memcmp(own.data(), key.data(), own.size()) != 0) return;
+  if (client.waiting()) {
+    client.unlink();
+    return client.on_wait_failed("57014", "canceling statement due to user request", false);
+  }
   ServerConnection* server = client.server();
   if (server && server->pipeline.front() && server->pipeline.front()->owner == client.id()) send_cancel(*server);
 }
@@ -473,14 +477,14 @@ void Worker::check_stopped() {
     left |= !all.empty();
   }
   // The servers' own farewell isn't waited for longer than this.
-  if (left && now() < drain_until_ && !farewell_over()) return;
+  if (left && !farewell_over()) return;
   stopped_ = true;
   timer_.cancel();
   if (on_stopped) on_stopped(exit_code_);
 }
 
 bool Worker::farewell_over() {
-  if (farewell_at_ == pool::Time{}) farewell_at_ = now() + milliseconds(50);
+  if (farewell_at_ == pool::Time{}) farewell_at_ = now() + milliseconds(exit_code_ == 0 ? 50 : 1000);
   return now() >= farewell_at_;
 }
 
