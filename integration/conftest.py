@@ -1,6 +1,8 @@
 """Fixtures: one PostgreSQL for all tests of a run, a proxy for each test."""
 import faulthandler
 import os
+import signal
+import sys
 
 import pytest
 
@@ -67,5 +69,6 @@ def pytest_collection_modifyitems(items):
 
 def pytest_configure(config):
     global _stderr
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # fixtures stop what they have started
     _stderr = os.dup(2)  # before pytest captures it
     config.addinivalue_line("markers", "generic: makes sense with another pooler too (HARNESS_PROXY=pgbouncer)")

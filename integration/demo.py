@@ -60,7 +60,7 @@ def expect(condition, what):
         raise Failed(what)
 
 
-def demonstrate(server, proxy):
+def demonstrate(server, proxy, before):
     environment = proxy.environment(server.user, server.password, server.database)
     url = f"postgresql://{percent(server.user)}:{percent(server.password)}@127.0.0.1:{proxy.port}/{percent(server.database)}"
     show("\npgsidecar listens. The URL for an application:\n")
@@ -74,7 +74,7 @@ def demonstrate(server, proxy):
     expect(isinstance(server, ForeignServer) or re.search(r"\|\s+t\s+\|", done.stdout), "the server sees no TLS")
 
     show(f"\npgbench, {CLIENTS} clients, {SECONDS} s:\n")
-    before, most, running = server.count() - proxy.stats()["totalCount"], 0, True
+    most, running = 0, True
 
     def watch():
         nonlocal most
@@ -117,8 +117,9 @@ def main():
     code = 0
     try:
         server = ForeignServer(url) if url else OwnServer()
+        before = server.count()  # of others
         proxy = harness.Proxy(config={"pool": {"min": 2}}, url=url or server.pg.url())
-        demonstrate(server, proxy)
+        demonstrate(server, proxy, before)
         if not check:
             show(f"\nAdmin: http://127.0.0.1:{proxy.admin_port}/   Log: {proxy.log}\nRunning until Ctrl-C.")
             while proxy.running():

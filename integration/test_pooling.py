@@ -219,6 +219,19 @@ def test_settings_obey_the_transaction(proxies, pg):
         assert (a.value("SHOW work_mem"), b.value("SHOW work_mem")) == ("4MB", "13MB")
 
 
+@pytest.mark.parametrize("name,value", [("app.tenant", "z"), ("work_mem", "9MB"), ("search_path", "pg_temp"), ("DateStyle", "German")])
+def test_a_setting_does_not_hold_the_server(proxies, pg, name, value):
+    """It is carried, not pinned: with one server another client is served meanwhile."""
+    proxy = proxies({"pool": {"max": 1, "connectionTimeoutMillis": 2000}})
+    with raw(proxy) as a, raw(proxy) as b:
+        look = f"SELECT coalesce(current_setting('{name}', true), '')"
+        before = b.value(look)
+        assert a.ask(wire.query(f"SET {name} TO '{value}'"))[-1].body == b"I"
+        for _ in range(3):
+            assert b.value(look) == before
+            assert value in a.value(look)
+
+
 @pytest.mark.parametrize("leave,look", [
     ("CREATE TEMP TABLE leftover (a int)", "SELECT count(*) FROM pg_class WHERE relname = 'leftover' AND pg_table_is_visible(oid)"),
     ("SELECT pg_advisory_lock(4711)", "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid()"),

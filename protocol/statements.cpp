@@ -11,7 +11,8 @@ StatementRef StatementCache::intern(std::string_view body) {
   statement->id = next_id_++;
   statement->residue = scan_sql(body.substr(0, body.find('\0')));
   const StatementRef ref(statement.release(), [this](const Statement* s) {
-    map_.erase(std::string_view(s->body));
+    const auto it = map_.find(std::string_view(s->body));
+    if (it != map_.end() && it->first.data() == s->body.data()) map_.erase(it);
     delete s;
   });
   map_.emplace(std::string_view(ref->body), ref);
@@ -55,6 +56,11 @@ void ServerStatements::add(const StatementRef& statement) {
   if (touch(statement)) return;
   order_.push_front(statement);
   map_.emplace(statement->id, order_.begin());
+}
+
+StatementRef ServerStatements::find(std::uint64_t id) const {
+  const auto it = map_.find(id);
+  return it == map_.end() ? nullptr : *it->second;
 }
 
 void ServerStatements::erase(std::uint64_t id) {

@@ -26,6 +26,8 @@ using StatementRef = std::shared_ptr<const Statement>;
 class StatementCache {
  public:
   StatementRef intern(std::string_view body);
+  /// The same body is another statement from now on, since its plan doesn't fit the tables any more.
+  void retire(const Statement& statement) { map_.erase(std::string_view(statement.body)); }
   std::size_t size() const { return map_.size(); }
 
  private:
@@ -63,6 +65,7 @@ class ServerStatements {
   /// True if it is prepared there; it then counts as used now.
   bool touch(const StatementRef& statement);
   void add(const StatementRef& statement);
+  StatementRef find(std::uint64_t id) const;
   void erase(std::uint64_t id);
   void clear();
   /// A statement to close because more than `limit` are prepared; nullptr if none. It is forgotten.

@@ -12,6 +12,7 @@
 #include "protocol/pipeline.hpp"
 #include "protocol/statements.hpp"
 #include "proxy/channel.hpp"
+#include "proxy/lost_transaction.hpp"
 #include "proxy/settings.hpp"
 
 namespace pgsidecar::proxy {
@@ -120,6 +121,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   std::string cancel_key_;
   std::vector<PendingParse> pending_;
   std::optional<std::string> parse_error_;
+  std::unique_ptr<LostTransaction> lost_;
 
   struct Login;                    // gone after the login
   std::unique_ptr<Login> login_;

@@ -200,6 +200,9 @@ bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total
     const auto error = protocol::parse_error(available.subspan(kHeaderSize));
     if (!error) return false;
     worker_.count_error(error->sqlstate);
+    // Whoever parses the same text anew must get a new plan, as on a connection of its own.
+    if (const Owed* front = pipeline.front(); front && front->request == Request::Bind && error->sqlstate == "0A000")
+      if (const auto statement = statements.find(front->note)) worker_.statements.retire(*statement);
     if (error->severity == "FATAL" || error->severity == "PANIC" || pipeline.empty()) {
       lost(error->sqlstate, error->message);
       return true;

@@ -11,6 +11,7 @@ import contextlib
 import os
 import pathlib
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -157,6 +158,7 @@ def main():
     parser.add_argument("--assert-ratio", type=float, help="exit 1 if a CPU ratio's median is above this")
     options = parser.parse_args()
     wanted = options.only.split(",")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # stops what it has started
     worst = 0
     with harness.Postgres(plain=True) as pg:
         environment = {**os.environ, "PGPASSWORD": PASSWORD}

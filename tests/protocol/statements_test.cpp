@@ -27,6 +27,15 @@ TEST(StatementCache, ForgetsWhatNobodyHolds) {
   EXPECT_EQ(cache.size(), 0u);
 }
 
+TEST(StatementCache, ARetiredBodyIsAnotherStatement) {
+  StatementCache cache;
+  const auto before = cache.intern("SELECT * FROM t");
+  cache.retire(*before);
+  auto after = cache.intern("SELECT * FROM t");
+  EXPECT_NE(before->id, after->id);
+  EXPECT_EQ(after, cache.intern("SELECT * FROM t"));
+}
+
 TEST(ClientStatements, NamesAreTheClientsOwn) {
   StatementCache cache;
   ClientStatements one, two;

@@ -1,0 +1,95 @@
+#include "proxy/lost_transaction.hpp"
+
+#include <strings.h>
+
+#include <cstring>
+
+#include "protocol/messages.hpp"
+
+namespace pgsidecar::proxy {
+
+using protocol::Backend;
+using protocol::Writer;
+
+bool ends_transaction(std::string_view sql) {
+  constexpr std::string_view kBlank = " \t\r\n\v\f;";
+  bool first = true;
+  const auto is = [](std::string_view a, const char* b) { return a.size() == std::strlen(b) && ::strncasecmp(a.data(), b, a.size()) == 0; };
+  while (true) {
+    const auto begin = sql.find_first_not_of(kBlank);
+    if (begin == std::string_view::npos) return !first;
+    sql.remove_prefix(begin);
+    const std::string_view word = sql.substr(0, sql.find_first_of(kBlank));
+    sql.remove_prefix(word.size());
+    if (first ? !(is(word, "commit") || is(word, "end") || is(word, "rollback") || is(word, "abort"))
+              : !(is(word, "work") || is(word, "transaction")))
+      return false;
+    first = false;
+  }
+}
+
+void LostTransaction::refuse(std::string& out) {
+  if (!told_) protocol::write_error(out, protocol::Severity::Error, sqlstate_, message_);
+  else protocol::write_error(out, protocol::Severity::Error, "25P02", "current transaction is aborted, commands ignored until end of transaction block");
+  told_ = true;
+}
+
+bool LostTransaction::answer(char type, protocol::Bytes body, const protocol::ClientStatements& statements, std::string& out) {
+  protocol::Reader reader(body);
+  const auto complete = [&] { Writer(out).begin(Backend::CommandComplete).cstring("ROLLBACK").end(); };
+  const auto empty = [&](Backend reply) { Writer(out).begin(reply).end(); };
+  const auto fail = [&] {
+    refuse(out);
+    skipping_ = true;
+    return false;
+  };
+  if (type == 'S') {
+    skipping_ = false;
+    protocol::write_ready_for_query(out, ended_ ? protocol::TxStatus::Idle : protocol::TxStatus::Failed);
+    return ended_;
+  }
+  if (skipping_) return false;
+  switch (type) {
+    case 'Q': {
+      const bool ends = ends_transaction(reader.cstring());
+      if (ends) complete();
+      else refuse(out);
+      protocol::write_ready_for_query(out, ends ? protocol::TxStatus::Idle : protocol::TxStatus::Failed);
+      return ends;
+    }
+    case 'F':
+      refuse(out);
+      protocol::write_ready_for_query(out, protocol::TxStatus::Failed);
+      return false;
+    case 'P': {
+      const bool unnamed = reader.cstring().empty();
+      ends_ = unnamed && ends_transaction(reader.cstring());
+      if (!ends_) return fail();
+      empty(Backend::ParseComplete);
+      return false;
+    }
+    case 'B': {
+      reader.cstring();
+      const std::string_view name = reader.cstring();
+      const auto statement = statements.find(name);
+      const bool ends = name.empty() ? ends_ : statement && ends_transaction(std::string_view(statement->body).substr(0, statement->body.find('\0')));
+      if (!ends) return fail();
+      bound_ = true;
+      empty(Backend::BindComplete);
+      return false;
+    }
+    case 'D':
+      if (!bound_) return fail();
+      empty(Backend::NoData);
+      return false;
+    case 'E':
+      if (!bound_) return fail();
+      complete();
+      ended_ = true;
+      return false;
+    case 'C': empty(Backend::CloseComplete); return false;
+    default: return false;
+  }
+}
+
+}  // namespace pgsidecar::proxy

@@ -1,0 +1,36 @@
+// A transaction whose server connection is gone. Its client keeps its own connection and is answered as PostgreSQL answers
+// in a failed transaction, until it ends it: the first request hears what happened, the others 25P02, COMMIT is a ROLLBACK.
+#pragma once
+
+#include <string>
+#include <string_view>
+
+#include "protocol/statements.hpp"
+#include "protocol/wire.hpp"
+
+namespace pgsidecar::proxy {
+
+class LostTransaction {
+ public:
+  /// `told`: the client has heard the error already.
+  LostTransaction(std::string sqlstate, std::string message, bool told)
+      : sqlstate_(std::move(sqlstate)), message_(std::move(message)), told_(told) {}
+
+  /// Answers one whole request. True: the client has ended the transaction.
+  bool answer(char type, protocol::Bytes body, const protocol::ClientStatements& statements, std::string& out);
+
+ private:
+  void refuse(std::string& out);
+
+  std::string sqlstate_, message_;
+  bool told_;
+  bool ends_ = false;     // the unnamed statement ends transactions
+  bool bound_ = false;    // a portal that does is bound
+  bool ended_ = false;    // it was executed; counts at Sync
+  bool skipping_ = false; // up to Sync, after an error
+};
+
+/// One statement that ends a transaction: COMMIT, END, ROLLBACK, ABORT, not to a savepoint.
+bool ends_transaction(std::string_view sql);
+
+}  // namespace pgsidecar::proxy

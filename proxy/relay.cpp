@@ -1,0 +1,369 @@
+// The relay's client side: what each request means for the lease, the statements and the pipeline, and what goes on to the
+// server. The hot path: nothing here allocates for a statement that is known.
+#include <strings.h>
+
+#include <cstring>
+
+#include "protocol/sql_scan.hpp"
+#include "proxy/client_session.hpp"
+#include "proxy/server_connection.hpp"
+#include "proxy/worker.hpp"
+
+namespace pgsidecar::proxy {
+
+using protocol::Bytes;
+using protocol::kHeaderSize;
+using protocol::Request;
+using protocol::Verdict;
+
+namespace {
+
+constexpr std::size_t kMaxNames = 8 * 1024;  // of a message whose names are read
+
+}  // namespace
+
+std::size_t ClientSession::on_request(char type, Bytes available, std::size_t total) {
+  const auto swallow = [&] {
+    pass_left_ = total - available.size();
+    pass_to_server_ = false;
+    return available.size();
+  };
+  if (type == 'X') {
+    close();
+    return 0;
+  }
+  if (discarding_) {
+    if (type == 'S') {
+      discarding_ = false;
+      const auto status = lost_ ? protocol::TxStatus::Failed : protocol::TxStatus::Idle;
+      worker_.to_client.own([status](std::string& out) { protocol::write_ready_for_query(out, status); });
+    }
+    return swallow();
+  }
+  static constexpr std::string_view kKnown = "QPBDECSHFdcf";
+  if (kKnown.find(type) == std::string_view::npos) {
+    fatal("08P01", "invalid frontend message type " + std::to_string(static_cast<unsigned char>(type)));
+    return 0;
+  }
+  if (lost_) {
+    if (available.size() < total && total < kMaxNames) return 0;
+    bool ended = false;
+    worker_.to_client.own([&](std::string& out) { ended = lost_->answer(type, available.subspan(kHeaderSize), statements, out); });
+    if (ended) lost_.reset();
+    if (ended && draining_) fatal("57P01", "terminating connection due to administrator command");
+    return swallow();
+  }
+  if (!server_) {
+    if (type == 'd' || type == 'c' || type == 'f' || type == 'H') return swallow();  // the rest of a COPY that failed
+    if (type == 'S') {
+      worker_.to_client.own([](std::string& out) { protocol::write_ready_for_query(out, protocol::TxStatus::Idle); });
+      return swallow();
+    }
+    if (!acquire()) return 0;
+  }
+  server_->apply_settings();
+  switch (type) {
+    case 'Q': return on_query(available, total);
+    case 'P': return on_parse(available, total);
+    case 'B': return on_bind(available, total);
+    case 'D': return on_describe(available, total);
+    case 'C': return on_close(available, total);
+    case 'E': server_->pipeline.push({Request::Execute, Verdict::Forward, id_}); break;
+    case 'F': server_->pipeline.push({Request::FunctionCall, Verdict::Forward, id_}); break;
+    case 'c':
+    case 'f': server_->pipeline.push({Request::CopyEnd, Verdict::Forward, id_}); break;
+    case 'S':
+      if (!server_->pipeline.push({Request::Sync, Verdict::Forward, id_})) return swallow();  // held during COPY
+      break;
+    default: break;
+  }
+  relay(available, total);
+  return available.size();
+}
+
+void ClientSession::relay(Bytes available, std::size_t total) {
+  worker_.to_server.add(available.data(), available.size());
+  pass_left_ = total - available.size();
+  pass_to_server_ = true;
+}
+
+std::size_t ClientSession::on_query(Bytes available, std::size_t total) {
+  const bool too_large = total > worker_.config().limits.maxParseBytes;
+  if (available.size() < total && !too_large && rewrites()) return 0;
+  if (rewrites()) {
+    if (too_large) {
+      residue_ |= protocol::kUnreadable;
+    } else {
+      protocol::Reader reader(available.subspan(kHeaderSize));
+      residue_ |= protocol::scan_sql(reader.cstring());
+    }
+  }
+  statements.clear_unnamed();
+  server_->statements.unnamed.reset();
+  if ((residue_ & protocol::kPrepared) && available.size() == total && deallocate(available)) return total;
+  ++entry_->pool.counters().queries;
+  server_->pipeline.push({Request::Query, Verdict::Forward, id_});
+  relay(available, total);
+  return available.size();
+}
+
+// DEALLOCATE of a protocol-level statement: the server knows it under the proxy's name.
+bool ClientSession::deallocate(Bytes whole) {
+  std::string_view sql(reinterpret_cast<const char*>(whole.data()) + kHeaderSize, whole.size() - kHeaderSize - 1);
+  const auto trim = [](std::string_view s) {
+    const auto first = s.find_first_not_of(" \t\r\n;");
+    return first == std::string_view::npos ? std::string_view() : s.substr(first, s.find_last_not_of(" \t\r\n;") - first + 1);
+  };
+  sql = trim(sql);
+  const auto take_word = [&](std::string_view word) {
+    if (sql.size() <= word.size() || ::strncasecmp(sql.data(), word.data(), word.size()) != 0 || !std::strchr(" \t\r\n", sql[word.size()])) return false;
+    sql = trim(sql.substr(word.size()));
+    return true;
+  };
+  if (!take_word("DEALLOCATE")) return false;
+  take_word("PREPARE");
+  std::string name;
+  if (sql.size() >= 2 && sql.front() == '"' && sql.back() == '"' && sql.find('"', 1) == sql.size() - 1) name = sql.substr(1, sql.size() - 2);
+  else if (sql.find_first_of(" \t\r\n;\"'") == std::string_view::npos) name = lower(sql);
+  const auto statement = name.empty() ? nullptr : statements.find(name);
+  if (!statement || server_->pipeline.status() == protocol::TxStatus::Failed) return false;
+  if (!server_->pipeline.unsynced()) {
+    prepare(statement);
+    if (server_->pipeline.unsynced()) {
+      worker_.to_server.own([](std::string& out) { protocol::Writer(out).begin(protocol::Frontend::Sync).end(); });
+      server_->pipeline.push({Request::Sync, Verdict::Skip, id_});
+    }
+  }
+  worker_.to_server.own([&](std::string& out) { protocol::write_query(out, "DEALLOCATE " + protocol::server_name(statement->id)); });
+  server_->pipeline.push({Request::Query, Verdict::Forward, id_});
+  server_->statements.erase(statement->id);
+  statements.erase(name);
+  return true;
+}
+
+std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
+  if (!rewrites()) {
+    server_->pipeline.push({Request::Parse, Verdict::Forward, id_});
+    relay(available, total);
+    return available.size();
+  }
+  if (total > worker_.config().limits.maxParseBytes) {
+    // Too long to be kept: prepared on this connection under the client's own name, which pins the client to it.
+    residue_ |= protocol::kUnreadable;
+    if (server_->pipeline.push({Request::Parse, Verdict::Forward, id_})) pending_.push_back({{}, nullptr});
+    server_->statements.unnamed.reset();
+    relay(available, total);
+    return available.size();
+  }
+  if (available.size() < total) return 0;
+  protocol::Reader reader(available.subspan(kHeaderSize));
+  const std::string_view name = reader.cstring();
+  const Bytes rest = reader.rest();
+  const std::string_view body(reinterpret_cast<const char*>(rest.data()), rest.size());
+  auto& pipeline = server_->pipeline;
+  if (!reader.ok() || pipeline.failed()) {
+    relay(available, total);  // the server skips it, or says what is wrong with it
+    pipeline.push({Request::Parse, Verdict::Forward, id_});
+    if (!pipeline.failed()) pending_.push_back({std::string(name), nullptr});
+    return total;
+  }
+  protocol::StatementRef statement = worker_.statements.intern(body);
+  residue_ |= statement->residue;
+  auto& held = server_->statements;
+  if (name.empty()) {
+    pipeline.push({Request::Parse, Verdict::Forward, id_});
+    pending_.push_back({{}, statement});
+    statements.set({}, statement);
+    held.unnamed = std::move(statement);
+    relay(available, total);
+    return total;
+  }
+  if (statements.size() >= worker_.config().limits.maxPreparedStatementsPerClient) {
+    fatal("53000", "too many prepared statements", "limits.maxPreparedStatementsPerClient bounds them for each client.");
+    return 0;
+  }
+  const auto forward = [&](const protocol::StatementRef& s) {
+    worker_.to_server.own([&](std::string& out) {
+      protocol::Writer(out).begin(protocol::Frontend::Parse).cstring(protocol::server_name(s->id)).bytes(s->body).end();
+    });
+    pipeline.push({Request::Parse, Verdict::Forward, id_, static_cast<std::uint32_t>(s->id)});
+  };
+  if (const auto existing = statements.find(name)) {
+    // The server's own "already exists", with the client's name put back in (ServerConnection::on_error_response).
+    prepare(existing);
+    forward(existing);
+    pending_.push_back({std::string(name), nullptr});
+    return total;
+  }
+  auto& counters = entry_->pool.counters();
+  if (held.touch(statement)) {
+    ++counters.preparedHits;
+    pipeline.push({Request::Parse, Verdict::Inject, id_});
+  } else {
+    ++counters.preparedMisses;
+    forward(statement);
+    held.add(statement);
+    evict();
+  }
+  pending_.push_back({std::string(name), statement});
+  statements.set(name, std::move(statement));
+  return total;
+}
+
+void ClientSession::prepare(const protocol::StatementRef& statement) {
+  auto& held = server_->statements;
+  residue_ |= statement->residue;
+  if (held.touch(statement)) {
+    ++entry_->pool.counters().preparedHits;
+    return;
+  }
+  ++entry_->pool.counters().preparedMisses;
+  worker_.to_server.own([&](std::string& out) {
+    protocol::Writer(out)
+        .begin(protocol::Frontend::Parse)
+        .cstring(protocol::server_name(statement->id))
+        .bytes(statement->body)
+        .end();
+  });
+  server_->pipeline.push({Request::Parse, Verdict::Skip, id_, static_cast<std::uint32_t>(statement->id)});
+  held.add(statement);
+  evict();
+}
+
+void ClientSession::evict() {
+  while (const auto old = server_->statements.evict(entry_->pool.settings().maxPreparedStatements)) {
+    ++entry_->pool.counters().preparedEvictions;
+    worker_.to_server.own([&](std::string& out) {
+      protocol::Writer(out).begin(protocol::Frontend::Close).u8('S').cstring(protocol::server_name(old->id)).end();
+    });
+    server_->pipeline.push({Request::Close, Verdict::Skip, id_});
+  }
+}
+
+std::size_t ClientSession::on_bind(Bytes available, std::size_t total) {
+  auto& pipeline = server_->pipeline;
+  if (!rewrites() || pipeline.failed()) {
+    pipeline.push({Request::Bind, Verdict::Forward, id_});
+    relay(available, total);
+    return available.size();
+  }
+  protocol::Reader reader(available.subspan(kHeaderSize));
+  const std::string_view portal = reader.cstring();
+  const std::string_view name = reader.cstring();
+  if (!reader.ok()) {
+    if (available.size() < total && available.size() < kMaxNames) return 0;
+    pipeline.push({Request::Bind, Verdict::Forward, id_});
+    relay(available, total);
+    return available.size();
+  }
+  ++entry_->pool.counters().queries;
+  const auto statement = statements.find(name);
+  auto& held = server_->statements;
+  if (!statement || name.empty()) {
+    if (!statement && name.empty() && held.unnamed) {
+      worker_.to_server.own([](std::string& out) {
+        protocol::Writer(out).begin(protocol::Frontend::Close).u8('S').cstring("").end();
+      });
+      pipeline.push({Request::Close, Verdict::Skip, id_});
+      held.unnamed.reset();
+    }
+    if (statement && held.unnamed != statement) {
+      worker_.to_server.own([&](std::string& out) {
+        protocol::Writer(out).begin(protocol::Frontend::Parse).cstring("").bytes(statement->body).end();
+      });
+      pipeline.push({Request::Parse, Verdict::Skip, id_});
+      held.unnamed = statement;
+      residue_ |= statement->residue;
+    }
+    pipeline.push({Request::Bind, Verdict::Forward, id_});
+    relay(available, total);
+    return available.size();
+  }
+  prepare(statement);
+  const std::string own_name = protocol::server_name(statement->id);
+  const std::size_t consumed = kHeaderSize + portal.size() + 1 + name.size() + 1;
+  worker_.to_server.own([&](std::string& out) {
+    out.push_back('B');
+    out.append(4, '\0');
+    protocol::store_u32(reinterpret_cast<std::uint8_t*>(out.data() + out.size() - 4),
+                        static_cast<std::uint32_t>(total - 1 - name.size() + own_name.size()));
+    protocol::Writer(out).cstring(portal).cstring(own_name);
+  });
+  pipeline.push({Request::Bind, Verdict::Forward, id_, static_cast<std::uint32_t>(statement->id)});
+  worker_.to_server.add(available.data() + consumed, available.size() - consumed);
+  pass_left_ = total - available.size();
+  pass_to_server_ = true;
+  return available.size();
+}
+
+std::size_t ClientSession::on_describe(Bytes available, std::size_t total) {
+  if (available.size() < total && total < kMaxNames) return 0;
+  auto& pipeline = server_->pipeline;
+  protocol::Reader reader(available.subspan(kHeaderSize));
+  const char kind = static_cast<char>(reader.u8());
+  const std::string_view name = reader.cstring();
+  const auto statement = kind == 'S' && reader.ok() && rewrites() && !pipeline.failed() ? statements.find(name) : nullptr;
+  if (statement && !name.empty()) {
+    prepare(statement);
+    worker_.to_server.own([&](std::string& out) {
+      protocol::Writer(out).begin(protocol::Frontend::Describe).u8('S').cstring(protocol::server_name(statement->id)).end();
+    });
+  } else {
+    if (statement && server_->statements.unnamed != statement) {
+      worker_.to_server.own([&](std::string& out) {
+        protocol::Writer(out).begin(protocol::Frontend::Parse).cstring("").bytes(statement->body).end();
+      });
+      pipeline.push({Request::Parse, Verdict::Skip, id_});
+      server_->statements.unnamed = statement;
+    }
+    relay(available, total);
+  }
+  pipeline.push({Request::Describe, Verdict::Forward, id_});
+  return available.size();
+}
+
+std::size_t ClientSession::on_close(Bytes available, std::size_t total) {
+  if (available.size() < total && total < kMaxNames) return 0;
+  auto& pipeline = server_->pipeline;
+  protocol::Reader reader(available.subspan(kHeaderSize));
+  const char kind = static_cast<char>(reader.u8());
+  const std::string_view name = reader.cstring();
+  if (rewrites() && kind == 'S' && reader.ok() && !pipeline.failed()) {
+    statements.erase(name);
+    if (name.empty()) server_->statements.unnamed.reset();
+    else if (available.size() == total) {
+      pipeline.push({Request::Close, Verdict::Inject, id_});
+      return total;
+    }
+  }
+  pipeline.push({Request::Close, Verdict::Forward, id_});
+  relay(available, total);
+  return available.size();
+}
+
+void ClientSession::on_parse_done(bool ok) {
+  if (pending_.empty()) return;
+  const PendingParse parse = std::move(pending_.front());
+  pending_.erase(pending_.begin());
+  if (ok) return;
+  if (!parse.statement) parse_error_ = parse.name;
+  else if (statements.find(parse.name) == parse.statement) statements.erase(parse.name);
+}
+
+void ClientSession::on_statements_gone() {
+  statements.clear();
+  server_->statements.clear();
+}
+
+void ClientSession::resume_reading() {
+  boost::asio::post(worker_.loop(), [self = shared_from_this()] {
+    if (self->state_ != State::Closed && !self->channel_.reading) self->on_readable({});
+  });
+}
+
+void ClientSession::on_apply_failed(const protocol::ErrorFields& error) {
+  server_ = nullptr;
+  fatal(error.sqlstate, "could not carry this session's settings to another server connection: " + error.message);
+}
+
+}  // namespace pgsidecar::proxy
