@@ -52,6 +52,13 @@ void Pool::put_idle(Slot& slot, Time now) {
   idle_.push_front(slot);
 }
 
+std::chrono::milliseconds Pool::idle_check() const {
+  const std::chrono::milliseconds idle(permits_ > settings_.min ? settings_.idleTimeoutMillis : 0);
+  const std::chrono::milliseconds lifetime = std::chrono::seconds(settings_.maxLifetimeSeconds) / 10;
+  if (idle.count() == 0 && lifetime.count() == 0) return std::chrono::hours(1);
+  return idle.count() == 0 ? lifetime : lifetime.count() == 0 ? idle : std::min(idle, lifetime);
+}
+
 Slot* Pool::outdated(Time now, CloseReason& reason) {
   if (idle_.empty()) return nullptr;
   const auto idle_limit = std::chrono::milliseconds(settings_.idleTimeoutMillis);

@@ -76,6 +76,8 @@ class Pool {
   Slot* outdated(Time now, CloseReason& reason);
   /// How many connections to open now: one for each waiter that none being opened is for, within `max`.
   std::uint32_t wanted(std::uint32_t connecting) const;
+  /// After what time an idle connection may be outdated.
+  std::chrono::milliseconds idle_check() const;
   Slot* any_idle() { return idle_.empty() ? nullptr : &idle_.front(); }
 
  private:

@@ -36,6 +36,12 @@ class Scanner {
  public:
   Scanner(std::string_view sql, bool conforming) : p_(sql.data()), end_(p_ + sql.size()), conforming_(conforming) {}
 
+  bool names(std::vector<std::string>& names) {
+    run();
+    names = std::move(names_);
+    return written_out_;
+  }
+
   std::uint32_t run() {
     while (next()) {
       if (kind_ == ';') {
@@ -48,7 +54,7 @@ class Scanner {
       if (n_ == 1) first_ = word_;
       if (n_ == 2) second_ = word_;
       if (n_ <= 4 && kind_ == 'w') statement_word();
-      if (n_ <= 3 && n_ >= 2 && is(first_, "set") && !is(second_, "local") && peek_past_blanks() == '.') residue_ |= kCustomSetting;
+      if (n_ <= 3 && n_ >= 2 && is(first_, "set") && !is(second_, "local") && peek_past_blanks() == '.') custom_setting();
       if (word_.size() >= 4) anywhere();
     }
     return residue_;
@@ -146,6 +152,25 @@ class Scanner {
     }
   }
 
+  /// SET name.name: p_ is before the dot.
+  void custom_setting() {
+    residue_ |= kCustomSetting;
+    std::string name = lower(word_);
+    while (peek_past_blanks() == '.') {
+      next();  // the dot
+      if (!next() || (kind_ != 'w' && kind_ != '"')) return void(written_out_ = false);
+      name += '.' + lower(word_);
+    }
+    names_.push_back(std::move(name));
+  }
+
+  static std::string lower(std::string_view word) {
+    std::string out(word);
+    for (char& c : out)
+      if (c >= 'A' && c <= 'Z') c = static_cast<char>(c + 32);
+    return out;
+  }
+
   unsigned char peek_past_blanks() const {
     const char* p = p_;
     while (p != end_ && (*p == ' ' || (*p >= '\t' && *p <= '\r'))) ++p;
@@ -156,10 +181,12 @@ class Scanner {
   void set_config() {
     if (!next() || kind_ != '(') {
       residue_ |= kSettings | kCustomSetting;
+      written_out_ = false;
       return;
     }
     int depth = 1, tokens = 0, argument = 1;
     bool plain_name = false, local = false;
+    std::string_view written;
     literals_ = 0;
     while (depth > 0 && next()) {
       if (kind_ == '(' || kind_ == '[') ++depth;
@@ -170,11 +197,17 @@ class Scanner {
         local = tokens == 1 && kind_ == 'w' && is(word_, "true");
         continue;
       }
-      if (argument == 1) plain_name = tokens == 0 && literals_ == 1 && literal_.find('.') == std::string_view::npos;
+      if (argument == 1 && tokens == 0 && literals_ == 1) {
+        written = literal_;
+        plain_name = literal_.find('.') == std::string_view::npos;
+      }
       if (depth == 0 && argument == 3 && tokens == 1 && local) return;
       if (depth > 0) ++argument, tokens = 0, local = false;
     }
     residue_ |= plain_name && depth == 0 ? kSettings : kSettings | kCustomSetting;
+    if (plain_name) return;
+    if (written.empty() || written.find('\'') != std::string_view::npos) written_out_ = false;
+    else names_.push_back(lower(written));
   }
 
   /// The next token: 'w' word, '"' quoted identifier, ';', or another character. False at the end.
@@ -295,6 +328,8 @@ class Scanner {
   const char* end_;
   bool conforming_, declare_ = false;
   char kind_ = 0;
+  bool written_out_ = true;
+  std::vector<std::string> names_;  // of custom settings
   int literals_ = 0;
   std::string_view literal_;  // the last plain one
   int n_ = 0;  // words of this statement so far
@@ -307,5 +342,7 @@ class Scanner {
 std::uint32_t scan_sql(std::string_view sql, bool standard_conforming_strings) {
   return Scanner(sql, standard_conforming_strings).run();
 }
+
+bool custom_setting_names(std::string_view sql, std::vector<std::string>& names) { return Scanner(sql, true).names(names); }
 
 }  // namespace pgsidecar::protocol

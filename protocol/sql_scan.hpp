@@ -3,7 +3,9 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 #include <string_view>
+#include <vector>
 
 namespace pgsidecar::protocol {
 
@@ -27,5 +29,9 @@ enum Residue : std::uint32_t {
 /// Scans a whole query string (several statements allowed). No allocation. `standard_conforming_strings` false makes
 /// backslashes escape in plain quotes. O(size).
 std::uint32_t scan_sql(std::string_view sql, bool standard_conforming_strings = true);
+
+/// The custom settings (`app.x`) that a text sets, in lower case, for a text with kCustomSetting. False: not all of them are
+/// written out.
+bool custom_setting_names(std::string_view sql, std::vector<std::string>& names);
 
 }  // namespace pgsidecar::protocol

@@ -366,6 +366,13 @@ void ClientSession::greet() {
   send(worker_.to_client);
 }
 
+void ClientSession::on_answered() {
+  const pool::Time now = worker_.now();
+  entry_->pool.counters().query.record(
+      static_cast<std::uint64_t>(std::chrono::duration_cast<std::chrono::microseconds>(now - sent_at_).count()));
+  sent_at_ = now;
+}
+
 void ClientSession::on_greeting_failed(const protocol::ErrorFields& error) {
   worker_.to_client.own([&](std::string& out) {
     protocol::write_error(out, protocol::Severity::Fatal, error.sqlstate, error.message, error.detail, error.hint);

@@ -50,6 +50,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   void on_greeting_failed(const protocol::ErrorFields& error);
   void on_residue(SettingsRef settings, const std::string& pins, bool certain);
   void on_parse_done(bool ok);
+  void on_answered();          ///< ReadyForQuery of a request of its own
   void on_statements_gone();  ///< DISCARD ALL, DEALLOCATE ALL
   void on_apply_failed(const protocol::ErrorFields& error);
   /// The Parse that is next to be answered names a statement that exists already.
@@ -104,6 +105,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   std::size_t on_describe(protocol::Bytes available, std::size_t total);
   std::size_t on_close(protocol::Bytes available, std::size_t total);
   void evict();
+  void note_residue(std::string_view sql, std::uint32_t known);
   bool deallocate(protocol::Bytes whole);
   void prepare(const protocol::StatementRef& statement);
   bool rewrites() const;
@@ -113,6 +115,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   State state_ = State::Startup;
   bool pinned_ = false, draining_ = false, discarding_ = false, began_ = false, acquiring_ = false;
   bool pass_to_server_ = false;
+  pool::Time sent_at_{};
   std::uint32_t residue_ = 0;
   std::size_t pass_left_ = 0;
   ServerConnection* server_ = nullptr;

@@ -20,6 +20,10 @@ namespace {
 
 constexpr std::size_t kMaxNames = 8 * 1024;  // of a message whose names are read
 
+std::string_view text_of(const protocol::Statement& statement) {
+  return std::string_view(statement.body).substr(0, statement.body.find('\0'));
+}
+
 }  // namespace
 
 std::size_t ClientSession::on_request(char type, Bytes available, std::size_t total) {
@@ -62,6 +66,7 @@ std::size_t ClientSession::on_request(char type, Bytes available, std::size_t to
     if (!acquire()) return 0;
   }
   server_->apply_settings();
+  if (server_->pipeline.empty()) sent_at_ = worker_.now();
   switch (type) {
     case 'Q': return on_query(available, total);
     case 'P': return on_parse(available, total);
@@ -87,6 +92,16 @@ void ClientSession::relay(Bytes available, std::size_t total) {
   pass_to_server_ = true;
 }
 
+void ClientSession::note_residue(std::string_view sql, std::uint32_t known) {
+  std::uint32_t residue = known;
+  if (residue & protocol::kCustomSetting) {
+    std::vector<std::string> names;
+    if (protocol::custom_setting_names(sql, names) && entry_->settings.learn(names))
+      residue = (residue & ~protocol::kCustomSetting) | protocol::kSettings;
+  }
+  residue_ |= residue;
+}
+
 std::size_t ClientSession::on_query(Bytes available, std::size_t total) {
   const bool too_large = total > worker_.config().limits.maxParseBytes;
   if (available.size() < total && !too_large && rewrites()) return 0;
@@ -95,7 +110,8 @@ std::size_t ClientSession::on_query(Bytes available, std::size_t total) {
       residue_ |= protocol::kUnreadable;
     } else {
       protocol::Reader reader(available.subspan(kHeaderSize));
-      residue_ |= protocol::scan_sql(reader.cstring());
+      const std::string_view sql = reader.cstring();
+      note_residue(sql, protocol::scan_sql(sql));
     }
   }
   statements.clear_unnamed();
@@ -168,7 +184,7 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
     return total;
   }
   protocol::StatementRef statement = worker_.statements.intern(body);
-  residue_ |= statement->residue;
+  note_residue(text_of(*statement), statement->residue);
   auto& held = server_->statements;
   if (name.empty()) {
     pipeline.push({Request::Parse, Verdict::Forward, id_});
@@ -212,7 +228,7 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
 
 void ClientSession::prepare(const protocol::StatementRef& statement) {
   auto& held = server_->statements;
-  residue_ |= statement->residue;
+  note_residue(text_of(*statement), statement->residue);
   if (held.touch(statement)) {
     ++entry_->pool.counters().preparedHits;
     return;
@@ -273,7 +289,7 @@ std::size_t ClientSession::on_bind(Bytes available, std::size_t total) {
       });
       pipeline.push({Request::Parse, Verdict::Skip, id_});
       held.unnamed = statement;
-      residue_ |= statement->residue;
+      note_residue(text_of(*statement), statement->residue);
     }
     pipeline.push({Request::Bind, Verdict::Forward, id_});
     relay(available, total);

@@ -213,6 +213,7 @@ bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total
   if (!reply) return false;
   const Owed& owed = reply->owed;
   const bool ours = client_ && owed.owner == client_->id();
+  if (ours && type == Backend::ReadyForQuery) client_->on_answered();
   bool forward = ours && owed.verdict == Verdict::Forward;
   if (owed.owner == protocol::kProxy) {
     on_proxy_reply(type, owed.note, available);
@@ -348,7 +349,7 @@ void ServerConnection::ask_residue() {
   residue_failed_ = false;
   residue_settings_.clear();
   residue_pins_.clear();
-  ask(kResidue, kResidueSql);
+  ask(kResidue, residue_sql(entry_.settings.custom_names()));
   send(worker_.to_server);
 }
 
@@ -419,6 +420,7 @@ void ServerConnection::settle() {
   if (entry_.pool.worn_out(*this, worker_.now(), reason)) return close(reason);
   transition(State::Idle);
   entry_.pool.put_idle(*this, worker_.now());
+  worker_.arm_tick(entry_.pool.idle_check());
   worker_.serve(entry_);
 }
 

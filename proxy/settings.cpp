@@ -35,7 +35,9 @@ std::string reset_name(std::string_view name) {
 
 }  // namespace
 
-const char* const kResidueSql =
+namespace {
+
+constexpr const char* kResidueSql =
     "SELECT 's', name, setting FROM pg_catalog.pg_settings WHERE source OPERATOR(pg_catalog.=) 'session'"
     " UNION ALL SELECT 'l', 'advisory lock', '' FROM pg_catalog.pg_locks WHERE locktype OPERATOR(pg_catalog.=) 'advisory'"
     " AND pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid()"
@@ -49,6 +51,27 @@ const char* const kResidueSql =
     " UNION ALL SELECT 'c', name, '' FROM pg_catalog.pg_cursors WHERE is_holdable"
     " UNION ALL SELECT 'n', c, '' FROM pg_catalog.pg_listening_channels() AS c"
     " UNION ALL SELECT 'r', pg_catalog.current_setting('role'), session_user::pg_catalog.text";
+constexpr std::size_t kMaxCustomNames = 64;
+
+}  // namespace
+
+std::string residue_sql(const std::vector<std::string>& custom_names) {
+  std::string sql = kResidueSql;
+  for (const std::string& name : custom_names) {
+    const std::string value = "pg_catalog.current_setting(" + literal(name) + ",true)";
+    sql += " UNION ALL SELECT 's'," + literal(name) + "," + value + " WHERE " + value + " OPERATOR(pg_catalog.<>) ''";
+  }
+  return sql;
+}
+
+bool SettingsCache::learn(const std::vector<std::string>& names) {
+  for (const std::string& name : names) {
+    if (std::find(custom_names_.begin(), custom_names_.end(), name) != custom_names_.end()) continue;
+    if (custom_names_.size() >= kMaxCustomNames) return false;
+    custom_names_.push_back(name);
+  }
+  return true;
+}
 
 std::string lower(std::string_view name) {
   std::string out(name);

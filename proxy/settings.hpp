@@ -24,9 +24,14 @@ class SettingsCache {
   /// What a session is told is known without asking if it differs from a known one in its application_name alone.
   void derive_welcome(Settings& settings);
   void forget_welcomes();
+  /// The custom settings that clients of this pool have set: pg_settings doesn't list them, so they are asked for by name.
+  /// False: there are too many.
+  bool learn(const std::vector<std::string>& names);
+  const std::vector<std::string>& custom_names() const { return custom_names_; }
 
  private:
   std::map<std::map<std::string, std::string>, SettingsRef> known_;
+  std::vector<std::string> custom_names_;
 };
 
 /// What of a StartupMessage are settings (user, database, replication and `_pq_.` aren't). False: `options` holds
@@ -40,6 +45,6 @@ std::string settings_sql(const Settings& have, const Settings& want);
 /// t temporary object, p SQL-prepared statement, c holdable cursor, n channel listened to, r role or authorization.
 std::string residue_name(char kind);  ///< a kind in words, for a pin's reason
 std::string lower(std::string_view name);
-extern const char* const kResidueSql;
+std::string residue_sql(const std::vector<std::string>& custom_names);
 
 }  // namespace pgsidecar::proxy

@@ -377,7 +377,8 @@ void Worker::arm_tick(milliseconds after) {
 void Worker::tick() {
   tick_at_ = pool::Time::max();
   const pool::Time t = now();
-  bool busy = draining_, servers = false;
+  bool busy = draining_;
+  milliseconds idle_check = std::chrono::hours(1);
   for (auto& [key, entry] : pools_) {
     while (pool::Waiter* waiter = entry->pool.expired(t)) {
       auto& client = *static_cast<ClientSession*>(waiter);
@@ -408,13 +409,13 @@ void Worker::tick() {
     std::vector<std::shared_ptr<ServerConnection>> due;
     for (auto& [id, server] : entry->servers) {
       busy |= !server->alive() || server->state() == ServerConnection::State::Resetting;
-      servers = true;
       if (t >= server->deadline) due.push_back(server);
     }
     for (const auto& server : due) server->on_deadline(t);
     serve(*entry);
     busy |= entry->pool.waiting_count() > 0 || entry->connecting > 0;
-    servers |= entry->clients > 0 && entry->pool.open() < entry->pool.settings().min;
+    busy |= entry->clients > 0 && entry->pool.open() < entry->pool.settings().min && !draining_;
+    if (entry->pool.any_idle()) idle_check = std::min(idle_check, entry->pool.idle_check());
   }
   std::vector<std::shared_ptr<ClientSession>> due;
   for (auto& [id, client] : clients_)
@@ -440,7 +441,7 @@ void Worker::tick() {
     drain();
   }
   if (busy) arm_tick(milliseconds(100));
-  else if (servers || exit_on_idle) arm_tick(milliseconds(1000));
+  else arm_tick(exit_on_idle ? milliseconds(100) : idle_check);
   check_stopped();
 }
 

@@ -100,6 +100,7 @@ class Worker {
   void reject(pool::RejectReason reason) { ++rejected_[static_cast<std::size_t>(reason)]; }
   void count_error(std::string_view sqlstate);
   void database_seen(bool up, std::string error = {});
+  void arm_tick(std::chrono::milliseconds after);
   void kick();  ///< deadlines are near: the tick runs soon
   bool draining() const { return draining_; }
   bool full() const;
@@ -109,7 +110,6 @@ class Worker {
   template <class Acceptor>
   void accept(std::shared_ptr<Acceptor> acceptor);
   void tick();
-  void arm_tick(std::chrono::milliseconds after);
   void run_runnable();
   void check_stopped();
   bool farewell_over();
