@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <utility>
 #include <boost/asio/post.hpp>
 
 #include "proxy/log.hpp"
@@ -93,7 +94,8 @@ void Worker::accept(std::shared_ptr<Acceptor> acceptor) {
     clients_.emplace(id, client);
     client->start();
     kick();
-    accept(acceptor);
+    if (++logging_in_ >= config_->limits.maxLoginClients) paused_.emplace_back([this, acceptor] { accept(acceptor); });
+    else accept(acceptor);
   });
 }
 
@@ -200,7 +202,13 @@ PoolEntry* Worker::find_pool(const std::string& database, const std::string& use
   return pools_.emplace(std::move(key), std::move(entry)).first->second.get();
 }
 
+void Worker::login_over() {
+  --logging_in_;
+  for (const auto& resume : std::exchange(paused_, {})) resume();
+}
+
 void Worker::on_login(ClientSession&) {
+  login_over();
   had_client_ = true;
   idle_since_ = pool::Time::max();
 }
@@ -291,6 +299,7 @@ void Worker::on_server_closed(ServerConnection& server) {
 
 void Worker::on_client_closed(ClientSession& client) {
   if (client.entry()) --client.entry()->clients;
+  else login_over();
   asio::post(data_, [this, id = client.id()] {
     clients_.erase(id);
     if (clients_.empty()) {

@@ -111,6 +111,7 @@ class Worker {
   void accept(std::shared_ptr<Acceptor> acceptor);
   void tick();
   void run_runnable();
+  void login_over();
   void check_stopped();
   bool farewell_over();
   void use_config();
@@ -128,6 +129,8 @@ class Worker {
   std::vector<std::function<void()>> close_listeners_;
   SslContext client_tls_;
   conf::ConnectParams upstream_;      // the global upstream as read at start or reload
+  std::uint32_t logging_in_ = 0;
+  std::vector<std::function<void()>> paused_;  // accepting goes on when fewer clients are logging in
   std::vector<std::shared_ptr<ClientSession>> runnable_, running_;
   int turns_ = 0;
   std::uint64_t next_server_ = 1;

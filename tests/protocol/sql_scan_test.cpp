@@ -1,0 +1,108 @@
+#include "protocol/sql_scan.hpp"
+
+#include <gtest/gtest.h>
+
+namespace pgsidecar::protocol {
+namespace {
+
+TEST(SqlScan, Rows) {
+  const struct {
+    const char* sql;
+    std::uint32_t residue;
+  } rows[] = {
+      {"", kNone},
+      {"SELECT 1", kNone},
+      {"select set_from, reset, listen from t where discard = 1", kNone},
+      {"INSERT INTO t VALUES ('SET x = 1; LISTEN y')", kNone},
+      {"SELECT $$SET x = 1$$, $a$ LISTEN b $b$ $a$", kNone},
+      {"-- SET x = 1\nSELECT 1 /* LISTEN /* nested */ x */", kNone},
+      {"UPDATE t SET x = 1", kNone},
+      {"SELECT nextval('s')", kNone},
+      {"SET x = 1", kSettings},
+      {"  /* c */ sEt  x TO 1", kSettings},
+      {"SET SESSION x = 1", kSettings},
+      {"SET ROLE bob", kSettings},
+      {"SET TIME ZONE 'UTC'", kSettings},
+      {"SET LOCAL x = 1", kNone},
+      {"SET TRANSACTION ISOLATION LEVEL SERIALIZABLE", kNone},
+      {"SET CONSTRAINTS ALL DEFERRED", kNone},
+      {"SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY", kSettings},
+      {"RESET ALL", kSettings},
+      {"SELECT 1; SET x = 1", kSettings},
+      {"SET app.tenant = 'x'", kSettings | kCustomSetting},
+      {"SET SESSION app.tenant = 'x'", kSettings | kCustomSetting},
+      {"SET LOCAL app.tenant = 'x'", kNone},
+      {"SELECT set_config('work_mem', '1MB', false)", kSettings},
+      {"SELECT set_config('app.x', $1, false)", kSettings | kCustomSetting},
+      {"SELECT set_config('app.x', f(1, true), true)", kNone},
+      {"SELECT set_config('app.x', $1, $2)", kSettings | kCustomSetting},
+      {"SELECT set_config($1, $2, false)", kSettings | kCustomSetting},
+      {"SELECT set_config('a' || '.b', $2, false)", kSettings | kCustomSetting},
+      {"PREPARE p AS SELECT 1", kPrepared},
+      {"EXECUTE p(1)", kPrepared},
+      {"EXPLAIN ANALYZE EXECUTE p", kPrepared},
+      {"CREATE TABLE t AS EXECUTE p", kPrepared},
+      {"DEALLOCATE ALL", kPrepared},
+      {"PREPARE TRANSACTION 'x'", kTransaction},
+      {"COMMIT PREPARED 'x'", kTransaction},
+      {"BEGIN", kTransaction},
+      {"START TRANSACTION", kTransaction},
+      {"ROLLBACK TO SAVEPOINT a", kTransaction},
+      {"LISTEN c", kListen},
+      {"UNLISTEN *", kListen},
+      {"NOTIFY c", kNone},
+      {"SELECT pg_advisory_lock(1)", kAdvisoryLock},
+      {"SELECT PG_TRY_ADVISORY_LOCK_SHARED(1, 2)", kAdvisoryLock},
+      {"SELECT pg_advisory_xact_lock(1)", kNone},
+      {"SELECT pg_advisory_unlock_all()", kAdvisoryLock},
+      {"CREATE TEMP TABLE t ()", kTemporary},
+      {"CREATE GLOBAL TEMPORARY TABLE t ()", kTemporary},
+      {"SELECT 1 INTO TEMP t", kTemporary},
+      {"CREATE TABLE pg_temp.t ()", kTemporary},
+      {"DECLARE c CURSOR WITH HOLD FOR SELECT 1", kCursor},
+      {"DECLARE c CURSOR FOR SELECT 1", kNone},
+      {"DO $$BEGIN END$$", kCode},
+      {"CALL p()", kCode},
+      {"LOAD 'x'", kCode | kSession},
+      {"DISCARD ALL", kDiscard},
+      {"SELECT currval('s')", kSession},
+      {"SELECT lastval()", kSession},
+      {"SELECT setseed(0)", kSession},
+      {"SELECT pg_backend_pid()", kSession},
+      {"SELECT E'it\\'s; SET x', 1", kNone},
+      {"SELECT 'a''b; SET x = 1'", kNone},
+      {"SELECT 'open", kUnreadable},
+      {"SELECT \"open", kUnreadable},
+      {"SELECT $a$ open $b$", kUnreadable},
+      {"SELECT /* open", kUnreadable},
+      {"SELECT U&\"s\\0065t_config\"('a', 'b', false)", kUnreadable},
+  };
+  for (const auto& row : rows) EXPECT_EQ(scan_sql(row.sql), row.residue) << row.sql;
+}
+
+TEST(SqlScan, BackslashesInPlainQuotesIfTheyAreNotStandard) {
+  constexpr const char* kSql = "SELECT '\\'; SET x = 1; --'";
+  EXPECT_EQ(scan_sql(kSql, true), kSettings);
+  EXPECT_EQ(scan_sql(kSql, false), kNone);
+}
+
+TEST(SqlScan, EveryPrefixIsRead) {
+  const std::string sql = "SET a.b = $q$ x $q$; SELECT set_config('c.d', E'\\'', f(\"x\"\"y\", 1.5e3)) /* /* */ */ -- end\n; DO 'x'";
+  for (std::size_t n = 0; n <= sql.size(); ++n) {
+    const std::string exact(sql, 0, n);
+    scan_sql(std::string_view(exact.data(), n));
+    std::vector<std::string> names;
+    custom_setting_names(std::string_view(exact.data(), n), names);
+  }
+}
+
+TEST(SqlScan, NamesOfCustomSettings) {
+  std::vector<std::string> names;
+  EXPECT_TRUE(custom_setting_names("SET App.Tenant = 'x'; SET SESSION \"a\".\"b\" TO 1; SELECT set_config('c.d', $1, false)", names));
+  EXPECT_EQ(names, (std::vector<std::string>{"app.tenant", "a.b", "c.d"}));
+  EXPECT_FALSE(custom_setting_names("SELECT set_config($1, $2, false)", names));
+  EXPECT_FALSE(custom_setting_names("SELECT set_config(E'a.b', $2, false)", names));
+}
+
+}  // namespace
+}  // namespace pgsidecar::protocol
