@@ -57,7 +57,9 @@ class Worker {
   /// One handler's run on the loop. Clients that got a lease in it go on at its end, before the loop waits again.
   class Turn {
    public:
-    explicit Turn(Worker& worker) : worker_(worker) { ++worker_.turns_; }
+    explicit Turn(Worker& worker) : worker_(worker) {
+      if (worker_.turns_++ == 0) worker_.turn_began_ = pool::Clock::now();
+    }
     Turn(const Turn&) = delete;
     Turn& operator=(const Turn&) = delete;
     ~Turn() {
@@ -72,7 +74,7 @@ class Worker {
   boost::asio::io_context& loop() { return data_; }
   Control& control() { return control_; }
   const conf::Config& config() const { return *config_; }
-  pool::Time now() const { return pool::Clock::now(); }
+  pool::Time now() const { return turns_ > 0 ? turn_began_ : pool::Clock::now(); }  ///< read once a turn
   std::span<std::uint8_t> scratch() { return scratch_; }
   std::span<std::uint8_t> tls_scratch() { return tls_scratch_; }
   double random() { return std::uniform_real_distribution<>(0, 1)(random_); }
@@ -133,6 +135,7 @@ class Worker {
   std::vector<std::function<void()>> paused_;  // accepting goes on when fewer clients are logging in
   std::vector<std::shared_ptr<ClientSession>> runnable_, running_;
   int turns_ = 0;
+  pool::Time turn_began_{};
   std::uint64_t next_server_ = 1;
   bool draining_ = false, started_ = false, stopped_ = false, had_client_ = false;
   pool::Time drain_until_ = pool::Time::max(), idle_since_ = pool::Time::max(), started_at_;

@@ -1,8 +1,9 @@
 #!/usr/bin/python3
 """pgsidecar beside Debian's PgBouncer (transaction mode, the same pool of 15) in one run, alternating; prints Markdown tables.
 
-CPU is the proxy process's own, from the kernel's scheduler statistics, divided by pgbench's count of transactions. Absolute times
-say little on a shared machine; the ratio of the two within one run does, and the table gives its spread over the rounds.
+CPU is the proxy process's own, from the kernel's scheduler statistics, divided by pgbench's count of transactions. The proxy has a CPU
+to itself, the server and pgbench have the rest: where the scheduler puts a wake-up decides 15 % otherwise. Absolute times say little on
+a shared machine; the ratio of the two within one run does, and the table gives its spread over the rounds.
 
   integration/bench/bench.py [--seconds 4] [--rounds 3] [--only cpu,memory,start,idle]
 """
@@ -22,6 +23,7 @@ import harness  # noqa: E402
 import wire  # noqa: E402
 from harness import DATABASE, PASSWORD, USER  # noqa: E402
 
+CPUS = sorted(os.sched_getaffinity(0))
 POOL = {"pool": {"max": 15, "min": 0, "maxUses": 0, "connectionTimeoutMillis": 60000}, "limits": {"maxClients": 2000}}
 CASES = [("select-only, simple", ["-S", "-M", "simple"], 1), ("select-only, simple", ["-S", "-M", "simple"], 50),
          ("select-only, extended", ["-S", "-M", "extended"], 1), ("select-only, extended", ["-S", "-M", "extended"], 50),
@@ -34,6 +36,13 @@ def running(proxy):
         yield proxy
     finally:
         proxy.close()
+
+
+def alone(proxy):
+    """Gives the proxy the first CPU to itself; main() has kept everything else off it."""
+    for thread in os.listdir(f"/proc/{proxy.pid}/task"):
+        os.sched_setaffinity(int(thread), {CPUS[0]})
+    return proxy
 
 
 def ours(pg, tls):
@@ -61,7 +70,7 @@ def cpu(pg, seconds, rounds):
     print("|---|---|--:|--:|--:|--:|---|--:|")
     worst = 0
     for tls in (False, True):
-        with running(ours(pg, tls)) as a, running(theirs(pg, tls)) as b:
+        with running(alone(ours(pg, tls))) as a, running(alone(theirs(pg, tls))) as b:
             for load, arguments, clients in CASES:
                 for proxy in (a, b):
                     transactions(proxy, arguments, clients, 1)  # connections are opened
@@ -160,6 +169,7 @@ def main():
     wanted = options.only.split(",")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # stops what it has started
     worst = 0
+    os.sched_setaffinity(0, CPUS[1:] or CPUS)
     with harness.Postgres(plain=True) as pg:
         environment = {**os.environ, "PGPASSWORD": PASSWORD}
         subprocess.run(["pgbench", "-i", "-q", "-s", "50" if "cpu" in wanted else "1", "-h", "127.0.0.1", "-p", str(pg.port), "-U", USER, DATABASE], env=environment, check=True, capture_output=True)
