@@ -213,6 +213,12 @@ void validate(const Config& config, const Environment& env, std::vector<std::str
   else check_upstream("upstream.url", config.upstream);
   for (const auto& [name, database] : config.databases)
     if (!(database.upstream.url == config.upstream.url)) check_upstream("databases." + name + ".upstream", database.upstream);
+  if (const auto any = config.users.find("*"); any != config.users.end()) {
+    if (config.auth.method == AuthMethod::ScramSha256 || config.auth.method == AuthMethod::Md5)
+      mistakes.emplace_back("users.*: needs auth.method password (each user's password is passed on to the server), cert or trust: by " +
+                            std::string(config.auth.method == AuthMethod::Md5 ? "md5" : "scram-sha-256") + " no password reaches pgsidecar");
+    if (any->second.password) mistakes.emplace_back("users.*.password: users that aren't named have passwords of their own");
+  }
   for (const auto& [name, user] : config.users) {
     if (!user.password) continue;
     try {

@@ -19,6 +19,7 @@ class Gate:
         self.flowing = threading.Event()
         self.flowing.set()
         self.pairs = []
+        self.seen = []          # what each connection's client has sent, the first KB
         self.lock = threading.Lock()
         self.open = True
         threading.Thread(target=self._accept, daemon=True).start()
@@ -85,14 +86,18 @@ class Gate:
             for end in (near, far):
                 end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             pair = (near, far)
+            sent = bytearray()
             with self.lock:
                 self.pairs.append(pair)
-            for source, target in (pair, pair[::-1]):
-                threading.Thread(target=self._relay, args=(source, target, pair), daemon=True).start()
+                self.seen.append(sent)
+            for source, target, seen in ((near, far, sent), (far, near, None)):
+                threading.Thread(target=self._relay, args=(source, target, pair, seen), daemon=True).start()
 
-    def _relay(self, source, target, pair):
+    def _relay(self, source, target, pair, seen):
         try:
             while data := source.recv(65536):
+                if seen is not None and len(seen) < 1024:
+                    seen += data
                 step = self.slice or len(data)
                 for at in range(0, len(data), step):
                     self.flowing.wait()

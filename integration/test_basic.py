@@ -121,6 +121,39 @@ def test_startup_parameter_takes_effect(proxy, pg, name, value, setting):
         assert value not in w.value(f"SELECT current_setting('{setting}', true) || ''") if setting == "application_name" else True
 
 
+@pytest.mark.parametrize("mode", ["transaction", "session"])
+@pytest.mark.parametrize("reset", ["RESET TimeZone", "SET TimeZone TO DEFAULT", "SET TIME ZONE LOCAL", "RESET ALL", "DISCARD ALL",
+                                   "DO $$BEGIN EXECUTE 'RESET ALL'; END$$"])
+def test_reset_goes_back_to_what_was_brought_at_the_login(proxies, mode, reset):
+    if mode == "session" and reset.startswith("DO"):
+        pytest.skip("seen in transaction mode only, by the residue check")
+    proxy = proxies({"pool": {"mode": mode, "max": 1 if mode == "transaction" else 2}})
+    brought = {"TimeZone": "Asia/Tokyo", "options": "-c work_mem=5MB -c app.tenant=seven"}
+    look = "SELECT current_setting('TimeZone') || current_setting('work_mem') || current_setting('app.tenant')"
+    with wire.Wire(proxy.port) as w, wire.Wire(proxy.port) as other:
+        assert w.login(USER, PASSWORD, DATABASE, **brought) is None
+        assert other.login(USER, PASSWORD, DATABASE) is None
+        for ask in (lambda sql: w.ask(wire.query(sql)), lambda sql: w.ask(wire.parse(sql), wire.bind(), wire.execute(), wire.frame("S"))):
+            assert not [m for m in ask("SET TimeZone TO 'Europe/Paris'") if m.type == "E"]
+            assert w.value(look) == "Europe/Paris5MBseven"
+            assert not [m for m in ask(reset) if m.type == "E"]
+            assert other.value("SHOW TimeZone") not in ("Asia/Tokyo", "Europe/Paris")
+            assert w.value(look) == "Asia/Tokyo5MBseven"
+            assert w.parameters["TimeZone"] == "Asia/Tokyo" or reset.startswith("DO")
+
+
+def test_backslashes_in_strings_are_read_as_the_server_reads_them(proxies):
+    """With standard_conforming_strings off, this text holds a SET and one SELECT, not a string."""
+    proxy = proxies({"pool": {"max": 1}})
+    with wire.Wire(proxy.port) as w, wire.Wire(proxy.port) as other:
+        assert w.login(USER, PASSWORD, DATABASE, options="-c standard_conforming_strings=off -c escape_string_warning=off") is None
+        assert other.login(USER, PASSWORD, DATABASE) is None
+        w.ask(wire.query(r"SELECT '\'; SET work_mem TO ''9MB''; --'"))
+        w.ask(wire.query(r"SELECT 'it\'s'; SET work_mem TO '9MB'; SELECT 'it\'s'"))
+        assert other.value("SHOW work_mem") == "4MB"
+        assert w.value("SHOW work_mem") == "9MB"
+
+
 @pytest.mark.parametrize("parameters", [
     {"TimeZone": "Nowhere/Town"},
     {"options": "-c nosuchparameter=1"},
@@ -178,6 +211,39 @@ def test_auth_methods(proxies, method):
         assert wrong is None
     else:
         assert (wrong["C"], wrong["M"]) == ("28P01", f'password authentication failed for user "{USER}"')
+
+
+def test_any_user_by_its_own_password(proxies, pg):
+    """`users: {"*": {}}`: the server is asked whether the password is right, and pools are per user."""
+    proxy = proxies({"auth": {"method": "password"}, "users": {"*": {}}, "databases": {"*": {}}, "pool": {"max": 2, "min": 0}})
+    for _ in range(3):
+        with proxy.connect(OTHER_USER, OTHER_PASSWORD, OTHER_DATABASE) as connection:
+            assert connection.execute("SELECT session_user").fetchone() == (OTHER_USER,)
+        for password in ("wrong", PASSWORD):
+            error = wire_error(proxy.port, False, OTHER_USER, password, OTHER_DATABASE)
+            assert (error["S"], error["C"], error["M"]) == ("FATAL", "28P01", f'password authentication failed for user "{OTHER_USER}"')
+    # A wrong password costs nobody else anything, and all of this stays within `max`.
+    with harness.Watch(pg, f"usename = '{OTHER_USER}'") as watch, proxy.connect(OTHER_USER, OTHER_PASSWORD, OTHER_DATABASE) as one:
+        one.execute("BEGIN")
+        assert wire_error(proxy.port, False, OTHER_USER, "wrong", OTHER_DATABASE)["C"] == "28P01"
+        with proxy.connect(OTHER_USER, OTHER_PASSWORD, OTHER_DATABASE) as two:
+            assert two.execute("SELECT 1").fetchone() == (1,)
+    assert 0 < watch.most <= 2
+
+
+def test_any_users_changed_password(proxies, pg):
+    pg.sql("CREATE ROLE changing LOGIN PASSWORD 'old'")
+    try:
+        proxy = proxies({"auth": {"method": "password"}, "users": {"*": {}}, "pool": {"min": 0}})
+        with proxy.connect("changing", "old") as connection:
+            assert connection.execute("SELECT session_user").fetchone() == ("changing",)
+        pg.sql("ALTER ROLE changing PASSWORD 'new'")
+        with proxy.connect("changing", "new") as connection:
+            assert connection.execute("SELECT session_user").fetchone() == ("changing",)
+        assert wire_error(proxy.port, False, "changing", "old", DATABASE)["C"] == "28P01"
+        proxy.stop()
+    finally:
+        pg.sql("DROP ROLE changing")
 
 
 def test_two_users_and_databases(proxies, pg):

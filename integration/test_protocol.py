@@ -10,6 +10,7 @@ import pytest
 
 import harness
 import wire
+from gate import Gate
 from harness import DATABASE, PASSWORD, USER
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -447,6 +448,22 @@ def test_cancel(small, pg):
         assert not thread.is_alive()
         assert failure[0].sqlstate == "57014"
         assert connection.execute("SELECT 1").fetchone() == (1,)
+
+
+def test_a_cancel_is_encrypted_as_its_connection_is(proxies, pg):
+    """A server that takes TLS only, or a network that others read, sees no cancel key in clear text."""
+    with Gate(pg.port) as gate:
+        proxy = proxies(url=pg.url(port=gate.port))
+        with proxy.connect() as connection:
+            connection.execute("SELECT 1")
+            before = len(gate.seen)
+            timer = threading.Timer(0.3, connection.cancel)
+            timer.start()
+            with pytest.raises(psycopg.errors.QueryCanceled):
+                connection.execute("SELECT pg_sleep(30)")
+            opened = [bytes(seen[:9]) for seen in gate.seen[before:]]
+        assert wire.request(wire.SSL_REQUEST) + b"\x16" in opened, opened
+        assert not [seen for seen in opened if seen.startswith(wire.request(wire.CANCEL_REQUEST)[4:8], 4)]
 
 
 def test_cancel_hits_nobody_else(proxies, pg):

@@ -143,7 +143,11 @@ class Wire:
 
     def recv(self):
         head = self.bytes(5)
-        return Message(chr(head[0]), self.bytes(struct.unpack("!i", head[1:])[0] - 4))
+        message = Message(chr(head[0]), self.bytes(struct.unpack("!i", head[1:])[0] - 4))
+        if message.type == "S":
+            name, value = message.body.split(b"\0")[:2]
+            self.parameters[name.decode()] = value.decode()
+        return message
 
     def until(self, kind="Z"):
         """All messages up to the first of the type given, which is the last of the list."""
@@ -197,10 +201,6 @@ class Wire:
                     self.send(frame("p", scram.final(message.body[4:])))
                 elif code == 12:
                     scram.verify(message.body[4:])
-            elif message.type == "S":
-                name, value = message.body.rstrip(b"\0").split(b"\0") if message.body[-2:] != b"\0\0" else (
-                    message.body.split(b"\0")[0], b"")
-                self.parameters[name.decode()] = value.decode()
             elif message.type == "K":
                 self.pid, self.key = struct.unpack_from("!I", message.body)[0], message.body[4:]
             elif message.type == "v":

@@ -63,7 +63,7 @@ ClientLogin::Step ClientLogin::reject(std::string& out) {
 
 ClientLogin::Step ClientLogin::begin(std::string& out) {
   switch (method_) {
-    case ClientAuth::Trust: write_request(out, kOk); return Step::Accepted;
+    case ClientAuth::Trust: confirm(out); return Step::Accepted;
     case ClientAuth::Password: write_request(out, kCleartext); return Step::NeedFrame;
     case ClientAuth::Md5:
       salt_ = random_bytes(4);
@@ -92,6 +92,10 @@ ClientLogin::Step ClientLogin::on_frame(char type, Bytes body, std::string& out)
     write_error(out, Severity::Fatal, "08P01", "invalid password packet size");
     return Step::Rejected;
   }
+  if (!secret_.secret && secret_.pass_on && !given.empty()) {
+    given_password_ = given;
+    return Step::Given;
+  }
   if (!secret_.secret) return reject(out);
   const std::string& secret = *secret_.secret;
   bool right = false;
@@ -108,10 +112,11 @@ ClientLogin::Step ClientLogin::on_frame(char type, Bytes body, std::string& out)
     right = equal(given, secret) && !secret.empty();
   }
   if (!right) return reject(out);
-  given_password_ = given;
-  write_request(out, kOk);
+  confirm(out);
   return Step::Accepted;
 }
+
+void ClientLogin::confirm(std::string& out) { write_request(out, kOk); }
 
 ClientLogin::Step ClientLogin::on_sasl(Reader& reader, std::string& out) {
   if (!scram_) {

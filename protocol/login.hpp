@@ -23,6 +23,7 @@ enum class ClientAuth { Trust, Password, Md5, Scram };
 /// no such user, and the exchange is played to its end with a mock verifier before it fails (no user enumeration).
 struct ClientSecret {
   std::optional<std::string> secret;
+  bool pass_on = false;  ///< nobody here knows it: what the client gives (method Password) is for the server to judge
 };
 
 /// Authenticates one client after its StartupMessage. `Md5` with a SCRAM verifier as secret is done by SCRAM, as
@@ -33,9 +34,10 @@ class ClientLogin {
   ClientLogin(ClientAuth method, std::string user, ClientSecret secret, std::string channel_binding = {},
               ScramKeyCache* cache = nullptr);
 
-  enum class Step { NeedFrame, Accepted, Rejected };
+  enum class Step { NeedFrame, Accepted, Rejected, Given };  // Given: given_password() is to be judged; then confirm()
   Step begin(std::string& out);                                   ///< appends the first AuthenticationRequest, or AuthenticationOk
   Step on_frame(char type, Bytes body, std::string& out);         ///< 'p' messages; anything else is rejected with 08P01
+  static void confirm(std::string& out);  ///< AuthenticationOk
   /// The password that the client gave in clear text (method Password), for passing on.
   const std::string& given_password() const { return given_password_; }
 

@@ -81,14 +81,14 @@ class Scanner {
           break;
         case 'r':
           if (any(word_, {"rollback", "release"})) residue_ |= kTransaction;
-          else if (is(word_, "reset")) residue_ |= kSettings;
+          else if (is(word_, "reset")) residue_ |= kSettings | kReset;
           break;
         case 'a':
           if (is(word_, "abort")) residue_ |= kTransaction;
           break;
         case 'd':
           if (is(word_, "deallocate")) residue_ |= kPrepared;
-          else if (is(word_, "discard")) residue_ |= kDiscard;
+          else if (is(word_, "discard")) residue_ |= kDiscard | kReset;
           else if (is(word_, "declare")) declare_ = true;
           else if (is(word_, "do")) residue_ |= kCode;
           break;
@@ -138,9 +138,11 @@ class Scanner {
         break;
       case 'l':
         if (is(word_, "lastval")) residue_ |= kSession;
+        else if (is(word_, "local") && is(second_, "time") && is(first_, "set")) residue_ |= kReset;
         break;
       case 'd':
         if (any(word_, {"dblink_connect", "dblink_connect_u"})) residue_ |= kSession;
+        else if (is(word_, "default") && is(first_, "set")) residue_ |= kReset;
         break;
       case 'e':
         if (is(word_, "execute") && (is(first_, "explain") || is(first_, "create"))) residue_ |= kPrepared;

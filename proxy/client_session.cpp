@@ -298,7 +298,7 @@ void ClientSession::begin_login(protocol::Startup startup) {
       }
       break;
   }
-  login.exchange.emplace(method, login.user, protocol::ClientSecret{worker_.secret_of(login.user)},
+  login.exchange.emplace(method, login.user, protocol::ClientSecret{worker_.secret_of(login.user), worker_.passes_password_on(login.user)},
                          tls ? channel_binding(channel_.transport.ssl(), true) : std::string(), &worker_.scram_keys);
   transition(State::Authenticating);
   protocol::ClientLogin::Step step{};
@@ -319,7 +319,7 @@ std::size_t ClientSession::on_password(Bytes in) {
   worker_.to_client.own([&](std::string& out) {
     step = login_->exchange->on_frame(static_cast<char>(in[0]), in.subspan(kHeaderSize, total - kHeaderSize), out);
   });
-  if (step == protocol::ClientLogin::Step::Accepted) accepted();
+  if (step == protocol::ClientLogin::Step::Accepted || step == protocol::ClientLogin::Step::Given) accepted();
   if (step == protocol::ClientLogin::Step::Rejected) {
     worker_.reject(pool::RejectReason::Auth);
     log::warn("client {} from {}: password authentication failed for user \"{}\"", id_, login_->peer, login_->user);
@@ -342,11 +342,28 @@ void ClientSession::accepted() {
   if (!settings_of(login_->startup, values, complaint)) return fatal("0A000", complaint);
   entry_ = entry;
   ++entry->clients;
-  settings = entry->settings.intern(std::move(values));
+  settings = login_settings_ = entry->settings.intern(std::move(values));
   transition(State::Greeting);
-  login_deadline = pool::Time::max();
   worker_.on_login(*this);
-  entry->settings.derive_welcome(*settings);
+  if (const std::string& given = login_->exchange->given_password(); !given.empty()) return worker_.verify(*this, given);
+  begin_session();
+}
+
+void ClientSession::verified() {
+  if (state_ != State::Greeting) return;
+  worker_.to_client.own([](std::string& out) { protocol::ClientLogin::confirm(out); });
+  begin_session();
+  send(worker_.to_client);
+}
+
+void ClientSession::refused(const std::string& sqlstate, const std::string& message) {
+  if (sqlstate.starts_with("28")) worker_.reject(pool::RejectReason::Auth);
+  fatal(sqlstate, message);
+}
+
+void ClientSession::begin_session() {
+  login_deadline = pool::Time::max();
+  entry_->settings.derive_welcome(*settings);
   if (!settings->welcome.empty()) return greet();
   worker_.want_server(*this);
 }
@@ -459,7 +476,11 @@ void ClientSession::on_server_ready() {
 }
 
 void ClientSession::on_residue(SettingsRef now, const std::string& pins, bool certain) {
-  if (now) settings = std::move(now);
+  if (now) {
+    auto values = now->values;
+    values.insert(login_settings_->values.begin(), login_settings_->values.end());  // reset out of sight, in a function
+    settings = values.size() == now->values.size() ? std::move(now) : entry_->settings.intern(std::move(values));
+  }
   const bool pin = !certain || !pins.empty() || (residue_ & kLastsOnlyInSession) != 0;
   if (pin && !pinned_) log::info("client {}: pinned to its server connection: {}", id_, pins.empty() ? "session state" : pins);
   pinned_ = pin;

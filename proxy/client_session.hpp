@@ -39,6 +39,9 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   const std::string& application() const;
   bool counts_as_login() const { return state_ < State::Greeting; }
 
+  /// The server accepts the password that was passed on.
+  void verified();
+  void refused(const std::string& sqlstate, const std::string& message);
   /// A server connection is leased to it now: what waited goes on.
   void on_lease(ServerConnection& server);
   /// No server connection came in time, or the pool has none to give.
@@ -91,6 +94,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   void begin_login(protocol::Startup startup);
   std::size_t on_password(protocol::Bytes in);
   void accepted();
+  void begin_session();
   void greet();
   std::size_t on_request(char type, protocol::Bytes available, std::size_t total);
   bool acquire();
@@ -106,6 +110,8 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   std::size_t on_close(protocol::Bytes available, std::size_t total);
   void evict();
   void note_residue(std::string_view sql, std::uint32_t known);
+  void note_residue(const protocol::Statement& statement);
+  void restore_after_reset();
   bool deallocate(protocol::Bytes whole);
   void prepare(const protocol::StatementRef& statement);
   bool rewrites() const;
@@ -122,6 +128,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   PoolEntry* entry_ = nullptr;
   Channel channel_;
   std::string cancel_key_;
+  SettingsRef login_settings_;  // brought at its login
   std::vector<PendingParse> pending_;
   std::optional<std::string> parse_error_;
   std::unique_ptr<LostTransaction> lost_;

@@ -3,6 +3,7 @@
 #include <netinet/tcp.h>
 #include <sys/socket.h>
 
+#include <algorithm>
 #include <boost/asio/co_spawn.hpp>
 #include <boost/asio/detached.hpp>
 #include <boost/asio/ip/tcp.hpp>
@@ -39,6 +40,92 @@ void set_socket_options(Socket& socket, const conf::ConnectParams& params, const
   set(IPPROTO_TCP, TCP_USER_TIMEOUT, static_cast<int>(params.tcpUserTimeoutMillis.value_or((idle + interval * count) * 1000)));
 }
 
+/// Ends the waits of one attempt when its time is up.
+class TimeLimit {
+ public:
+  TimeLimit(Worker& worker, std::uint32_t millis) : timer_(worker.loop(), std::chrono::milliseconds(millis)), state_(std::make_shared<State>()) {
+    timer_.async_wait([state = state_](const boost::system::error_code& stopped) {
+      if (stopped) return;
+      state->expired = true;
+      boost::system::error_code ignored;
+      if (state->socket) state->socket->cancel(ignored);
+    });
+  }
+  ~TimeLimit() { state_->socket = nullptr; }
+  void watch(Socket& socket) { state_->socket = &socket; }
+  bool expired() const { return state_->expired; }
+
+ private:
+  struct State {
+    Socket* socket = nullptr;
+    bool expired = false;
+  };
+  asio::steady_timer timer_;
+  std::shared_ptr<State> state_;
+};
+
+std::string failed_to(const Target& target) {
+  return "connection to server at \"" + target.host.name + "\", port " + std::to_string(target.host.port) + " failed: ";
+}
+
+/// What an attempt to open a connection is made of; `channel` is what it makes.
+struct Opening {
+  Worker& worker;
+  const Upstream& upstream;
+  const Target& target;
+  const conf::PoolSettings& pool;
+  std::optional<Channel>& channel;
+  TimeLimit& limit;
+  bool tls;                      ///< asked for, then what it is
+  bool handshake_failed = false;
+};
+
+/// TCP or unix, then TLS if asked for. Empty: open; else why not.
+awaitable<std::string> open_channel(Opening& o) {
+  boost::system::error_code ec;
+  const conf::ConnectParams& params = o.upstream.params;
+  Socket socket(o.worker.loop().get_executor());
+  socket.open(o.target.endpoint.protocol(), ec);
+  if (ec) co_return ec.message();
+  set_socket_options(socket, params, o.pool, o.target.endpoint.protocol().family() != AF_UNIX);
+  o.limit.watch(socket);
+  co_await socket.async_connect(o.target.endpoint, asio::redirect_error(use_awaitable, ec));
+  if (ec) co_return ec.message();
+  o.channel.emplace(std::move(socket));
+  Transport& transport = o.channel->transport;
+  o.limit.watch(transport.socket());
+  if (!o.tls) co_return std::string();
+  if (params.sslnegotiation == conf::SslNegotiation::Postgres) {
+    Gather request;
+    request.own([](std::string& out) { protocol::Writer(out).begin_untyped().u32(protocol::kSslRequest).end(); });
+    if (!o.channel->send(request, o.worker.tls_scratch())) co_return std::string("connection broken");
+    std::uint8_t answer = 0;
+    for (;;) {
+      const IoResult got = transport.read(std::span(&answer, 1));  // one byte only: nothing unencrypted may follow
+      if (got.status == IoStatus::Ok) break;
+      if (got.status != IoStatus::WouldBlock) co_return std::string("server closed the connection unexpectedly");
+      co_await transport.socket().async_wait(Socket::wait_read, use_awaitable);
+    }
+    if (answer == 'N') {
+      o.tls = false;
+      if (params.sslmode == conf::SslMode::Prefer || params.sslmode == conf::SslMode::Allow) co_return std::string();
+      co_return std::string("server does not support SSL, but SSL was required (sslmode)");
+    }
+    if (answer != 'S') co_return std::string("received invalid response to SSL negotiation");
+  }
+  transport.start_tls(o.upstream.tls.get(), false);
+  prepare_client(transport.ssl(), params, o.target.host);
+  for (;;) {
+    const IoResult shaken = transport.handshake();
+    if (shaken.status == IoStatus::Ok) co_return std::string();
+    if (shaken.status != IoStatus::WouldBlock) {
+      o.handshake_failed = true;
+      co_return "SSL error: " + transport.tls_error();
+    }
+    co_await transport.socket().async_wait(transport.wants_write() ? Socket::wait_write : Socket::wait_read, use_awaitable);
+  }
+}
+
 bool session_fits(const std::map<std::string, std::string>& parameters, conf::TargetSessionAttrs wanted) {
   const auto is_on = [&](const char* name) {
     const auto it = parameters.find(name);
@@ -57,7 +144,8 @@ bool session_fits(const std::map<std::string, std::string>& parameters, conf::Ta
 
 }  // namespace
 
-void ServerConnection::connect() {
+void ServerConnection::connect(std::optional<Login> login) {
+  login_ = std::move(login);
   // The coroutine holds the connection while it runs.
   asio::co_spawn(worker_.loop(), run_connect(shared_from_this()), asio::detached);
 }
@@ -81,8 +169,10 @@ awaitable<void> ServerConnection::run_connect(std::shared_ptr<ServerConnection> 
   std::string error;
   login_sqlstate_ = "08006";
   const bool prefer_standby = upstream->params.targetSessionAttrs == conf::TargetSessionAttrs::PreferStandby;
+  std::vector<Target> targets = upstream->targets;
+  if (upstream->params.loadBalanceHosts) std::shuffle(targets.begin(), targets.end(), worker_.random_engine());
   for (int round = 0; round < (prefer_standby ? 2 : 1); ++round) {
-    for (const Target& target : upstream->targets) {
+    for (const Target& target : targets) {
       const bool local = target.host.is_unix();
       const conf::SslMode mode = local ? conf::SslMode::Disable : upstream->params.sslmode;
       bool tls = mode != conf::SslMode::Disable && mode != conf::SslMode::Allow;
@@ -108,6 +198,7 @@ awaitable<void> ServerConnection::run_connect(std::shared_ptr<ServerConnection> 
   const auto micros = std::chrono::duration_cast<std::chrono::microseconds>(worker_.now() - begun).count();
   entry_.pool.counters().connect.record(static_cast<std::uint64_t>(micros));
   ++entry_.pool.counters().connects;
+  conforming_strings_ = parameters_["standard_conforming_strings"] != "off";
   settings = entry_.settings.intern({});
   if (settings->welcome.empty()) settings->welcome = parameters_;
   state_ = State::Leased;  // until settle() puts it on the idle list
@@ -129,146 +220,123 @@ awaitable<std::string> ServerConnection::log_in(std::shared_ptr<const Upstream> 
   const conf::ConnectParams& params = upstream->params;
   retry_other_tls_ = false;
   login_sqlstate_ = "08006";
-  const bool tcp = target.endpoint.protocol().family() != AF_UNIX;
-  const std::string where = "connection to server at \"" + target.host.name + "\", port " + std::to_string(target.host.port) + " failed: ";
-  boost::system::error_code ec;
   if (channel_) channel_->transport.close();
   channel_.reset();
-  Socket socket(worker_.loop().get_executor());
-  socket.open(target.endpoint.protocol(), ec);
-  if (ec) co_return where + ec.message();
-  set_socket_options(socket, params, entry_.pool.settings(), tcp);
-
-  std::uint32_t limit = params.connectTimeoutMillis ? params.connectTimeoutMillis : entry_.pool.settings().connectionTimeoutMillis;
-  if (limit == 0) limit = 30000;
-  asio::steady_timer timer(worker_.loop(), std::chrono::milliseconds(limit));
-  bool timed_out = false;
-  std::weak_ptr<ServerConnection> weak = shared_from_this();
-  Socket* raw = &socket;
-  timer.async_wait([this, weak, raw, &timed_out](const boost::system::error_code& stopped) {
-    if (stopped || weak.expired()) return;
-    timed_out = true;
-    boost::system::error_code ignored;
-    if (channel_) channel_->transport.socket().cancel(ignored);
-    else raw->cancel(ignored);
-  });
-  const std::string timeout_text = where + "timeout expired after " + std::to_string(limit) + " ms";
-
-  co_await socket.async_connect(target.endpoint, asio::redirect_error(use_awaitable, ec));
-  if (timed_out) co_return timeout_text;
-  if (ec) {
-    timer.cancel();
-    co_return where + ec.message();
-  }
-  channel_.emplace(std::move(socket));
-  Transport& transport = channel_->transport;
-  const auto wait = [&transport](bool write) {
-    return transport.socket().async_wait(write ? Socket::wait_write : Socket::wait_read, use_awaitable);
-  };
-  std::string out;
-  const auto write_all = [&]() -> bool {
-    Gather gather;
-    gather.own([&](std::string& o) { o = out; });
-    out.clear();
-    return channel_->send(gather, worker_.tls_scratch());
-  };
+  std::uint32_t millis = params.connectTimeoutMillis ? params.connectTimeoutMillis : entry_.pool.settings().connectionTimeoutMillis;
+  if (millis == 0) millis = 30000;
+  TimeLimit limit(worker_, millis);
   std::string failure;
   try {
-    if (tls) {
-      if (params.sslnegotiation == conf::SslNegotiation::Postgres) {
-        protocol::Writer(out).begin_untyped().u32(protocol::kSslRequest).end();
-        write_all();
-        std::uint8_t answer = 0;
-        for (;;) {
-          const IoResult got = transport.read(std::span(&answer, 1));  // one byte only: nothing unencrypted may follow
-          if (got.status == IoStatus::Ok) break;
-          if (got.status != IoStatus::WouldBlock) co_return where + "server closed the connection unexpectedly";
-          co_await wait(false);
-        }
-        if (answer == 'N') {
-          if (params.sslmode == conf::SslMode::Prefer || params.sslmode == conf::SslMode::Allow) tls = false;
-          else co_return where + "server does not support SSL, but SSL was required (sslmode)";
-        } else if (answer != 'S') {
-          co_return where + "received invalid response to SSL negotiation";
-        }
-      }
-      if (tls) {
-        transport.start_tls(upstream->tls.get(), false);
-        prepare_client(transport.ssl(), params, target.host);
-        for (;;) {
-          const IoResult shaken = transport.handshake();
-          if (shaken.status == IoStatus::Ok) break;
-          if (shaken.status != IoStatus::WouldBlock) {
-            retry_other_tls_ = true;
-            co_return where + "SSL error: " + transport.tls_error();
-          }
-          co_await wait(transport.wants_write());
-        }
-      }
+    Opening opening{worker_, *upstream, target, entry_.pool.settings(), channel_, limit, tls};
+    failure = co_await open_channel(opening);
+    retry_other_tls_ = opening.handshake_failed;
+    if (failure.empty()) {
+      failure = co_await exchange_login(params);
+      if (login_sqlstate_ != "08006") co_return failure;  // the server's own words
     }
-    protocol::ServerCredentials credentials;
-    credentials.user = params.user;
-    credentials.password = params.password;
-    credentials.encrypted = tls;
-    credentials.require_auth = params.requireAuth;
-    if (tls) credentials.channel_binding = channel_binding(transport.ssl(), false);
-    using Binding = protocol::ServerCredentials::Binding;
-    credentials.binding = params.channelBinding == conf::ChannelBinding::Disable ? Binding::Disable
-                          : params.channelBinding == conf::ChannelBinding::Require ? Binding::Require
-                                                                                   : Binding::Prefer;
-    protocol::Startup startup;
-    startup.parameters.emplace_back("user", params.user);
-    startup.parameters.emplace_back("database", params.dbname);
-    for (const auto& parameter : params.startup) startup.parameters.push_back(parameter);
-    protocol::ServerLogin login(std::move(credentials), std::move(startup), &worker_.scram_keys);
-    login.begin(out);
-    write_all();
-    auto step = protocol::ServerLogin::Step::NeedFrame;
-    std::string in;
-    while (step == protocol::ServerLogin::Step::NeedFrame) {
-      if (in.size() >= protocol::kHeaderSize) {
-        const auto* bytes = reinterpret_cast<const std::uint8_t*>(in.data());
-        const std::size_t total = std::size_t{protocol::load_u32(bytes + 1)} + 1;
-        if (total > 64 * 1024 || total < protocol::kHeaderSize) {
-          login_sqlstate_ = "08P01";
-          co_return where + "received an invalid message during login";
-        }
-        if (in.size() >= total) {
-          const protocol::Bytes body(bytes + protocol::kHeaderSize, total - protocol::kHeaderSize);
-          step = login.on_frame(in[0], body, out);
-          in.erase(0, total);
-          if (!out.empty()) write_all();
-          continue;
-        }
+    if (failure.empty() && !session_fits(parameters_, wanted)) failure = "session is not as target_session_attrs asks";
+  } catch (const boost::system::system_error& e) {
+    failure = e.code().message();
+  }
+  if (limit.expired()) failure = "timeout expired after " + std::to_string(millis) + " ms";
+  if (failure.empty()) {
+    upstream_ = std::move(upstream);
+    target_ = std::move(target);
+    co_return failure;
+  }
+  co_return failed_to(target) + failure;
+}
+
+awaitable<std::string> ServerConnection::exchange_login(const conf::ConnectParams& params) {
+  Transport& transport = channel_->transport;
+  protocol::ServerCredentials credentials;
+  credentials.user = params.user;
+  credentials.password = login_ ? login_->password : entry_.given_password.value_or(params.password);
+  credentials.encrypted = transport.is_tls();
+  credentials.require_auth = params.requireAuth;
+  if (transport.is_tls()) credentials.channel_binding = channel_binding(transport.ssl(), false);
+  using Binding = protocol::ServerCredentials::Binding;
+  credentials.binding = params.channelBinding == conf::ChannelBinding::Disable ? Binding::Disable
+                        : params.channelBinding == conf::ChannelBinding::Require ? Binding::Require
+                                                                                 : Binding::Prefer;
+  protocol::Startup startup;
+  startup.parameters.emplace_back("user", params.user);
+  startup.parameters.emplace_back("database", params.dbname);
+  for (const auto& parameter : params.startup) startup.parameters.push_back(parameter);
+  protocol::ServerLogin login(std::move(credentials), std::move(startup), &worker_.scram_keys);
+  Gather gather;
+  gather.own([&](std::string& out) { login.begin(out); });
+  if (!channel_->send(gather, worker_.tls_scratch())) co_return std::string("connection broken");
+  using Step = protocol::ServerLogin::Step;
+  Step step = Step::NeedFrame;
+  std::string in;
+  while (step == Step::NeedFrame) {
+    if (in.size() >= protocol::kHeaderSize) {
+      const auto* bytes = reinterpret_cast<const std::uint8_t*>(in.data());
+      const std::size_t total = std::size_t{protocol::load_u32(bytes + 1)} + 1;
+      if (total > 64 * 1024 || total < protocol::kHeaderSize) {
+        login_sqlstate_ = "08P01";
+        co_return std::string("received an invalid message from the server during login");
       }
-      if (!channel_->flush(worker_.tls_scratch())) co_return where + "connection broken";
-      const IoResult got = transport.read(worker_.scratch());
-      if (got.status == IoStatus::WouldBlock) {
-        co_await wait(channel_->queued() > 0 || transport.wants_write());
+      if (in.size() >= total) {
+        const protocol::Bytes body(bytes + protocol::kHeaderSize, total - protocol::kHeaderSize);
+        gather.own([&](std::string& out) { step = login.on_frame(in[0], body, out); });
+        in.erase(0, total);
+        if (!gather.empty() && !channel_->send(gather, worker_.tls_scratch())) co_return std::string("connection broken");
         continue;
       }
-      if (got.status != IoStatus::Ok) co_return where + "server closed the connection unexpectedly";
-      in.append(reinterpret_cast<const char*>(worker_.scratch().data()), got.bytes);
     }
-    if (step == protocol::ServerLogin::Step::Failed) {
-      const protocol::ErrorFields& error = login.error();
-      login_sqlstate_ = error.sqlstate;
-      retry_other_tls_ = error.sqlstate.starts_with("28");
-      co_return error.message;
+    if (!channel_->flush(worker_.tls_scratch())) co_return std::string("connection broken");
+    const IoResult got = transport.read(worker_.scratch());
+    if (got.status == IoStatus::WouldBlock) {
+      co_await transport.socket().async_wait(channel_->queued() > 0 || transport.wants_write() ? Socket::wait_write : Socket::wait_read,
+                                             use_awaitable);
+      continue;
     }
-    channel_->unread = std::move(in);
-    pid_ = login.pid();
-    cancel_key_ = login.key();
-    parameters_ = login.parameters();
-    target_ = target;
-    if (!session_fits(parameters_, wanted)) {
-      login_sqlstate_ = "08006";
-      co_return where + "session is not as target_session_attrs asks";
+    if (got.status != IoStatus::Ok) co_return std::string("server closed the connection unexpectedly");
+    in.append(reinterpret_cast<const char*>(worker_.scratch().data()), got.bytes);
+  }
+  if (step == Step::Failed) {
+    const protocol::ErrorFields& error = login.error();
+    login_sqlstate_ = error.sqlstate;
+    retry_other_tls_ = error.sqlstate.starts_with("28");
+    co_return error.message;
+  }
+  channel_->unread = std::move(in);
+  pid_ = login.pid();
+  cancel_key_ = login.key();
+  parameters_ = login.parameters();
+  co_return std::string();
+}
+
+// --- cancel
+
+void ServerConnection::send_cancel() {
+  ++entry_.pool.counters().cancels;
+  ++cancels_pending;
+  asio::co_spawn(worker_.loop(), run_cancel(shared_from_this()), asio::detached);
+}
+
+// On a connection of its own, encrypted as the one that it is about; over when the server has closed it.
+awaitable<void> ServerConnection::run_cancel(std::shared_ptr<ServerConnection> /*keeps this alive*/) {
+  std::optional<Channel> channel;
+  TimeLimit limit(worker_, 5000);
+  try {
+    Opening opening{worker_, *upstream_, target_, entry_.pool.settings(), channel, limit, channel_->transport.is_tls()};
+    std::string failure = co_await open_channel(opening);
+    if (failure.empty()) {
+      Gather request;
+      request.own([this](std::string& out) { protocol::write_cancel_request(out, pid_, cancel_key_); });
+      channel->send(request, worker_.tls_scratch());
+      co_await channel->transport.socket().async_wait(Socket::wait_read, use_awaitable);
+    } else {
+      log::warn("server {} (pid {}): cannot send a cancel request: {}", id_, pid_, failure);
     }
   } catch (const boost::system::system_error& e) {
-    failure = timed_out ? timeout_text : where + e.code().message();
+    log::warn("server {} (pid {}): cannot send a cancel request: {}", id_, pid_, e.code().message());
   }
-  co_return failure;
+  --cancels_pending;
+  settle_after_cancel();
 }
 
 }  // namespace pgsidecar::proxy

@@ -28,7 +28,7 @@ constexpr const char* kHelp =
     "  pgsidecar check [--config FILE]   validate, print the effective configuration (secrets redacted)\n"
     "  pgsidecar healthcheck             exit 0 if the running pgsidecar is alive\n"
     "  pgsidecar wait [--max 30s]        wait until it is ready\n"
-    "  pgsidecar shutdown                tell it to drain and exit (needs admin.quitquitquit)\n"
+    "  pgsidecar shutdown                tell it to drain and exit\n"
     "  pgsidecar --version | --help\n"
     "\n"
     "Every key of the configuration is also an environment variable: PGSIDECAR_ and its path in upper snake\n"

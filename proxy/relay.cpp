@@ -79,7 +79,9 @@ std::size_t ClientSession::on_request(char type, Bytes available, std::size_t to
     case 'f': server_->pipeline.push({Request::CopyEnd, Verdict::Forward, id_}); break;
     case 'S':
       if (!server_->pipeline.push({Request::Sync, Verdict::Forward, id_})) return swallow();  // held during COPY
-      break;
+      relay(available, total);
+      restore_after_reset();
+      return available.size();
     default: break;
   }
   relay(available, total);
@@ -92,7 +94,19 @@ void ClientSession::relay(Bytes available, std::size_t total) {
   pass_to_server_ = true;
 }
 
+void ClientSession::note_residue(const protocol::Statement& statement) {
+  const std::string_view sql = text_of(statement);
+  note_residue(sql, server_->conforming_strings() ? statement.residue : protocol::scan_sql(sql, false));
+}
+
+void ClientSession::restore_after_reset() {
+  if (!(residue_ & protocol::kReset)) return;
+  residue_ &= ~protocol::kReset;
+  if (!login_settings_->values.empty()) server_->restore_settings(*login_settings_);
+}
+
 void ClientSession::note_residue(std::string_view sql, std::uint32_t known) {
+  if (known == 0) return;
   std::uint32_t residue = known;
   if (residue & protocol::kCustomSetting) {
     std::vector<std::string> names;
@@ -105,14 +119,12 @@ void ClientSession::note_residue(std::string_view sql, std::uint32_t known) {
 std::size_t ClientSession::on_query(Bytes available, std::size_t total) {
   const bool too_large = total > worker_.config().limits.maxParseBytes;
   if (available.size() < total && !too_large && rewrites()) return 0;
-  if (rewrites()) {
-    if (too_large) {
-      residue_ |= protocol::kUnreadable;
-    } else {
-      protocol::Reader reader(available.subspan(kHeaderSize));
-      const std::string_view sql = reader.cstring();
-      note_residue(sql, protocol::scan_sql(sql));
-    }
+  if (available.size() == total && !too_large) {
+    protocol::Reader reader(available.subspan(kHeaderSize));
+    const std::string_view sql = reader.cstring();
+    note_residue(sql, protocol::scan_sql(sql, server_->conforming_strings()));
+  } else if (rewrites()) {
+    residue_ |= protocol::kUnreadable;
   }
   statements.clear_unnamed();
   server_->statements.unnamed.reset();
@@ -120,6 +132,7 @@ std::size_t ClientSession::on_query(Bytes available, std::size_t total) {
   ++entry_->pool.counters().queries;
   server_->pipeline.push({Request::Query, Verdict::Forward, id_});
   relay(available, total);
+  restore_after_reset();
   return available.size();
 }
 
@@ -159,6 +172,11 @@ bool ClientSession::deallocate(Bytes whole) {
 
 std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
   if (!rewrites()) {
+    if (available.size() == total) {
+      protocol::Reader reader(available.subspan(kHeaderSize));
+      reader.cstring();
+      residue_ |= protocol::scan_sql(reader.cstring(), server_->conforming_strings()) & protocol::kReset;
+    }
     server_->pipeline.push({Request::Parse, Verdict::Forward, id_});
     relay(available, total);
     return available.size();
@@ -184,7 +202,7 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
     return total;
   }
   protocol::StatementRef statement = worker_.statements.intern(body);
-  note_residue(text_of(*statement), statement->residue);
+  note_residue(*statement);
   auto& held = server_->statements;
   if (name.empty()) {
     pipeline.push({Request::Parse, Verdict::Forward, id_});
@@ -228,7 +246,7 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
 
 void ClientSession::prepare(const protocol::StatementRef& statement) {
   auto& held = server_->statements;
-  note_residue(text_of(*statement), statement->residue);
+  note_residue(*statement);
   if (held.touch(statement)) {
     ++entry_->pool.counters().preparedHits;
     return;
@@ -289,8 +307,8 @@ std::size_t ClientSession::on_bind(Bytes available, std::size_t total) {
       });
       pipeline.push({Request::Parse, Verdict::Skip, id_});
       held.unnamed = statement;
-      note_residue(text_of(*statement), statement->residue);
     }
+    if (statement) note_residue(*statement);
     pipeline.push({Request::Bind, Verdict::Forward, id_});
     relay(available, total);
     return available.size();

@@ -22,7 +22,7 @@ namespace {
 constexpr std::uint32_t kMaxMessage = 0x40000000;
 constexpr std::size_t kMaxParsed = 1u << 20;  // of a message of the server that is looked into
 // Notes of the proxy's own queries.
-constexpr std::uint32_t kApply = 1, kResidue = 2, kReset = 3;
+constexpr std::uint32_t kApply = 1, kResidue = 2, kReset = 3, kRestore = 4;
 
 /// Messages that are looked into and so wanted whole.
 bool wanted_whole(Backend type) {
@@ -171,7 +171,8 @@ std::size_t ServerConnection::process(Bytes in) {
 
 bool ServerConnection::on_frame(Backend type, Bytes available, std::size_t total) {
   const Owed* front = pipeline.front();
-  const bool to_client = client_ && !(front && (front->owner == protocol::kProxy || front->owner != client_->id()));
+  const bool restoring = front && front->owner == protocol::kProxy && front->note == kRestore;
+  const bool to_client = client_ && (!front || front->owner == client_->id() || restoring);
   const auto pass = [&](bool forward) {
     if (forward) worker_.to_client.add(available.data(), available.size());
     pass_left_ = total - available.size();
@@ -185,6 +186,7 @@ bool ServerConnection::on_frame(Backend type, Bytes available, std::size_t total
       const std::string_view value = reader.cstring();
       if (!reader.ok()) return false;
       parameters_[std::string(name)] = value;
+      if (name == "standard_conforming_strings") conforming_strings_ = value != "off";
       return pass(to_client && client_->state() != ClientSession::State::Greeting);
     }
     case Backend::NoticeResponse:
@@ -383,6 +385,8 @@ void ServerConnection::apply_settings() {
   if (!sql.empty()) ask(kApply, sql);
 }
 
+void ServerConnection::restore_settings(const Settings& login) { ask(kRestore, restore_sql(login)); }
+
 void ServerConnection::detach(bool dirty) {
   client_ = nullptr;
   asking_residue_ = false;
@@ -417,7 +421,11 @@ void ServerConnection::settle() {
   deadline = pool::Time::max();
   pool::CloseReason reason{};
   if (!settings) reason = pool::CloseReason::Broken, condemned = true;
-  if (entry_.pool.worn_out(*this, worker_.now(), reason)) return close(reason);
+  if (entry_.pool.worn_out(*this, worker_.now(), reason)) {
+    ++entry_.replacements;
+    close(reason);
+    return worker_.serve(entry_);
+  }
   transition(State::Idle);
   entry_.pool.put_idle(*this, worker_.now());
   worker_.arm_tick(entry_.pool.idle_check());
@@ -433,7 +441,7 @@ void ServerConnection::on_deadline(pool::Time now) {
   switch (state_) {
     case State::Resetting:
       if (!pipeline.empty() && ++resets_overdue_ < 10) {
-        worker_.send_cancel(*this);
+        send_cancel();
         deadline = now + std::chrono::seconds(1);
         return;
       }

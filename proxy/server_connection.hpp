@@ -30,14 +30,18 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
 
   ServerConnection(Worker& worker, PoolEntry& entry, std::uint64_t id);
 
-  void connect();  ///< starts; ends in Worker::on_connected or on_connect_failed
+  /// What a login that passes on the client's password makes a connection for: whether the password is right.
+  struct Login {
+    std::weak_ptr<ClientSession> client;
+    std::string password;
+  };
+
+  void connect(std::optional<Login> login = {});  ///< starts; ends in Worker::on_connected or on_connect_failed
   State state() const { return state_; }
   std::uint64_t id() const { return id_; }
   std::uint32_t pid() const { return pid_; }
   PoolEntry& entry() { return entry_; }
   ClientSession* client() { return client_; }
-  const Target& target() const { return target_; }
-  const std::string& cancel_key() const { return cancel_key_; }
   const std::map<std::string, std::string>& parameters() const { return parameters_; }
   std::size_t queued() const { return channel_ ? channel_->queued() : 0; }
   bool alive() const { return state_ == State::Idle || state_ == State::Leased || state_ == State::Resetting; }
@@ -46,10 +50,13 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   protocol::ServerStatements statements;
   SettingsRef settings;  ///< what its session has; null: unknown, reset before use
   std::uint32_t cancels_pending = 0;
+  bool conforming_strings() const { return conforming_strings_; }  ///< standard_conforming_strings
 
   void lease(ClientSession& client);
   /// Gives the session the client's settings, ahead of what the client sends next.
   void apply_settings();
+  /// After a RESET of the client's: what it brought at its login comes back, as on a connection of its own.
+  void restore_settings(const Settings& login);
   /// Sends what the worker has gathered for this connection. A failure is dealt with in the next turn.
   void send(Gather& gather);
   /// Takes the client away. `dirty`: what the session holds is unknown, or a transaction is open: rolled back and reset first.
@@ -63,8 +70,9 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   bool asking_residue() const { return asking_residue_; }
   /// Returns to the pool, or closes, if it is clean and nothing is pending.
   void settle();
-  /// A cancel that was under way has been answered.
-  void settle_after_cancel();
+  /// Asks the server to cancel what it is doing for this connection, which isn't leased again before it has answered.
+  void send_cancel();
+  const std::optional<Login>& login() const { return login_; }
   void on_deadline(pool::Time now);
   pool::Time deadline = pool::Time::max();
 
@@ -73,6 +81,8 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   /// Empty: logged in; else why not, with login_sqlstate_.
   boost::asio::awaitable<std::string> log_in(std::shared_ptr<const Upstream> upstream, Target target, bool tls,
                                              conf::TargetSessionAttrs wanted);
+  boost::asio::awaitable<std::string> exchange_login(const conf::ConnectParams& params);
+  boost::asio::awaitable<void> run_cancel(std::shared_ptr<ServerConnection> self);
   void fail_connect(const std::string& sqlstate, const std::string& error);
 
   void transition(State next);
@@ -90,6 +100,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   void lost(const std::string& sqlstate, const std::string& reason);
   void start_reset();
   void finish_residue();
+  void settle_after_cancel();
   void closed();
 
   Worker& worker_;
@@ -99,6 +110,8 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   State state_ = State::Connecting;
   std::optional<Channel> channel_;
   Target target_;
+  std::shared_ptr<const Upstream> upstream_;  // as it was when this was connected
+  std::optional<Login> login_;
   std::uint32_t pid_ = 0;
   std::string cancel_key_;
   std::map<std::string, std::string> parameters_;
@@ -106,6 +119,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   std::size_t pass_left_ = 0;   // of a message that is passing through
   bool pass_forward_ = false;
   bool asking_residue_ = false, residue_failed_ = false, own_query_failed_ = false;
+  bool conforming_strings_ = true;
   bool retry_other_tls_ = false;  // sslmode prefer and allow
   int resets_overdue_ = 0;
   std::map<std::string, std::string> residue_settings_;

@@ -64,6 +64,15 @@ std::string residue_sql(const std::vector<std::string>& custom_names) {
   return sql;
 }
 
+std::string restore_sql(const Settings& login) {
+  std::string rows;
+  for (const auto& [name, value] : login.values) rows += (rows.empty() ? "(" : ",(") + literal(name) + "," + literal(value) + ")";
+  return "SELECT pg_catalog.set_config(n, v, false) FROM (VALUES " + rows +
+         ") AS login (n, v) WHERE NOT EXISTS (SELECT FROM pg_catalog.pg_settings WHERE pg_catalog.lower(name) OPERATOR(pg_catalog.=) n"
+         " AND source OPERATOR(pg_catalog.=) 'session') AND (pg_catalog.strpos(n, '.') OPERATOR(pg_catalog.=) 0"
+         " OR COALESCE(pg_catalog.current_setting(n, true), '') OPERATOR(pg_catalog.=) '')";
+}
+
 bool SettingsCache::learn(const std::vector<std::string>& names) {
   for (const std::string& name : names) {
     if (std::find(custom_names_.begin(), custom_names_.end(), name) != custom_names_.end()) continue;

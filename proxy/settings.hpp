@@ -41,6 +41,9 @@ bool settings_of(const protocol::Startup& startup, std::map<std::string, std::st
 /// SQL that turns a session with `have` into one with `want`.
 std::string settings_sql(const Settings& have, const Settings& want);
 
+/// SQL that gives a session those of `login` again that have no value of its own, after a RESET.
+std::string restore_sql(const Settings& login);
+
 /// SQL that asks the server what a session holds: rows (kind, name, value). Kinds: s setting, l advisory lock,
 /// t temporary object, p SQL-prepared statement, c holdable cursor, n channel listened to, r role or authorization.
 std::string residue_name(char kind);  ///< a kind in words, for a pin's reason

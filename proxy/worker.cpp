@@ -51,16 +51,15 @@ void Worker::use_config() {
 void Worker::reload(std::shared_ptr<const conf::Config> config) {
   config_ = std::move(config);
   use_config();
-  // Pools of other settings are made anew; the old ones' connections leave as they come back.
+  // A pool that the configuration doesn't name any more keeps its settings until its clients have left.
   for (auto& [key, entry] : pools_) {
     for (auto& [id, server] : entry->servers) server->condemned = true;
     entry->settings.forget_welcomes();
-    std::string sqlstate, error;
     entry->retry_at = {};
-    if (const auto it = config_->databases.find(entry->database); it != config_->databases.end()) {
-      entry->pool.set_settings(it->second.pool);
-    } else {
-      entry->pool.set_settings(config_->pool);
+    std::string sqlstate, error;
+    if (auto plan = plan_pool(entry->database, entry->user, sqlstate, error)) {
+      entry->pool.set_settings(plan->settings);
+      entry->upstream = std::move(plan->upstream);
     }
   }
   kick();
@@ -169,37 +168,53 @@ std::optional<std::string> Worker::secret_of(const std::string& user) {
   return std::nullopt;
 }
 
-PoolEntry* Worker::find_pool(const std::string& database, const std::string& user, std::string& sqlstate, std::string& error) {
-  auto key = std::make_pair(database, user);
-  if (const auto it = pools_.find(key); it != pools_.end()) return it->second.get();
-  const conf::PoolSettings* settings = &config_->pool;
-  conf::Upstream upstream = config_->upstream;
+std::optional<Worker::PoolPlan> Worker::plan_pool(const std::string& database, const std::string& user, std::string& sqlstate,
+                                                  std::string& error) const {
+  PoolPlan plan{config_->pool, config_->upstream};
   if (const auto it = config_->databases.find(database); it != config_->databases.end()) {
-    upstream = it->second.upstream;
-    settings = &it->second.pool;
+    plan = {it->second.pool, it->second.upstream};
   } else if (const auto any = config_->databases.find("*"); any != config_->databases.end()) {
-    upstream = any->second.upstream;
-    upstream.keys["dbname"] = database;
-    settings = &any->second.pool;
+    plan = {any->second.pool, any->second.upstream};
+    plan.upstream.keys["dbname"] = database;
   } else if (database != upstream_.dbname) {
     sqlstate = "3D000";
     error = "database \"" + database + "\" does not exist";
-    return nullptr;
+    return std::nullopt;
   }
+  const auto named = config_->users.find(user);
   if (user != upstream_.user) {
-    const auto named = config_->users.find(user);
     if (named == config_->users.end() && !config_->users.contains("*")) {
       sqlstate = "28000";
       error = "role \"" + user + "\" does not exist";
-      return nullptr;
+      return std::nullopt;
     }
-    upstream.keys["user"] = user;
-    upstream.keys["password"] = named != config_->users.end() && named->second.password ? *named->second.password : "";
+    plan.upstream.keys["user"] = user;
+    plan.upstream.keys["password"] = named != config_->users.end() && named->second.password ? *named->second.password : "";
   }
-  if (const auto named = config_->users.find(user); named != config_->users.end() && named->second.pool)
-    settings = &*named->second.pool;
-  auto entry = std::make_unique<PoolEntry>(database, user, *settings, std::move(upstream));
+  if (named != config_->users.end() && named->second.pool) plan.settings = *named->second.pool;
+  return plan;
+}
+
+PoolEntry* Worker::find_pool(const std::string& database, const std::string& user, std::string& sqlstate, std::string& error) {
+  auto key = std::make_pair(database, user);
+  if (const auto it = pools_.find(key); it != pools_.end()) return it->second.get();
+  auto plan = plan_pool(database, user, sqlstate, error);
+  if (!plan) return nullptr;
+  auto entry = std::make_unique<PoolEntry>(database, user, plan->settings, std::move(plan->upstream));
+  entry->passes_password_on = passes_password_on(user);
   return pools_.emplace(std::move(key), std::move(entry)).first->second.get();
+}
+
+bool Worker::passes_password_on(const std::string& user) const {
+  return config_->auth.method == conf::AuthMethod::Password && config_->users.contains("*") && !config_->users.contains(user) &&
+         user != upstream_.user;
+}
+
+void Worker::verify(ClientSession& client, std::string password) {
+  PoolEntry& entry = *client.entry();
+  if (entry.given_password == password) return client.verified();
+  entry.logins.push_back({client.weak_from_this(), std::move(password)});
+  serve(entry);
 }
 
 void Worker::login_over() {
@@ -242,16 +257,38 @@ void Worker::serve(PoolEntry& entry) {
     server->unlink();
     server->lease(*static_cast<ClientSession*>(entry.pool.next_waiter()));
   }
-  if (now() < entry.retry_at) return;
-  std::uint32_t open = entry.pool.wanted(entry.connecting);
-  if (open == 0 && entry.clients > 0 && !draining_ && entry.pool.open() < entry.pool.settings().min) open = 1;
-  if (entry.failures > 0) open = std::min(open, entry.connecting == 0 ? 1u : 0u);  // one probes for all
-  for (; open > 0; --open) {
-    auto server = std::make_shared<ServerConnection>(*this, entry, next_server_++);
-    entry.servers.emplace(server->id(), server);
-    ++entry.connecting;
-    server->connect();
+  while (!entry.logins.empty()) {
+    if (entry.logins.front().client.expired()) {
+      entry.logins.pop_front();
+      continue;
+    }
+    if (entry.pool.open() >= entry.pool.settings().max) {
+      if (pool::Slot* idle = entry.pool.take(now())) static_cast<ServerConnection*>(idle)->close(pool::CloseReason::Idle);
+      break;
+    }
+    open_server(entry, std::move(entry.logins.front()));
+    entry.logins.pop_front();
   }
+  if (now() < entry.retry_at || (entry.passes_password_on && !entry.given_password)) return;
+  const conf::PoolSettings& settings = entry.pool.settings();
+  std::uint32_t open = entry.pool.wanted(entry.connecting);
+  const bool wanted = entry.clients > 0 && !draining_;
+  if (entry.replacements > 0) {
+    const std::uint32_t places = settings.max - std::min(settings.max, entry.pool.open());
+    const std::uint32_t now_possible = std::min(places, entry.replacements);
+    open = std::max(open, wanted ? now_possible : 0);
+    entry.replacements = wanted ? entry.replacements - now_possible : 0;
+  }
+  if (open == 0 && wanted && entry.pool.open() < settings.min) open = 1;
+  if (entry.failures > 0) open = std::min(open, entry.connecting == 0 ? 1u : 0u);  // one probes for all
+  for (; open > 0; --open) open_server(entry, {});
+}
+
+void Worker::open_server(PoolEntry& entry, std::optional<ServerConnection::Login> login) {
+  auto server = std::make_shared<ServerConnection>(*this, entry, next_server_++);
+  entry.servers.emplace(server->id(), server);
+  ++entry.connecting;
+  server->connect(std::move(login));
 }
 
 void Worker::on_connected(ServerConnection& server) {
@@ -261,6 +298,10 @@ void Worker::on_connected(ServerConnection& server) {
   entry.retry_at = {};
   entry.last_error.clear();
   database_seen(true);
+  if (server.login()) {
+    entry.given_password = server.login()->password;
+    if (const auto client = server.login()->client.lock()) client->verified();
+  }
   if (const auto it = server.parameters().find("server_version"); it != server.parameters().end())
     database_version_ = it->second;
   log::info("server {} ({}@{}, pid {}): connected", server.id(), entry.user, entry.database, server.pid());
@@ -270,6 +311,13 @@ void Worker::on_connected(ServerConnection& server) {
 void Worker::on_connect_failed(ServerConnection& server, const std::string& sqlstate, const std::string& message) {
   PoolEntry& entry = server.entry();
   --entry.connecting;
+  if (server.login()) {
+    if (const auto client = server.login()->client.lock()) client->refused(sqlstate, message);
+    entry.servers.erase(server.id());
+    serve(entry);
+    return check_stopped();
+  }
+  if (sqlstate.starts_with("28")) entry.given_password.reset();  // changed on the server: the next client brings the new one
   entry.last_error = message;
   entry.last_sqlstate = sqlstate;
   ++entry.pool.counters().connectFailures;
@@ -323,50 +371,7 @@ void Worker::cancel(std::uint32_t pid, std::string_view key) {
     return client.on_wait_failed("57014", "canceling statement due to user request", false);
   }
   ServerConnection* server = client.server();
-  if (server && server->pipeline.front() && server->pipeline.front()->owner == client.id()) send_cancel(*server);
-}
-
-namespace {
-
-/// One cancel request on a connection of its own, until the server has closed it.
-struct CancelRequest : std::enable_shared_from_this<CancelRequest> {
-  CancelRequest(asio::io_context& loop, std::shared_ptr<ServerConnection> to) : socket(loop.get_executor()), timer(loop), server(std::move(to)) {}
-  void start() {
-    ++server->cancels_pending;
-    protocol::write_cancel_request(message, server->pid(), server->cancel_key());
-    timer.expires_after(std::chrono::seconds(5));
-    timer.async_wait([self = shared_from_this()](const boost::system::error_code& ec) {
-      boost::system::error_code ignored;
-      if (!ec) self->socket.cancel(ignored);
-    });
-    socket.async_connect(server->target().endpoint, [self = shared_from_this()](const boost::system::error_code& ec) {
-      if (ec) return self->finish();
-      boost::system::error_code failed;
-      self->socket.write_some(asio::buffer(self->message), failed);
-      self->wait();
-    });
-  }
-  void wait() {
-    socket.async_wait(Socket::wait_read, [self = shared_from_this()](const boost::system::error_code&) { self->finish(); });
-  }
-  void finish() {
-    timer.cancel();
-    boost::system::error_code ignored;
-    socket.close(ignored);
-    --server->cancels_pending;
-    server->settle_after_cancel();
-  }
-  Socket socket;
-  asio::steady_timer timer;
-  std::shared_ptr<ServerConnection> server;
-  std::string message;
-};
-
-}  // namespace
-
-void Worker::send_cancel(ServerConnection& server) {
-  ++server.entry().pool.counters().cancels;
-  std::make_shared<CancelRequest>(data_, server.shared_from_this())->start();
+  if (server && server->pipeline.front() && server->pipeline.front()->owner == client.id()) server->send_cancel();
 }
 
 // --- time
@@ -439,7 +444,7 @@ void Worker::tick() {
     for (auto& [id, client] : clients_) left.push_back(client);
     for (const auto& client : left) {
       log::warn("drain: client {} (application \"{}\") is cut off after {} ms", client->id(), client->application(), config_->shutdown.timeoutMillis);
-      if (client->server() && !client->server()->pipeline.empty()) send_cancel(*client->server());
+      if (client->server() && !client->server()->pipeline.empty()) client->server()->send_cancel();
       client->fatal("57P01", "terminating connection due to administrator command");
       client->close();
     }

@@ -8,6 +8,7 @@
 #include <boost/asio/local/stream_protocol.hpp>
 #include <boost/asio/steady_timer.hpp>
 #include <boost/unordered/unordered_flat_map.hpp>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <random>
@@ -39,6 +40,10 @@ struct PoolEntry {
   pool::Time retry_at{};        // no connect before
   std::uint32_t failures = 0;   // connects failed in a row
   std::string last_error, last_sqlstate;
+  std::uint32_t replacements = 0;  // of connections that were worn out while in use: opened before they are missed
+  bool passes_password_on = false;
+  std::optional<std::string> given_password;        // users: {"*": {}}: what the server has accepted from a client
+  std::deque<ServerConnection::Login> logins;       // clients whose password the server is still to be asked about
 };
 
 class Worker {
@@ -77,6 +82,7 @@ class Worker {
   pool::Time now() const { return turns_ > 0 ? turn_began_ : pool::Clock::now(); }  ///< read once a turn
   std::span<std::uint8_t> scratch() { return scratch_; }
   std::span<std::uint8_t> tls_scratch() { return tls_scratch_; }
+  std::minstd_rand& random_engine() { return random_; }
   double random() { return std::uniform_real_distribution<>(0, 1)(random_); }
 
   Gather to_client, to_server;        // of the turn that is running
@@ -86,6 +92,10 @@ class Worker {
 
   /// The pool for a login; nullptr and an error text in PostgreSQL's words if there is none.
   PoolEntry* find_pool(const std::string& database, const std::string& user, std::string& sqlstate, std::string& error);
+  /// A user whom only the server knows: its password is passed on.
+  bool passes_password_on(const std::string& user) const;
+  /// Has the server say whether the password is right; ends in ClientSession::verified or refused.
+  void verify(ClientSession& client, std::string password);
   /// The secret that a user must prove; nullopt: no such user.
   std::optional<std::string> secret_of(const std::string& user);
 
@@ -98,7 +108,6 @@ class Worker {
   void on_client_closed(ClientSession& client);
   void on_login(ClientSession& client);
   void cancel(std::uint32_t pid, std::string_view key);
-  void send_cancel(ServerConnection& server);
   void reject(pool::RejectReason reason) { ++rejected_[static_cast<std::size_t>(reason)]; }
   void count_error(std::string_view sqlstate);
   void database_seen(bool up, std::string error = {});
@@ -109,6 +118,14 @@ class Worker {
   std::size_t clients() const { return clients_.size(); }
 
  private:
+  /// What the configuration says about a pool.
+  struct PoolPlan {
+    conf::PoolSettings settings;
+    conf::Upstream upstream;
+  };
+  std::optional<PoolPlan> plan_pool(const std::string& database, const std::string& user, std::string& sqlstate,
+                                    std::string& error) const;
+  void open_server(PoolEntry& entry, std::optional<ServerConnection::Login> login);
   template <class Acceptor>
   void accept(std::shared_ptr<Acceptor> acceptor);
   void tick();
