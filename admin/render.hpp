@@ -11,6 +11,7 @@
 #include <string_view>
 #include <utility>
 
+#include "conf/utf8.hpp"
 #include "pool/stats.hpp"
 
 namespace pgsidecar::admin {
@@ -59,8 +60,7 @@ class LabelSets {
   std::set<std::pair<std::string, std::string>> shown_;
 };
 
-/// What isn't UTF-8 becomes U+FFFD: names come from clients, and JSON and the exposition must stay valid.
-std::string to_utf8(std::string_view in);
+using conf::to_utf8;  // names come from clients; JSON and the exposition must stay valid
 /// The shortest text that reads back as `value`; 0 for what isn't finite.
 std::string number(double value);
 double seconds(std::uint64_t micros);

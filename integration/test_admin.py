@@ -319,11 +319,25 @@ def test_json_log(proxies):
     proxy = proxies({"log": {"format": "json", "level": "info"}})
     with raw(proxy) as w:
         w.value("SELECT 1")
+    nasty = 'x"\\\n{"level":"error"}\x7f\xe9'
+    with wire.Wire(proxy.port) as w:
+        w.login(nasty, "x", DATABASE)
+    assert proxy.stop() == 0
+    lines = [json.loads(line) for line in proxy.log_text().splitlines()]
+    assert all({"time", "level", "message"} == set(line) for line in lines)
+    told = [line["message"] for line in lines if "password authentication failed" in line["message"]]
+    assert len(told) == 1 and 'x"\\\n{"level":"error"}' in told[0], lines
+
+
+def test_clients_cannot_flood_the_log_or_write_lines_of_their_own(proxies):
+    proxy = proxies()
+    for number in range(200):
+        with wire.Wire(proxy.port) as w:
+            w.login(f"nobody\n2026-01-01T00:00:00.000Z error forged {number}", "x", DATABASE)
     assert proxy.stop() == 0
     lines = proxy.log_text().splitlines()
-    assert lines
-    for line in lines:
-        json.loads(line)
+    assert 1 <= sum("nobody" in line for line in lines) <= 60
+    assert not [line for line in lines if line.startswith("2026-01-01T00:00:00")]
 
 
 def test_secrets_are_nowhere(proxies, pg):

@@ -97,10 +97,8 @@ def test_pgbench(proxies, pg, accounts, mode, arguments):
         pytest.skip("PgBouncer 1.18 has no prepared statements in transaction mode")
     proxy = proxies({"pool": {"max": 15, "connectionTimeoutMillis": 30000}})
     with harness.Watch(pg, "usename = 'app'") as watch:
-        # A thread for each client: pgbench prepares blockingly, and with fewer threads its clients that hold transactions would stop
-        # behind one that waits for a server, a deadlock of its own.
-        count = arguments[arguments.index("-c") + 1]
-        done = subprocess.run(["pgbench", "-n", "-M", mode, "-j", count, "-T", "2", *arguments], env=proxy.environment(), capture_output=True, text=True, timeout=100)
+        # One thread: it prepares blockingly, so that its clients that hold transactions stand still behind one that waits for a server.
+        done = subprocess.run(["pgbench", "-n", "-M", mode, "-T", "2", *arguments], env=proxy.environment(), capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stdout + done.stderr
     assert not re.search("aborted|ERROR", done.stderr), done.stderr
     assert re.search(r"number of failed transactions: 0 ", done.stdout), done.stdout

@@ -67,6 +67,16 @@ def test_recycled_after_max_uses(proxies, pg):
     assert len(uses) >= 10 and len(uses) <= 25, uses  # jitter shortens, never to nothing
 
 
+def test_a_worn_out_connection_is_replaced_before_it_is_missed(proxies, pg):
+    proxy = proxies({"pool": {"max": 3, "min": 0, "maxUses": 1}})
+    with raw(proxy) as w:
+        harness.poll(lambda: pg.count("usename = 'app'") == 1, what="a connection is there again after the login used one up")
+        for _ in range(3):
+            before = pg.backends("usename = 'app'")
+            w.value("SELECT 1")
+            harness.poll(lambda: len(pg.backends("usename = 'app'")) == 1 and pg.backends("usename = 'app'") != before, what="another has taken its place")
+
+
 def test_max_lifetime(proxies, pg):
     proxy = proxies({"pool": {"max": 1, "maxLifetimeSeconds": 1}})
     with raw(proxy) as w:

@@ -19,6 +19,7 @@ struct Statement {
   std::string body;
   std::uint64_t id = 0;
   std::uint32_t residue = 0;  ///< scan_sql of the text
+  mutable const void* proven_with = nullptr;  ///< the settings of a session in which a server has accepted it
 };
 using StatementRef = std::shared_ptr<const Statement>;
 

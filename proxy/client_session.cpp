@@ -243,7 +243,7 @@ void ClientSession::handle_tls() {
     return;
   }
   if (result.status != IoStatus::Ok) {
-    log::info("client {}: TLS handshake failed: {}", id_, channel_.transport.tls_error());
+    worker_.peer_events.warn(worker_.now(), "client {} from {}: TLS handshake failed: {}", id_, login_->peer, channel_.transport.tls_error());
     return close();
   }
   transition(State::Startup);
@@ -322,7 +322,7 @@ std::size_t ClientSession::on_password(Bytes in) {
   if (step == protocol::ClientLogin::Step::Accepted || step == protocol::ClientLogin::Step::Given) accepted();
   if (step == protocol::ClientLogin::Step::Rejected) {
     worker_.reject(pool::RejectReason::Auth);
-    log::warn("client {} from {}: password authentication failed for user \"{}\"", id_, login_->peer, login_->user);
+    complain("28P01", "password authentication failed");
     send(worker_.to_client);
     transition(State::Closing);
     if (channel_.queued() == 0) close();
@@ -556,7 +556,6 @@ void ClientSession::on_deadline(pool::Time now) {
   if (state_ == State::Closing) return close();
   login_deadline = now + std::chrono::seconds(1);
   worker_.reject(pool::RejectReason::Timeout);
-  log::info("client {}: login timed out", id_);
   fatal("08006", "canceling authentication due to timeout");
 }
 
@@ -568,9 +567,17 @@ void ClientSession::drain() {
     fatal("57P01", "terminating connection due to administrator command");
 }
 
+void ClientSession::complain(std::string_view sqlstate, std::string_view message) {
+  if (login_)
+    worker_.peer_events.warn(worker_.now(), "client {} ({}@{} from {}): {} {}", id_, login_->user, login_->database, login_->peer, sqlstate, message);
+  else
+    worker_.peer_events.warn(worker_.now(), "client {} ({}@{}): {} {}", id_, entry_->user, entry_->database, sqlstate, message);
+}
+
 void ClientSession::fatal(std::string_view sqlstate, std::string_view message, std::string_view hint) {
   if (state_ == State::Closed || state_ == State::Closing) return;
   worker_.count_error(sqlstate);
+  if (!sqlstate.starts_with("57P")) complain(sqlstate, message);
   if (sqlstate == "08P01") worker_.reject(pool::RejectReason::Protocol);
   worker_.to_client.own([&](std::string& out) {
     protocol::write_error(out, protocol::Severity::Fatal, sqlstate, message, {}, hint);

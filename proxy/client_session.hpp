@@ -101,6 +101,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   void handle_tls();
   void release();
   void give_up_server();
+  void complain(std::string_view sqlstate, std::string_view message);  ///< in the log
   void relay(protocol::Bytes available, std::size_t total);
 
   std::size_t on_query(protocol::Bytes available, std::size_t total);
@@ -108,6 +109,8 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   std::size_t on_bind(protocol::Bytes available, std::size_t total);
   std::size_t on_describe(protocol::Bytes available, std::size_t total);
   std::size_t on_close(protocol::Bytes available, std::size_t total);
+  bool close_unserved(protocol::Bytes whole);
+  bool parse_unserved(protocol::Bytes whole);
   void evict();
   void note_residue(std::string_view sql, std::uint32_t known);
   void note_residue(const protocol::Statement& statement);

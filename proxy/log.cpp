@@ -4,27 +4,30 @@
 #include <spdlog/pattern_formatter.h>
 #include <spdlog/sinks/stdout_sinks.h>
 
+#include "conf/utf8.hpp"
+
 namespace pgsidecar::proxy::log {
 
 namespace {
 
 constexpr std::size_t kQueue = 1024;
 
-/// The message as the inside of a JSON string.
-class JsonMessage : public spdlog::custom_flag_formatter {
+/// The message on one line: what clients call themselves can't make a second one, nor end a JSON string.
+class OneLine : public spdlog::custom_flag_formatter {
  public:
+  explicit OneLine(bool json) : json_(json) {}
   void format(const spdlog::details::log_msg& message, const std::tm&, spdlog::memory_buf_t& out) override {
-    for (const char c : message.payload) {
+    for (const char c : conf::to_utf8({message.payload.data(), message.payload.size()})) {
       const auto u = static_cast<unsigned char>(c);
-      if (c == '"' || c == '\\') out.push_back('\\');
-      if (u >= 0x20) {
-        out.push_back(c);
-      } else {
-        fmt::format_to(std::back_inserter(out), "\\u{:04x}", u);
-      }
+      if (json_ && (c == '"' || c == '\\')) out.push_back('\\');
+      if (u >= 0x20 && u != 0x7f) out.push_back(c);
+      else fmt::format_to(std::back_inserter(out), "\\u{:04x}", u);
     }
   }
-  std::unique_ptr<custom_flag_formatter> clone() const override { return std::make_unique<JsonMessage>(); }
+  std::unique_ptr<custom_flag_formatter> clone() const override { return std::make_unique<OneLine>(json_); }
+
+ private:
+  const bool json_;
 };
 
 }  // namespace
@@ -36,11 +39,9 @@ void start(const conf::Log& settings) {
   logger->set_level(spdlog::level::from_str(settings.level));
   logger->flush_on(spdlog::level::info);
   auto formatter = std::make_unique<spdlog::pattern_formatter>(spdlog::pattern_time_type::utc);
-  if (settings.format == conf::LogFormat::Json) {
-    formatter->add_flag<JsonMessage>('*').set_pattern(R"({"time":"%Y-%m-%dT%H:%M:%S.%eZ","level":"%l","message":"%*"})");
-  } else {
-    formatter->set_pattern("%Y-%m-%dT%H:%M:%S.%eZ %l %v");
-  }
+  const bool json = settings.format == conf::LogFormat::Json;
+  formatter->add_flag<OneLine>('*', json)
+      .set_pattern(json ? R"({"time":"%Y-%m-%dT%H:%M:%S.%eZ","level":"%l","message":"%*"})" : "%Y-%m-%dT%H:%M:%S.%eZ %l %*");
   logger->set_formatter(std::move(formatter));
   spdlog::set_default_logger(std::move(logger));
 }

@@ -63,6 +63,8 @@ std::size_t ClientSession::on_request(char type, Bytes available, std::size_t to
       worker_.to_client.own([](std::string& out) { protocol::write_ready_for_query(out, protocol::TxStatus::Idle); });
       return swallow();
     }
+    if (available.size() == total && type == 'C' && close_unserved(available)) return total;
+    if (available.size() == total && type == 'P' && parse_unserved(available)) return total;
     if (!acquire()) return 0;
   }
   server_->apply_settings();
@@ -242,6 +244,32 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
   pending_.push_back({std::string(name), statement});
   statements.set(name, std::move(statement));
   return total;
+}
+
+// Names are the client's own, so that closing one needs no server.
+bool ClientSession::close_unserved(Bytes whole) {
+  protocol::Reader reader(whole.subspan(kHeaderSize));
+  const bool is_statement = reader.u8() == 'S';
+  const std::string_view name = reader.cstring();
+  if (!reader.done() || !is_statement || name.empty() || !rewrites()) return false;
+  statements.erase(name);
+  worker_.to_client.own([](std::string& out) { protocol::Writer(out).begin(protocol::Backend::CloseComplete).end(); });
+  return true;
+}
+
+// A client that prepares what a server has accepted for the same session settings doesn't wait for a server of its own. It may be
+// that those who hold the servers wait for this client: pgbench prepares blockingly while its other clients hold transactions.
+bool ClientSession::parse_unserved(Bytes whole) {
+  if (!rewrites() || entry_->pool.any_idle() || entry_->pool.open() < entry_->pool.settings().max) return false;
+  protocol::Reader reader(whole.subspan(kHeaderSize));
+  const std::string_view name = reader.cstring();
+  const Bytes body = reader.rest();
+  if (name.empty() || !reader.ok() || statements.size() >= worker_.config().limits.maxPreparedStatementsPerClient) return false;
+  protocol::StatementRef statement = worker_.statements.intern({reinterpret_cast<const char*>(body.data()), body.size()});
+  if (statement->proven_with != settings.get() || statements.find(name)) return false;
+  statements.set(name, std::move(statement));
+  worker_.to_client.own([](std::string& out) { protocol::Writer(out).begin(protocol::Backend::ParseComplete).end(); });
+  return true;
 }
 
 void ClientSession::prepare(const protocol::StatementRef& statement) {

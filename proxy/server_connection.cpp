@@ -231,8 +231,9 @@ bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total
       worker_.to_server.own([](std::string& out) { protocol::Writer(out).begin(protocol::Frontend::Sync).end(); });
       pipeline.push({Request::Sync, Verdict::Forward, owed.owner});
     }
-  } else if (type == Backend::ParseComplete && owed.verdict == Verdict::Forward) {
-    if (ours) client_->on_parse_done(true);
+  } else if (type == Backend::ParseComplete) {
+    if (const auto statement = owed.note != 0 && client_ ? statements.find(owed.note) : nullptr) statement->proven_with = client_->settings.get();
+    if (ours && owed.verdict == Verdict::Forward) client_->on_parse_done(true);
   } else if (type == Backend::CommandComplete && ours) {
     protocol::Reader reader(available.subspan(kHeaderSize));
     const std::string_view tag = reader.cstring();

@@ -22,6 +22,7 @@
 #include "protocol/scram.hpp"
 #include "proxy/client_session.hpp"
 #include "proxy/control.hpp"
+#include "proxy/log.hpp"
 #include "proxy/server_connection.hpp"
 
 namespace pgsidecar::proxy {
@@ -85,6 +86,7 @@ class Worker {
   std::minstd_rand& random_engine() { return random_; }
   double random() { return std::uniform_real_distribution<>(0, 1)(random_); }
 
+  log::PeerEvents peer_events;
   Gather to_client, to_server;        // of the turn that is running
   protocol::StatementCache statements;
   protocol::ScramKeyCache scram_keys;
