@@ -1,5 +1,8 @@
 #include "protocol/statements.hpp"
 
+#include <algorithm>
+#include <charconv>
+
 #include "protocol/sql_scan.hpp"
 
 namespace pgsidecar::protocol {
@@ -83,6 +86,10 @@ StatementRef ServerStatements::evict(std::size_t limit) {
   return last;
 }
 
-std::string server_name(std::uint64_t id) { return "pgsidecar_" + std::to_string(id); }
+ServerName::ServerName(std::uint64_t id) {
+  constexpr std::string_view kPrefix = "pgsidecar_";
+  char* digits = std::copy(kPrefix.begin(), kPrefix.end(), text_.data());
+  size_ = static_cast<std::size_t>(std::to_chars(digits, text_.data() + text_.size(), id).ptr - text_.data());
+}
 
 }  // namespace pgsidecar::protocol

@@ -5,6 +5,7 @@
 
 #include <boost/container_hash/hash.hpp>
 #include <boost/unordered/unordered_flat_map.hpp>
+#include <array>
 #include <cstdint>
 #include <functional>
 #include <list>
@@ -79,7 +80,18 @@ class ServerStatements {
   boost::unordered_flat_map<std::uint64_t, std::list<StatementRef>::iterator> map_;
 };
 
-/// The name under which a statement is prepared on servers.
-std::string server_name(std::uint64_t id);
+/// The name under which a statement is prepared on servers. Written for each Bind, so it lives without the heap.
+class ServerName {
+ public:
+  explicit ServerName(std::uint64_t id);
+  std::string_view view() const { return {text_.data(), size_}; }
+  operator std::string_view() const { return view(); }
+  std::size_t size() const { return size_; }
+
+ private:
+  std::array<char, 32> text_;
+  std::size_t size_;
+};
+inline ServerName server_name(std::uint64_t id) { return ServerName(id); }
 
 }  // namespace pgsidecar::protocol

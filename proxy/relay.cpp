@@ -165,7 +165,7 @@ bool ClientSession::deallocate(Bytes whole) {
       server_->pipeline.push({Request::Sync, Verdict::Skip, id_});
     }
   }
-  worker_.to_server.own([&](std::string& out) { protocol::write_query(out, "DEALLOCATE " + protocol::server_name(statement->id)); });
+  worker_.to_server.own([&](std::string& out) { protocol::write_query(out, "DEALLOCATE " + std::string(protocol::server_name(statement->id).view())); });
   server_->pipeline.push({Request::Query, Verdict::Forward, id_});
   server_->statements.erase(statement->id);
   statements.erase(name);
@@ -342,7 +342,7 @@ std::size_t ClientSession::on_bind(Bytes available, std::size_t total) {
     return available.size();
   }
   prepare(statement);
-  const std::string own_name = protocol::server_name(statement->id);
+  const protocol::ServerName own_name = protocol::server_name(statement->id);
   const std::size_t consumed = kHeaderSize + portal.size() + 1 + name.size() + 1;
   worker_.to_server.own([&](std::string& out) {
     out.push_back('B');
