@@ -51,6 +51,7 @@ struct PoolSettings {
 struct Upstream {
   std::string url;                          ///< URI or keyword string, `${...}` not yet expanded
   std::map<std::string, std::string> keys;  ///< libpq keywords given beside the URL (they win), unexpanded
+  std::string dbname;                       ///< the database if neither names one: the section's name
 
   friend bool operator==(const Upstream&, const Upstream&) = default;
 };
@@ -58,7 +59,7 @@ struct Upstream {
 /// `databases:` NAME, or "*" for every database of the server under its own name.
 struct Database {
   std::string name;
-  Upstream upstream;  ///< the global one overlaid with this section's keys
+  Upstream upstream;  ///< the global one overlaid with this section's keys; with a url of its own it begins anew
   PoolSettings pool;
 
   friend bool operator==(const Database&, const Database&) = default;
@@ -118,7 +119,7 @@ struct Shutdown {
 
 struct Config {
   std::vector<Listen> listen{{Listen::Kind::Tcp, "127.0.0.1", 6432, {}}};
-  Upstream upstream{"${DATABASE_URL}", {}};
+  Upstream upstream{"${DATABASE_URL}", {}, {}};
   PoolSettings pool;
   std::map<std::string, Database> databases;  ///< empty: the upstream URL's database under its own name
   std::map<std::string, User> users;          ///< empty: the upstream URL's user

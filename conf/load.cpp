@@ -2,7 +2,13 @@
 
 #include <yaml-cpp/yaml.h>
 
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
 #include <fstream>
+#include <set>
 #include <sstream>
 
 #include "conf/schema.hpp"
@@ -27,25 +33,44 @@ class Reader {
       : file_(file), env_(env), config_(config), mistakes_(mistakes) {}
 
   void read(const YAML::Node& root) {
-    if (root.IsNull()) return;
-    if (!root.IsMap()) return mistake(root, "", "a mapping of keys is expected");
+    if (!root.IsNull() && !root.IsMap()) mistake(root, "", "a mapping of keys is expected");
+    no_duplicates(root, "");
     for (const auto& entry : root) {
       const std::string name = entry.first.Scalar();
       if (name == "upstream") upstream(entry.second, "upstream", config_.upstream);
       else if (name != "databases" && name != "users") top(entry.first, entry.second, name);
     }
-    // What these leave out is the global sections', which are read by now.
+    environment();
+    // What these leave out is the global sections' and the environment's, which are read by now.
     for (const auto& entry : root) {
       const std::string name = entry.first.Scalar();
       if (name == "databases") each(entry.second, name, [this](const std::string& key, const YAML::Node& node) { database(key, node); });
       if (name == "users") each(entry.second, name, [this](const std::string& key, const YAML::Node& node) { user(key, node); });
     }
+    validate();
   }
 
  private:
   void mistake(const YAML::Node& at, const std::string& path, const std::string& text) {
-    const auto mark = at.Mark();
-    mistakes_.push_back(file_ + ":" + std::to_string(mark.line + 1) + ": " + (path.empty() ? "" : path + ": ") + text);
+    lines_[path] = at.Mark().line + 1;
+    mistake(path, text);
+  }
+
+  void mistake(const std::string& path, const std::string& text) {
+    const auto line = lines_.find(path);
+    mistakes_.push_back((line == lines_.end() ? "" : file_ + ":" + std::to_string(line->second) + ": ") + (path.empty() ? "" : path + ": ") + text);
+    wrong_.insert(path.substr(0, path.rfind('.')));
+  }
+
+  void no_duplicates(const YAML::Node& map, const std::string& path) {
+    if (!map.IsMap()) return;
+    std::set<std::string> seen;
+    for (const auto& entry : map) {
+      const std::string inner = (path.empty() ? "" : path + ".") + entry.first.Scalar();
+      if (!seen.insert(inner).second) mistake(entry.first, inner, "given twice");
+      else lines_[inner] = entry.first.Mark().line + 1;
+      no_duplicates(entry.second, inner);
+    }
   }
 
   std::optional<std::string> scalar(const YAML::Node& node, const std::string& path, bool expanded) {
@@ -127,15 +152,45 @@ class Reader {
       return;
     }
     if (!node.IsMap()) return mistake(node, path, "a mapping with url, or libpq keywords, is expected");
-    bool url = false;
     for (const auto& entry : node) {
       const std::string name = entry.first.Scalar();
       const auto text = scalar(entry.second, path + "." + name, false);
       if (!text) continue;
-      if (name == "url") up.url = *text, url = true;
-      else up.keys[name] = *text;
+      if (name == "url") {
+        up.url = *text;
+      } else if (is_keyword(name)) {
+        up.keys[name] = *text;
+      } else {
+        auto known = connection_keywords();
+        known.push_back("url");
+        mistake(entry.first, path + "." + name, "unknown key" + did_you_mean(name, known));
+      }
     }
-    if (!url && up.keys.contains("host")) up.url.clear();  // given in keywords alone
+  }
+
+  static bool is_keyword(std::string_view name) {
+    const auto known = connection_keywords();
+    return std::find(known.begin(), known.end(), name) != known.end();
+  }
+
+  /// The keys of the environment. Those below upstream stay unexpanded, as in the file.
+  void environment() {
+    Upstream& up = config_.upstream;
+    if (const auto url = env_("PGSIDECAR_UPSTREAM_URL")) up.url = *url;
+    for (const std::string_view keyword : connection_keywords())
+      if (const auto value = env_(environment_name("upstream." + std::string(keyword)))) up.keys[std::string(keyword)] = *value;
+    for (const auto& key : config_keys()) {
+      const std::string name = environment_name(key.path);
+      const auto text = env_(name);
+      if (!text) continue;
+      try {
+        key.set(config_, expand(*text, env_));
+      } catch (const std::exception& e) {
+        mistakes_.push_back(name + ": " + e.what());
+      }
+    }
+    // A server given in keywords alone. The default stays if it can be read: it may hold the rest.
+    if (up.url == kDefaultUrl && up.keys.contains("host") && (up.keys.contains("user") || !env_("DATABASE_URL"))) up.url.clear();
   }
 
   template <class F>
@@ -151,15 +206,23 @@ class Reader {
     bool named = false;
     each(node, path, [&](const std::string& key, const YAML::Node& value) {
       if (key == "upstream") {
-        upstream(value, path + ".upstream", database.upstream);
-        named = true;
+        Upstream own;
+        upstream(value, path + ".upstream", own);
+        if (!own.url.empty()) database.upstream = {};  // another server, with credentials of its own
+        else if (own.keys.contains("host") && !own.keys.contains("hostaddr")) database.upstream.keys.erase("hostaddr");
+        if (!own.url.empty()) database.upstream.url = own.url;
+        for (const auto& [keyword, given] : own.keys) database.upstream.keys[keyword] = given;
+        named = own.keys.contains("dbname");
       } else if (key == "pool") {
         pool(value, path + ".pool", database.pool);
       } else {
         mistake(value, path + "." + key, "unknown key" + did_you_mean(key, {"upstream", "pool"}));
       }
     });
-    if (name != "*" && !named) database.upstream.keys["dbname"] = name;
+    if (name != "*" && !named) {
+      if (database.upstream.url == config_.upstream.url) database.upstream.keys["dbname"] = name;
+      else database.upstream.dbname = name;
+    }
     config_.databases[name] = std::move(database);
   }
 
@@ -179,71 +242,92 @@ class Reader {
     config_.users[name] = std::move(user);
   }
 
+  void check_upstream(const std::string& path, const Upstream& upstream) {
+    try {
+      const ConnectParams p = resolve_upstream(upstream, env_);
+      for (const auto& [keyword, file] : {std::pair{"sslrootcert", p.sslrootcert}, {"sslcert", p.sslcert}, {"sslkey", p.sslkey}, {"sslcrl", p.sslcrl}})
+        if (file != "system") check_file(path, file, keyword);
+    } catch (const ConfigError& e) {
+      mistake(lines_.contains(path + ".url") ? path + ".url" : path, e.what());
+    }
+  }
+
+  void check_file(const std::string& path, const std::string& file, const std::string& keyword = {}) {
+    if (!file.empty() && ::access(file.c_str(), R_OK) != 0)
+      mistake(path, "cannot read " + (keyword.empty() ? "" : keyword + " ") + "\"" + file + "\": " + std::strerror(errno));
+  }
+
+  void check_pool(const std::string& path, const PoolSettings& pool) {
+    if (pool.min > pool.max && !wrong_.contains(path) && !wrong_.contains("pool"))
+      mistake(path + ".min", std::to_string(pool.min) + " is more than " + path + ".max (" + std::to_string(pool.max) + ")");
+  }
+
+  /// What one key alone doesn't show.
+  void validate() {
+    if (config_.upstream.url == kDefaultUrl && !env_("DATABASE_URL"))
+      mistake("upstream.url", "no database to connect to: set DATABASE_URL (or PGSIDECAR_UPSTREAM_URL, or upstream.url in the file) to a "
+                              "connection string such as postgresql://user:password@host:5432/dbname");
+    else check_upstream("upstream", config_.upstream);
+    for (const auto& [name, database] : config_.databases)
+      if (database.upstream.url != config_.upstream.url) check_upstream("databases." + name + ".upstream", database.upstream);
+    if (const auto any = config_.users.find("*"); any != config_.users.end()) {
+      if (config_.auth.method == AuthMethod::ScramSha256 || config_.auth.method == AuthMethod::Md5)
+        mistake("users.*", "needs auth.method password (each user's password is passed on to the server), cert or trust: by " +
+                               std::string(config_.auth.method == AuthMethod::Md5 ? "md5" : "scram-sha-256") + " no password reaches pgsidecar");
+      if (any->second.password) mistake("users.*.password", "users that aren't named have passwords of their own");
+    }
+    for (const auto& [name, user] : config_.users) {
+      if (!user.password) continue;
+      try {
+        expand(*user.password, env_);
+      } catch (const ConfigError& e) {
+        mistake("users." + name + ".password", e.what());
+      }
+    }
+    const Tls& tls = config_.tls;
+    if (tls.mode != TlsMode::Disable && (tls.certificate.empty() || tls.key.empty()))
+      mistake("tls", "mode is not disable, which needs tls.certificate and tls.key");
+    if (tls.mode == TlsMode::VerifyFull && tls.ca.empty()) mistake("tls.ca", "mode verify-full needs it: the CA of the clients' certificates");
+    if (tls.mode != TlsMode::Disable)
+      for (const auto& [path, file] : {std::pair{"tls.certificate", tls.certificate}, {"tls.key", tls.key}, {"tls.ca", tls.ca}}) check_file(path, file);
+    if (config_.auth.method == AuthMethod::Cert && (tls.ca.empty() || tls.mode == TlsMode::Disable))
+      mistake("auth.method", "cert needs TLS (tls.mode) and tls.ca, the CA of the clients' certificates");
+    check_pool("pool", config_.pool);
+    if (config_.pool.min > config_.pool.max) return;  // told once
+    for (const auto& [name, database] : config_.databases) check_pool("databases." + name + ".pool", database.pool);
+    for (const auto& [name, user] : config_.users)
+      if (user.pool) check_pool("users." + name + ".pool", *user.pool);
+  }
+
+  static constexpr const char* kDefaultUrl = "${DATABASE_URL}";
+  std::map<std::string, int> lines_;  // where a path was given
+  std::set<std::string> wrong_;       // sections with a mistake
   std::string file_;
   const Environment& env_;
   Config& config_;
   std::vector<std::string>& mistakes_;
 };
 
-void overlay_environment(Config& config, const Environment& env, std::vector<std::string>& mistakes) {
-  if (const auto url = env("PGSIDECAR_UPSTREAM_URL")) config.upstream.url = *url;
-  for (const auto& key : config_keys()) {
-    const std::string name = environment_name(key.path);
-    const auto text = env(name);
-    if (!text) continue;
-    try {
-      key.set(config, expand(*text, env));
-    } catch (const std::exception& e) {
-      mistakes.push_back(name + ": " + e.what());
-    }
-  }
-}
-
-void validate(const Config& config, const Environment& env, std::vector<std::string>& mistakes) {
-  const auto check_upstream = [&](const std::string& path, const Upstream& upstream) {
-    try {
-      resolve_upstream(upstream, env);
-    } catch (const ConfigError& e) {
-      mistakes.push_back(path + ": " + e.what());
-    }
-  };
-  if (config.upstream.url == "${DATABASE_URL}" && !env("DATABASE_URL"))
-    mistakes.emplace_back("upstream.url: no database to connect to: set DATABASE_URL (or PGSIDECAR_UPSTREAM_URL, or upstream.url in the file) to a "
-                          "connection string such as postgresql://user:password@host:5432/dbname");
-  else check_upstream("upstream.url", config.upstream);
-  for (const auto& [name, database] : config.databases)
-    if (!(database.upstream.url == config.upstream.url)) check_upstream("databases." + name + ".upstream", database.upstream);
-  if (const auto any = config.users.find("*"); any != config.users.end()) {
-    if (config.auth.method == AuthMethod::ScramSha256 || config.auth.method == AuthMethod::Md5)
-      mistakes.emplace_back("users.*: needs auth.method password (each user's password is passed on to the server), cert or trust: by " +
-                            std::string(config.auth.method == AuthMethod::Md5 ? "md5" : "scram-sha-256") + " no password reaches pgsidecar");
-    if (any->second.password) mistakes.emplace_back("users.*.password: users that aren't named have passwords of their own");
-  }
-  for (const auto& [name, user] : config.users) {
-    if (!user.password) continue;
-    try {
-      expand(*user.password, env);
-    } catch (const ConfigError& e) {
-      mistakes.push_back("users." + name + ".password: " + e.what());
-    }
-  }
-  const auto check_pool = [&](const std::string& path, const PoolSettings& pool) {
-    if (pool.min > pool.max)
-      mistakes.push_back(path + ".min: " + std::to_string(pool.min) + " is more than " + path + ".max (" + std::to_string(pool.max) + ")");
-  };
-  check_pool("pool", config.pool);
-  for (const auto& [name, database] : config.databases) check_pool("databases." + name + ".pool", database.pool);
-  if (config.tls.mode != TlsMode::Disable && (config.tls.certificate.empty() || config.tls.key.empty()))
-    mistakes.emplace_back("tls: mode is not disable, which needs tls.certificate and tls.key");
-  if (config.auth.method == AuthMethod::Cert && config.tls.ca.empty())
-    mistakes.emplace_back("auth.method: cert needs tls.ca, the CA of the clients' certificates");
-}
-
 }  // namespace
 
 ConfigError::ConfigError(std::vector<std::string> mistakes) : std::runtime_error(joined(mistakes)), mistakes_(std::move(mistakes)) {}
 
-std::string expand(std::string_view text, const Environment& env) {
+namespace {
+
+/// Percent-encodes what isn't unreserved (RFC 3986).
+std::string encoded(std::string_view text) {
+  static constexpr char kHex[] = "0123456789ABCDEF";
+  std::string out;
+  for (const char c : text) {
+    const auto u = static_cast<unsigned char>(c);
+    if ((c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '-' || c == '.' || c == '_' || c == '~') out += c;
+    else out.append({'%', kHex[u >> 4], kHex[u & 15]});
+  }
+  return out;
+}
+
+/// Files named before `encode_before` are percent-encoded.
+std::string expand_until(std::string_view text, const Environment& env, std::size_t encode_before) {
   std::string out;
   for (std::size_t i = 0; i < text.size(); ++i) {
     if (text[i] != '$' || i + 1 == text.size()) {
@@ -274,7 +358,7 @@ std::string expand(std::string_view text, const Environment& env) {
       if (value.size() > kMaxFile) throw ConfigError("file \"" + path + "\" named by ${file:} is larger than 1 MiB");
       if (!value.empty() && value.back() == '\n') value.pop_back();
       if (!value.empty() && value.back() == '\r') value.pop_back();
-      out += value;
+      out += i < encode_before ? encoded(value) : value;
       continue;
     }
     const auto colon = inside.find(":-");
@@ -286,10 +370,19 @@ std::string expand(std::string_view text, const Environment& env) {
   return out;
 }
 
+}  // namespace
+
+std::string expand(std::string_view text, const Environment& env) {
+  return expand_until(text, env, 0);
+}
+
 ConnectParams resolve_upstream(const Upstream& upstream, const Environment& env) {
   std::map<std::string, std::string> keys;
   for (const auto& [name, value] : upstream.keys) keys[name] = expand(value, env);
-  return parse_connection_string(expand(upstream.url, env), keys, env);
+  // A file holds a password as it is: where a URI wants one, it is encoded.
+  const std::string_view url = upstream.url;
+  const std::size_t at = url.starts_with("postgres") && url.find("://") != url.npos ? url.rfind('@') : url.npos;
+  return parse_connection_string(expand_until(url, env, at == url.npos ? 0 : at), keys, env, upstream.dbname);
 }
 
 Config load_text(std::string_view yaml, std::string_view name, const Environment& env) {
@@ -300,8 +393,6 @@ Config load_text(std::string_view yaml, std::string_view name, const Environment
   } catch (const YAML::Exception& e) {
     mistakes.push_back(std::string(name) + ":" + std::to_string(e.mark.line + 1) + ": not valid YAML: " + e.msg);
   }
-  overlay_environment(config, env, mistakes);
-  if (mistakes.empty()) validate(config, env, mistakes);
   if (!mistakes.empty()) throw ConfigError(std::move(mistakes));
   return config;
 }
@@ -324,11 +415,11 @@ std::string to_redacted_yaml(const Config& config) {
     out << YAML::EndMap;
   };
   const auto upstream = [&](const Upstream& up) {
-    // A URL may hold a password anywhere; only what is a reference is shown.
-    const bool reference = up.url.starts_with("${") && up.url.find('}') == up.url.size() - 1;
+    // A URL may hold a password anywhere; only what is a reference (without a default) is shown.
+    const bool reference = up.url.starts_with("${") && up.url.find('}') == up.url.size() - 1 && up.url.find(":-") == std::string::npos;
     out << YAML::BeginMap << YAML::Key << "url" << YAML::Value << (up.url.empty() || reference ? up.url : "***");
     for (const auto& [name, value] : up.keys) {
-      const bool secret = name.find("password") != std::string::npos || name.find("secret") != std::string::npos;
+      const bool secret = name.find("password") != std::string::npos || name.find("secret") != std::string::npos || name.starts_with("scram_");
       out << YAML::Key << name << YAML::Value << (secret ? "***" : value);
     }
     out << YAML::EndMap;

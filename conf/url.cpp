@@ -1,5 +1,6 @@
 #include "conf/url.hpp"
 
+#include <arpa/inet.h>
 #include <pwd.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -94,11 +95,7 @@ using Values = std::map<std::string, std::string, std::less<>>;
 void set_value(Values& values, std::string_view raw_name, std::string value) {
   std::string name(raw_name);
   if (name == "ssl" && value == "true") name = "sslmode", value = "require";  // JDBC's and libpq's old form
-  if (!find_keyword(name)) {
-    std::vector<std::string_view> known;
-    for (const Keyword& keyword : kKeywords) known.push_back(keyword.name);
-    throw ConfigError("connection string: unknown parameter \"" + name + "\"" + did_you_mean(name, known));
-  }
+  if (!find_keyword(name)) throw ConfigError("connection string: unknown parameter \"" + name + "\"" + did_you_mean(name, connection_keywords()));
   values[name] = std::move(value);
 }
 
@@ -125,6 +122,8 @@ std::string decode(std::string_view text, const char* part) {
   }
   return out;
 }
+
+constexpr const char* kEncode = "; a / ? # @ : or % in a user name or password is percent-encoded (/ is %2F)";
 
 void parse_uri(std::string_view text, Values& values) {
   text.remove_prefix(text.find("://") + 3);
@@ -169,6 +168,9 @@ void parse_uri(std::string_view text, Values& values) {
       any_port |= !port.empty();
     }
     if (!authority.empty() && authority[0] != ',') throw ConfigError("connection string: unexpected text after the host");
+    // What stands here may be the beginning of a password with a / or ? in it: it isn't told.
+    if (port.find_first_not_of("0123456789") != std::string_view::npos && port.find('%') == std::string_view::npos)
+      throw ConfigError(std::string("connection string: the port is not a number") + kEncode);
     if (!first) hosts += ',', ports += ',';
     hosts += decode(one, "host");
     ports += decode(port, "port");
@@ -195,7 +197,14 @@ void parse_uri(std::string_view text, Values& values) {
 
 void parse_keywords(std::string_view text, Values& values) {
   const auto blank = [](char c) { return c == ' ' || (c >= '\t' && c <= '\r'); };
+  if (const auto colon = text.find("://"); colon < text.find('=')) {  // another client's URL: "postgresql+asyncpg://"
+    const std::string scheme(text.substr(0, colon));
+    const bool plain = scheme.find_first_not_of("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789+-.:") == std::string::npos;
+    throw ConfigError("connection string: " + (plain ? "the scheme \"" + scheme + "://\" is not known" : std::string("unknown form")) +
+                      "; it is postgresql://... or keyword=value ...");
+  }
   std::size_t i = 0;
+  bool after_password = false;
   const auto skip = [&] { while (i < text.size() && blank(text[i])) ++i; };
   for (skip(); i < text.size(); skip()) {
     const std::size_t begin = i;
@@ -220,6 +229,10 @@ void parse_keywords(std::string_view text, Values& values) {
         value += text[i];
       }
     }
+    // Neither the rest of a password with a blank in it nor a URL without its scheme is told.
+    if (!find_keyword(name) && (after_password || name.find_first_of("/@:") != std::string::npos))
+      throw ConfigError("connection string: an unknown parameter (a password with blanks is quoted: password='...')");
+    after_password |= name == "password";
     set_value(values, name, std::move(value));
   }
 }
@@ -254,7 +267,8 @@ T choice(std::string_view name, std::string_view text, const std::pair<std::stri
 
 bool is_loopback(const Host& host) {
   const std::string& name = host.address.empty() ? host.name : host.address;
-  return host.is_unix() || name == "localhost" || name.starts_with("127.") || name == "::1";
+  unsigned char v4[4];  // "127.example.com" is a name
+  return host.is_unix() || name == "localhost" || name == "::1" || (::inet_pton(AF_INET, name.c_str(), v4) == 1 && v4[0] == 127);
 }
 
 /// One line of a passfile: host:port:database:user:password, * for any, backslash escapes.
@@ -298,12 +312,19 @@ Environment process_environment() {
   };
 }
 
+std::vector<std::string_view> connection_keywords() {
+  std::vector<std::string_view> names;
+  for (const Keyword& keyword : kKeywords) names.push_back(keyword.name);
+  return names;
+}
+
 ConnectParams parse_connection_string(std::string_view text, const std::map<std::string, std::string>& overrides,
-                                      const Environment& env) {
+                                      const Environment& env, const std::string& default_dbname) {
   Values values;
   if (text.starts_with("postgresql://") || text.starts_with("postgres://")) parse_uri(text, values);
   else parse_keywords(text, values);
   for (const auto& [name, value] : overrides) set_value(values, name, value);
+  if (!default_dbname.empty()) values.try_emplace("dbname", default_dbname);
   ConnectParams p;
   for (const Keyword& keyword : kKeywords) {
     if (values.contains(keyword.name)) {
@@ -380,14 +401,26 @@ ConnectParams parse_connection_string(std::string_view text, const std::map<std:
   p.sslpassword = get("sslpassword");
   p.sslcrl = get("sslcrl");
   if (const auto sni = get("sslsni"); !sni.empty()) p.sslsni = sni != "0";
-  if (const auto v = get("ssl_min_protocol_version"); !v.empty()) p.sslMinProtocolVersion = v;
-  p.sslMaxProtocolVersion = get("ssl_max_protocol_version");
+  static constexpr std::pair<std::string_view, bool> kVersions[] = {{"TLSv1", true}, {"TLSv1.1", true}, {"TLSv1.2", true}, {"TLSv1.3", true}};
+  for (const auto& [name, to] : {std::pair{"ssl_min_protocol_version", &p.sslMinProtocolVersion}, {"ssl_max_protocol_version", &p.sslMaxProtocolVersion}})
+    if (const auto v = get(name); !v.empty() && choice(name, v, kVersions)) *to = v;
   static constexpr std::pair<std::string_view, ChannelBinding> kBinding[] = {
       {"disable", ChannelBinding::Disable}, {"prefer", ChannelBinding::Prefer}, {"require", ChannelBinding::Require}};
   if (const auto binding = get("channel_binding"); !binding.empty()) p.channelBinding = choice("channel_binding", binding, kBinding);
-  if (const auto methods = get("require_auth"); !methods.empty()) p.requireAuth = split(methods, ',');
-  if (const auto seconds = get("connect_timeout"); !seconds.empty()) p.connectTimeoutMillis = number("connect_timeout", seconds, 86400) * 1000;
-  if (const auto on = get("keepalives"); !on.empty()) p.keepalives = on != "0";
+  if (const auto methods = get("require_auth"); !methods.empty()) {
+    p.requireAuth = split(methods, ',');
+    static constexpr std::pair<std::string_view, bool> kMethods[] = {{"password", true}, {"md5", true}, {"gss", true}, {"sspi", true}, {"scram-sha-256", true}, {"none", true}};
+    for (const std::string& method : p.requireAuth) {
+      const bool negative = method.starts_with("!");
+      choice("require_auth", std::string_view(method).substr(negative), kMethods);
+      if (negative != p.requireAuth.front().starts_with("!"))
+        throw ConfigError("connection string: require_auth method \"" + method + "\" cannot be mixed with " + (negative ? "positive" : "negative") + " methods");
+    }
+  }
+  // Zero or less is no limit of its own, as with libpq.
+  if (const auto seconds = get("connect_timeout"); !seconds.empty() && !seconds.starts_with("-"))
+    p.connectTimeoutMillis = number("connect_timeout", seconds, 86400) * 1000;
+  if (const auto on = get("keepalives"); !on.empty()) p.keepalives = number("keepalives", on, 1) != 0;
   const auto optional_number = [&](const char* name, std::optional<std::uint32_t>& to) {
     if (const auto n = get(name); !n.empty()) to = number(name, n, 86'400'000);
   };

@@ -59,8 +59,12 @@ Environment process_environment();
 
 /// Reads a connection string. `overrides` are libpq keywords that win over the string; PG* variables fill what both
 /// leave out, then the passfile, then the defaults (sslmode: prefer on loopback and unix sockets, else verify-full).
+/// `default_dbname` counts if neither the string nor `overrides` name a database.
 /// Throws ConfigError (load.hpp) with a text that names the mistake and never holds a secret.
 ConnectParams parse_connection_string(std::string_view text, const std::map<std::string, std::string>& overrides,
-                                      const Environment& env);
+                                      const Environment& env, const std::string& default_dbname = {});
+
+/// libpq's keywords that are known, used or not.
+std::vector<std::string_view> connection_keywords();
 
 }  // namespace pgsidecar::conf

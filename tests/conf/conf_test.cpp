@@ -93,7 +93,10 @@ TEST(Url, Refused) {
       {"postgresql://a:1,b:2,c/d?port=1,2", "2 port numbers, but 3 hosts"},
       {"host", "="},
       {"host='a", "unterminated"},
-      {"mysql://h/d", "="},
+      {"mysql://h/d", "scheme \"mysql://\""},
+      {"postgresql://h/d?require_auth=md", "\"md5\""},
+      {"postgresql://h/d?require_auth=md5,!none", "mixed"},
+      {"postgresql://h/d?ssl_min_protocol_version=TLSv1.9", "TLSv1.9"},
       {"postgresql://h/d?sslrootcert=system&sslmode=require", "weak"},
       {"postgresql://localhost/d?sslnegotiation=direct", "weak"},
   };
@@ -104,7 +107,8 @@ TEST(Url, Refused) {
 }
 
 TEST(Url, MistakesDoNotTellThePassword) {
-  for (const char* text : {"postgresql://u:hunter2@h:x/d", "postgresql://u:hunter2%@h/d", "host=h password=hunter2 port=x", "postgresql://u:hunter2@h/d?no=1"})
+  for (const char* text : {"postgresql://u:hunter2@h:x/d", "postgresql://u:hunter2%@h/d", "host=h password=hunter2 port=x", "postgresql://u:hunter2@h/d?no=1",
+                           "postgresql+asyncpg://u:hunter2@h/d?ssl=require", "//u:hunter2@h/d?x=1", "postgresql://u:hunter2/x@h/d", "host=h password=a hunter2=b"})
     EXPECT_EQ(mistake([&] { parse(text); }).find("hunter2"), std::string::npos) << text;
 }
 
@@ -112,6 +116,7 @@ TEST(Url, SslmodeByDefault) {
   EXPECT_EQ(parse("postgresql://u@db.example.com/d").sslmode, SslMode::VerifyFull);
   for (const char* local : {"postgresql://u@localhost/d", "postgresql://u@127.0.0.1/d", "postgresql://u@[::1]/d", "host=/tmp"})
     EXPECT_EQ(parse(local).sslmode, SslMode::Prefer) << local;
+  EXPECT_EQ(parse("postgresql://u@127.example.com/d").sslmode, SslMode::VerifyFull);
   EXPECT_EQ(parse("postgresql://u@h/d?sslmode=no-verify").sslmode, SslMode::Require);
   EXPECT_EQ(parse("postgresql://u@h/d", {{"PGSSLMODE", "disable"}}).sslmode, SslMode::Disable);
 }
@@ -173,12 +178,50 @@ TEST(Load, SectionsTakeWhatTheyLeaveOutFromTheGlobalOnes) {
   EXPECT_EQ(config.users.at("x").pool->maxUses, 9u);
 }
 
+TEST(Load, TheEnvironmentReachesTheSections) {
+  const auto env = environment({{"PGSIDECAR_UPSTREAM_URL", "postgresql://e:s3cret@other/x"}, {"PGSIDECAR_POOL_MAX", "4"}, {"PGSIDECAR_UPSTREAM_SSLMODE", "require"}});
+  const Config config = load_text("upstream: {url: postgresql://u@h/d}\npool: {max: 20}\ndatabases: {a: {}}\nusers: {u: {pool: {min: 1}}}\n", "x", env);
+  EXPECT_EQ(config.databases.at("a").pool.max, 4u);
+  EXPECT_EQ(config.users.at("u").pool->max, 4u);
+  const ConnectParams p = resolve_upstream(config.databases.at("a").upstream, env);
+  EXPECT_EQ(p.hosts[0].name, "other");
+  EXPECT_EQ(p.dbname, "a");
+  EXPECT_EQ(p.sslmode, SslMode::Require);
+}
+
+TEST(Load, ASectionsUpstreamIsTheGlobalOneOverlaid) {
+  const Config config = load_text(
+      "upstream: {url: 'postgresql://app:pw@h:7/d', sslmode: require, password: other}\n"
+      "databases:\n  a: {upstream: {host: replica}}\n  b: {upstream: {url: 'postgresql://z:q@own/'}}\n  c: {upstream: {dbname: elsewhere}}\n"
+      "  d: {upstream: 'postgresql://z@own/named'}\n", "x", kUrl);
+  const auto resolved = [&](const char* name) { return resolve_upstream(config.databases.at(name).upstream, kUrl); };
+  EXPECT_EQ(resolved("a").hosts[0].name, "replica");
+  EXPECT_EQ(resolved("a").user, "app");
+  EXPECT_EQ(resolved("a").dbname, "a");
+  EXPECT_EQ(resolved("b").password, "q");
+  EXPECT_EQ(resolved("b").dbname, "b");
+  EXPECT_EQ(resolved("b").sslmode, SslMode::VerifyFull);
+  EXPECT_EQ(resolved("c").dbname, "elsewhere");
+  EXPECT_EQ(resolved("d").dbname, "named");
+}
+
+TEST(Load, ASecretFileInAUrlHoldsThePasswordAsItIs) {
+  const std::string file = testing::TempDir() + "pgsidecar_secret";
+  std::ofstream(file) << "p@ss/w?rd%41 #\n";
+  const auto p = resolve_upstream({"postgresql://u:${file:" + file + "}@h/d?application_name=${A}", {}, {}}, environment({{"A", "x"}}));
+  EXPECT_EQ(p.password, "p@ss/w?rd%41 #");
+  EXPECT_EQ(p.dbname, "d");
+  std::remove(file.c_str());
+}
+
 TEST(Load, AllMistakesAtOnceWithTheirLines) {
   const std::string text = mistake([] {
-    load_text("pool:\n  maxx: 3\n  mode: sesion\n  max: 0\nlistn: x\nusers: {u: {pasword: x}}\n", "f.yaml", kUrl);
+    load_text("pool:\n  maxx: 3\n  mode: sesion\n  max: 0\nlistn: x\nusers: {u: {pasword: x}}\n"
+              "upstream:\n  url: postgresql://h/d\n  sslmod: x\ntls: {mode: require}\nlistn: y\n", "f.yaml", kUrl);
   });
   for (const char* says : {"f.yaml:2: pool.maxx: unknown key (did you mean \"pool.max\"?)", "f.yaml:3: pool.mode", "f.yaml:4: pool.max", "f.yaml:5: listn",
-                           "\"listen\"", "\"password\""})
+                           "\"listen\"", "\"password\"", "f.yaml:9: upstream.sslmod: unknown key (did you mean \"sslmode\"?)", "f.yaml:10: tls:",
+                           "f.yaml:11: listn: given twice"})
     EXPECT_NE(text.find(says), std::string::npos) << says << "\n" << text;
 }
 
@@ -190,6 +233,8 @@ TEST(Load, WhatIsWrong) {
       {"listen: nowhere", "host:port"}, {"log: {level: loud}", "none of"}, {"upstream: {url: '${NO_SUCH}'}", "NO_SUCH is not set"},
       {"upstream: {url: 'postgresql://h:x/d'}", "port"}, {"users: {u: {password: '${file:/no/such}'}}", "/no/such"}, {"pool: {keepAlive: perhaps}", "true"},
       {"listen: '::1:5432'", "[address]:port"}, {"admin: {listen: 'unix:/tmp'}", "host:port or off"},
+      {"tls: {mode: require, certificate: /no/such, key: /no/such}", "cannot read \"/no/such\""}, {"users: {u: {pool: {min: 20}}}", "x:1: users.u.pool.min"},
+      {"upstream: {sslrootcert: /no/such}", "cannot read sslrootcert \"/no/such\""}, {"auth: {method: cert}\ntls: {ca: /etc/hostname}", "tls.mode"},
   };
   for (const auto& row : rows) {
     const std::string text = mistake([&] { load_text(row.yaml, "x", kUrl); });
@@ -211,6 +256,8 @@ TEST(Load, SecretsAreNotPrinted) {
   const std::string text = to_redacted_yaml(config);
   EXPECT_EQ(text.find("hunter"), std::string::npos) << text;
   EXPECT_NE(text.find("maxUses"), std::string::npos);
+  const Config defaulted = load_text("upstream: {url: '${NOPE:-postgresql://u:hunter2@h/d}'}\n", "x", kUrl);
+  EXPECT_EQ(to_redacted_yaml(defaulted).find("hunter2"), std::string::npos);
 }
 
 TEST(Load, SaysWhatAReloadChanges) {
