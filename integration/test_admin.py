@@ -359,10 +359,9 @@ def test_idle_costs_nothing(proxies, pg):
     for w in clients:
         w.value("SELECT 1")
     time.sleep(0.5)
-    before, cpu, start = proxy.switches(), proxy.cpu_seconds(), time.monotonic()
+    before, cpu = proxy.switches(), proxy.cpu_seconds()
     threading.Event().wait(3)
-    seconds = time.monotonic() - start
-    assert (proxy.switches() - before) / seconds <= 1.5
-    assert (proxy.cpu_seconds() - cpu) / seconds < 0.002
+    assert proxy.switches() - before <= 1
+    assert proxy.cpu_seconds() - cpu < 0.001
     for w in clients:
         w.sock.close()

@@ -24,7 +24,7 @@ import wire  # noqa: E402
 from harness import DATABASE, PASSWORD, USER  # noqa: E402
 
 CPUS = sorted(os.sched_getaffinity(0))
-POOL = {"pool": {"max": 15, "min": 0, "maxUses": 0, "connectionTimeoutMillis": 60000}, "limits": {"maxClients": 2000}}
+POOL = {"pool": {"max": 15, "min": 0, "maxUses": 0, "idleTimeoutMillis": 600000, "connectionTimeoutMillis": 60000}, "limits": {"maxClients": 2000}}
 CASES = [("select-only, simple", ["-S", "-M", "simple"], 1), ("select-only, simple", ["-S", "-M", "simple"], 50),
          ("select-only, extended", ["-S", "-M", "extended"], 1), ("select-only, extended", ["-S", "-M", "extended"], 50),
          ("TPC-B, simple", ["-M", "simple"], 1), ("TPC-B, simple", ["-M", "simple"], 50)]
