@@ -3,6 +3,8 @@
 #include <array>
 #include <cstddef>
 
+#include "protocol/harmless.hpp"
+
 namespace pgsidecar::protocol {
 
 namespace {
@@ -43,7 +45,7 @@ class Scanner {
   }
 
   std::uint32_t run() {
-    while (next()) {
+    while (step()) {
       if (kind_ == ';') {
         n_ = 0;
         first_ = second_ = {};
@@ -154,6 +156,42 @@ class Scanner {
     }
   }
 
+  /// The next token, looked at for calls.
+  bool step() {
+    const char previous = kind_;
+    if (!next()) return false;
+    const bool after_word = previous == 'w' || previous == '"';
+    if (kind_ == '(' && after_word) call();
+    if (kind_ == 'w' || kind_ == '"') {
+      schema_ = previous == '.' ? name_ : std::string_view();
+      if (previous != '.') lead_ = after_word ? name_ : std::string_view();
+      name_ = word_;
+      name_quoted_ = kind_ == '"';
+    }
+    return true;
+  }
+
+  /// A name and a parenthesis: a call, unless the word before the name says that it is a table, an alias or a new name.
+  void call() {
+    if (any(lead_, {"into", "table", "as", "with", "recursive", "references", "index", "exists", "copy", "analyze", "vacuum",
+                    "execute", "call"}))
+      return;
+    if (is(first_, "create") && any(lead_, {"on", "view", "function", "procedure", "aggregate", "type"})) return;
+    // These are dealt with by themselves, wherever they stand.
+    if (starts(name_, "pg_advisory_") || starts(name_, "pg_try_advisory_") ||
+        any(name_, {"set_config", "currval", "lastval", "setseed", "pg_backend_pid"}))
+      return;
+    if (name_.size() <= 40 && (schema_.empty() || is(schema_, "pg_catalog"))) {
+      char lower[40];
+      for (std::size_t i = 0; i < name_.size(); ++i) {
+        const char c = name_[i];
+        lower[i] = !name_quoted_ && c >= 'A' && c <= 'Z' ? static_cast<char>(c + 32) : c;
+      }
+      if (is_harmless({lower, name_.size()})) return;
+    }
+    residue_ |= kFunction;
+  }
+
   /// SET name.name: p_ is before the dot.
   void custom_setting() {
     residue_ |= kCustomSetting;
@@ -181,7 +219,7 @@ class Scanner {
 
   /// set_config(name, value, is_local): harmless if the last argument is `true`; the name counts if it is one literal.
   void set_config() {
-    if (!next() || kind_ != '(') {
+    if (!step() || kind_ != '(') {
       residue_ |= kSettings | kCustomSetting;
       written_out_ = false;
       return;
@@ -190,7 +228,7 @@ class Scanner {
     bool plain_name = false, local = false;
     std::string_view written;
     literals_ = 0;
-    while (depth > 0 && next()) {
+    while (depth > 0 && step()) {
       if (kind_ == '(' || kind_ == '[') ++depth;
       if (kind_ == ')' || kind_ == ']') --depth;
       const bool ends = depth == 0 || (depth == 1 && kind_ == ',');
@@ -336,6 +374,8 @@ class Scanner {
   std::string_view literal_;  // the last plain one
   int n_ = 0;  // words of this statement so far
   std::string_view word_, first_, second_;
+  std::string_view name_, schema_, lead_;  // the last word, what stands before its dot, the word before both
+  bool name_quoted_ = false;
   std::uint32_t residue_ = 0;
 };
 

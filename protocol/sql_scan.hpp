@@ -24,6 +24,7 @@ enum Residue : std::uint32_t {
   kTransaction = 1u << 9,     ///< not residue: BEGIN, START, COMMIT, END, ROLLBACK, ABORT, SAVEPOINT, PREPARE TRANSACTION
   kCustomSetting = 1u << 10,  ///< SET app.x, set_config of such a name or of one not written out: the server can't list these
   kReset = 1u << 11,          ///< RESET, SET ... DEFAULT, DISCARD: what the client brought at its login comes back
+  kFunction = 1u << 12,       ///< calls a function that isn't known to be harmless
   kUnreadable = 1u << 31,     ///< unterminated quote or comment and the like
 };
 
