@@ -261,6 +261,62 @@ def test_what_a_client_left_behind_is_gone_for_the_next(proxies, pg, leave, look
         assert after.value(look) == "0"
 
 
+@pytest.fixture(scope="module")
+def functions(_server):
+    """Functions that leave something behind, or don't."""
+    _server.sql("""
+        DROP SCHEMA IF EXISTS fn CASCADE;
+        CREATE SCHEMA fn;
+        GRANT USAGE ON SCHEMA fn TO PUBLIC;
+        CREATE FUNCTION fn.set_mem(v text) RETURNS void LANGUAGE plpgsql AS $$BEGIN PERFORM set_config('work_mem', v, false); END$$;
+        CREATE FUNCTION fn.set_tenant(v text) RETURNS void LANGUAGE plpgsql AS $$BEGIN PERFORM set_config('app.tenant', v, false); END$$;
+        CREATE FUNCTION fn.outer_tenant(v text) RETURNS void LANGUAGE sql AS $$SELECT fn.set_tenant(v)$$;
+        CREATE FUNCTION fn.dynamic_tenant(v text) RETURNS void LANGUAGE plpgsql AS $$BEGIN EXECUTE format('SET app.tenant = %L', v); END$$;
+        CREATE FUNCTION fn.any_setting(n text, v text) RETURNS void LANGUAGE plpgsql AS $$BEGIN PERFORM set_config(n, v, false); END$$;
+        CREATE FUNCTION fn.lock() RETURNS void LANGUAGE plpgsql AS $$BEGIN PERFORM pg_advisory_lock(99); END$$;
+        CREATE FUNCTION fn.temp() RETURNS void LANGUAGE plpgsql AS $$BEGIN CREATE TEMP TABLE from_function (a int); END$$;
+        CREATE FUNCTION fn.plus(a int) RETURNS int LANGUAGE sql AS $$SELECT a + 1$$;
+        CREATE PROCEDURE fn.proc_tenant(v text) LANGUAGE plpgsql AS $$BEGIN PERFORM set_config('app.tenant', v, false); END$$;
+    """, database=DATABASE)
+    yield
+    _server.sql("DROP SCHEMA fn CASCADE", database=DATABASE)
+
+
+@pytest.mark.parametrize("leave,look,expected,clean", [
+    ("SELECT fn.set_mem('9MB')", "SHOW work_mem", "9MB", "4MB"),
+    ("SELECT fn.set_tenant('z')", "SELECT coalesce(current_setting('app.tenant', true), '')", "z", ""),
+    ("SELECT fn.outer_tenant('z')", "SELECT coalesce(current_setting('app.tenant', true), '')", "z", ""),
+    ("SELECT fn.dynamic_tenant('z')", "SELECT coalesce(current_setting('app.tenant', true), '')", "z", ""),
+    ("SELECT fn.any_setting('app.tenant', 'z')", "SELECT coalesce(current_setting('app.tenant', true), '')", "z", ""),
+    ("CALL fn.proc_tenant('z')", "SELECT coalesce(current_setting('app.tenant', true), '')", "z", ""),
+    ("DO $$BEGIN PERFORM fn.set_tenant('z'); END$$", "SELECT coalesce(current_setting('app.tenant', true), '')", "z", ""),
+    ("DO $$BEGIN IF true THEN SET app.tenant = 'z'; END IF; END$$", "SELECT coalesce(current_setting('app.tenant', true), '')", "z", ""),
+    ("SELECT fn.lock()", "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid()", "1", "0"),
+    ("SELECT fn.temp()", "SELECT count(*) FROM pg_class WHERE relname = 'from_function' AND pg_table_is_visible(oid)", "1", "0"),
+])
+@pytest.mark.parametrize("extended", [False, True], ids=["simple", "extended"])
+def test_what_functions_leave_behind_is_their_callers_alone(proxies, functions, leave, look, expected, clean, extended):
+    proxy = proxies({"pool": {"max": 2, "connectionTimeoutMillis": 10000}})
+    with raw(proxy) as a, raw(proxy) as b:
+        for _ in range(2):
+            done = a.ask(wire.parse(leave), wire.bind(), wire.execute(), wire.SYNC) if extended else a.ask(wire.query(leave))
+            assert not [m for m in done if m.type == "E"] or "already exists" in [m.error["M"] for m in done if m.type == "E"][0]
+            for _ in range(2):
+                assert b.value(look) == clean
+                assert a.value(look) in (expected, "2")  # the second advisory lock counts
+    with raw(proxy) as after:
+        assert after.value(look) == clean
+
+
+def test_a_harmless_function_is_asked_about_once(proxies, pg, functions):
+    proxy = proxies({"pool": {"max": 1}})
+    with raw(proxy) as a:
+        for _ in range(5):
+            assert a.value("SELECT fn.plus(1)") == "2"
+        last = pg.sql("SELECT query FROM pg_stat_activity WHERE usename = 'app' AND client_port > 0")[0][0]
+        assert last == "SELECT fn.plus(1)"  # no look at the session after it
+
+
 @pytest.mark.generic
 def test_no_client_sees_another_ones_bytes(proxies, pg):
     """Random tokens from 60 clients on 4 servers, in all forms: each gets its own, whole and in order."""

@@ -36,10 +36,11 @@ bool any(std::string_view word, const std::string_view (&list)[N]) {
 
 class Scanner {
  public:
-  Scanner(std::string_view sql, bool conforming) : p_(sql.data()), end_(p_ + sql.size()), conforming_(conforming) {}
+  Scanner(std::string_view sql, bool conforming, BodyScan* found = nullptr, bool body = false)
+      : p_(sql.data()), end_(p_ + sql.size()), conforming_(conforming), found_(found), body_(body) {}
 
+  /// After run().
   bool names(std::vector<std::string>& names) {
-    run();
     names = std::move(names_);
     return written_out_;
   }
@@ -52,11 +53,17 @@ class Scanner {
         continue;
       }
       if (kind_ != 'w' && kind_ != '"') continue;
+      if (body_ && any(word_, {"begin", "then", "else", "loop", "declare"})) {
+        n_ = 0;
+        first_ = second_ = {};
+        continue;
+      }
       ++n_;
       if (n_ == 1) first_ = word_;
       if (n_ == 2) second_ = word_;
       if (n_ <= 4 && kind_ == 'w') statement_word();
       if (n_ <= 3 && n_ >= 2 && is(first_, "set") && !is(second_, "local") && peek_past_blanks() == '.') custom_setting();
+      if (body_ && n_ == 1 && is(word_, "set") && peek_past_blanks() == '%') residue_ |= kSettings | kCustomSetting, written_out_ = false;
       if (word_.size() >= 4) anywhere();
     }
     return residue_;
@@ -148,6 +155,7 @@ class Scanner {
         break;
       case 'e':
         if (is(word_, "execute") && (is(first_, "explain") || is(first_, "create"))) residue_ |= kPrepared;
+        if (body_ && is(word_, "execute")) residue_ |= kFunction;
         break;
       case 'h':
         if (is(word_, "hold") && declare_) residue_ |= kCursor;
@@ -174,7 +182,7 @@ class Scanner {
   /// A name and a parenthesis: a call, unless the word before the name says that it is a table, an alias or a new name.
   void call() {
     if (any(lead_, {"into", "table", "as", "with", "recursive", "references", "index", "exists", "copy", "analyze", "vacuum",
-                    "execute", "call"}))
+                    "execute"}))
       return;
     if (is(first_, "create") && any(lead_, {"on", "view", "function", "procedure", "aggregate", "type"})) return;
     // These are dealt with by themselves, wherever they stand.
@@ -189,7 +197,17 @@ class Scanner {
       }
       if (is_harmless({lower, name_.size()})) return;
     }
-    residue_ |= kFunction;
+    if (found_) found_->calls.push_back(name_quoted_ ? std::string(name_) : lower(name_));
+    else residue_ |= kFunction;
+  }
+
+  /// A text within the text that may be run: the body of DO, what a function's EXECUTE is given.
+  void inner(std::string_view text) {
+    if (!body_ && !is(first_, "do")) return;
+    Scanner scanner(text, conforming_, found_, true);
+    residue_ |= scanner.run() & ~(kTransaction | kUnreadable);
+    names_.insert(names_.end(), scanner.names_.begin(), scanner.names_.end());
+    written_out_ &= scanner.written_out_;
   }
 
   /// SET name.name: p_ is before the dot.
@@ -272,6 +290,7 @@ class Scanner {
         if (!quoted('\'', !conforming_)) return false;
         literal_ = {begin, static_cast<std::size_t>(p_ - 1 - begin)};
         ++literals_;
+        inner(literal_);
         continue;
       }
       if (c == '$' && !is_digit(peek(1))) {
@@ -361,6 +380,7 @@ class Scanner {
     const std::size_t at = rest.find(tag);
     if (at == std::string_view::npos) return unreadable();
     p_ = rest.data() + at + tag.size();
+    inner(rest.substr(0, at));
     return true;
   }
 
@@ -368,6 +388,8 @@ class Scanner {
   const char* end_;
   bool conforming_, declare_ = false;
   char kind_ = 0;
+  BodyScan* found_;
+  bool body_;  // of a function
   bool written_out_ = true;
   std::vector<std::string> names_;  // of custom settings
   int literals_ = 0;
@@ -385,6 +407,24 @@ std::uint32_t scan_sql(std::string_view sql, bool standard_conforming_strings) {
   return Scanner(sql, standard_conforming_strings).run();
 }
 
-bool custom_setting_names(std::string_view sql, std::vector<std::string>& names) { return Scanner(sql, true).names(names); }
+BodyScan scan_body(std::string_view body) {
+  BodyScan found;
+  Scanner scanner(body, true, &found, true);
+  found.residue = scanner.run() & ~kTransaction;
+  if (scanner.names(found.custom_settings)) found.residue = found.residue & kCustomSetting ? (found.residue & ~kCustomSetting) | kSettings : found.residue;
+  return found;
+}
+
+std::vector<std::string> called_functions(std::string_view sql) {
+  BodyScan found;
+  Scanner(sql, true, &found).run();
+  return std::move(found.calls);
+}
+
+bool custom_setting_names(std::string_view sql, std::vector<std::string>& names) {
+  Scanner scanner(sql, true);
+  scanner.run();
+  return scanner.names(names);
+}
 
 }  // namespace pgsidecar::protocol

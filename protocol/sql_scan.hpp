@@ -32,6 +32,17 @@ enum Residue : std::uint32_t {
 /// backslashes escape in plain quotes. O(size).
 std::uint32_t scan_sql(std::string_view sql, bool standard_conforming_strings = true);
 
+/// What running the body of a function in SQL or PL/pgSQL may leave behind, as scan_sql. `calls` are the functions that it calls
+/// and that aren't known to be harmless, without their schemas; `custom_settings` the ones that it names.
+struct BodyScan {
+  std::uint32_t residue = 0;  ///< kFunction: of SQL that is put together when it runs; kCustomSetting: not all names are written out
+  std::vector<std::string> calls, custom_settings;
+};
+BodyScan scan_body(std::string_view body);
+
+/// The functions that a text with kFunction calls and that aren't known to be harmless, without their schemas.
+std::vector<std::string> called_functions(std::string_view sql);
+
 /// The custom settings (`app.x`) that a text sets, in lower case, for a text with kCustomSetting. False: not all of them are
 /// written out.
 bool custom_setting_names(std::string_view sql, std::vector<std::string>& names);

@@ -475,6 +475,8 @@ void ClientSession::on_server_ready() {
   release();
 }
 
+void ClientSession::on_learned(std::uint32_t residue) { residue_ |= residue | protocol::kFunction; }
+
 void ClientSession::on_residue(SettingsRef now, const std::string& pins, bool certain) {
   if (now) {
     auto values = now->values;

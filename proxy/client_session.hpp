@@ -52,6 +52,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   void on_server_ready();
   void on_greeting_failed(const protocol::ErrorFields& error);
   void on_residue(SettingsRef settings, const std::string& pins, bool certain);
+  void on_learned(std::uint32_t residue);  ///< of functions that it has called: the session is to be looked at
   void on_parse_done(bool ok);
   void on_answered();          ///< ReadyForQuery of a request of its own
   void on_statements_gone();  ///< DISCARD ALL, DEALLOCATE ALL

@@ -110,7 +110,9 @@ void ClientSession::restore_after_reset() {
 void ClientSession::note_residue(std::string_view sql, std::uint32_t known) {
   if (known == 0) return;
   std::uint32_t residue = known;
-  if (residue & protocol::kCustomSetting) {
+  if (residue & protocol::kFunction)
+    residue = (residue & ~protocol::kFunction) | entry_->functions.residue_of(protocol::called_functions(sql), worker_.now());
+  if (known & protocol::kCustomSetting) {
     std::vector<std::string> names;
     if (protocol::custom_setting_names(sql, names) && entry_->settings.learn(names))
       residue = (residue & ~protocol::kCustomSetting) | protocol::kSettings;

@@ -22,7 +22,7 @@ namespace {
 constexpr std::uint32_t kMaxMessage = 0x40000000;
 constexpr std::size_t kMaxParsed = 1u << 20;  // of a message of the server that is looked into
 // Notes of the proxy's own queries.
-constexpr std::uint32_t kApply = 1, kResidue = 2, kReset = 3, kRestore = 4;
+constexpr std::uint32_t kApply = 1, kResidue = 2, kReset = 3, kRestore = 4, kLearn = 5;
 
 /// Messages that are looked into and so wanted whole.
 bool wanted_whole(Backend type) {
@@ -37,6 +37,20 @@ bool wanted_whole(Backend type) {
     default:
       return false;
   }
+}
+
+/// The columns of a DataRow in text; NULL is empty. False: it isn't one of so many.
+template <std::size_t N>
+bool read_row(Bytes whole, std::string (&field)[N]) {
+  protocol::Reader reader(whole.subspan(kHeaderSize));
+  if (reader.u16() != N) return false;
+  for (std::string& one : field) {
+    const std::uint32_t size = reader.u32();
+    if (size == 0xffffffff) continue;
+    const Bytes value = reader.bytes(size);
+    one.assign(reinterpret_cast<const char*>(value.data()), value.size());
+  }
+  return reader.done();
 }
 
 }  // namespace
@@ -238,6 +252,7 @@ bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total
     protocol::Reader reader(available.subspan(kHeaderSize));
     const std::string_view tag = reader.cstring();
     if (tag == "DISCARD ALL" || tag == "DEALLOCATE ALL") client_->on_statements_gone();
+    if (tag.ends_with(" FUNCTION") || tag.ends_with(" PROCEDURE") || tag.ends_with(" EXTENSION")) entry_.functions.forget();
   }
   if (forward) worker_.to_client.add(available.data(), available.size());
   pass_left_ = total - available.size();
@@ -297,16 +312,8 @@ void ServerConnection::ask(std::uint32_t note, std::string_view sql) {
 void ServerConnection::on_proxy_reply(Backend type, std::uint32_t note, Bytes whole) {
   if (note == kResidue) {
     if (type == Backend::DataRow) {
-      protocol::Reader reader(whole.subspan(kHeaderSize));
       std::string field[3];
-      const std::uint16_t columns = reader.u16();
-      for (std::uint16_t i = 0; i < columns && i < 3; ++i) {
-        const std::uint32_t size = reader.u32();
-        if (size == 0xffffffff) continue;
-        const Bytes value = reader.bytes(size);
-        field[i].assign(reinterpret_cast<const char*>(value.data()), value.size());
-      }
-      if (!reader.ok()) residue_failed_ = true;
+      if (!read_row(whole, field)) residue_failed_ = true;
       else if (field[0] == "s") residue_settings_[lower(field[1])] = field[2];
       else if (field[0] != "r") residue_pins_ += (residue_pins_.empty() ? "" : ", ") + residue_name(field[0][0]) + field[1];
       else if (field[1] != "none" || field[2] != entry_.user) residue_pins_ += (residue_pins_.empty() ? "" : ", ") + std::string("role ") + field[1];
@@ -314,6 +321,18 @@ void ServerConnection::on_proxy_reply(Backend type, std::uint32_t note, Bytes wh
       residue_failed_ = true;
     } else if (type == Backend::ReadyForQuery) {
       finish_residue();
+    }
+    return;
+  }
+  if (note == kLearn) {
+    std::string field[4];
+    if (type == Backend::DataRow && read_row(whole, field)) {
+      // Custom settings that are too many to be asked for can't be carried.
+      if (!entry_.settings.learn(entry_.functions.answer(field[0], field[1], field[2] == "t", field[3]))) residue_failed_ = true;
+    } else if (type == Backend::DataRow || type == Backend::ErrorResponse) {
+      residue_failed_ = true;
+    } else if (type == Backend::ReadyForQuery) {
+      finish_learning();
     }
     return;
   }
@@ -350,10 +369,21 @@ void ServerConnection::apply_failed(const protocol::ErrorFields& error) {
 void ServerConnection::ask_residue() {
   asking_residue_ = true;
   residue_failed_ = false;
+  asked_functions_ = entry_.functions.take_wanted(worker_.now());
+  if (!asked_functions_.empty()) {
+    ask(kLearn, Functions::question(asked_functions_));
+    return send(worker_.to_server);
+  }
   residue_settings_.clear();
   residue_pins_.clear();
   ask(kResidue, residue_sql(entry_.settings.custom_names()));
   send(worker_.to_server);
+}
+
+void ServerConnection::finish_learning() {
+  asking_residue_ = false;
+  const std::uint32_t residue = entry_.functions.answered(asked_functions_, worker_.now(), residue_failed_);
+  if (client_) client_->on_learned(residue);
 }
 
 void ServerConnection::finish_residue() {

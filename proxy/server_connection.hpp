@@ -9,6 +9,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "pool/pool.hpp"
 #include "protocol/messages.hpp"
@@ -65,7 +66,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   void close(pool::CloseReason reason);
   void inject();  ///< replies of the proxy's own whose turn has come
   void resume_reading();
-  /// The query that asks what the session holds is under way.
+  /// Asks what the session holds, after what functions may leave in it if that isn't known.
   void ask_residue();
   bool asking_residue() const { return asking_residue_; }
   /// Returns to the pool, or closes, if it is clean and nothing is pending.
@@ -99,6 +100,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   void ask(std::uint32_t note, std::string_view sql);
   void lost(const std::string& sqlstate, const std::string& reason);
   void start_reset();
+  void finish_learning();
   void finish_residue();
   void settle_after_cancel();
   void closed();
@@ -124,6 +126,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   int resets_overdue_ = 0;
   std::map<std::string, std::string> residue_settings_;
   std::string residue_pins_;
+  std::vector<std::string> asked_functions_;
   std::string login_sqlstate_;
 };
 

@@ -18,10 +18,6 @@ std::string quoted(std::string_view text, char quote) {
   return out += quote;
 }
 
-std::string literal(std::string_view text) {
-  return (text.find('\\') == std::string_view::npos ? "" : " E") + quoted(text, '\'');
-}
-
 std::string reset_name(std::string_view name) {
   std::string out;
   for (std::size_t at = 0;;) {
@@ -62,6 +58,10 @@ std::string residue_sql(const std::vector<std::string>& custom_names) {
     sql += " UNION ALL SELECT 's'," + literal(name) + "," + value + " WHERE " + value + " OPERATOR(pg_catalog.<>) ''";
   }
   return sql;
+}
+
+std::string literal(std::string_view text) {
+  return (text.find('\\') == std::string_view::npos ? "" : " E") + quoted(text, '\'');
 }
 
 std::string restore_sql(const Settings& login) {

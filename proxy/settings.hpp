@@ -48,6 +48,7 @@ std::string restore_sql(const Settings& login);
 /// t temporary object, p SQL-prepared statement, c holdable cursor, n channel listened to, r role or authorization.
 std::string residue_name(char kind);  ///< a kind in words, for a pin's reason
 std::string lower(std::string_view name);
+std::string literal(std::string_view text);  ///< an SQL string constant
 std::string residue_sql(const std::vector<std::string>& custom_names);
 
 }  // namespace pgsidecar::proxy

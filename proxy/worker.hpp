@@ -22,6 +22,7 @@
 #include "protocol/scram.hpp"
 #include "proxy/client_session.hpp"
 #include "proxy/control.hpp"
+#include "proxy/functions.hpp"
 #include "proxy/log.hpp"
 #include "proxy/server_connection.hpp"
 
@@ -35,6 +36,7 @@ struct PoolEntry {
   pool::Pool pool;
   conf::Upstream upstream;
   SettingsCache settings;
+  Functions functions;
   boost::unordered_flat_map<std::uint64_t, std::shared_ptr<ServerConnection>> servers;
   std::uint32_t connecting = 0;
   std::uint32_t clients = 0;

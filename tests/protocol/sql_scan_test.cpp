@@ -78,7 +78,9 @@ TEST(SqlScan, Rows) {
       {"DECLARE c CURSOR WITH HOLD FOR SELECT 1", kCursor},
       {"DECLARE c CURSOR FOR SELECT 1", kNone},
       {"DO $$BEGIN END$$", kCode},
-      {"CALL p()", kCode},
+      {"CALL p()", kCode | kFunction},
+      {"DO $$BEGIN IF true THEN SET app.x = 1; END IF; END$$", kCode | kSettings | kCustomSetting},
+      {"DO 'BEGIN PERFORM f(); END'", kCode | kFunction},
       {"LOAD 'x'", kCode | kSession},
       {"DISCARD ALL", kDiscard | kReset},
       {"SELECT currval('s')", kSession},
@@ -118,6 +120,31 @@ TEST(SqlScan, NamesOfCustomSettings) {
   EXPECT_EQ(names, (std::vector<std::string>{"app.tenant", "a.b", "c.d"}));
   EXPECT_FALSE(custom_setting_names("SELECT set_config($1, $2, false)", names));
   EXPECT_FALSE(custom_setting_names("SELECT set_config(E'a.b', $2, false)", names));
+}
+
+TEST(SqlScan, Bodies) {
+  const struct {
+    const char* body;
+    std::uint32_t residue;
+    std::vector<std::string> calls, custom_settings;
+  } rows[] = {
+      {"BEGIN RETURN NEW; END", kNone, {}, {}},
+      {"DECLARE x int; BEGIN x := f(1) + \"G\"(2); RETURN lower(x); END", kNone, {"f", "G"}, {}},
+      {"BEGIN PERFORM set_config('app.User', $1, false); END", kSettings, {}, {"app.user"}},
+      {"BEGIN PERFORM set_config('app.user', $1, true); END", kNone, {}, {}},
+      {"BEGIN PERFORM set_config($1, $2, false); END", kSettings | kCustomSetting, {}, {}},
+      {"BEGIN IF a THEN SET work_mem = '1MB'; ELSE LISTEN c; END IF; END", kSettings | kListen, {}, {}},
+      {"BEGIN EXECUTE format('SET app.user = %L', u); END", kFunction | kPrepared | kSettings, {}, {"app.user"}},
+      {"BEGIN EXECUTE format('SET %I = %L', a, b); END", kFunction | kPrepared | kSettings | kCustomSetting, {}, {}},
+      {"BEGIN FOR r IN EXECUTE 'SELECT 1' LOOP PERFORM pg_advisory_lock(1); END LOOP; END", kFunction | kAdvisoryLock, {}, {}},
+  };
+  for (const auto& row : rows) {
+    const BodyScan found = scan_body(row.body);
+    EXPECT_EQ(found.residue, row.residue) << row.body;
+    EXPECT_EQ(found.calls, row.calls) << row.body;
+    EXPECT_EQ(found.custom_settings, row.custom_settings) << row.body;
+  }
+  EXPECT_EQ(called_functions("SELECT a.F(1), now(), \"G\"(2)"), (std::vector<std::string>{"f", "G"}));
 }
 
 }  // namespace
