@@ -279,7 +279,10 @@ class Reader {
     for (const auto& [name, user] : config_.users) {
       if (!user.password) continue;
       try {
-        expand(*user.password, env_);
+        const std::string secret = expand(*user.password, env_);
+        const bool md5 = secret.size() == 35 && secret.starts_with("md5") && secret.find_first_not_of("0123456789abcdef", 3) == secret.npos;
+        if (md5 && config_.auth.method == AuthMethod::ScramSha256)
+          mistake("users." + name + ".password", "an md5 hash can't be used with auth.method scram-sha-256 (use a password, a SCRAM-SHA-256 verifier or method md5)");
       } catch (const ConfigError& e) {
         mistake("users." + name + ".password", e.what());
       }
@@ -400,9 +403,9 @@ Config load_text(std::string_view yaml, std::string_view name, const Environment
 Config load(const std::string& path, const Environment& env) {
   if (path.empty()) return load_text("", "", env);
   std::ifstream in(path, std::ios::binary);
-  if (!in) throw ConfigError("cannot read the configuration file \"" + path + "\"");
   std::ostringstream content;
-  content << in.rdbuf();
+  if (!in || (in.peek() != std::ifstream::traits_type::eof() && !(content << in.rdbuf())) || in.bad())
+    throw ConfigError("cannot read the configuration file \"" + path + "\"");
   if (content.str().size() > kMaxFile) throw ConfigError("the configuration file \"" + path + "\" is larger than 1 MiB");
   return load_text(content.str(), path, env);
 }

@@ -1,6 +1,5 @@
 #include "conf/url.hpp"
 
-#include <arpa/inet.h>
 #include <pwd.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -267,8 +266,8 @@ T choice(std::string_view name, std::string_view text, const std::pair<std::stri
 
 bool is_loopback(const Host& host) {
   const std::string& name = host.address.empty() ? host.name : host.address;
-  unsigned char v4[4];  // "127.example.com" is a name
-  return host.is_unix() || name == "localhost" || name == "::1" || (::inet_pton(AF_INET, name.c_str(), v4) == 1 && v4[0] == 127);
+  const bool v4 = name.starts_with("127.") && name.find_first_not_of("0123456789.") == std::string::npos;  // 127.example.com is none
+  return host.is_unix() || v4 || name == "localhost" || name == "::1";
 }
 
 /// One line of a passfile: host:port:database:user:password, * for any, backslash escapes.

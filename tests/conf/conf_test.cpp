@@ -234,6 +234,7 @@ TEST(Load, WhatIsWrong) {
       {"upstream: {url: 'postgresql://h:x/d'}", "port"}, {"users: {u: {password: '${file:/no/such}'}}", "/no/such"}, {"pool: {keepAlive: perhaps}", "true"},
       {"listen: '::1:5432'", "[address]:port"}, {"admin: {listen: 'unix:/tmp'}", "host:port or off"},
       {"tls: {mode: require, certificate: /no/such, key: /no/such}", "cannot read \"/no/such\""}, {"users: {u: {pool: {min: 20}}}", "x:1: users.u.pool.min"},
+      {"users: {u: {password: md500112233445566778899aabbccddeeff}}", "md5 hash"},
       {"upstream: {sslrootcert: /no/such}", "cannot read sslrootcert \"/no/such\""}, {"auth: {method: cert}\ntls: {ca: /etc/hostname}", "tls.mode"},
   };
   for (const auto& row : rows) {
@@ -241,6 +242,8 @@ TEST(Load, WhatIsWrong) {
     EXPECT_NE(text.find(row.says), std::string::npos) << row.yaml << " -> " << text;
   }
   EXPECT_NE(mistake([] { load_text("", "", environment({})); }).find("set DATABASE_URL"), std::string::npos);
+  EXPECT_NE(mistake([] { load("/tmp", kUrl); }).find("cannot read the configuration file"), std::string::npos);
+  EXPECT_TRUE(mistake([] { load("/dev/null", kUrl); }).empty());
 }
 
 TEST(Load, Expands) {
