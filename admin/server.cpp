@@ -41,6 +41,7 @@ constexpr auto kRequestTime =
     5s;  // from the first wait for a request to its last byte; also to write the answer
 constexpr auto kSnapshotTime = 1s;  // a data loop that is silent for so long isn't alive
 constexpr auto kProbeTime = 10s;    // longer than connectionTimeoutMillis' default
+constexpr auto kRecheckTime = 1s;   // between probes of a database that is known to be down
 constexpr auto kLingerTime = 1s;    // so that an answer to an unread request isn't lost to a reset
 
 enum class Route {
@@ -139,12 +140,13 @@ struct Fetch {
   std::chrono::steady_clock::time_point asked;
 };
 
-// `busy` while a request is being answered; else `since` says when the silence began.
+// `since` says when the silence began of a client that sends no request, or doesn't take its answer.
 struct Session {
+  enum class State { Reading, Answering, Writing };
   explicit Session(tcp::socket socket) : stream(std::move(socket)) {}
   beast::tcp_stream stream;
   asio::ip::address peer, local;
-  bool busy = false;
+  State state = State::Reading;
   std::chrono::steady_clock::time_point since = std::chrono::steady_clock::now();
 };
 
@@ -190,6 +192,7 @@ class Server::Impl : public std::enable_shared_from_this<Impl> {
   bool make_room();
   void refuse(tcp::socket& socket);
   void ask(bool probe, const std::shared_ptr<Wait>& wait);
+  void recheck(const pool::Snapshot& snapshot);
   void answered(bool probe, std::uint64_t number, const SnapshotPtr& snapshot);
   Answer change(const Session& session, const Request& request, const Endpoint& endpoint);
 
@@ -202,6 +205,7 @@ class Server::Impl : public std::enable_shared_from_this<Impl> {
   bool stopped_ = false;
   std::list<std::shared_ptr<Session>> sessions_;
   Fetch snapshot_, probe_;
+  std::chrono::steady_clock::time_point rechecked_{};
   std::uint64_t next_number_ = 1;
   LabelSets labels_;
 };
@@ -257,7 +261,7 @@ void Server::Impl::stop() {
     for (const auto& weak : std::exchange(fetch->waits, {}))
       if (const auto wait = weak.lock()) wait->finish(nullptr);
   for (const auto& session : sessions_)
-    if (!session->busy) session->stream.close();
+    if (session->state == Session::State::Reading) session->stream.close();
 }
 
 asio::awaitable<void> Server::Impl::accept_loop([[maybe_unused]] std::shared_ptr<Impl> self) {
@@ -292,11 +296,13 @@ void Server::Impl::admit(tcp::socket socket) {
   asio::co_spawn(control_, serve(shared_from_this(), std::move(session)), asio::detached);
 }
 
-// At the bound the connection that has been silent for longest goes: idle scrapers must not keep a probe out.
+// At the bound the connection that has been silent for longest goes, or else the one that has not taken its answer for
+// longest: neither idle scrapers nor stalled ones must keep a probe out.
 bool Server::Impl::make_room() {
   auto oldest = sessions_.end();
-  for (auto it = sessions_.begin(); it != sessions_.end(); ++it)
-    if (!(*it)->busy && (oldest == sessions_.end() || (*it)->since < (*oldest)->since)) oldest = it;
+  for (const auto state : {Session::State::Reading, Session::State::Writing})
+    for (auto it = sessions_.begin(); it != sessions_.end() && (oldest == sessions_.end() || (*oldest)->state == state); ++it)
+      if ((*it)->state == state && (oldest == sessions_.end() || (*it)->since < (*oldest)->since)) oldest = it;
   if (oldest == sessions_.end()) return false;
   (*oldest)->stream.close();
   sessions_.erase(oldest);
@@ -334,7 +340,7 @@ asio::awaitable<void> Server::Impl::serve(std::shared_ptr<Impl> self, std::share
     http::request_parser<http::string_body> parser;
     parser.header_limit(kHeaderLimit);
     parser.body_limit(kBodyLimit);
-    session->busy = false;
+    session->state = Session::State::Reading;
     session->since = std::chrono::steady_clock::now();
     stream.expires_after(kRequestTime);
     error_code ec;
@@ -343,7 +349,7 @@ asio::awaitable<void> Server::Impl::serve(std::shared_ptr<Impl> self, std::share
     bool head = false;
     unsigned version = 11;
     if (!ec) {
-      session->busy = true;
+      session->state = Session::State::Answering;
       const Request& request = parser.get();
       head = request.method() == http::verb::head;
       version = request.version();
@@ -367,11 +373,12 @@ asio::awaitable<void> Server::Impl::serve(std::shared_ptr<Impl> self, std::share
         break;
     }
     keep_alive = keep_alive && !stopped_;
-    session->busy = true;
+    session->state = Session::State::Writing;
+    session->since = std::chrono::steady_clock::now();
     co_await write(*session, reply, version, head, keep_alive, ec);
     if (ec) break;
   }
-  session->busy = false;
+  session->state = Session::State::Reading;
   if (unread) co_await linger(*session);
   error_code ignored;
   stream.socket().shutdown(tcp::socket::shutdown_both, ignored);
@@ -429,6 +436,16 @@ void Server::Impl::ask(bool probe, const std::shared_ptr<Wait>& wait) {
   });
 }
 
+// Whoever takes an unready proxy's traffic away takes the connects away too that would show the database to be back: it is
+// looked for while somebody asks. The answer counts for the next request, so that none waits for a database that is silent.
+void Server::Impl::recheck(const pool::Snapshot& snapshot) {
+  const auto now = std::chrono::steady_clock::now();
+  if (snapshot.database != pool::Snapshot::Database::Down || snapshot.draining || !callbacks_.probe) return;
+  if (rechecked_.time_since_epoch().count() != 0 && now - rechecked_ < kRecheckTime) return;
+  rechecked_ = now;
+  ask(true, std::make_shared<Wait>(control_));
+}
+
 void Server::Impl::answered(bool probe, std::uint64_t number, const SnapshotPtr& snapshot) {
   auto& fetch = probe ? probe_ : snapshot_;
   if (fetch.number == number) fetch.number = 0;
@@ -450,6 +467,7 @@ asio::awaitable<SnapshotPtr> Server::Impl::fetch(bool probe) {
 }
 
 Answer Server::Impl::change(const Session& session, const Request& request, const Endpoint& endpoint) {
+  if (request.count(http::field::host) > 1) return failure(400, "more than one Host header");
   Caller caller;
   caller.peer = session.peer;
   caller.local = session.local;
@@ -521,6 +539,7 @@ asio::awaitable<Answer> Server::Impl::answer(const Session& session, const Reque
   const auto now = Clock::now();
   switch (route) {
     case Route::Health:
+      recheck(*snapshot);
       if (health_status(*snapshot) == std::string_view("unhealthy")) reply.status = 503;
       reply.body = health_json(*snapshot, read_process(), now);
       break;
@@ -528,6 +547,7 @@ asio::awaitable<Answer> Server::Impl::answer(const Session& session, const Reque
       reply.body = "{\"alive\":true}\n";
       break;
     case Route::Ready:
+      recheck(*snapshot);
       if (!readiness(*snapshot).ready) reply.status = 503;
       reply.body = ready_json(*snapshot);
       break;

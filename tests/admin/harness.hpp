@@ -95,6 +95,9 @@ class Connection {
   void send(std::string_view text) {
     ::send(socket_.native_handle(), text.data(), text.size(), MSG_NOSIGNAL);
   }
+  void send_some(std::string_view text) {
+    ::send(socket_.native_handle(), text.data(), text.size(), MSG_NOSIGNAL | MSG_DONTWAIT);
+  }
 
   // One answer; status 0 if the peer closed (`closed`) or `limit` passed before it was complete.
   Response read(bool head = false, std::chrono::milliseconds limit = 15s) {

@@ -122,6 +122,17 @@ TEST(AdminServer, ComputeHealthProbesOnlyWhenAsked) {
   EXPECT_EQ(server.probes(), 1);
 }
 
+TEST(AdminServer, ADatabaseThatIsDownIsLookedForAgain) {
+  AdminServer server;
+  EXPECT_EQ(server.get("/health/ready").status, 200);
+  EXPECT_EQ(server.probes(), 0);
+  server.edit([](pool::Snapshot& s) { s.database = Database::Down; });
+  EXPECT_EQ(server.get("/health/ready").status, 503);
+  EXPECT_EQ(server.get("/health").status, 503);  // within the same second
+  EXPECT_EQ(server.get("/health/live").status, 200);
+  EXPECT_EQ(server.probes(), 1);
+}
+
 TEST(AdminServer, OpenMetricsByAccept) {
   AdminServer server;
   const Response r = server.request(
@@ -210,6 +221,12 @@ asio::ip::address own_address() {
   return ec || address.is_loopback() ? asio::ip::address() : address;
 }
 
+TEST(AdminServer, TwoHostHeadersChangeNothing) {
+  AdminServer server;
+  EXPECT_EQ(server.request("POST", "/api/admin/drain", "Host: localhost\r\nHost: evil.example\r\n").status, 400);
+  EXPECT_TRUE(server.actions().empty());
+}
+
 TEST(AdminServer, APeerOffLoopbackNeedsTheToken) {
   const auto address = own_address();
   if (address.is_unspecified()) GTEST_SKIP() << "only loopback here";
@@ -296,6 +313,20 @@ TEST(AdminServer, The33rdConnectionTakesTheSilentOnesPlace) {
   EXPECT_TRUE(open[0]->closes_within(1s));
   open[31]->send("GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n");
   EXPECT_EQ(open[31]->read().status, 200);
+}
+
+TEST(AdminServer, The33rdConnectionTakesTheStalledOnesPlace) {
+  AdminServer server;
+  std::string questions;
+  for (int i = 0; i < 2000; ++i) questions += "GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n";
+  std::vector<std::unique_ptr<Connection>> open;
+  for (int i = 0; i < 32; ++i) {
+    open.push_back(std::make_unique<Connection>(server.port()));
+    open.back()->send_some(questions);  // and never reads an answer
+  }
+  Response r;
+  for (int i = 0; i < 100 && r.status != 200; ++i) r = server.get("/health/live");
+  EXPECT_EQ(r.status, 200);
 }
 
 TEST(AdminServer, The33rdConnectionIsRefusedWhileAllAreBusy) {
