@@ -58,8 +58,8 @@ constexpr Keyword kKeywords[] = {
     {"krbsrvname", "PGKRBSRVNAME", false},
     {"gsslib", "PGGSSLIB", false},
     {"gssdelegation", "PGGSSDELEGATION", false},
-    {"service", "PGSERVICE", false},
-    {"servicefile", "PGSERVICEFILE", false},
+    {"service", "PGSERVICE", true},
+    {"servicefile", "PGSERVICEFILE", true},
     {"sslcompression", "PGSSLCOMPRESSION", false},
     {"sslcrldir", "PGSSLCRLDIR", false},
     {"sslcertmode", "PGSSLCERTMODE", false},
@@ -302,6 +302,54 @@ std::optional<std::string> password_from(const std::string& file, const Host& ho
   return std::nullopt;
 }
 
+/// Fills what `values` leaves out from the section of a service file (section 34.17): name=value lines, # comments.
+/// True if the file has the section.
+bool fill_from_service(Values& values, const std::string& file, const std::string& service) {
+  std::ifstream in(file);
+  bool inside = false, found = false;
+  int number = 0;
+  for (std::string line; std::getline(in, line);) {
+    ++number;
+    while (!line.empty() && (line.back() == ' ' || line.back() == '\t' || line.back() == '\r')) line.pop_back();
+    line.erase(0, line.find_first_not_of(" \t"));
+    if (line.empty() || line[0] == '#') continue;
+    if (line[0] == '[') {
+      inside = line == "[" + service + "]";
+      found |= inside;
+      continue;
+    }
+    const auto equals = line.find('=');
+    if (!inside) continue;
+    if (equals == std::string::npos || !find_keyword(line.substr(0, equals)) || line.starts_with("service"))
+      throw ConfigError("connection string: syntax error in service file \"" + file + "\", line " + std::to_string(number));
+    values.try_emplace(line.substr(0, equals), line.substr(equals + 1));
+  }
+  return found;
+}
+
+void use_service(Values& values, const Environment& env) {
+  const auto given = [&](const char* name, const char* variable) {
+    const auto it = values.find(name);
+    return it != values.end() ? it->second : env(variable).value_or("");
+  };
+  const std::string service = given("service", "PGSERVICE");
+  if (service.empty()) return;
+  const std::string file = given("servicefile", "PGSERVICEFILE");
+  if (!file.empty() && ::access(file.c_str(), R_OK) != 0) throw ConfigError("connection string: service file \"" + file + "\" cannot be read");
+  if (fill_from_service(values, file.empty() ? env("HOME").value_or("") + "/.pg_service.conf" : file, service)) return;
+  if (fill_from_service(values, env("PGSYSCONFDIR").value_or("/etc/postgresql-common") + "/pg_service.conf", service)) return;
+  throw ConfigError("connection string: definition of service \"" + service + "\" not found");
+}
+
+/// What protects the connection in a way that isn't there is refused, not ignored.
+void refuse_unsupported(const Values& values) {
+  for (const auto& [name, harmless] : {std::pair{"sslcrldir", ""}, {"requirepeer", ""}, {"gssencmode", "disable prefer"}, {"sslcertmode", "allow disable"}}) {
+    const auto it = values.find(std::string_view(name));
+    if (it == values.end() || it->second.empty() || std::string_view(harmless).find(it->second) != std::string_view::npos) continue;
+    throw ConfigError("connection string: " + std::string(name) + "=" + it->second + " is not supported by pgsidecar");
+  }
+}
+
 }  // namespace
 
 Environment process_environment() {
@@ -323,7 +371,9 @@ ConnectParams parse_connection_string(std::string_view text, const std::map<std:
   if (text.starts_with("postgresql://") || text.starts_with("postgres://")) parse_uri(text, values);
   else parse_keywords(text, values);
   for (const auto& [name, value] : overrides) set_value(values, name, value);
+  use_service(values, env);
   if (!default_dbname.empty()) values.try_emplace("dbname", default_dbname);
+  refuse_unsupported(values);
   ConnectParams p;
   for (const Keyword& keyword : kKeywords) {
     if (values.contains(keyword.name)) {
@@ -368,11 +418,11 @@ ConnectParams parse_connection_string(std::string_view text, const std::map<std:
     std::string file = get("passfile");
     if (file.empty())
       if (const auto home = env("HOME")) file = *home + "/.pgpass";
-    for (const Host& host : p.hosts)
-      if (const auto found = file.empty() ? std::nullopt : password_from(file, host, p.dbname, p.user, p.warnings)) {
-        p.password = *found;
-        break;
-      }
+    for (Host& host : p.hosts) {
+      if (file.empty()) break;
+      host.password = password_from(file, host, p.dbname, p.user, p.warnings).value_or("");
+      if (p.password.empty()) p.password = host.password;
+    }
   }
 
   p.sslrootcert = get("sslrootcert");

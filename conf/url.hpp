@@ -23,6 +23,7 @@ struct Host {
   std::string name;     ///< host name, address, or the directory of a unix socket (begins with / or @)
   std::string address;  ///< hostaddr: where to connect to; the name stays for SNI and verification
   std::uint16_t port = 5432;
+  std::string password;  ///< the passfile's for this host; empty: ConnectParams::password counts
 
   bool is_unix() const { return address.empty() && !name.empty() && (name[0] == '/' || name[0] == '@'); }
   friend bool operator==(const Host&, const Host&) = default;
@@ -31,7 +32,7 @@ struct Host {
 /// A connection string, read in full: what a connect needs. Sizes in bytes, times as named.
 struct ConnectParams {
   std::vector<Host> hosts;  ///< never empty
-  std::string user, password, dbname;
+  std::string user, password, dbname;  ///< password: as given, or else the passfile's for the first host that it knows
   SslMode sslmode = SslMode::VerifyFull;
   SslNegotiation sslnegotiation = SslNegotiation::Postgres;
   std::string sslrootcert;  ///< file, or empty or "system": the system's CAs
@@ -57,8 +58,8 @@ using Environment = std::function<std::optional<std::string>(std::string_view)>;
 /// The process's environment.
 Environment process_environment();
 
-/// Reads a connection string. `overrides` are libpq keywords that win over the string; PG* variables fill what both
-/// leave out, then the passfile, then the defaults (sslmode: prefer on loopback and unix sockets, else verify-full).
+/// Reads a connection string. `overrides` are libpq keywords that win over the string; a service file and PG* variables fill
+/// what both leave out, then the passfile, then the defaults (sslmode: prefer on loopback and unix sockets, else verify-full).
 /// `default_dbname` counts if neither the string nor `overrides` name a database.
 /// Throws ConfigError (load.hpp) with a text that names the mistake and never holds a secret.
 ConnectParams parse_connection_string(std::string_view text, const std::map<std::string, std::string>& overrides,

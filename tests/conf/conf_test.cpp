@@ -94,6 +94,8 @@ TEST(Url, Refused) {
       {"host", "="},
       {"host='a", "unterminated"},
       {"mysql://h/d", "scheme \"mysql://\""},
+      {"postgresql://h/d?requirepeer=postgres", "not supported"},
+      {"postgresql://h/d?gssencmode=require", "not supported"},
       {"postgresql://h/d?require_auth=md", "\"md5\""},
       {"postgresql://h/d?require_auth=md5,!none", "mixed"},
       {"postgresql://h/d?ssl_min_protocol_version=TLSv1.9", "TLSv1.9"},
@@ -136,8 +138,27 @@ TEST(Url, Passfile) {
   ASSERT_EQ(::chmod(file.c_str(), 0600), 0);
   EXPECT_EQ(parse("postgresql://u@h/d?passfile=" + file).password, "a:b");
   EXPECT_EQ(parse("postgresql://v@h/d?passfile=" + file).password, "");
+  std::ofstream(file) << "other:*:*:*:no\nh:5432:*:u:a\\:b\n";
+  const ConnectParams two = parse("postgresql://u@h,other,third/d?passfile=" + file);
+  EXPECT_EQ(two.hosts[0].password, "a:b");
+  EXPECT_EQ(two.hosts[1].password, "no");
+  EXPECT_EQ(two.hosts[2].password, "");
   ASSERT_EQ(::chmod(file.c_str(), 0644), 0);
   EXPECT_EQ(parse("postgresql://u@h/d?passfile=" + file).password, "");
+  std::remove(file.c_str());
+}
+
+TEST(Url, Service) {
+  const std::string file = testing::TempDir() + "pgsidecar_service";
+  std::ofstream(file) << "[other]\nhost=no\n# comment\n[mine]\nhost = h\n";
+  EXPECT_NE(mistake([&] { parse("service=mine servicefile=" + file); }).find("line 5"), std::string::npos);
+  std::ofstream(file) << "[other]\nhost=no\n# comment\n[mine]\nhost=h\nuser=u\nport=7\n";
+  const ConnectParams p = parse("postgresql://?service=mine&port=8", {{"PGSERVICEFILE", file}, {"PGUSER", "e"}, {"PGDATABASE", "d"}});
+  EXPECT_EQ(p.hosts[0].name, "h");
+  EXPECT_EQ(p.hosts[0].port, 8);
+  EXPECT_EQ(p.user, "u");
+  EXPECT_EQ(p.dbname, "d");
+  EXPECT_NE(mistake([&] { parse("", {{"PGSERVICE", "none"}, {"PGSERVICEFILE", file}, {"PGSYSCONFDIR", "/no/such"}}); }).find("\"none\" not found"), std::string::npos);
   std::remove(file.c_str());
 }
 
