@@ -630,3 +630,22 @@ def test_no_mistake_tells_a_secret(proxy, url):
     for command in ("check", "run"):
         done = proxy.command(command, environment={"DATABASE_URL": url})
         assert done.returncode == 2 and done.stderr and "hidden" not in done.stderr + done.stdout, done.stderr
+
+
+@pytest.mark.xfail(strict=True, reason="proxy/relay.cpp on_request: sent_at_ is set after apply_settings(), whose own replies make the pipeline look busy")
+def test_query_time_of_a_client_with_settings(proxy):
+    with raw(proxy, application_name="pgbench") as a, raw(proxy, application_name="other") as b:
+        for _ in range(3):  # each has the connection's settings changed
+            a.value("SELECT 1"), b.value("SELECT 1")
+        assert 0 < proxy.stats()["query"]["max"] < 10000
+
+
+@pytest.mark.xfail(strict=True, reason="proxy/main.cpp main: healthcheck, wait and shutdown load the whole configuration, secrets too, of which they need admin: only")
+def test_healthcheck_needs_no_secret(proxies, pg, tmp_path):
+    """A liveness probe while a secret is being replaced must not end the pod."""
+    secret = tmp_path / "password"
+    secret.write_text(PASSWORD)
+    proxy = proxies({"upstream": {"url": pg.url(), "password": "${file:%s}" % secret}})
+    secret.unlink()
+    done = proxy.command("healthcheck", "--config", str(proxy.config_file))
+    assert done.returncode == 0, done.stderr
