@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <utility>
+#include <boost/asio/bind_allocator.hpp>
 #include <boost/asio/post.hpp>
 
 #include "proxy/log.hpp"
@@ -383,9 +384,9 @@ void Worker::arm_tick(milliseconds after) {
   if (stopped_ || at >= tick_at_) return;
   tick_at_ = at;
   timer_.expires_at(at);
-  timer_.async_wait([this](const boost::system::error_code& ec) {
+  timer_.async_wait(asio::bind_allocator(TickMemory::Allocator<void>(tick_memory_), [this](const boost::system::error_code& ec) {
     if (!ec) tick();
-  });
+  }));
 }
 
 void Worker::tick() {

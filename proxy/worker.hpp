@@ -49,6 +49,41 @@ struct PoolEntry {
   std::deque<ServerConnection::Login> logins;       // clients whose password the server is still to be asked about
 };
 
+/// Memory for the tick's few waits, so that arming it anew takes nothing from the heap nor from the blocks that Asio keeps
+/// for the connections' waits.
+class TickMemory {
+ public:
+  void* take(std::size_t size) {
+    for (Block& block : blocks_)
+      if (!block.taken && size <= sizeof block.bytes) return block.taken = true, block.bytes;
+    return ::operator new(size);
+  }
+  void give_back(void* p) {
+    for (Block& block : blocks_)
+      if (p == block.bytes) return void(block.taken = false);
+    ::operator delete(p);
+  }
+
+  template <class T>
+  struct Allocator {
+    using value_type = T;
+    explicit Allocator(std::shared_ptr<TickMemory> from) : memory(std::move(from)) {}
+    template <class U>
+    Allocator(const Allocator<U>& other) : memory(other.memory) {}
+    T* allocate(std::size_t n) { return static_cast<T*>(memory->take(n * sizeof(T))); }
+    void deallocate(T* p, std::size_t) { memory->give_back(p); }
+    friend bool operator==(const Allocator&, const Allocator&) = default;
+    std::shared_ptr<TickMemory> memory;  // the loop may outlive the Worker
+  };
+
+ private:
+  struct Block {
+    alignas(std::max_align_t) unsigned char bytes[192];
+    bool taken = false;
+  };
+  std::array<Block, 4> blocks_;
+};
+
 class Worker {
  public:
   Worker(boost::asio::io_context& data, Control& control, std::shared_ptr<const conf::Config> config);
@@ -145,6 +180,7 @@ class Worker {
   std::array<std::uint8_t, kScratch> scratch_;
   std::array<std::uint8_t, 16 * 1024> tls_scratch_;
   std::minstd_rand random_{std::random_device{}()};
+  std::shared_ptr<TickMemory> tick_memory_ = std::make_shared<TickMemory>();
   boost::asio::steady_timer timer_;
   pool::Time tick_at_ = pool::Time::max();
   std::map<std::pair<std::string, std::string>, std::unique_ptr<PoolEntry>> pools_;
