@@ -34,8 +34,12 @@ void LostTransaction::refuse(std::string& out) {
   told_ = true;
 }
 
-bool LostTransaction::answer(char type, protocol::Bytes body, const protocol::ClientStatements& statements, std::string& out) {
+bool LostTransaction::answer(char type, protocol::Bytes body, protocol::ClientStatements& statements,
+                             protocol::StatementCache& cache, std::string& out) {
   protocol::Reader reader(body);
+  const auto ends = [](const protocol::StatementRef& statement) {
+    return statement && ends_transaction(std::string_view(statement->body).substr(0, statement->body.find('\0')));
+  };
   const auto complete = [&] { Writer(out).begin(Backend::CommandComplete).cstring("ROLLBACK").end(); };
   const auto empty = [&](Backend reply) { Writer(out).begin(reply).end(); };
   const auto fail = [&] {
@@ -51,35 +55,39 @@ bool LostTransaction::answer(char type, protocol::Bytes body, const protocol::Cl
   if (skipping_) return false;
   switch (type) {
     case 'Q': {
-      const bool ends = ends_transaction(reader.cstring());
-      if (ends) complete();
+      statements.clear_unnamed();
+      const bool over = ends_transaction(reader.cstring());
+      if (over) complete();
       else refuse(out);
-      protocol::write_ready_for_query(out, ends ? protocol::TxStatus::Idle : protocol::TxStatus::Failed);
-      return ends;
+      protocol::write_ready_for_query(out, over ? protocol::TxStatus::Idle : protocol::TxStatus::Failed);
+      return over;
     }
     case 'F':
       refuse(out);
       protocol::write_ready_for_query(out, protocol::TxStatus::Failed);
       return false;
     case 'P': {
-      const bool unnamed = reader.cstring().empty();
-      ends_ = unnamed && ends_transaction(reader.cstring());
-      if (!ends_) return fail();
+      const std::string_view name = reader.cstring();
+      const protocol::Bytes rest = reader.rest();
+      protocol::Reader text(rest);
+      if (!ends_transaction(text.cstring()) || text.left() < 2 || (!name.empty() && statements.find(name))) return fail();
+      statements.set(name, cache.intern({reinterpret_cast<const char*>(rest.data()), rest.size()}));
       empty(Backend::ParseComplete);
       return false;
     }
-    case 'B': {
+    case 'B':
       reader.cstring();
-      const std::string_view name = reader.cstring();
-      const auto statement = statements.find(name);
-      const bool ends = name.empty() ? ends_ : statement && ends_transaction(std::string_view(statement->body).substr(0, statement->body.find('\0')));
-      if (!ends) return fail();
-      bound_ = true;
+      bound_ = ends(statements.find(reader.cstring())) && reader.ok();
+      if (!bound_) return fail();
       empty(Backend::BindComplete);
       return false;
-    }
     case 'D':
-      if (!bound_) return fail();
+      if (reader.u8() == 'S') {
+        if (!ends(statements.find(reader.cstring())) || !reader.ok()) return fail();
+        Writer(out).begin(Backend::ParameterDescription).u16(0).end();
+      } else if (!bound_) {
+        return fail();
+      }
       empty(Backend::NoData);
       return false;
     case 'E':
@@ -87,7 +95,13 @@ bool LostTransaction::answer(char type, protocol::Bytes body, const protocol::Cl
       complete();
       ended_ = true;
       return false;
-    case 'C': empty(Backend::CloseComplete); return false;
+    case 'C':
+      if (reader.u8() == 'S') {
+        const std::string_view name = reader.cstring();
+        if (reader.ok()) statements.erase(name);
+      }
+      empty(Backend::CloseComplete);
+      return false;
     default: return false;
   }
 }

@@ -16,15 +16,16 @@ class LostTransaction {
   LostTransaction(std::string sqlstate, std::string message, bool told)
       : sqlstate_(std::move(sqlstate)), message_(std::move(message)), told_(told) {}
 
-  /// Answers one whole request. True: the client has ended the transaction.
-  bool answer(char type, protocol::Bytes body, const protocol::ClientStatements& statements, std::string& out);
+  /// Answers one whole request. `statements` are the client's: what ends transactions can be parsed, anything can be closed.
+  /// True: the client has ended the transaction.
+  bool answer(char type, protocol::Bytes body, protocol::ClientStatements& statements, protocol::StatementCache& cache,
+              std::string& out);
 
  private:
   void refuse(std::string& out);
 
   std::string sqlstate_, message_;
   bool told_;
-  bool ends_ = false;     // the unnamed statement ends transactions
   bool bound_ = false;    // a portal that does is bound
   bool ended_ = false;    // it was executed; counts at Sync
   bool skipping_ = false; // up to Sync, after an error
