@@ -173,7 +173,8 @@ std::string channel_binding(SSL* ssl, bool own) {
   X509* certificate = own ? SSL_get_certificate(ssl) : SSL_get0_peer_certificate(ssl);
   if (!certificate) return {};
   int digest = NID_undef;
-  if (OBJ_find_sigid_algs(X509_get_signature_nid(certificate), &digest, nullptr) != 1 || digest == NID_undef) return {};
+  // Of RSA-PSS too, whose digest is a parameter (PostgreSQL 16 and newer).
+  if (X509_get_signature_info(certificate, &digest, nullptr, nullptr, nullptr) != 1 || digest == NID_undef) return {};
   if (digest == NID_md5 || digest == NID_sha1) digest = NID_sha256;
   const EVP_MD* md = EVP_get_digestbynid(digest);
   unsigned char hash[EVP_MAX_MD_SIZE];

@@ -63,7 +63,11 @@ class Transport {
 
  private:
   struct SslDelete {
-    void operator()(SSL* s) const { SSL_free(s); }
+    void operator()(SSL* s) const {
+      // A connection that was cut off would else make its session unfit for resumption, just when many reconnect.
+      SSL_set_shutdown(s, SSL_SENT_SHUTDOWN | SSL_RECEIVED_SHUTDOWN);
+      SSL_free(s);
+    }
   };
   IoResult failed(int result);  // of an OpenSSL call
 
