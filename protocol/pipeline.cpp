@@ -60,13 +60,13 @@ void Pipeline::begin_copy_in() {
     for (std::size_t i = head_ + 1; i != tail_; ++i) copy_ended_ |= at(i).request == Request::CopyEnd;
     return;
   }
-  std::size_t i = head_ + 1;
-  std::size_t ignored = 0;
-  while (i != tail_ && at(i).request == Request::Sync) ++i, ++ignored;
+  std::size_t kept = head_ + 1, i = head_ + 1;
+  for (; i != tail_ && (at(i).request == Request::Sync || at(i).verdict == Verdict::Inject); ++i)
+    if (at(i).request != Request::Sync) at(kept++) = at(i);  // what is injected isn't on its way to the server
   copy_ended_ = i != tail_ && at(i).request == Request::CopyEnd;
-  if (ignored == 0) return;
-  for (std::size_t j = head_ + 1; j + ignored != tail_; ++j) at(j) = at(j + ignored);
-  tail_ -= ignored;
+  if (kept == i) return;
+  for (; i != tail_; ++i) at(kept++) = at(i);
+  tail_ = kept;
   unsynced_ = true;
   for (std::size_t j = head_; j != tail_; ++j) {
     if (at(j).request == Request::Sync) unsynced_ = false;

@@ -134,7 +134,8 @@ std::optional<Pipeline::Reply> Pipeline::receive(Backend type, TxStatus status, 
       copy_in_ = copy_ended_ = held_sync_ = false;
       return reply(front.request == R::Execute);
     case Backend::PortalSuspended:
-      return front.request == R::Execute ? std::optional(reply(true)) : std::nullopt;
+      if (front.request != R::Execute || copy_in_) return std::nullopt;
+      return reply(true);
     case Backend::CopyInResponse:
       if (!runs) return std::nullopt;
       begin_copy_in();

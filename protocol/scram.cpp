@@ -78,6 +78,8 @@ std::optional<std::string> base64_decode(std::string_view text) {
     return std::nullopt;
   if (text.back() == '=') out.pop_back();
   if (text[text.size() - 2] == '=') out.pop_back();
+  // OpenSSL takes blanks at the ends, and '=' for an 'A' in the middle.
+  if (base64_encode(out) != text) return std::nullopt;
   return out;
 }
 

@@ -27,6 +27,12 @@ bool starts(std::string_view word, std::string_view lower) {
   return word.size() >= lower.size() && is(word.substr(0, lower.size()), lower);
 }
 
+bool contains(std::string_view word, std::string_view lower) {
+  for (std::size_t i = 0; i + lower.size() <= word.size(); ++i)
+    if (is(word.substr(i, lower.size()), lower)) return true;
+  return false;
+}
+
 template <std::size_t N>
 bool any(std::string_view word, const std::string_view (&list)[N]) {
   for (const std::string_view one : list)
@@ -135,8 +141,7 @@ class Scanner {
         if (starts(word_, "pg_temp")) residue_ |= kTemporary;
         else if (is(word_, "pg_backend_pid")) residue_ |= kSession;
         else if (starts(word_, "pg_advisory_") || starts(word_, "pg_try_advisory_")) {
-          if (word_.find("xact") == std::string_view::npos && word_.find("XACT") == std::string_view::npos)
-            residue_ |= kAdvisoryLock;
+          if (!contains(word_, "xact")) residue_ |= kAdvisoryLock;
         }
         break;
       case 't':

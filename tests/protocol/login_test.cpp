@@ -165,6 +165,13 @@ TEST(Scram, RefusesBadServerMessages) {
   }
 }
 
+TEST(Scram, Base64IsCanonical) {
+  for (const std::string& bytes : {std::string(), std::string("a"), std::string("ab"), std::string("abc"), std::string(33, '\0')})
+    EXPECT_EQ(base64_decode(base64_encode(bytes)), bytes);
+  // OpenSSL alone takes all of these.
+  for (const char* text : {"=AAA", "A=AA", "    QQ==", "QQ==    ", "QR==", "Q", "QQ=", "QQ!=", "QQ==QQ=="}) EXPECT_FALSE(base64_decode(text)) << text;
+}
+
 TEST(Scram, Verifiers) {
   EXPECT_TRUE(parse_verifier(verifier("x")));
   for (const char* text : {"", "SCRAM-SHA-256$", "SCRAM-SHA-256$4096:QQ==$QQ==:QQ==", "SCRAM-SHA-1$4096:QQ==$x:y", "SCRAM-SHA-256$0:QQ==$a:b", "md5abc"})

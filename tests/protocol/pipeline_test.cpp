@@ -182,6 +182,29 @@ TEST(Pipeline, CopyInOfASimpleQuery) {
   EXPECT_TRUE(s.pipeline.releasable());
 }
 
+TEST(Pipeline, ACopyHasNoSuspendedPortal) {
+  Script s;
+  s.ask(Request::Execute);
+  EXPECT_TRUE(s.all("G"));
+  EXPECT_FALSE(s.hear('s'));
+  EXPECT_FALSE(s.ask(Request::Sync));
+}
+
+TEST(Pipeline, AnInjectionDoesNotHideASyncThatCopyIgnores) {
+  Script s;
+  s.ask(Request::Execute);
+  s.ask(Request::Close, Verdict::Inject);  // the server doesn't see it
+  s.ask(Request::Sync);
+  EXPECT_TRUE(s.all("G"));
+  EXPECT_TRUE(s.pipeline.unsynced());
+  s.ask(Request::CopyEnd);
+  s.ask(Request::Sync);
+  EXPECT_TRUE(s.all("C"));
+  EXPECT_TRUE(s.pipeline.take_injection());
+  EXPECT_TRUE(s.all("Z"));
+  EXPECT_TRUE(s.pipeline.releasable());
+}
+
 TEST(Pipeline, WhatTheServerCannotSayNow) {
   const struct {
     Request asked;

@@ -70,6 +70,7 @@ TEST(SqlScan, Rows) {
       {"SELECT pg_advisory_lock(1)", kAdvisoryLock},
       {"SELECT PG_TRY_ADVISORY_LOCK_SHARED(1, 2)", kAdvisoryLock},
       {"SELECT pg_advisory_xact_lock(1)", kNone},
+      {"SELECT pg_advisory_Xact_lock(1)", kNone},
       {"SELECT pg_advisory_unlock_all()", kAdvisoryLock},
       {"CREATE TEMP TABLE t ()", kTemporary},
       {"CREATE GLOBAL TEMPORARY TABLE t ()", kTemporary},
