@@ -384,7 +384,7 @@ void Worker::arm_tick(milliseconds after) {
   if (stopped_ || at >= tick_at_) return;
   tick_at_ = at;
   timer_.expires_at(at);
-  timer_.async_wait(asio::bind_allocator(TickMemory::Allocator<void>(tick_memory_), [this](const boost::system::error_code& ec) {
+  timer_.async_wait(asio::bind_allocator(TickAllocator<char>(tick_memory_), [this](const boost::system::error_code& ec) {
     if (!ec) tick();
   }));
 }

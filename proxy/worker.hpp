@@ -11,6 +11,7 @@
 #include <deque>
 #include <functional>
 #include <memory>
+#include <memory_resource>
 #include <random>
 #include <string>
 #include <vector>
@@ -49,39 +50,18 @@ struct PoolEntry {
   std::deque<ServerConnection::Login> logins;       // clients whose password the server is still to be asked about
 };
 
-/// Memory for the tick's few waits, so that arming it anew takes nothing from the heap nor from the blocks that Asio keeps
-/// for the connections' waits.
-class TickMemory {
- public:
-  void* take(std::size_t size) {
-    for (Block& block : blocks_)
-      if (!block.taken && size <= sizeof block.bytes) return block.taken = true, block.bytes;
-    return ::operator new(size);
-  }
-  void give_back(void* p) {
-    for (Block& block : blocks_)
-      if (p == block.bytes) return void(block.taken = false);
-    ::operator delete(p);
-  }
-
-  template <class T>
-  struct Allocator {
-    using value_type = T;
-    explicit Allocator(std::shared_ptr<TickMemory> from) : memory(std::move(from)) {}
-    template <class U>
-    Allocator(const Allocator<U>& other) : memory(other.memory) {}
-    T* allocate(std::size_t n) { return static_cast<T*>(memory->take(n * sizeof(T))); }
-    void deallocate(T* p, std::size_t) { memory->give_back(p); }
-    friend bool operator==(const Allocator&, const Allocator&) = default;
-    std::shared_ptr<TickMemory> memory;  // the loop may outlive the Worker
-  };
-
- private:
-  struct Block {
-    alignas(std::max_align_t) unsigned char bytes[192];
-    bool taken = false;
-  };
-  std::array<Block, 4> blocks_;
+/// The tick's waits have memory of their own, so that arming it anew takes nothing from the heap nor from the blocks that Asio
+/// keeps for the connections' waits. Shared, because the loop may outlive the Worker.
+template <class T>
+struct TickAllocator {
+  using value_type = T;
+  explicit TickAllocator(std::shared_ptr<std::pmr::memory_resource> from) : memory(std::move(from)) {}
+  template <class U>
+  TickAllocator(const TickAllocator<U>& other) : memory(other.memory) {}
+  T* allocate(std::size_t n) { return static_cast<T*>(memory->allocate(n * sizeof(T), alignof(T))); }
+  void deallocate(T* p, std::size_t n) { memory->deallocate(p, n * sizeof(T), alignof(T)); }
+  friend bool operator==(const TickAllocator&, const TickAllocator&) = default;
+  std::shared_ptr<std::pmr::memory_resource> memory;
 };
 
 class Worker {
@@ -180,7 +160,7 @@ class Worker {
   std::array<std::uint8_t, kScratch> scratch_;
   std::array<std::uint8_t, 16 * 1024> tls_scratch_;
   std::minstd_rand random_{std::random_device{}()};
-  std::shared_ptr<TickMemory> tick_memory_ = std::make_shared<TickMemory>();
+  std::shared_ptr<std::pmr::memory_resource> tick_memory_ = std::make_shared<std::pmr::unsynchronized_pool_resource>();
   boost::asio::steady_timer timer_;
   pool::Time tick_at_ = pool::Time::max();
   std::map<std::pair<std::string, std::string>, std::unique_ptr<PoolEntry>> pools_;

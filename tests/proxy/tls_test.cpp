@@ -56,7 +56,7 @@ struct Link : test::Pair {
     std::signal(SIGPIPE, SIG_IGN);
     near->start_tls(client, false);
     far->start_tls(server, true);
-    prepare_client(near->ssl(), params, {host, {}, 5432});
+    prepare_client(near->ssl(), params, {host, {}, 5432, {}});
     ok = test::shake(*near, *far);
     // TLS 1.3: the client is through before the server has judged its certificate, and the tickets come behind.
     if (ok) ok = test::write(*far, {"x"}).status == IoStatus::Ok && test::read_all(*near) == "x";
