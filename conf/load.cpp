@@ -50,6 +50,12 @@ class Reader {
     validate();
   }
 
+  void read_admin(const YAML::Node& root) {
+    for (const auto& entry : root)
+      if (root.IsMap() && entry.first.Scalar() == "admin") top(entry.first, entry.second, "admin");
+    environment("admin.");
+  }
+
  private:
   void mistake(const YAML::Node& at, const std::string& path, const std::string& text) {
     lines_[path] = at.Mark().line + 1;
@@ -173,15 +179,10 @@ class Reader {
     return std::find(known.begin(), known.end(), name) != known.end();
   }
 
-  /// The keys of the environment. Those below upstream stay unexpanded, as in the file.
-  void environment() {
-    Upstream& up = config_.upstream;
-    if (const auto url = env_("PGSIDECAR_UPSTREAM_URL")) up.url = *url;
-    for (const std::string_view keyword : connection_keywords())
-      if (const auto value = env_(environment_name("upstream." + std::string(keyword)))) up.keys[std::string(keyword)] = *value;
+  void environment(std::string_view below) {
     for (const auto& key : config_keys()) {
       const std::string name = environment_name(key.path);
-      const auto text = env_(name);
+      const auto text = std::string_view(key.path).starts_with(below) ? env_(name) : std::nullopt;
       if (!text) continue;
       try {
         key.set(config_, expand(*text, env_));
@@ -189,6 +190,15 @@ class Reader {
         mistakes_.push_back(name + ": " + e.what());
       }
     }
+  }
+
+  /// The keys of the environment. Those below upstream stay unexpanded, as in the file.
+  void environment() {
+    environment("");
+    Upstream& up = config_.upstream;
+    if (const auto url = env_("PGSIDECAR_UPSTREAM_URL")) up.url = *url;
+    for (const std::string_view keyword : connection_keywords())
+      if (const auto value = env_(environment_name("upstream." + std::string(keyword)))) up.keys[std::string(keyword)] = *value;
     // A server given in keywords alone. The default stays if it can be read: it may hold the rest.
     if (up.url == kDefaultUrl && up.keys.contains("host") && (up.keys.contains("user") || !env_("DATABASE_URL"))) up.url.clear();
   }
@@ -400,14 +410,33 @@ Config load_text(std::string_view yaml, std::string_view name, const Environment
   return config;
 }
 
-Config load(const std::string& path, const Environment& env) {
-  if (path.empty()) return load_text("", "", env);
+namespace {
+
+std::string read_file(const std::string& path) {
   std::ifstream in(path, std::ios::binary);
   std::ostringstream content;
   if (!in || (in.peek() != std::ifstream::traits_type::eof() && !(content << in.rdbuf())) || in.bad())
     throw ConfigError("cannot read the configuration file \"" + path + "\"");
   if (content.str().size() > kMaxFile) throw ConfigError("the configuration file \"" + path + "\" is larger than 1 MiB");
-  return load_text(content.str(), path, env);
+  return content.str();
+}
+
+}  // namespace
+
+Config load(const std::string& path, const Environment& env) {
+  return path.empty() ? load_text("", "", env) : load_text(read_file(path), path, env);
+}
+
+Admin load_admin(const std::string& path, const Environment& env) {
+  Config config;
+  std::vector<std::string> mistakes;
+  try {
+    Reader(path, env, config, mistakes).read_admin(YAML::Load(path.empty() ? std::string() : read_file(path)));
+  } catch (const YAML::Exception& e) {
+    mistakes.push_back(path + ":" + std::to_string(e.mark.line + 1) + ": not valid YAML: " + e.msg);
+  }
+  if (!mistakes.empty()) throw ConfigError(std::move(mistakes));
+  return config.admin;
 }
 
 std::string to_redacted_yaml(const Config& config) {

@@ -27,6 +27,9 @@ class ConfigError : public std::runtime_error {
 /// upper snake case. Checks that every upstream and secret can be resolved now. Throws ConfigError.
 Config load(const std::string& path, const Environment& env);
 
+/// The `admin` section alone, for the commands that talk to a running pgsidecar: the rest may name what can't be read now.
+Admin load_admin(const std::string& path, const Environment& env);
+
 /// The same from YAML text; `name` stands for the file in messages.
 Config load_text(std::string_view yaml, std::string_view name, const Environment& env);
 

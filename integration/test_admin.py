@@ -381,7 +381,6 @@ def test_ready_again_without_any_traffic(proxies, pg):
         harness.poll(lambda: curl(proxy, "/health/ready")[0] == 200, what="it is seen to be back")
 
 
-@pytest.mark.xfail(strict=True, reason="proxy/worker.cpp on_connect_failed: a server that answers with an error counts as down")
 def test_a_wrong_database_does_not_make_the_server_down(proxies):
     proxy = proxies({"databases": {"*": {}}})
     with raw(proxy) as w, wire.Wire(proxy.port) as other:
@@ -390,7 +389,6 @@ def test_a_wrong_database_does_not_make_the_server_down(proxies):
         assert curl(proxy, "/health/ready")[0] == 200 and w.value("SELECT 1") == "1"
 
 
-@pytest.mark.xfail(strict=True, reason="proxy/worker.cpp snapshot: never sets databaseProbed, and a connect isn't a latency")
 def test_the_databases_latency(proxy):
     with raw(proxy) as w:
         assert w.value("SELECT 1") == "1"
@@ -493,7 +491,6 @@ def test_a_stalled_log_does_not_stall_clients(pg):
             assert w.login(USER, PASSWORD, DATABASE) is None and w.value("SELECT 1") == "1"
 
 
-@pytest.mark.xfail(strict=True, reason="proxy/log.cpp stop: spdlog::shutdown joins the thread that writes; main and the second signal wait for it")
 def test_a_stalled_log_does_not_stall_the_end(pg):
     with stalled_log(pg) as (process, port):
         for _ in range(300):
@@ -577,7 +574,6 @@ def test_reload_names_what_needs_a_restart(proxies):
     assert status == 409 and "pool.max" in json.loads(body)["error"]
 
 
-@pytest.mark.xfail(strict=True, reason="proxy/worker.cpp use_config: keeps the TLS context when tls.mode becomes disable")
 def test_reload_turns_tls_off(proxies, tmp_path):
     harness.make_certificates(tmp_path)
     proxy = proxies({"tls": {"mode": "allow", "certificate": str(tmp_path / "server.crt"), "key": str(tmp_path / "server.key")}})
@@ -632,7 +628,6 @@ def test_no_mistake_tells_a_secret(proxy, url):
         assert done.returncode == 2 and done.stderr and "hidden" not in done.stderr + done.stdout, done.stderr
 
 
-@pytest.mark.xfail(strict=True, reason="proxy/relay.cpp on_request: sent_at_ is set after apply_settings(), whose own replies make the pipeline look busy")
 def test_query_time_of_a_client_with_settings(proxy):
     with raw(proxy, application_name="pgbench") as a, raw(proxy, application_name="other") as b:
         for _ in range(3):  # each has the connection's settings changed
@@ -640,7 +635,6 @@ def test_query_time_of_a_client_with_settings(proxy):
         assert 0 < proxy.stats()["query"]["max"] < 10000
 
 
-@pytest.mark.xfail(strict=True, reason="proxy/main.cpp main: healthcheck, wait and shutdown load the whole configuration, secrets too, of which they need admin: only")
 def test_healthcheck_needs_no_secret(proxies, pg, tmp_path):
     """A liveness probe while a secret is being replaced must not end the pod."""
     secret = tmp_path / "password"

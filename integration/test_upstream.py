@@ -255,7 +255,6 @@ def test_service(through, pg, tmp_path):
     assert "t TLS" in through({"url": "service=mine"}, environment={"PGSERVICEFILE": str(file)})
 
 
-@pytest.mark.xfail(strict=True, reason="proxy/connect.cpp log_in: takes params.password for every host, and not target.host.password where there is one")
 def test_passfile_has_a_line_for_each_host(through, pg, tmp_path):
     file = tmp_path / "passfile"
     file.write_text("localhost:*:*:*:wrong\n127.0.0.1:*:*:*:" + PASSWORD.replace(":", "\\:") + "\n")
@@ -315,7 +314,6 @@ def test_names_are_looked_up_anew_each_time(proxies, pg, tmp_path):
 
 # ---- what is not as it should be
 
-@pytest.mark.xfail(strict=True, reason="proxy/connect.cpp run_connect: goes on to the next host after a login that the server refused; libpq doesn't")
 def test_a_refused_login_is_not_tried_elsewhere(through, pg):
     def refused():
         return pg.log.read_text().count(f'password authentication failed for user "{USER}"')
@@ -345,7 +343,6 @@ def test_reload_keeps_the_pool_settings_of_sections(proxies, pg):
         assert [(p["user"], p["max"]) for p in proxy.stats()["perPool"]] == limits
 
 
-@pytest.mark.xfail(strict=True, reason="proxy/worker.cpp find_pool: a pool that exists is given out before the configuration is asked")
 def test_reload_takes_a_database_away(proxies, pg):
     proxy = proxies({"databases": {DATABASE: {}, OTHER_DATABASE: {}}})
     with wire.Wire(proxy.port) as w:
@@ -358,7 +355,6 @@ def test_reload_takes_a_database_away(proxies, pg):
         assert failure and failure.error["C"] == "3D000"
 
 
-@pytest.mark.xfail(strict=True, reason="proxy/worker.cpp is_permanent: only classes 28 and 3D; 42501 is told after connectionTimeoutMillis, and without its DETAIL")
 def test_a_refusal_of_the_database_is_told_at_once_and_whole(proxies, pg):
     pg.sql(f"REVOKE CONNECT ON DATABASE {OTHER_DATABASE} FROM public")
     try:

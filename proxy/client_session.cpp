@@ -78,6 +78,7 @@ void ClientSession::on_readable(const boost::system::error_code& ec) {
       if (first == 0x16) {
         if (!worker_.client_tls()) return close();
         channel_.transport.start_tls(worker_.client_tls(), true);
+        direct_tls_ = true;
         transition(State::Tls);
         return handle_tls();
       }
@@ -246,6 +247,10 @@ void ClientSession::handle_tls() {
     worker_.peer_events.warn(worker_.now(), "client {} from {}: TLS handshake failed: {}", id_, login_->peer, channel_.transport.tls_error());
     return close();
   }
+  if (direct_tls_ && !negotiated_alpn(channel_.transport.ssl())) {
+    complain("08P01", "received direct SSL connection request without ALPN protocol negotiation extension");
+    return close();
+  }
   transition(State::Startup);
   on_readable({});
 }
@@ -262,11 +267,7 @@ void ClientSession::begin_login(protocol::Startup startup) {
     worker_.reject(pool::RejectReason::Draining);
     return fatal("57P03", "the database system is shutting down");
   }
-  if (worker_.full()) {
-    worker_.reject(pool::RejectReason::MaxClients);
-    return fatal("53300", "sorry, too many clients already",
-                 "pgsidecar serves at most " + std::to_string(config.limits.maxClients) + " clients (limits.maxClients).");
-  }
+  if (worker_.full()) return refuse_full();
   const bool tls = channel_.transport.is_tls();
   if (!tls && (config.tls.mode == conf::TlsMode::Require || config.tls.mode == conf::TlsMode::VerifyFull))
     return fatal("28000", "no pg_hba.conf entry for this connection: pgsidecar requires SSL encryption (tls.mode)");
@@ -306,6 +307,12 @@ void ClientSession::begin_login(protocol::Startup startup) {
   if (step == protocol::ClientLogin::Step::Accepted) accepted();
 }
 
+void ClientSession::refuse_full() {
+  worker_.reject(pool::RejectReason::MaxClients);
+  fatal("53300", "sorry, too many clients already",
+        "pgsidecar serves at most " + std::to_string(worker_.config().limits.maxClients) + " clients (limits.maxClients).");
+}
+
 std::size_t ClientSession::on_password(Bytes in) {
   if (in.size() < kHeaderSize) return 0;
   const std::uint32_t length = protocol::load_u32(in.data() + 1);
@@ -337,14 +344,17 @@ void ClientSession::accepted() {
     worker_.reject(pool::RejectReason::UnknownDatabase);
     return fatal(sqlstate, error);
   }
+  if (worker_.full()) return refuse_full();  // others have come in while this one was asked for its password
   std::map<std::string, std::string> values;
   std::string complaint;
   if (!settings_of(login_->startup, values, complaint)) return fatal("0A000", complaint);
   entry_ = entry;
   ++entry->clients;
+  for (const auto& [name, value] : values)
+    if (name.find('.') != std::string::npos) entry->settings.learn({name});
   settings = login_settings_ = entry->settings.intern(std::move(values));
   transition(State::Greeting);
-  worker_.on_login(*this);
+  worker_.on_login();
   if (const std::string& given = login_->exchange->given_password(); !given.empty()) return worker_.verify(*this, given);
   begin_session();
 }
@@ -356,9 +366,9 @@ void ClientSession::verified() {
   send(worker_.to_client);
 }
 
-void ClientSession::refused(const std::string& sqlstate, const std::string& message) {
-  if (sqlstate.starts_with("28")) worker_.reject(pool::RejectReason::Auth);
-  fatal(sqlstate, message);
+void ClientSession::refused(const protocol::ErrorFields& error) {
+  if (error.sqlstate.starts_with("28")) worker_.reject(pool::RejectReason::Auth);
+  fatal(error.sqlstate, error.message, error.hint, error.detail);
 }
 
 void ClientSession::begin_session() {
@@ -391,12 +401,7 @@ void ClientSession::on_answered() {
 }
 
 void ClientSession::on_greeting_failed(const protocol::ErrorFields& error) {
-  worker_.to_client.own([&](std::string& out) {
-    protocol::write_error(out, protocol::Severity::Fatal, error.sqlstate, error.message, error.detail, error.hint);
-  });
-  send(worker_.to_client);
-  transition(State::Closing);
-  if (channel_.queued() == 0) close();
+  fatal(error.sqlstate, error.message, error.hint, error.detail);
 }
 
 // --- leases
@@ -500,13 +505,13 @@ void ClientSession::release() {
   server->detach(false);
 }
 
-void ClientSession::on_wait_failed(const std::string& sqlstate, const std::string& message, bool is_fatal) {
-  if (state_ == State::Greeting || is_fatal) return fatal(sqlstate, message);
+void ClientSession::on_wait_failed(const protocol::ErrorFields& error, bool is_fatal) {
+  if (state_ == State::Greeting || is_fatal) return fatal(error.sqlstate, error.message, error.hint, error.detail);
   transition(State::Ready);
-  worker_.count_error(sqlstate);
+  worker_.count_error(error.sqlstate);
   // The request that waited is answered with an error; of an extended one, all up to Sync goes unanswered, as on a server.
   const char type = channel_.unread.empty() ? 'Q' : channel_.unread[0];
-  worker_.to_client.own([&](std::string& out) { protocol::write_error(out, protocol::Severity::Error, sqlstate, message); });
+  worker_.to_client.own([&](std::string& out) { protocol::write_error(out, protocol::Severity::Error, error.sqlstate, error.message, error.detail, error.hint); });
   if (is_extended(type)) {
     discarding_ = true;
   } else {
@@ -555,7 +560,7 @@ void ClientSession::on_server_lost(const std::string& sqlstate, const std::strin
 
 void ClientSession::on_deadline(pool::Time now) {
   if (now < login_deadline || state_ == State::Closed) return;
-  if (state_ == State::Closing) return close();
+  if (state_ == State::Closing || state_ == State::Tls) return close();
   login_deadline = now + std::chrono::seconds(1);
   worker_.reject(pool::RejectReason::Timeout);
   fatal("08006", "canceling authentication due to timeout");
@@ -576,13 +581,13 @@ void ClientSession::complain(std::string_view sqlstate, std::string_view message
     worker_.peer_events.warn(worker_.now(), "client {} ({}@{}): {} {}", id_, entry_->user, entry_->database, sqlstate, message);
 }
 
-void ClientSession::fatal(std::string_view sqlstate, std::string_view message, std::string_view hint) {
+void ClientSession::fatal(std::string_view sqlstate, std::string_view message, std::string_view hint, std::string_view detail) {
   if (state_ == State::Closed || state_ == State::Closing) return;
   worker_.count_error(sqlstate);
   if (!sqlstate.starts_with("57P")) complain(sqlstate, message);
   if (sqlstate == "08P01") worker_.reject(pool::RejectReason::Protocol);
   worker_.to_client.own([&](std::string& out) {
-    protocol::write_error(out, protocol::Severity::Fatal, sqlstate, message, {}, hint);
+    protocol::write_error(out, protocol::Severity::Fatal, sqlstate, message, detail, hint);
   });
   unlink();
   transition(State::Closing);

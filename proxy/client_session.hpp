@@ -41,11 +41,11 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
 
   /// The server accepts the password that was passed on.
   void verified();
-  void refused(const std::string& sqlstate, const std::string& message);
+  void refused(const protocol::ErrorFields& error);
   /// A server connection is leased to it now: what waited goes on.
   void on_lease(ServerConnection& server);
   /// No server connection came in time, or the pool has none to give.
-  void on_wait_failed(const std::string& sqlstate, const std::string& message, bool fatal);
+  void on_wait_failed(const protocol::ErrorFields& error, bool fatal);
   /// The server connection died under it.
   void on_server_lost(const std::string& sqlstate, const std::string& message, bool in_transaction);
   /// The server owes nothing and is outside a transaction. Decides whether the lease ends.
@@ -73,7 +73,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   pool::Time request_since{}, transaction_since{};
 
   void drain();  ///< leaves at the next transaction boundary, at once if there is none open
-  void fatal(std::string_view sqlstate, std::string_view message, std::string_view hint = {});
+  void fatal(std::string_view sqlstate, std::string_view message, std::string_view hint = {}, std::string_view detail = {});
   void close();
 
   SettingsRef settings;
@@ -94,6 +94,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   std::size_t on_startup(protocol::Bytes in);
   void begin_login(protocol::Startup startup);
   std::size_t on_password(protocol::Bytes in);
+  void refuse_full();
   void accepted();
   void begin_session();
   void greet();
@@ -125,6 +126,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   State state_ = State::Startup;
   bool pinned_ = false, draining_ = false, discarding_ = false, began_ = false, acquiring_ = false;
   bool pass_to_server_ = false;
+  bool direct_tls_ = false;  // TLS without an SSLRequest
   pool::Time sent_at_{};
   std::uint32_t residue_ = 0;
   std::size_t pass_left_ = 0;

@@ -29,6 +29,7 @@ void set_socket_options(Socket& socket, const conf::ConnectParams& params, const
   const int fd = socket.native_handle();
   const auto set = [fd](int level, int option, int value) { ::setsockopt(fd, level, option, &value, sizeof value); };
   set(IPPROTO_TCP, TCP_NODELAY, 1);
+  if (params.tcpUserTimeoutMillis) set(IPPROTO_TCP, TCP_USER_TIMEOUT, static_cast<int>(*params.tcpUserTimeoutMillis));
   if (!params.keepalives.value_or(pool.keepAlive)) return;
   const int idle = static_cast<int>(params.keepalivesIdleSeconds.value_or(pool.keepAliveInitialDelayMillis / 1000));
   const int interval = static_cast<int>(params.keepalivesIntervalSeconds.value_or(1));
@@ -37,7 +38,7 @@ void set_socket_options(Socket& socket, const conf::ConnectParams& params, const
   if (idle > 0) set(IPPROTO_TCP, TCP_KEEPIDLE, idle);
   set(IPPROTO_TCP, TCP_KEEPINTVL, interval);
   set(IPPROTO_TCP, TCP_KEEPCNT, count);
-  set(IPPROTO_TCP, TCP_USER_TIMEOUT, static_cast<int>(params.tcpUserTimeoutMillis.value_or((idle + interval * count) * 1000)));
+  if (!params.tcpUserTimeoutMillis) set(IPPROTO_TCP, TCP_USER_TIMEOUT, (idle + interval * count) * 1000);
 }
 
 /// Ends the waits of one attempt when its time is up.
@@ -126,6 +127,9 @@ awaitable<std::string> open_channel(Opening& o) {
   }
 }
 
+/// The server has answered, and another host isn't asked (libpq does the same) unless this one can't serve at the moment.
+bool is_final(const std::string& sqlstate) { return !sqlstate.starts_with("08") && sqlstate != "57P03" && sqlstate != "53300"; }
+
 bool session_fits(const std::map<std::string, std::string>& parameters, conf::TargetSessionAttrs wanted) {
   const auto is_on = [&](const char* name) {
     const auto it = parameters.find(name);
@@ -163,11 +167,13 @@ awaitable<void> ServerConnection::run_connect(std::shared_ptr<ServerConnection> 
   co_await answer.async_wait(asio::redirect_error(use_awaitable, ec));
   if (!upstream || !upstream->error.empty()) {
     const std::string error = upstream ? upstream->error : std::string("stopped");
-    fail_connect("08006", error);
+    protocol::ErrorFields unresolved;
+    unresolved.sqlstate = "08006";
+    unresolved.message = error;
+    fail_connect(std::move(unresolved));
     co_return;
   }
   std::string error;
-  login_sqlstate_ = "08006";
   const bool prefer_standby = upstream->params.targetSessionAttrs == conf::TargetSessionAttrs::PreferStandby;
   std::vector<Target> targets = upstream->targets;
   if (upstream->params.loadBalanceHosts) std::shuffle(targets.begin(), targets.end(), worker_.random_engine());
@@ -187,16 +193,18 @@ awaitable<void> ServerConnection::run_connect(std::shared_ptr<ServerConnection> 
         if (attempt != 0 || !other || !retry_other_tls_) break;
         tls = !tls;
       }
-      if (error.empty()) break;
+      if (error.empty() || is_final(login_error_.sqlstate)) break;
     }
-    if (error.empty()) break;
+    if (error.empty() || is_final(login_error_.sqlstate)) break;
   }
   if (!error.empty()) {
-    fail_connect(login_sqlstate_, error);
+    login_error_.message = std::move(error);
+    fail_connect(std::move(login_error_));
     co_return;
   }
   const auto micros = std::chrono::duration_cast<std::chrono::microseconds>(worker_.now() - begun).count();
   entry_.pool.counters().connect.record(static_cast<std::uint64_t>(micros));
+  worker_.database_took(worker_.now() - begun, false);
   ++entry_.pool.counters().connects;
   conforming_strings_ = parameters_["standard_conforming_strings"] != "off";
   settings = entry_.settings.intern({});
@@ -208,18 +216,19 @@ awaitable<void> ServerConnection::run_connect(std::shared_ptr<ServerConnection> 
   settle();
 }
 
-void ServerConnection::fail_connect(const std::string& sqlstate, const std::string& error) {
+void ServerConnection::fail_connect(protocol::ErrorFields error) {
   if (channel_) channel_->transport.close();
   state_ = State::Closed;
   permit_.release();
-  worker_.on_connect_failed(*this, sqlstate, error);
+  worker_.on_connect_failed(*this, error);
 }
 
 awaitable<std::string> ServerConnection::log_in(std::shared_ptr<const Upstream> upstream, Target target, bool tls,
                                                 conf::TargetSessionAttrs wanted) {
   const conf::ConnectParams& params = upstream->params;
   retry_other_tls_ = false;
-  login_sqlstate_ = "08006";
+  login_error_ = {};
+  login_error_.sqlstate = "08006";
   if (channel_) channel_->transport.close();
   channel_.reset();
   std::uint32_t millis = params.connectTimeoutMillis ? params.connectTimeoutMillis : entry_.pool.settings().connectionTimeoutMillis;
@@ -231,8 +240,8 @@ awaitable<std::string> ServerConnection::log_in(std::shared_ptr<const Upstream> 
     failure = co_await open_channel(opening);
     retry_other_tls_ = opening.handshake_failed;
     if (failure.empty()) {
-      failure = co_await exchange_login(params);
-      if (login_sqlstate_ != "08006") co_return failure;  // the server's own words
+      failure = co_await exchange_login(params, target.host);
+      if (login_error_.sqlstate != "08006") co_return failure;  // the server's own words
     }
     if (failure.empty() && !session_fits(parameters_, wanted)) failure = "session is not as target_session_attrs asks";
   } catch (const boost::system::system_error& e) {
@@ -247,11 +256,11 @@ awaitable<std::string> ServerConnection::log_in(std::shared_ptr<const Upstream> 
   co_return failed_to(target) + failure;
 }
 
-awaitable<std::string> ServerConnection::exchange_login(const conf::ConnectParams& params) {
+awaitable<std::string> ServerConnection::exchange_login(const conf::ConnectParams& params, const conf::Host& host) {
   Transport& transport = channel_->transport;
   protocol::ServerCredentials credentials;
   credentials.user = params.user;
-  credentials.password = login_ ? login_->password : entry_.given_password.value_or(params.password);
+  credentials.password = login_ ? login_->password : entry_.given_password.value_or(host.password.empty() ? params.password : host.password);
   credentials.encrypted = transport.is_tls();
   credentials.require_auth = params.requireAuth;
   if (transport.is_tls()) credentials.channel_binding = channel_binding(transport.ssl(), false);
@@ -275,7 +284,7 @@ awaitable<std::string> ServerConnection::exchange_login(const conf::ConnectParam
       const auto* bytes = reinterpret_cast<const std::uint8_t*>(in.data());
       const std::size_t total = std::size_t{protocol::load_u32(bytes + 1)} + 1;
       if (total > 64 * 1024 || total < protocol::kHeaderSize) {
-        login_sqlstate_ = "08P01";
+        login_error_.sqlstate = "08P01";
         co_return std::string("received an invalid message from the server during login");
       }
       if (in.size() >= total) {
@@ -297,10 +306,9 @@ awaitable<std::string> ServerConnection::exchange_login(const conf::ConnectParam
     in.append(reinterpret_cast<const char*>(worker_.scratch().data()), got.bytes);
   }
   if (step == Step::Failed) {
-    const protocol::ErrorFields& error = login.error();
-    login_sqlstate_ = error.sqlstate;
-    retry_other_tls_ = error.sqlstate.starts_with("28");
-    co_return error.message;
+    login_error_ = login.error();
+    retry_other_tls_ = login_error_.sqlstate.starts_with("28");
+    co_return login_error_.message;
   }
   channel_->unread = std::move(in);
   pid_ = login.pid();

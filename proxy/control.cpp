@@ -8,6 +8,10 @@ namespace pgsidecar::proxy {
 
 namespace asio = boost::asio;
 
+namespace {
+constexpr std::size_t kMostContexts = 64;
+}
+
 struct Control::Lookup {
   Upstream upstream;
   Done done;
@@ -60,13 +64,14 @@ void Control::finish(std::shared_ptr<Lookup> lookup) {
 std::shared_ptr<SSL_CTX> Control::context(const conf::ConnectParams& p) {
   // A replaced certificate or CA file is a different context.
   std::string key = std::to_string(static_cast<int>(p.sslmode)) + '\n' + std::to_string(static_cast<int>(p.sslnegotiation)) +
-                    '\n' + p.sslMinProtocolVersion + '\n' + p.sslMaxProtocolVersion;
+                    '\n' + p.sslMinProtocolVersion + '\n' + p.sslMaxProtocolVersion + '\n' + p.sslpassword;
   for (const conf::Host& host : p.hosts) key += '\n' + host.name;  // a resumed session isn't verified again
   for (const std::string& file : {p.sslrootcert, p.sslcert, p.sslkey, p.sslcrl}) {
     std::error_code ec;
     const auto changed = std::filesystem::last_write_time(file, ec);
     key += '\n' + file + '\n' + (ec ? "" : std::to_string(changed.time_since_epoch().count()));
   }
+  if (contexts_.size() >= kMostContexts && !contexts_.contains(key)) contexts_.clear();  // files were rotated
   auto& context = contexts_[key];
   if (!context) context = std::shared_ptr<SSL_CTX>(make_client_context(p).release(), SSL_CTX_free);
   return context;

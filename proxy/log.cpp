@@ -4,6 +4,11 @@
 #include <spdlog/pattern_formatter.h>
 #include <spdlog/sinks/stdout_sinks.h>
 
+#include <cstdlib>
+#include <future>
+#include <memory>
+#include <thread>
+
 #include "conf/utf8.hpp"
 
 namespace pgsidecar::proxy::log {
@@ -46,6 +51,13 @@ void start(const conf::Log& settings) {
   spdlog::set_default_logger(std::move(logger));
 }
 
-void stop() { spdlog::shutdown(); }
+void stop(int exit_code) {
+  auto done = std::make_shared<std::promise<void>>();
+  std::thread([done] {
+    spdlog::shutdown();
+    done->set_value();
+  }).detach();
+  if (done->get_future().wait_for(std::chrono::seconds(1)) != std::future_status::ready) std::_Exit(exit_code);
+}
 
 }  // namespace pgsidecar::proxy::log

@@ -37,6 +37,7 @@ class PeerEvents {
 };
 
 void start(const conf::Log& settings);
-void stop();  ///< writes what is queued
+/// Writes what is queued, for at most a second: then nobody reads it, and the process ends with this exit code.
+void stop(int exit_code);
 
 }  // namespace pgsidecar::proxy::log

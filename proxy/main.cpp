@@ -117,6 +117,9 @@ int main(int argc, char** argv) {
   const conf::Environment env = conf::process_environment();
   std::shared_ptr<const conf::Config> config;
   try {
+    if (arguments.command == "healthcheck") return admin::healthcheck(conf::load_admin(arguments.config, env));
+    if (arguments.command == "wait") return admin::wait_ready(conf::load_admin(arguments.config, env), arguments.max);
+    if (arguments.command == "shutdown") return admin::shutdown(conf::load_admin(arguments.config, env));
     config = std::make_shared<const conf::Config>(conf::load(arguments.config, env));
   } catch (const conf::ConfigError& e) {
     std::cerr << "pgsidecar: " << e.what() << "\n";
@@ -126,13 +129,10 @@ int main(int argc, char** argv) {
     std::cout << conf::to_redacted_yaml(*config);
     return 0;
   }
-  if (arguments.command == "healthcheck") return admin::healthcheck(config->admin);
-  if (arguments.command == "wait") return admin::wait_ready(config->admin, arguments.max);
-  if (arguments.command == "shutdown") return admin::shutdown(config->admin);
   try {
     return run(arguments, config, env);
   } catch (const std::exception& e) {
-    proxy::log::stop();
+    proxy::log::stop(1);
     std::cerr << "pgsidecar: " << e.what() << "\n";
     return 1;
   }

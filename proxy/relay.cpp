@@ -67,8 +67,8 @@ std::size_t ClientSession::on_request(char type, Bytes available, std::size_t to
     if (available.size() == total && type == 'P' && parse_unserved(available)) return total;
     if (!acquire()) return 0;
   }
-  server_->apply_settings();
   if (server_->pipeline.empty()) sent_at_ = worker_.now();
+  server_->apply_settings();
   switch (type) {
     case 'Q': return on_query(available, total);
     case 'P': return on_parse(available, total);

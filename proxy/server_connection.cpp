@@ -410,7 +410,8 @@ void ServerConnection::lease(ClientSession& client) {
 }
 
 void ServerConnection::apply_settings() {
-  if (settings == client_->settings || !settings) return;
+  // While the session is being looked at, what it holds is what the client has done since.
+  if (settings == client_->settings || !settings || asking_residue_) return;
   const std::string sql = settings_sql(*settings, *client_->settings);
   settings = client_->settings;
   if (!sql.empty()) ask(kApply, sql);
@@ -490,11 +491,9 @@ void ServerConnection::lost(const std::string& sqlstate, const std::string& reas
   const bool in_transaction = pipeline.status() != TxStatus::Idle;
   log::info("server {} ({}@{}, pid {}): lost: {} {}", id_, entry_.user, entry_.database, pid_, sqlstate, reason);
   unlink();
-  const bool clean_end = state_ == State::Idle;
   transition(State::Closing);
   ++entry_.pool.counters().closed[static_cast<std::size_t>(sqlstate.starts_with("57P") ? pool::CloseReason::AdminShutdown
                                                                                        : pool::CloseReason::Error)];
-  if (!clean_end) worker_.database_seen(false, reason);
   if (ClientSession* client = std::exchange(client_, nullptr)) {
     client->send(worker_.to_client);
     client->on_server_lost(sqlstate, reason, in_transaction);

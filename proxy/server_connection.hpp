@@ -79,12 +79,12 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
 
  private:
   boost::asio::awaitable<void> run_connect(std::shared_ptr<ServerConnection> self);
-  /// Empty: logged in; else why not, with login_sqlstate_.
+  /// Empty: logged in; else why not, with login_error_'s SQLSTATE, DETAIL and HINT.
   boost::asio::awaitable<std::string> log_in(std::shared_ptr<const Upstream> upstream, Target target, bool tls,
                                              conf::TargetSessionAttrs wanted);
-  boost::asio::awaitable<std::string> exchange_login(const conf::ConnectParams& params);
+  boost::asio::awaitable<std::string> exchange_login(const conf::ConnectParams& params, const conf::Host& host);
   boost::asio::awaitable<void> run_cancel(std::shared_ptr<ServerConnection> self);
-  void fail_connect(const std::string& sqlstate, const std::string& error);
+  void fail_connect(protocol::ErrorFields error);
 
   void transition(State next);
   void wait_readable();
@@ -127,7 +127,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   std::map<std::string, std::string> residue_settings_;
   std::string residue_pins_;
   std::vector<std::string> asked_functions_;
-  std::string login_sqlstate_;
+  protocol::ErrorFields login_error_;
 };
 
 }  // namespace pgsidecar::proxy

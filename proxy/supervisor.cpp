@@ -78,7 +78,7 @@ void Supervisor::wait_signal() {
       reload();
     } else if (signalled_) {
       log::warn("second signal: ending at once");
-      log::stop();
+      log::stop(3);
       std::_Exit(3);
     } else {
       signalled_ = true;
@@ -123,7 +123,7 @@ int Supervisor::run(const std::function<void()>& listening, const std::function<
   });
   control.join();
   log::info("stopped");
-  log::stop();
+  log::stop(exit_code_);
   return exit_code_;
 }
 

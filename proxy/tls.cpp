@@ -183,6 +183,13 @@ std::string channel_binding(SSL* ssl, bool own) {
   return {reinterpret_cast<const char*>(hash), size};
 }
 
+bool negotiated_alpn(SSL* ssl) {
+  const unsigned char* protocol = nullptr;
+  unsigned size = 0;
+  SSL_get0_alpn_selected(ssl, &protocol, &size);
+  return size > 0;
+}
+
 std::string peer_common_name(SSL* ssl) {
   X509* certificate = ssl ? SSL_get0_peer_certificate(ssl) : nullptr;
   if (!certificate || SSL_get_verify_result(ssl) != X509_V_OK) return {};

@@ -33,6 +33,8 @@ void prepare_client(SSL* ssl, const conf::ConnectParams& params, const conf::Hos
 /// `own`: of our own certificate (we are the server), else of the peer's. Empty if there is none.
 std::string channel_binding(SSL* ssl, bool own);
 
+bool negotiated_alpn(SSL* ssl);  ///< the peers have agreed on a protocol
+
 /// The common name of the peer's verified certificate (auth: cert); empty if none.
 std::string peer_common_name(SSL* ssl);
 

@@ -24,7 +24,12 @@ std::uint64_t micros(pool::Clock::duration d) {
 }
 
 /// A failure that more tries won't mend: wrong credentials, no such database.
-bool is_permanent(std::string_view sqlstate) { return sqlstate.starts_with("28") || sqlstate.starts_with("3D"); }
+bool is_permanent(std::string_view sqlstate) {
+  return sqlstate.starts_with("28") || sqlstate.starts_with("3D") || sqlstate.starts_with("42");
+}
+
+/// Of a failed connect: the server has answered, so that it is up.
+bool is_answer(std::string_view sqlstate) { return !sqlstate.starts_with("08") && !sqlstate.starts_with("57P"); }
 
 const char* mode_name(conf::PoolMode mode) {
   switch (mode) {
@@ -44,7 +49,7 @@ Worker::Worker(asio::io_context& data, Control& control, std::shared_ptr<const c
 Worker::~Worker() = default;
 
 void Worker::use_config() {
-  if (config_->tls.mode != conf::TlsMode::Disable) client_tls_ = make_server_context(config_->tls);
+  client_tls_ = config_->tls.mode == conf::TlsMode::Disable ? SslContext() : make_server_context(config_->tls);
   upstream_ = conf::resolve_upstream(config_->upstream, control_.environment());
   for (const std::string& warning : upstream_.warnings) log::warn("upstream: {}", warning);
 }
@@ -108,7 +113,11 @@ void Worker::listen() {
     try {
       if (where.kind == conf::Listen::Kind::Unix) {
         const std::string path = where.directory + "/.s.PGSQL." + std::to_string(where.port);
-        ::unlink(path.c_str());
+        asio::local::stream_protocol::socket other(data_);
+        boost::system::error_code nobody;
+        other.connect(asio::local::stream_protocol::endpoint(path), nobody);
+        if (!nobody) throw boost::system::system_error(asio::error::address_in_use);
+        if (nobody == asio::error::connection_refused) ::unlink(path.c_str());  // what a crash has left
         auto acceptor = std::make_shared<Local>(data_.get_executor(), asio::local::stream_protocol::endpoint(path));
         ::chmod(path.c_str(), 0777);
         close_listeners_.push_back([acceptor, path] {
@@ -148,12 +157,6 @@ void Worker::listen() {
 }
 
 // --- logins and leases
-
-bool Worker::full() const {
-  std::size_t logged_in = 0;
-  for (const auto& [key, entry] : pools_) logged_in += entry->clients;
-  return logged_in >= config_->limits.maxClients;
-}
 
 std::optional<std::string> Worker::secret_of(const std::string& user) {
   const auto it = config_->users.find(user);
@@ -197,10 +200,10 @@ std::optional<Worker::PoolPlan> Worker::plan_pool(const std::string& database, c
 }
 
 PoolEntry* Worker::find_pool(const std::string& database, const std::string& user, std::string& sqlstate, std::string& error) {
-  auto key = std::make_pair(database, user);
-  if (const auto it = pools_.find(key); it != pools_.end()) return it->second.get();
   auto plan = plan_pool(database, user, sqlstate, error);
   if (!plan) return nullptr;
+  auto key = std::make_pair(database, user);
+  if (const auto it = pools_.find(key); it != pools_.end()) return it->second.get();
   auto entry = std::make_unique<PoolEntry>(database, user, plan->settings, std::move(plan->upstream));
   entry->passes_password_on = passes_password_on(user);
   return pools_.emplace(std::move(key), std::move(entry)).first->second.get();
@@ -223,8 +226,9 @@ void Worker::login_over() {
   for (const auto& resume : std::exchange(paused_, {})) resume();
 }
 
-void Worker::on_login(ClientSession&) {
+void Worker::on_login() {
   login_over();
+  ++logged_in_;
   had_client_ = true;
   idle_since_ = pool::Time::max();
 }
@@ -297,7 +301,7 @@ void Worker::on_connected(ServerConnection& server) {
   --entry.connecting;
   entry.failures = 0;
   entry.retry_at = {};
-  entry.last_error.clear();
+  entry.last_failure = {};
   database_seen(true);
   if (server.login()) {
     entry.given_password = server.login()->password;
@@ -309,28 +313,28 @@ void Worker::on_connected(ServerConnection& server) {
   kick();
 }
 
-void Worker::on_connect_failed(ServerConnection& server, const std::string& sqlstate, const std::string& message) {
+void Worker::on_connect_failed(ServerConnection& server, const protocol::ErrorFields& error) {
   PoolEntry& entry = server.entry();
   --entry.connecting;
   if (server.login()) {
-    if (const auto client = server.login()->client.lock()) client->refused(sqlstate, message);
+    if (const auto client = server.login()->client.lock()) client->refused(error);
     entry.servers.erase(server.id());
     serve(entry);
     return check_stopped();
   }
-  if (sqlstate.starts_with("28")) entry.given_password.reset();  // changed on the server: the next client brings the new one
-  entry.last_error = message;
-  entry.last_sqlstate = sqlstate;
+  if (error.sqlstate.starts_with("28")) entry.given_password.reset();  // changed on the server: the next client brings the new one
+  entry.last_failure = error;
   ++entry.pool.counters().connectFailures;
   ++entry.failures;
   const double seconds = std::min(5.0, 0.05 * static_cast<double>(1u << std::min(entry.failures, 8u))) * (0.75 + 0.5 * random());
   entry.retry_at = now() + milliseconds(static_cast<int>(seconds * 1000));
-  log::warn("{}@{}: cannot connect: {} {}", entry.user, entry.database, sqlstate, message);
-  database_seen(false, message);
+  log::warn("{}@{}: cannot connect: {} {}", entry.user, entry.database, error.sqlstate, error.message);
+  if (is_answer(error.sqlstate)) database_seen(true);
+  else database_seen(false, error.message);
   entry.servers.erase(server.id());
-  if (is_permanent(sqlstate)) {
+  if (is_permanent(error.sqlstate)) {
     while (pool::Waiter* waiter = entry.pool.next_waiter())
-      static_cast<ClientSession*>(waiter)->on_wait_failed(sqlstate, message, true);
+      static_cast<ClientSession*>(waiter)->on_wait_failed(error, true);
   }
   kick();
   check_stopped();
@@ -347,7 +351,7 @@ void Worker::on_server_closed(ServerConnection& server) {
 }
 
 void Worker::on_client_closed(ClientSession& client) {
-  if (client.entry()) --client.entry()->clients;
+  if (client.entry()) --client.entry()->clients, --logged_in_;
   else login_over();
   asio::post(data_, [this, id = client.id()] {
     clients_.erase(id);
@@ -369,7 +373,7 @@ void Worker::cancel(std::uint32_t pid, std::string_view key) {
   if (own.empty() || own.size() != key.size() || CRYPTO_memcmp(own.data(), key.data(), own.size()) != 0) return;
   if (client.waiting()) {
     client.unlink();
-    return client.on_wait_failed("57014", "canceling statement due to user request", false);
+    return client.on_wait_failed({"ERROR", "57014", "canceling statement due to user request", {}, {}}, false);
   }
   ServerConnection* server = client.server();
   if (server && server->pipeline.front() && server->pipeline.front()->owner == client.id()) server->send_cancel();
@@ -398,8 +402,8 @@ void Worker::tick() {
     while (pool::Waiter* waiter = entry->pool.expired(t)) {
       auto& client = *static_cast<ClientSession*>(waiter);
       ++entry->pool.counters().waitTimeouts;
-      if (entry->failures > 0 && !entry->last_error.empty()) {
-        client.on_wait_failed(entry->last_sqlstate, entry->last_error, false);
+      if (entry->failures > 0 && !entry->last_failure.message.empty()) {
+        client.on_wait_failed(entry->last_failure, false);
         continue;
       }
       const conf::PoolSettings& settings = entry->pool.settings();
@@ -417,7 +421,7 @@ void Worker::tick() {
                    " (application \"" + longest->application() + "\")" +
                    (longest->server()->pipeline.empty() && status != protocol::TxStatus::Idle ? ", idle in transaction" : "");
       }
-      client.on_wait_failed("53300", message, false);
+      client.on_wait_failed({"ERROR", "53300", std::move(message), {}, {}}, false);
     }
     pool::CloseReason reason{};
     while (pool::Slot* slot = entry->pool.outdated(t, reason)) static_cast<ServerConnection*>(slot)->close(reason);
@@ -468,8 +472,7 @@ void Worker::drain() {
   drain_until_ = now() + milliseconds(config_->shutdown.timeoutMillis);
   log::info("draining: {} clients, at most {} ms", clients_.size(), config_->shutdown.timeoutMillis);
   if (!config_->shutdown.acceptWhileDraining) {
-    for (const auto& close_listener : close_listeners_) close_listener();
-    close_listeners_.clear();
+    // New ones are accepted and told so, until nothing is left.
     std::vector<std::shared_ptr<ClientSession>> all;
     for (auto& [id, client] : clients_) all.push_back(client);
     for (const auto& client : all) client->drain();
@@ -518,6 +521,11 @@ void Worker::database_seen(bool up, std::string error) {
   if (up) database_seen_ = now();
 }
 
+void Worker::database_took(pool::Clock::duration time, bool probed) {
+  database_latency_ = std::max<std::uint64_t>(1, micros(time));
+  database_probed_ = probed;
+}
+
 void Worker::probe(std::function<void()> done) {
   // A connect is the probe: it needs no client, no query, and says what a client would hear.
   control_.resolve(config_->upstream, [this, done = std::move(done)](std::shared_ptr<const Upstream> found) {
@@ -535,7 +543,7 @@ void Worker::probe(std::function<void()> done) {
     socket->async_connect(found->targets.front().endpoint, [this, socket, timer, begun, done](const boost::system::error_code& ec) {
       timer->cancel();
       database_seen(!ec, ec ? ec.message() : std::string());
-      if (!ec) database_latency_ = micros(now() - begun);
+      if (!ec) database_took(now() - begun, true);
       done();
     });
   });
@@ -554,6 +562,7 @@ pool::Snapshot Worker::snapshot() {
   s.databaseError = database_error_;
   s.databaseVersion = database_version_;
   s.databaseLatencyMicros = database_latency_;
+  s.databaseProbed = database_probed_;
   if (database_seen_ != pool::Time{}) s.databaseSeenMicrosAgo = micros(t - database_seen_);
   std::map<const PoolEntry*, std::size_t> index;
   for (const auto& [key, entry] : pools_) {
@@ -567,7 +576,7 @@ pool::Snapshot Worker::snapshot() {
     p.connectionTimeoutMillis = settings.connectionTimeoutMillis;
     p.maxUses = settings.maxUses;
     p.mode = mode_name(settings.mode);
-    p.lastError = entry->last_error;
+    p.lastError = entry->last_failure.message;
     p.clientsWaiting = static_cast<std::uint32_t>(entry->pool.waiting_count());
     if (p.clientsWaiting > 0) p.oldestWaitMicros = micros(t - entry->pool.oldest_wait());
     for (const auto& [id, server] : entry->servers) {

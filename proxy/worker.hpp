@@ -43,7 +43,7 @@ struct PoolEntry {
   std::uint32_t clients = 0;
   pool::Time retry_at{};        // no connect before
   std::uint32_t failures = 0;   // connects failed in a row
-  std::string last_error, last_sqlstate;
+  protocol::ErrorFields last_failure;  // of a connect; no message: none since the last success
   std::uint32_t replacements = 0;  // of connections that were worn out while in use: opened before they are missed
   bool passes_password_on = false;
   std::optional<std::string> given_password;        // users: {"*": {}}: what the server has accepted from a client
@@ -122,18 +122,19 @@ class Worker {
   void run_later(ClientSession& client);             ///< at the end of this turn
   void serve(PoolEntry& entry);                      ///< gives idle connections to waiters, opens what is missing
   void on_connected(ServerConnection& server);
-  void on_connect_failed(ServerConnection& server, const std::string& sqlstate, const std::string& message);
+  void on_connect_failed(ServerConnection& server, const protocol::ErrorFields& error);
   void on_server_closed(ServerConnection& server);
   void on_client_closed(ClientSession& client);
-  void on_login(ClientSession& client);
+  void on_login();
   void cancel(std::uint32_t pid, std::string_view key);
   void reject(pool::RejectReason reason) { ++rejected_[static_cast<std::size_t>(reason)]; }
   void count_error(std::string_view sqlstate);
   void database_seen(bool up, std::string error = {});
+  void database_took(pool::Clock::duration time, bool probed);  ///< a connect
   void arm_tick(std::chrono::milliseconds after);
   void kick();  ///< deadlines are near: the tick runs soon
   bool draining() const { return draining_; }
-  bool full() const;
+  bool full() const { return logged_in_ >= config_->limits.maxClients; }
   std::size_t clients() const { return clients_.size(); }
 
  private:
@@ -168,7 +169,7 @@ class Worker {
   std::vector<std::function<void()>> close_listeners_;
   SslContext client_tls_;
   conf::ConnectParams upstream_;      // the global upstream as read at start or reload
-  std::uint32_t logging_in_ = 0;
+  std::uint32_t logging_in_ = 0, logged_in_ = 0;
   std::vector<std::function<void()>> paused_;  // accepting goes on when fewer clients are logging in
   std::vector<std::shared_ptr<ClientSession>> runnable_, running_;
   int turns_ = 0;
@@ -182,6 +183,7 @@ class Worker {
   std::string database_error_, database_version_;
   pool::Time database_seen_{};
   std::uint64_t database_latency_ = 0;
+  bool database_probed_ = false;  // the latency is a probe's
   pool::Time farewell_at_{};
   int exit_code_ = 0;
 };
