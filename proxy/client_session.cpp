@@ -87,7 +87,7 @@ void ClientSession::on_readable(const boost::system::error_code& ec) {
   for (int round = 0; round < 4; ++round) {
     if (server_ && server_->queued() > kHighMark) return;  // resumed when the server has taken it
     if (channel_.queued() > kHighMark) return;             // resumed when the client has read
-    if (state_ != State::Active && channel_.unread.size() > kMaxUnread) return;  // resumed with a lease
+    if ((state_ != State::Active || held()) && channel_.unread.size() > kMaxUnread) return;  // resumed by go_on()
     const IoResult got = channel_.transport.read(worker_.scratch());
     if (got.status == IoStatus::WouldBlock) break;
     if (got.status != IoStatus::Ok) return close();
@@ -158,7 +158,7 @@ std::size_t ClientSession::process(Bytes in) {
     std::size_t used = 0;
     if (state_ == State::Startup) used = on_startup(left);
     else if (state_ == State::Authenticating) used = on_password(left);
-    else if (state_ == State::Greeting || state_ == State::Waiting) break;
+    else if (held()) break;
     else {
       if (left.size() < kHeaderSize) break;
       const std::uint32_t length = protocol::load_u32(left.data() + 1);
@@ -439,6 +439,11 @@ void ClientSession::on_lease(ServerConnection& server) {
   if (!acquiring_) worker_.run_later(*this);
 }
 
+// What it sends is kept until it has a server connection whose session is known.
+bool ClientSession::held() const {
+  return state_ == State::Greeting || state_ == State::Waiting || (server_ && server_->asking_residue());
+}
+
 void ClientSession::go_on() {
   if (state_ == State::Closed) return;
   read_on();
@@ -489,6 +494,7 @@ void ClientSession::on_residue(SettingsRef now, const std::string& pins, bool ce
     settings = values.size() == now->values.size() ? std::move(now) : entry_->settings.intern(std::move(values));
   }
   const bool pin = !certain || !pins.empty() || (residue_ & kLastsOnlyInSession) != 0;
+  worker_.run_later(*this);
   if (pin && !pinned_) log::info("client {}: pinned to its server connection: {}", id_, pins.empty() ? "session state" : pins);
   pinned_ = pin;
 }
@@ -544,7 +550,7 @@ void ClientSession::on_server_lost(const std::string& sqlstate, const std::strin
   if (pinned_ || pass_left_ > 0 || entry_->pool.settings().mode == conf::PoolMode::Session)
     return fatal(sqlstate, message, "The server connection that held this client's transaction or session is gone.");
   transition(State::Ready);
-  resume_reading();
+  worker_.run_later(*this);
   if (in_transaction) lost_ = std::make_unique<LostTransaction>(sqlstate, message, owed);
   if (!owed) return;
   worker_.to_client.own([&](std::string& out) {

@@ -100,6 +100,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   void greet();
   std::size_t on_request(char type, protocol::Bytes available, std::size_t total);
   bool acquire();
+  bool held() const;
   void handle_tls();
   void release();
   void give_up_server();

@@ -410,8 +410,7 @@ void ServerConnection::lease(ClientSession& client) {
 }
 
 void ServerConnection::apply_settings() {
-  // While the session is being looked at, what it holds is what the client has done since.
-  if (settings == client_->settings || !settings || asking_residue_) return;
+  if (settings == client_->settings || !settings) return;
   const std::string sql = settings_sql(*settings, *client_->settings);
   settings = client_->settings;
   if (!sql.empty()) ask(kApply, sql);
