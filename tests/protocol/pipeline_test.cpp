@@ -182,6 +182,77 @@ TEST(Pipeline, CopyInOfASimpleQuery) {
   EXPECT_TRUE(s.pipeline.releasable());
 }
 
+// Requests: Q query, P parse, B bind, D describe, X execute, C close, S sync, F function call, e the end of a COPY; in lower case
+// skipped (p, b, x, s), and i an injected Close. After `>` what the server says; both may alternate.
+TEST(Pipeline, Conversations) {
+  const struct {
+    const char* what;
+    const char* script;
+    bool failed = false, unsynced = false, releasable = true;
+  } rows[] = {
+      {"COPY out", "Q>HdddcCZ"},
+      {"COPY out, extended", "PBXS>12HdddcCZ"},
+      {"COPY out that fails in the middle", "Q>HdddEZ"},
+      {"COPY out that fails in the middle, extended", "PBXS>12HddEZ"},
+      {"COPY in", "Q>G<e>CZ"},
+      {"COPY in, refused by the server's data check", "Q>GEZ"},
+      {"COPY in, the end was on its way", "Q>G<e>EZ"},
+      {"COPY in by CopyFail, extended", "PBX>12G<eS>EZ"},
+      {"COPY in, the server's error first, then the end and Sync", "PBX>12GE<eS>Z"},
+      {"COPY in, everything sent ahead", "PBXeS>12GCZ"},
+      {"COPY in, everything sent ahead, fails", "PBXeS>12GEZ"},
+      {"COPY in behind an unread Sync", "PBXS>12G<eS>CZ"},
+      {"COPY in, refused before it began", "PBXS>12EZ"},
+      {"two COPYs in a simple query", "Q>G<e>CG<e>CZ"},
+      {"an error and more of a simple query", "QQ>TDEZTDCZ"},
+      {"an error in Parse, the rest skipped", "PBDXS>EZ"},
+      {"an error in Bind behind a skipped Parse", "pBXS>1EZ"},
+      {"an error in a skipped Parse", "pBXS>EZ"},
+      {"injections behind each other", "iiPS>1Z"},
+      {"an injection behind the error is dropped", "PiiS>EZ"},
+      {"an injection before the error stays", "iPS>EZ"},
+      {"two batches, an error in the first", "PBXSPBXS>EZ12CZ"},
+      {"an error without Sync", "P>E", true, true, false},
+      {"an error, Sync sent afterwards", "P>E<S>Z"},
+      {"flushed", "PB>12", false, true, false},
+      {"a function call", "F>VZ"},
+      {"a function call that fails", "F>EZ"},
+      {"rows in portions", "BXXS>2DDsDCZ"},
+      {"an empty statement", "PBXSQ>12IZIZ"},
+      {"a commit that fails at Sync", "XS>CEZ"},
+  };
+  for (const auto& row : rows) {
+    Script s;
+    bool server = false;
+    for (const char* c = row.script; *c; ++c) {
+      if (*c == '>' || *c == '<') {
+        server = *c == '>';
+        continue;
+      }
+      while (s.pipeline.take_injection()) continue;
+      if (server) {
+        ASSERT_TRUE(s.hear(*c)) << row.what << ": " << (c - row.script);
+        continue;
+      }
+      static constexpr std::string_view kLetters = "QPBDXCSFe", kSkipped = "qpbdxcsf";
+      if (*c == 'i') s.ask(Request::Close, Verdict::Inject);
+      else if (const auto at = kLetters.find(*c); at != std::string_view::npos) {
+        constexpr Request kRequests[] = {Request::Query, Request::Parse, Request::Bind, Request::Describe, Request::Execute, Request::Close, Request::Sync, Request::FunctionCall, Request::CopyEnd};
+        s.ask(kRequests[at]);
+      } else {
+        constexpr Request kRequests[] = {Request::Query, Request::Parse, Request::Bind, Request::Describe, Request::Execute, Request::Close, Request::Sync, Request::FunctionCall};
+        s.ask(kRequests[kSkipped.find(*c)], Verdict::Skip);
+      }
+    }
+    while (s.pipeline.take_injection()) continue;
+    EXPECT_EQ(s.pipeline.failed(), row.failed) << row.what;
+    EXPECT_EQ(s.pipeline.unsynced(), row.unsynced) << row.what;
+    EXPECT_EQ(s.pipeline.releasable(), row.releasable) << row.what;
+    EXPECT_TRUE(s.pipeline.empty()) << row.what;
+    EXPECT_FALSE(s.pipeline.copy_in()) << row.what;
+  }
+}
+
 TEST(Pipeline, ACopyHasNoSuspendedPortal) {
   Script s;
   s.ask(Request::Execute);

@@ -1,0 +1,148 @@
+#include "protocol/messages.hpp"
+
+#include <gtest/gtest.h>
+
+#include <cstring>
+#include <memory>
+
+namespace pgsidecar::protocol {
+namespace {
+
+using namespace std::string_literals;
+
+/// A copy of exactly its size, so that a sanitizer sees a read beyond.
+struct Exact {
+  explicit Exact(std::string_view s) : bytes(new std::uint8_t[s.size()]), size(s.size()) {
+    if (size > 0) std::memcpy(bytes.get(), s.data(), size);
+  }
+  Bytes view() const { return {bytes.get(), size}; }
+  std::unique_ptr<std::uint8_t[]> bytes;
+  std::size_t size;
+};
+
+TEST(Messages, StartupRows) {
+  const struct {
+    std::string body;
+    bool ok;
+  } rows[] = {
+      {"\0\3\0\0\0"s, true},                          // no parameter at all
+      {"\0\3\0\0user\0u\0\0"s, true},
+      {"\0\3\0\0user\0\0\0"s, true},                  // an empty value
+      {"\0\3\0\2user\0u\0_pq_.a\0" "b\0\0"s, true},
+      {""s, false},
+      {"\0\3\0"s, false},
+      {"\0\3\0\0"s, false},                           // no terminator
+      {"\0\3\0\0user\0u\0"s, false},
+      {"\0\3\0\0user\0\0"s, false},                   // a name without a value and its terminator
+      {"\0\3\0\0user"s, false},
+      {"\0\3\0\0user\0u\0\0x"s, false},               // one byte more
+      {"\0\3\0\0\0\0"s, false},
+  };
+  for (const auto& row : rows) {
+    const Exact body(row.body);
+    EXPECT_EQ(parse_startup(body.view()).has_value(), row.ok) << testing::PrintToString(row.body);
+  }
+}
+
+TEST(Messages, ErrorRows) {
+  const struct {
+    std::string body;
+    bool ok;
+    std::string severity, sqlstate, message;
+  } rows[] = {
+      {"SERROR\0C42601\0Mbad\0\0"s, true, "ERROR", "42601", "bad"},
+      {"SFEHLER\0VERROR\0C42601\0Mbad\0\0"s, true, "ERROR", "42601", "bad"},  // V isn't translated
+      {"VERROR\0SFEHLER\0C42601\0Mbad\0\0"s, true, "ERROR", "42601", "bad"},
+      {"SERROR\0C42601\0Mbad\0Xunknown\0\0"s, true, "ERROR", "42601", "bad"},
+      {"Mbad\0\0"s, true, "", "XX000", "bad"},
+      {"C123456\0\0"s, true, "", "XX000", ""},
+      {"\0"s, true, "", "XX000", ""},
+      {""s, true, "", "XX000", ""},                     // lenient: fields were expected
+      {"SERROR\0C42601\0Mbad\0"s, true, "ERROR", "42601", "bad"},
+      {"SERROR\0C42601\0Mbad"s, false, "", "", ""},     // truncated
+      {"S"s, false, "", "", ""},
+      {"SERROR\0\0x"s, false, "", "", ""},              // one byte more
+  };
+  for (const auto& row : rows) {
+    const Exact body(row.body);
+    const auto error = parse_error(body.view());
+    ASSERT_EQ(error.has_value(), row.ok) << testing::PrintToString(row.body);
+    if (!error) continue;
+    EXPECT_EQ(error->severity, row.severity) << testing::PrintToString(row.body);
+    EXPECT_EQ(error->sqlstate, row.sqlstate) << testing::PrintToString(row.body);
+    EXPECT_EQ(error->message, row.message) << testing::PrintToString(row.body);
+  }
+}
+
+TEST(Messages, OptionsRows) {
+  using Settings = std::vector<std::pair<std::string, std::string>>;
+  const struct {
+    const char* text;
+    std::optional<Settings> settings;
+  } rows[] = {
+      {"", Settings{}},
+      {"  \t ", Settings{}},
+      {"-c a=b", Settings{{"a", "b"}}},
+      {"-ca=b", Settings{{"a", "b"}}},
+      {"--a=b", Settings{{"a", "b"}}},
+      {"--a-b=c-d", Settings{{"a_b", "c-d"}}},
+      {"-c a=", Settings{{"a", ""}}},
+      {"-c a=b=c", Settings{{"a", "b=c"}}},
+      {"-c a=x\\ y\\\\z -c b=1", Settings{{"a", "x y\\z"}, {"b", "1"}}},
+      {"-c a=b\\", Settings{{"a", "b\\"}}},
+      {"-c", std::nullopt},
+      {"-c a", std::nullopt},
+      {"-c =a", std::nullopt},
+      {"--a", std::nullopt},
+      {"-E", std::nullopt},
+      {"a=b", std::nullopt},
+      {"-c a=b c", std::nullopt},
+  };
+  for (const auto& row : rows) EXPECT_EQ(parse_options(row.text), row.settings) << row.text;
+}
+
+TEST(Messages, BuildersSayTheirOwnLength) {
+  const std::string key = "0123";
+  std::string out;
+  write_ready_for_query(out, TxStatus::Failed);
+  write_parameter_status(out, "a", "b");
+  write_backend_key_data(out, 7, key);
+  write_query(out, "SELECT 1");
+  write_negotiate_protocol_version(out, kProtocol30, {"_pq_.a", "_pq_.b"});
+  write_notice(out, "01000", "n", "h");
+  std::string types;
+  for (std::size_t at = 0; at < out.size();) {
+    ASSERT_GE(out.size() - at, kHeaderSize);
+    types += out[at];
+    at += 1 + load_u32(reinterpret_cast<const std::uint8_t*>(out.data()) + at + 1);
+    ASSERT_LE(at, out.size());
+  }
+  EXPECT_EQ(types, "ZSKQvN");
+  out.clear();
+  write_cancel_request(out, 7, key);
+  EXPECT_EQ(out, "\0\0\0\x10\4\xd2\x16\x2e\0\0\0\7"s + key);
+}
+
+TEST(Reader, AnOverrunIsForGood) {
+  const Exact body("ab\0c"s);
+  Reader reader(body.view());
+  EXPECT_EQ(reader.cstring(), "ab");
+  EXPECT_TRUE(reader.ok());
+  EXPECT_EQ(reader.u16(), 0);  // one byte is left
+  EXPECT_FALSE(reader.ok());
+  EXPECT_EQ(reader.u8(), 0);   // though it would fit
+  EXPECT_EQ(reader.cstring(), "");
+  EXPECT_TRUE(reader.bytes(1).empty());
+  EXPECT_FALSE(reader.done());
+  for (const std::size_t n : {std::size_t{5}, std::size_t(-1)}) {
+    Reader whole(body.view());
+    EXPECT_TRUE(whole.bytes(n).empty());
+    EXPECT_FALSE(whole.ok());
+  }
+  Reader unterminated(body.view().subspan(3));
+  EXPECT_EQ(unterminated.cstring(), "");
+  EXPECT_FALSE(unterminated.ok());
+}
+
+}  // namespace
+}  // namespace pgsidecar::protocol
