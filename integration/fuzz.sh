@@ -25,7 +25,7 @@ for target in "${targets[@]}"; do
   step "$target: $seconds s"
   if PGSIDECAR_SEEDS=$corpus "$root/build/fuzz/tests/fuzz/fuzz_$target" -max_total_time="$seconds" -timeout=5 -print_final_stats=1 \
     -artifact_prefix="$root/build/fuzz/crash-$target-" "$corpus" >"$output" 2>&1; then
-    grep -E '^#.* DONE' "$output" || true
+    grep -E '^#.*DONE' "$output" || true
   else
     failed+=("$target")
     grep -E 'violated|ERROR|runtime error|SUMMARY|Test unit written' "$output" >&2 || tail -n 20 "$output" >&2

@@ -426,8 +426,8 @@ std::vector<std::string> called_functions(std::string_view sql) {
   return std::move(found.calls);
 }
 
-bool custom_setting_names(std::string_view sql, std::vector<std::string>& names) {
-  Scanner scanner(sql, true);
+bool custom_setting_names(std::string_view sql, std::vector<std::string>& names, bool standard_conforming_strings) {
+  Scanner scanner(sql, standard_conforming_strings);
   scanner.run();
   return scanner.names(names);
 }

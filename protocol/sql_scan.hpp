@@ -45,6 +45,6 @@ std::vector<std::string> called_functions(std::string_view sql);
 
 /// The custom settings (`app.x`) that a text sets, in lower case, for a text with kCustomSetting. False: not all of them are
 /// written out.
-bool custom_setting_names(std::string_view sql, std::vector<std::string>& names);
+bool custom_setting_names(std::string_view sql, std::vector<std::string>& names, bool standard_conforming_strings = true);
 
 }  // namespace pgsidecar::protocol

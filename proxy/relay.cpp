@@ -114,7 +114,7 @@ void ClientSession::note_residue(std::string_view sql, std::uint32_t known) {
     residue = (residue & ~protocol::kFunction) | entry_->functions.residue_of(protocol::called_functions(sql), worker_.now());
   if (known & protocol::kCustomSetting) {
     std::vector<std::string> names;
-    if (protocol::custom_setting_names(sql, names) && entry_->settings.learn(names))
+    if (protocol::custom_setting_names(sql, names, server_->conforming_strings()) && entry_->settings.learn(names))
       residue = (residue & ~protocol::kCustomSetting) | protocol::kSettings;
   }
   residue_ |= residue;

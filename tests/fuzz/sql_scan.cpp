@@ -14,7 +14,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   const std::uint32_t residue = scan_sql(sql, conforming);
   const std::string text(sql);
   std::vector<std::string> names;
-  const bool all = custom_setting_names(sql, names);
+  const bool all = custom_setting_names(sql, names, conforming);
   if (!(residue & kUnreadable) && all) {  // else it pins, which is enough
     require(scan_sql("/* x */ " + text, conforming) == residue, "a comment ahead changes nothing");
     require(scan_sql(text + "\n;", conforming) == residue, "an empty statement behind changes nothing");
@@ -25,7 +25,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
     std::transform(upper.begin(), upper.end(), upper.begin(), [](char c) { return c >= 'a' && c <= 'z' ? static_cast<char>(c - 32) : c; });
     require(scan_sql(upper, conforming) == residue, "case changes nothing");
   }
-  if (conforming) require((names.empty() && all) || (residue & kCustomSetting), "custom settings are told by both");
+  require((names.empty() && all) || (residue & kCustomSetting), "custom settings are told by both");
   return 0;
 }
 

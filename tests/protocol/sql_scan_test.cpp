@@ -119,6 +119,10 @@ TEST(SqlScan, NamesOfCustomSettings) {
   std::vector<std::string> names;
   EXPECT_TRUE(custom_setting_names("SET App.Tenant = 'x'; SET SESSION \"a\".\"b\" TO 1; SELECT set_config('c.d', $1, false)", names));
   EXPECT_EQ(names, (std::vector<std::string>{"app.tenant", "a.b", "c.d"}));
+  EXPECT_TRUE(custom_setting_names("SET a.b = '\\'; SET c.d = 1; --'", names, true));
+  EXPECT_EQ(names, (std::vector<std::string>{"a.b", "c.d"}));
+  EXPECT_TRUE(custom_setting_names("SET a.b = '\\'; SET c.d = 1; --'", names, false));
+  EXPECT_EQ(names, (std::vector<std::string>{"a.b"}));
   EXPECT_FALSE(custom_setting_names("SELECT set_config($1, $2, false)", names));
   EXPECT_FALSE(custom_setting_names("SELECT set_config(E'a.b', $2, false)", names));
 }
