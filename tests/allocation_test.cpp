@@ -93,7 +93,7 @@ using protocol::Backend;
 using protocol::Frontend;
 using protocol::Writer;
 
-constexpr int kQueries = kCounts ? 10'000 : 500, kWarmUp = kCounts ? 1'000 : 50;
+constexpr int kQueries = kCounts ? 10'000 : 500, kWarmUp = kCounts ? 1'000 : 100;
 
 // --- blocking sockets, for the server's and the clients' threads
 
