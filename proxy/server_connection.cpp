@@ -495,7 +495,13 @@ void ServerConnection::lost(const std::string& sqlstate, const std::string& reas
                                                                                        : pool::CloseReason::Error)];
   if (ClientSession* client = std::exchange(client_, nullptr)) {
     client->send(worker_.to_client);
-    client->on_server_lost(sqlstate, reason, in_transaction);
+    if (pass_left_ > 0 && pass_forward_) {
+      // Half a message is on its way: an error behind it would be read as its rest.
+      log::info("client {}: closed, since its answer ended in the middle of a message", client->id());
+      client->close();
+    } else {
+      client->on_server_lost(sqlstate, reason, in_transaction);
+    }
   }
   closed();
 }
