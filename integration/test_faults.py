@@ -376,6 +376,8 @@ def test_clients_that_drop_leave_nothing_behind(proxies, pg):
 
 def test_out_of_descriptors(pg, proxies):
     """At the process's limit new clients wait or are refused; those that are there go on; and then it recovers."""
+    if harness.sanitized():
+        pytest.skip("UBSan opens a pipe to see whether memory can be read, and takes its failure for a wild pointer")
     import resource
     proxy = proxies({"pool": {"max": 2}})
     recovers(proxy)
