@@ -53,7 +53,7 @@ void Pool::put_idle(Slot& slot, Time now) {
 }
 
 std::chrono::milliseconds Pool::idle_check() const {
-  const std::chrono::milliseconds idle(permits_ > settings_.min ? settings_.idleTimeoutMillis : 0);
+  const std::chrono::milliseconds idle(staying() > settings_.min ? settings_.idleTimeoutMillis : 0);
   const std::chrono::milliseconds lifetime = std::chrono::seconds(settings_.maxLifetimeSeconds) / 10;
   if (idle.count() == 0 && lifetime.count() == 0) return std::chrono::hours(1);
   return idle.count() == 0 ? lifetime : lifetime.count() == 0 ? idle : std::min(idle, lifetime);
@@ -64,7 +64,7 @@ Slot* Pool::outdated(Time now, CloseReason& reason) {
   const auto idle_limit = std::chrono::milliseconds(settings_.idleTimeoutMillis);
   // The back has been idle longest; `min` connections are spared from the idle timeout, not from their lifetime.
   if (Slot& slot = idle_.back();
-      settings_.idleTimeoutMillis != 0 && permits_ > settings_.min && now - slot.idle_since >= idle_limit) {
+      settings_.idleTimeoutMillis != 0 && staying() > settings_.min && now - slot.idle_since >= idle_limit) {
     reason = CloseReason::Idle;
     slot.unlink();
     return &slot;
@@ -79,8 +79,8 @@ Slot* Pool::outdated(Time now, CloseReason& reason) {
 
 std::uint32_t Pool::wanted(std::uint32_t connecting) const {
   const auto waiting = static_cast<std::uint32_t>(waiters_.size());
-  if (waiting <= connecting || permits_ >= settings_.max) return 0;
-  return std::min(waiting - connecting, settings_.max - permits_);
+  if (waiting <= connecting || open() >= settings_.max) return 0;
+  return std::min(waiting - connecting, settings_.max - open());
 }
 
 }  // namespace pgsidecar::pool

@@ -16,20 +16,32 @@ using Clock = std::chrono::steady_clock;
 using Time = Clock::time_point;
 using Hook = boost::intrusive::list_base_hook<boost::intrusive::link_mode<boost::intrusive::auto_unlink>>;
 
+struct Permits {
+  std::uint32_t held = 0, leaving = 0;
+};
+
 /// One of the pool's `max` places. A member of the connection, so that the count can't leak.
 class Permit {
  public:
-  explicit Permit(std::uint32_t& count) : count_(&count) { ++*count_; }
+  explicit Permit(Permits& permits) : permits_(&permits) { ++permits_->held; }
   Permit(const Permit&) = delete;
   Permit& operator=(const Permit&) = delete;
   ~Permit() { release(); }
+  /// The connection is being closed: it counts for `max` still, for `min` no more.
+  void leave() {
+    if (permits_ && !leaving_) ++permits_->leaving;
+    leaving_ = true;
+  }
   void release() {
-    if (count_) --*count_;
-    count_ = nullptr;
+    if (!permits_) return;
+    --permits_->held;
+    if (leaving_) --permits_->leaving;
+    permits_ = nullptr;
   }
 
  private:
-  std::uint32_t* count_;
+  Permits* permits_;
+  bool leaving_ = false;
 };
 
 /// A server connection as the pool sees it. On the idle list while nobody has leased it.
@@ -53,8 +65,9 @@ class Pool {
   const conf::PoolSettings& settings() const { return settings_; }
   void set_settings(const conf::PoolSettings& settings) { settings_ = settings; }
   PoolCounters& counters() { return counters_; }
-  std::uint32_t& permits() { return permits_; }
-  std::uint32_t open() const { return permits_; }
+  Permits& permits() { return permits_; }
+  std::uint32_t open() const { return permits_.held; }                        ///< those being opened and closed included
+  std::uint32_t staying() const { return permits_.held - permits_.leaving; }  ///< those being closed left out
   std::size_t idle_count() const { return idle_.size(); }
   std::size_t waiting_count() const { return waiters_.size(); }
   Time oldest_wait() const { return waiters_.empty() ? Time::max() : waiters_.front().since; }
@@ -86,7 +99,7 @@ class Pool {
 
   conf::PoolSettings settings_;
   PoolCounters counters_;
-  std::uint32_t permits_ = 0;
+  Permits permits_;
   Slots idle_;       // front: last used
   Waiters waiters_;  // front: first come
 };

@@ -517,6 +517,7 @@ void ServerConnection::close(pool::CloseReason reason) {
     channel_->send(terminate, worker_.tls_scratch());
   }
   transition(State::Closing);
+  permit_.leave();
   // The permit is kept until the server has closed its end: only then it doesn't count this connection any more.
   channel_->transport.shutdown_send();
   deadline = worker_.now() + std::chrono::seconds(5);

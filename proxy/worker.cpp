@@ -284,7 +284,7 @@ void Worker::serve(PoolEntry& entry) {
     open = std::max(open, wanted ? now_possible : 0);
     entry.replacements = wanted ? entry.replacements - now_possible : 0;
   }
-  if (open == 0 && wanted && entry.pool.open() < settings.min) open = 1;
+  if (open == 0 && wanted && entry.pool.staying() < settings.min && entry.pool.open() < settings.max) open = 1;
   if (entry.failures > 0) open = std::min(open, entry.connecting == 0 ? 1u : 0u);  // one probes for all
   for (; open > 0; --open) open_server(entry, {});
 }
@@ -433,7 +433,7 @@ void Worker::tick() {
     for (const auto& server : due) server->on_deadline(t);
     serve(*entry);
     busy |= entry->pool.waiting_count() > 0 || entry->connecting > 0;
-    busy |= entry->clients > 0 && entry->pool.open() < entry->pool.settings().min && !draining_;
+    busy |= entry->clients > 0 && entry->pool.staying() < entry->pool.settings().min && !draining_;
     if (entry->pool.any_idle()) idle_check = std::min(idle_check, entry->pool.idle_check());
   }
   std::vector<std::shared_ptr<ClientSession>> due;

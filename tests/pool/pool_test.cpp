@@ -120,8 +120,11 @@ TEST_F(PoolTest, IdlesOutDownToMin) {
   EXPECT_EQ(pool->outdated(now + 999ms, reason), nullptr);
   EXPECT_EQ(pool->outdated(now + 1000ms, reason), &a);
   EXPECT_EQ(reason, CloseReason::Idle);
+  p2->leave();
+  EXPECT_EQ(pool->open(), 2u);
+  EXPECT_EQ(pool->outdated(now + 10s, reason), nullptr);  // min is spared, and one that is being closed isn't of it
   p2.reset();
-  EXPECT_EQ(pool->outdated(now + 10s, reason), nullptr);  // min is spared
+  EXPECT_EQ(pool->open(), 1u);
   b.condemned = true;
   EXPECT_EQ(pool->outdated(now + 10s, reason), &b);
   EXPECT_EQ(reason, CloseReason::Reload);
