@@ -31,8 +31,7 @@ std::string host_name(std::string_view host) {
 }
 
 asio::ip::address plain(const asio::ip::address& address) {
-  if (address.is_v6() && address.to_v6().is_v4_mapped())
-    return asio::ip::make_address_v4(asio::ip::v4_mapped, address.to_v6());
+  if (address.is_v6() && address.to_v6().is_v4_mapped()) return asio::ip::make_address_v4(asio::ip::v4_mapped, address.to_v6());
   return address;
 }
 
@@ -43,8 +42,7 @@ bool host_allowed(const conf::Admin& settings, const Caller& caller) {
   const auto address = asio::ip::make_address(name, ec);
   if (!ec) return address.is_loopback() || plain(address) == plain(caller.local);
   if (name == "localhost" || name == lower(settings.listen.host)) return true;
-  return std::any_of(settings.hosts.begin(), settings.hosts.end(),
-                     [&](const std::string& allowed) { return host_name(allowed) == name; });
+  return std::any_of(settings.hosts.begin(), settings.hosts.end(), [&](const std::string& allowed) { return host_name(allowed) == name; });
 }
 
 std::string_view trim(std::string_view text) {
@@ -74,26 +72,21 @@ Refusal refuse_change(const conf::Admin& settings, const Caller& caller) {
   }
   if (plain(caller.peer).is_loopback()) return refusal;
   if (settings.tokenFile.empty())
-    return refuse(403, "only callers on loopback may change anything",
-                  "admin.tokenFile admits others by a bearer token");
+    return refuse(403, "only callers on loopback may change anything", "admin.tokenFile admits others by a bearer token");
 
   // Read anew each time, so that a rotated token counts at once.
   std::array<char, 4096> text{};
   std::ifstream file(settings.tokenFile, std::ios::binary);
   file.read(text.data(), text.size());
   const std::string_view token = trim({text.data(), static_cast<std::size_t>(file.gcount())});
-  if (token.empty())
-    return refuse(403, "the token can't be checked", "the file of admin.tokenFile is empty or can't be read");
+  if (token.empty()) return refuse(403, "the token can't be checked", "the file of admin.tokenFile is empty or can't be read");
   std::string_view given = caller.authorization;
   if (lower(given.substr(0, 7)) != "bearer ")
     given = {};
   else
     given = trim(given.substr(7));
-  const bool same =
-      given.size() == token.size() && CRYPTO_memcmp(given.data(), token.data(), token.size()) == 0;
-  if (!same)
-    return refuse(401, "a valid bearer token is needed",
-                  "send Authorization: Bearer with admin.tokenFile's content");
+  const bool same = given.size() == token.size() && CRYPTO_memcmp(given.data(), token.data(), token.size()) == 0;
+  if (!same) return refuse(401, "a valid bearer token is needed", "send Authorization: Bearer with admin.tokenFile's content");
   return refusal;
 }
 
@@ -105,8 +98,7 @@ bool prefers_open_metrics(std::string_view accept) {
     accept.remove_prefix(std::min(end + 1, accept.size()));
     const std::string_view type = trim(std::string_view(part).substr(0, part.find(';')));
     double q = 1;
-    if (const auto at = part.find("q=");
-        at != std::string::npos && at > 0 && (part[at - 1] == ';' || part[at - 1] == ' ')) {
+    if (const auto at = part.find("q="); at != std::string::npos && at > 0 && (part[at - 1] == ';' || part[at - 1] == ' ')) {
       if (std::from_chars(part.data() + at + 2, part.data() + part.size(), q).ec != std::errc()) q = 0;
     }
     if (type == "application/openmetrics-text") open = std::max(open, q);

@@ -41,8 +41,7 @@ std::string target_host(const conf::Admin& settings) {
 
 std::string authority(const conf::Admin& settings) {
   const std::string host = target_host(settings);
-  return (host.find(':') == std::string::npos ? host : "[" + host + "]") + ":" +
-         std::to_string(settings.listen.port);
+  return (host.find(':') == std::string::npos ? host : "[" + host + "]") + ":" + std::to_string(settings.listen.port);
 }
 
 Result request(const conf::Admin& settings, http::verb verb, const char* path, milliseconds limit) {
@@ -63,8 +62,7 @@ Result request(const conf::Admin& settings, http::verb verb, const char* path, m
 
   error_code failed;
   tcp::resolver resolver(io);
-  const auto endpoints =
-      resolver.resolve(target_host(settings), std::to_string(settings.listen.port), failed);
+  const auto endpoints = resolver.resolve(target_host(settings), std::to_string(settings.listen.port), failed);
   if (!failed) {
     stream.expires_after(limit);
     stream.async_connect(endpoints, keep);
@@ -99,8 +97,7 @@ Result request(const conf::Admin& settings, http::verb verb, const char* path, m
   }
   if (ec) {
     result.text = "no answer from http://" + authority(settings) + path + ": " +
-                  (ec == beast::error::timeout ? "timed out after " + std::to_string(limit.count()) + " ms"
-                                               : ec.message());
+                  (ec == beast::error::timeout ? "timed out after " + std::to_string(limit.count()) + " ms" : ec.message());
     return result;
   }
   result.status = parser.get().result_int();
@@ -112,8 +109,7 @@ Result request(const conf::Admin& settings, http::verb verb, const char* path, m
 // Why it isn't 200, as one line.
 std::string explain(const conf::Admin& settings, const char* path, const Result& result) {
   if (result.status == 0) return result.text;
-  return "http://" + authority(settings) + path + " answered " + std::to_string(result.status) + ": " +
-         result.text;
+  return "http://" + authority(settings) + path + " answered " + std::to_string(result.status) + ": " + result.text;
 }
 
 int complain(const char* command, const std::string& why) {
@@ -134,13 +130,11 @@ int wait_ready(const conf::Admin& settings, milliseconds max) {
   const auto deadline = std::chrono::steady_clock::now() + max;
   for (;;) {
     const auto left = std::chrono::duration_cast<milliseconds>(deadline - std::chrono::steady_clock::now());
-    const Result result =
-        request(settings, http::verb::get, path, std::clamp(left, milliseconds(100), kRequestTime));
+    const Result result = request(settings, http::verb::get, path, std::clamp(left, milliseconds(100), kRequestTime));
     if (result.status == 200) return 0;
     const auto now = std::chrono::steady_clock::now();
     if (!settings.enabled || now + kPollTime >= deadline)
-      return complain("wait", "not ready within " + std::to_string(max.count()) +
-                                  " ms: " + explain(settings, path, result));
+      return complain("wait", "not ready within " + std::to_string(max.count()) + " ms: " + explain(settings, path, result));
     std::this_thread::sleep_for(kPollTime);
   }
 }

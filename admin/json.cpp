@@ -140,8 +140,7 @@ void write_memory(Json& json, const Process& process) {
 
 // What the top level and each pool of pool-stats have in common.
 struct Counts {
-  std::uint64_t total = 0, idle = 0, waiting = 0, active = 0, connecting = 0, closing = 0, max = 0, min = 0,
-                pinned = 0;
+  std::uint64_t total = 0, idle = 0, waiting = 0, active = 0, connecting = 0, closing = 0, max = 0, min = 0, pinned = 0;
 
   void add(const PoolSnapshot& p) {
     total += p.total();
@@ -154,9 +153,7 @@ struct Counts {
     min += p.min;
     pinned += p.pinned;
   }
-  double utilization() const {
-    return max == 0 ? 0 : std::round(static_cast<double>(active) / static_cast<double>(max) * 1000) / 1000;
-  }
+  double utilization() const { return max == 0 ? 0 : std::round(static_cast<double>(active) / static_cast<double>(max) * 1000) / 1000; }
   // pg-pool's expired connections are those that will be closed and not used again: here, the ones being
   // closed.
   void write(Json& json) const {

@@ -84,8 +84,7 @@ Process read_process() {
   getrlimit(RLIMIT_NOFILE, &files);
   p.maxFds = files.rlim_cur;
   std::error_code ec;
-  for (std::filesystem::directory_iterator it("/proc/self/fd", ec), end; !ec && it != end; it.increment(ec))
-    ++p.openFds;
+  for (std::filesystem::directory_iterator it("/proc/self/fd", ec), end; !ec && it != end; it.increment(ec)) ++p.openFds;
   if (p.openFds > 0) --p.openFds;  // the listing's own
   return p;
 }
@@ -94,8 +93,7 @@ Readiness readiness(const Snapshot& s) {
   if (s.draining) return {false, "draining"};
   if (!s.started) return {false, "not listening yet"};
   if (s.database == Database::Down)
-    return {false,
-            "database down: " + (s.databaseError.empty() ? std::string("no reason known") : s.databaseError)};
+    return {false, "database down: " + (s.databaseError.empty() ? std::string("no reason known") : s.databaseError)};
   return {true, {}};
 }
 
@@ -167,9 +165,8 @@ struct Bound {
   std::uint64_t micros;
   const char* le;
 };
-constexpr Bound kBounds[] = {{100, "0.0001"},  {250, "0.00025"}, {500, "0.0005"},  {1000, "0.001"},
-                             {2500, "0.0025"}, {5000, "0.005"},  {10000, "0.01"},  {25000, "0.025"},
-                             {50000, "0.05"},  {100000, "0.1"},  {250000, "0.25"}, {500000, "0.5"},
+constexpr Bound kBounds[] = {{100, "0.0001"},  {250, "0.00025"}, {500, "0.0005"},  {1000, "0.001"},   {2500, "0.0025"}, {5000, "0.005"},
+                             {10000, "0.01"},  {25000, "0.025"}, {50000, "0.05"},  {100000, "0.1"},   {250000, "0.25"}, {500000, "0.5"},
                              {1000000, "1.0"}, {2500000, "2.5"}, {5000000, "5.0"}, {10000000, "10.0"}};
 
 struct HistogramFamily {
@@ -178,14 +175,10 @@ struct HistogramFamily {
   std::uint64_t from, to;  // the bounds used, in microseconds
 };
 constexpr HistogramFamily kHistograms[] = {
-    {"pgsidecar_pool_wait_seconds", "How long clients waited for a server connection.", &PoolCounters::wait,
-     100, 10000000},
-    {"pgsidecar_query_seconds", "Time from a query's first byte to its ReadyForQuery.", &PoolCounters::query,
-     250, 10000000},
-    {"pgsidecar_transaction_seconds", "Time from a transaction's begin to its end.",
-     &PoolCounters::transaction, 250, 10000000},
-    {"pgsidecar_server_connect_seconds", "Time to connect and log in to the server.", &PoolCounters::connect,
-     1000, 5000000}};
+    {"pgsidecar_pool_wait_seconds", "How long clients waited for a server connection.", &PoolCounters::wait, 100, 10000000},
+    {"pgsidecar_query_seconds", "Time from a query's first byte to its ReadyForQuery.", &PoolCounters::query, 250, 10000000},
+    {"pgsidecar_transaction_seconds", "Time from a transaction's begin to its end.", &PoolCounters::transaction, 250, 10000000},
+    {"pgsidecar_server_connect_seconds", "Time to connect and log in to the server.", &PoolCounters::connect, 1000, 5000000}};
 
 struct CounterFamily {
   const char *name, *help;
@@ -194,22 +187,15 @@ struct CounterFamily {
 constexpr CounterFamily kCounters[] = {
     {"pgsidecar_queries_total", "Queries relayed.", &PoolCounters::queries},
     {"pgsidecar_transactions_total", "Transactions relayed.", &PoolCounters::transactions},
-    {"pgsidecar_server_assignments_total", "Leases: times that a server connection was given to a client.",
-     &PoolCounters::leases},
+    {"pgsidecar_server_assignments_total", "Leases: times that a server connection was given to a client.", &PoolCounters::leases},
     {"pgsidecar_server_connects_total", "Server connections opened.", &PoolCounters::connects},
-    {"pgsidecar_server_connect_failures_total", "Server connections that could not be opened.",
-     &PoolCounters::connectFailures},
-    {"pgsidecar_server_resets_total", "Server connections reset before the next client.",
-     &PoolCounters::resets},
-    {"pgsidecar_pool_wait_timeouts_total", "Clients that waited connectionTimeoutMillis in vain.",
-     &PoolCounters::waitTimeouts},
+    {"pgsidecar_server_connect_failures_total", "Server connections that could not be opened.", &PoolCounters::connectFailures},
+    {"pgsidecar_server_resets_total", "Server connections reset before the next client.", &PoolCounters::resets},
+    {"pgsidecar_pool_wait_timeouts_total", "Clients that waited connectionTimeoutMillis in vain.", &PoolCounters::waitTimeouts},
     {"pgsidecar_cancels_total", "Cancel requests forwarded.", &PoolCounters::cancels},
-    {"pgsidecar_prepared_cache_hits_total", "Statements that were prepared already where they were needed.",
-     &PoolCounters::preparedHits},
-    {"pgsidecar_prepared_cache_misses_total", "Statements that had to be prepared.",
-     &PoolCounters::preparedMisses},
-    {"pgsidecar_prepared_cache_evictions_total", "Statements closed on a server to make room.",
-     &PoolCounters::preparedEvictions}};
+    {"pgsidecar_prepared_cache_hits_total", "Statements that were prepared already where they were needed.", &PoolCounters::preparedHits},
+    {"pgsidecar_prepared_cache_misses_total", "Statements that had to be prepared.", &PoolCounters::preparedMisses},
+    {"pgsidecar_prepared_cache_evictions_total", "Statements closed on a server to make room.", &PoolCounters::preparedEvictions}};
 
 struct GaugeFamily {
   const char *name, *help;
@@ -218,18 +204,15 @@ struct GaugeFamily {
 constexpr GaugeFamily kGauges[] = {
     {"pgsidecar_pool_max_connections", "The pool's max.", &PoolSnapshot::max},
     {"pgsidecar_pool_min_connections", "The pool's min.", &PoolSnapshot::min},
-    {"pgsidecar_pool_waiting_clients", "Clients waiting for a server connection.",
-     &PoolSnapshot::clientsWaiting},
-    {"pgsidecar_pool_pinned_connections", "Server connections kept by one client beyond its transaction.",
-     &PoolSnapshot::pinned}};
+    {"pgsidecar_pool_waiting_clients", "Clients waiting for a server connection.", &PoolSnapshot::clientsWaiting},
+    {"pgsidecar_pool_pinned_connections", "Server connections kept by one client beyond its transaction.", &PoolSnapshot::pinned}};
 
 struct StateLabel {
   const char* state;
   std::uint32_t PoolSnapshot::*member;
 };
-constexpr StateLabel kClientStates[] = {{"active", &PoolSnapshot::clientsActive},
-                                        {"idle", &PoolSnapshot::clientsIdle},
-                                        {"waiting", &PoolSnapshot::clientsWaiting}};
+constexpr StateLabel kClientStates[] = {
+    {"active", &PoolSnapshot::clientsActive}, {"idle", &PoolSnapshot::clientsIdle}, {"waiting", &PoolSnapshot::clientsWaiting}};
 constexpr StateLabel kServerStates[] = {{"active", &PoolSnapshot::serversActive},
                                         {"idle", &PoolSnapshot::serversIdle},
                                         {"login", &PoolSnapshot::serversLogin},
@@ -261,14 +244,11 @@ void write_pools(Writer& out, const std::vector<Row>& rows) {
     out.family(g.name, "gauge", g.help);
     for (const auto& row : rows) out.sample(row.labels, std::uint64_t{row.pool->*g.member});
   }
-  out.family("pgsidecar_pool_oldest_wait_seconds", "gauge",
-             "How long the first client in the queue has waited.");
+  out.family("pgsidecar_pool_oldest_wait_seconds", "gauge", "How long the first client in the queue has waited.");
   for (const auto& row : rows) out.sample(row.labels, seconds(row.pool->oldestWaitMicros));
-  out.family("pgsidecar_server_connections", "gauge",
-             "Server connections by state; draining ones are being closed.");
+  out.family("pgsidecar_server_connections", "gauge", "Server connections by state; draining ones are being closed.");
   for (const auto& row : rows)
-    for (const auto& s : kServerStates)
-      out.sample(row.labels + "," + label("state", s.state), std::uint64_t{row.pool->*s.member});
+    for (const auto& s : kServerStates) out.sample(row.labels + "," + label("state", s.state), std::uint64_t{row.pool->*s.member});
   out.family("pgsidecar_prepared_statements", "gauge", "Statements prepared on server connections.");
   for (const auto& row : rows) out.sample(row.labels, std::uint64_t{row.pool->preparedStatements});
   for (const auto& c : kCounters) {
@@ -282,8 +262,8 @@ void write_pools(Writer& out, const std::vector<Row>& rows) {
       out.sample(row.labels + "," + label("side", "server"), row.pool->counters.*server);
     }
   };
-  bytes("pgsidecar_received_bytes_total", "Bytes received from clients and from servers.",
-        &PoolCounters::clientBytesReceived, &PoolCounters::serverBytesReceived);
+  bytes("pgsidecar_received_bytes_total", "Bytes received from clients and from servers.", &PoolCounters::clientBytesReceived,
+        &PoolCounters::serverBytesReceived);
   bytes("pgsidecar_sent_bytes_total", "Bytes sent to clients and to servers.", &PoolCounters::clientBytesSent,
         &PoolCounters::serverBytesSent);
   for (const auto& h : kHistograms) {
@@ -292,8 +272,7 @@ void write_pools(Writer& out, const std::vector<Row>& rows) {
       const auto& histogram = row.pool->counters.*h.member;
       for (const auto& bound : kBounds) {
         if (bound.micros < h.from || bound.micros > h.to) continue;
-        out.sample(row.labels + ",le=\"" + bound.le + "\"",
-                   std::to_string(histogram.count_at_most(bound.micros)), "_bucket");
+        out.sample(row.labels + ",le=\"" + bound.le + "\"", std::to_string(histogram.count_at_most(bound.micros)), "_bucket");
       }
       out.sample(row.labels + ",le=\"+Inf\"", std::to_string(histogram.count()), "_bucket");
       out.sample(row.labels, number(seconds(histogram.sum_micros())), "_sum");
@@ -318,19 +297,14 @@ std::string metrics(const Snapshot& s, const Process& process, LabelSets& labels
 
   Writer out(format);
   out.family("pgsidecar_build_info", "gauge", "What this is; always 1.");
-  out.sample(
-      label("version", PGSIDECAR_VERSION) + "," + label("openssl", OpenSSL_version(OPENSSL_VERSION_STRING)),
-      std::uint64_t{1});
+  out.sample(label("version", PGSIDECAR_VERSION) + "," + label("openssl", OpenSSL_version(OPENSSL_VERSION_STRING)), std::uint64_t{1});
   out.one("pgsidecar_draining", "gauge", "1 while shutting down.", std::uint64_t{s.draining});
   if (s.database != Database::Unknown)
-    out.one("pgsidecar_health_up", "gauge", "1 if the database answered last, 0 if it failed.",
-            std::uint64_t{s.database == Database::Up});
+    out.one("pgsidecar_health_up", "gauge", "1 if the database answered last, 0 if it failed.", std::uint64_t{s.database == Database::Up});
   if (s.databaseLatencyMicros != 0)
-    out.one("pgsidecar_backend_latency_seconds", "gauge", "Latency of the last connect or probe.",
-            seconds(s.databaseLatencyMicros));
+    out.one("pgsidecar_backend_latency_seconds", "gauge", "Latency of the last connect or probe.", seconds(s.databaseLatencyMicros));
 
-  out.family("pgsidecar_client_connections", "gauge",
-             "Client connections by state; those still logging in have no pool yet.");
+  out.family("pgsidecar_client_connections", "gauge", "Client connections by state; those still logging in have no pool yet.");
   for (const auto& row : rows)
     for (const auto& state : kClientStates)
       out.sample(row.labels + "," + label("state", state.state), std::uint64_t{row.pool->*state.member});
@@ -348,17 +322,14 @@ std::string metrics(const Snapshot& s, const Process& process, LabelSets& labels
   for (std::size_t i = 0; i < s.rejected.size(); ++i)
     out.sample(label("reason", to_string(static_cast<pool::RejectReason>(i))), s.rejected[i]);
   out.family("pgsidecar_errors_total", "counter", "Errors sent to clients, by the SQLSTATE's class.");
-  for (const auto& [sqlstate_class, n] : s.errorsByClass)
-    out.sample(label("sqlstate_class", sqlstate_class), n);
+  for (const auto& [sqlstate_class, n] : s.errorsByClass) out.sample(label("sqlstate_class", sqlstate_class), n);
 
-  out.one("process_cpu_seconds_total", "counter", "User and system CPU time.",
-          process.cpuUserSeconds + process.cpuSystemSeconds);
+  out.one("process_cpu_seconds_total", "counter", "User and system CPU time.", process.cpuUserSeconds + process.cpuSystemSeconds);
   out.one("process_resident_memory_bytes", "gauge", "Resident memory.", process.residentBytes);
   out.one("process_virtual_memory_bytes", "gauge", "Virtual memory.", process.virtualBytes);
   out.one("process_open_fds", "gauge", "Open file descriptors.", process.openFds);
   out.one("process_max_fds", "gauge", "The limit of open file descriptors.", process.maxFds);
-  out.one("process_start_time_seconds", "gauge", "Start of the process since the epoch.",
-          process.startTimeSeconds);
+  out.one("process_start_time_seconds", "gauge", "Start of the process since the epoch.", process.startTimeSeconds);
   return out.take();
 }
 

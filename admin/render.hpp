@@ -44,8 +44,7 @@ const char* health_status(const pool::Snapshot& snapshot);
 std::string health_json(const pool::Snapshot& snapshot, const Process& process, Clock::time_point now);
 std::string ready_json(const pool::Snapshot& snapshot);
 std::string pool_stats_json(const pool::Snapshot& snapshot, Clock::time_point now);
-std::string compute_health_json(const pool::Snapshot& snapshot, const Process& process,
-                                Clock::time_point now);
+std::string compute_health_json(const pool::Snapshot& snapshot, const Process& process, Clock::time_point now);
 /// `hint` says what to do; left out if empty.
 std::string error_json(std::string_view error, std::string_view hint = {});
 
@@ -66,7 +65,6 @@ std::string number(double value);
 double seconds(std::uint64_t micros);
 
 enum class Exposition { Prometheus, OpenMetrics };  ///< text 0.0.4, OpenMetrics 1.0
-std::string metrics(const pool::Snapshot& snapshot, const Process& process, LabelSets& labels,
-                    Exposition format);
+std::string metrics(const pool::Snapshot& snapshot, const Process& process, LabelSets& labels, Exposition format);
 
 }  // namespace pgsidecar::admin

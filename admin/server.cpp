@@ -37,26 +37,13 @@ using SnapshotPtr = std::shared_ptr<const pool::Snapshot>;
 constexpr std::size_t kMaxConnections = 32;
 constexpr std::uint32_t kHeaderLimit = 8 * 1024;
 constexpr std::uint64_t kBodyLimit = std::uint64_t{16} * 1024;
-constexpr auto kRequestTime =
-    5s;  // from the first wait for a request to its last byte; also to write the answer
+constexpr auto kRequestTime = 5s;   // from the first wait for a request to its last byte; also to write the answer
 constexpr auto kSnapshotTime = 1s;  // a data loop that is silent for so long isn't alive
 constexpr auto kProbeTime = 10s;    // longer than connectionTimeoutMillis' default
 constexpr auto kRecheckTime = 1s;   // between probes of a database that is known to be down
 constexpr auto kLingerTime = 1s;    // so that an answer to an unread request isn't lost to a reset
 
-enum class Route {
-  Index,
-  Health,
-  Live,
-  Ready,
-  Startup,
-  PoolStats,
-  ComputeHealth,
-  Metrics,
-  Reload,
-  Drain,
-  Quit
-};
+enum class Route { Index, Health, Live, Ready, Startup, PoolStats, ComputeHealth, Metrics, Reload, Drain, Quit };
 
 struct Endpoint {
   std::string_view path;
@@ -72,8 +59,7 @@ constexpr Endpoint kEndpoints[] = {
     {"/health/ready", Route::Ready, "503 while draining or while the database is known to be down"},
     {"/health/startup", Route::Startup, "200 once listening"},
     {"/api/monitoring/pool-stats", Route::PoolStats, "the pools: counts, utilization, wait and query times"},
-    {"/api/monitoring/compute-health", Route::ComputeHealth,
-     "process and database; ?probe=1 asks the database now"},
+    {"/api/monitoring/compute-health", Route::ComputeHealth, "process and database; ?probe=1 asks the database now"},
     {"/metrics", Route::Metrics, "Prometheus text, or OpenMetrics if Accept asks"},
     {"/api/admin/reload", Route::Reload, "reads the configuration again"},
     {"/api/admin/drain", Route::Drain, "finishes what is active, then ends"},
@@ -169,11 +155,7 @@ bool wants_probe(std::string_view query) {
 class Server::Impl : public std::enable_shared_from_this<Impl> {
  public:
   Impl(asio::io_context& control, const conf::Admin& settings, Callbacks callbacks)
-      : control_(control),
-        settings_(settings),
-        callbacks_(std::move(callbacks)),
-        acceptor_(control),
-        pause_(control) {}
+      : control_(control), settings_(settings), callbacks_(std::move(callbacks)), acceptor_(control), pause_(control) {}
 
   void listen();
   std::uint16_t port() const { return port_; }
@@ -184,8 +166,7 @@ class Server::Impl : public std::enable_shared_from_this<Impl> {
   asio::awaitable<void> serve(std::shared_ptr<Impl> self, std::shared_ptr<Session> session);
   asio::awaitable<Answer> answer(const Session& session, const Request& request);
   asio::awaitable<SnapshotPtr> fetch(bool probe);
-  asio::awaitable<void> write(Session& session, const Answer& answer, unsigned version, bool head,
-                              bool keep_alive, error_code& ec);
+  asio::awaitable<void> write(Session& session, const Answer& answer, unsigned version, bool head, bool keep_alive, error_code& ec);
   asio::awaitable<void> linger(Session& session);
 
   void admit(tcp::socket socket);
@@ -214,12 +195,10 @@ void Server::Impl::listen() {
   if (!settings_.enabled) return;
   const auto& where = settings_.listen;
   const std::string shown =
-      (where.host.find(':') == std::string::npos ? where.host : "[" + where.host + "]") + ":" +
-      std::to_string(where.port);
+      (where.host.find(':') == std::string::npos ? where.host : "[" + where.host + "]") + ":" + std::to_string(where.port);
   const auto fail = [&](const std::string& why) {
-    throw std::runtime_error(
-        "admin.listen: " + shown + ": " + why +
-        "; choose another address by admin.listen or PGSIDECAR_ADMIN_LISTEN (off: no admin port)");
+    throw std::runtime_error("admin.listen: " + shown + ": " + why +
+                             "; choose another address by admin.listen or PGSIDECAR_ADMIN_LISTEN (off: no admin port)");
   };
   if (where.kind != conf::Listen::Kind::Tcp) fail("the admin port can't be a unix socket");
 
@@ -236,8 +215,7 @@ void Server::Impl::listen() {
     endpoint.address(address);
   }
   const auto check = [&] {
-    if (ec == asio::error::address_in_use)
-      fail("the port is already in use, often by the application itself");
+    if (ec == asio::error::address_in_use) fail("the port is already in use, often by the application itself");
     if (ec) fail(ec.message());
   };
   acceptor_.open(endpoint.protocol(), ec);
@@ -311,8 +289,7 @@ bool Server::Impl::make_room() {
 
 // All connections are busy. Nothing waits for this one: what the socket doesn't take at once is lost.
 void Server::Impl::refuse(tcp::socket& socket) {
-  const std::string body =
-      error_json("too many admin connections", "at most 32 requests are answered at a time");
+  const std::string body = error_json("too many admin connections", "at most 32 requests are answered at a time");
   const std::string text =
       "HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nCache-Control: no-store\r\n"
       "Retry-After: 1\r\nContent-Type: application/json\r\nContent-Length: " +
@@ -366,8 +343,8 @@ asio::awaitable<void> Server::Impl::serve(std::shared_ptr<Impl> self, std::share
         reply = failure(431, "the request's header is too large", "at most 8 KB are read");
       else if (ec == http::error::body_limit)
         reply = failure(413, "the request's body is too large", "at most 16 KB are read");
-      else if (ec.category() == http::make_error_code(http::error::bad_method).category() &&
-               ec != http::error::end_of_stream && ec != http::error::partial_message)
+      else if (ec.category() == http::make_error_code(http::error::bad_method).category() && ec != http::error::end_of_stream &&
+               ec != http::error::partial_message)
         reply = failure(400, "not an HTTP request: " + ec.message());
       else
         break;
@@ -385,8 +362,8 @@ asio::awaitable<void> Server::Impl::serve(std::shared_ptr<Impl> self, std::share
   stream.close();
 }
 
-asio::awaitable<void> Server::Impl::write(Session& session, const Answer& answer, unsigned version, bool head,
-                                          bool keep_alive, error_code& ec) {
+asio::awaitable<void> Server::Impl::write(Session& session, const Answer& answer, unsigned version, bool head, bool keep_alive,
+                                          error_code& ec) {
   const auto fill = [&](auto& response) {
     response.version(version);
     response.result(answer.status);
@@ -430,8 +407,7 @@ void Server::Impl::ask(bool probe, const std::shared_ptr<Wait>& wait) {
   const auto number = next_number_++;
   fetch.number = number;
   fetch.asked = now;
-  (probe ? callbacks_.probe
-         : callbacks_.snapshot)([weak = weak_from_this(), probe, number](const SnapshotPtr& snapshot) {
+  (probe ? callbacks_.probe : callbacks_.snapshot)([weak = weak_from_this(), probe, number](const SnapshotPtr& snapshot) {
     if (const auto self = weak.lock()) self->answered(probe, number, snapshot);
   });
 }
@@ -456,8 +432,7 @@ void Server::Impl::answered(bool probe, std::uint64_t number, const SnapshotPtr&
 asio::awaitable<SnapshotPtr> Server::Impl::fetch(bool probe) {
   if (stopped_ || !(probe ? callbacks_.probe : callbacks_.snapshot)) co_return nullptr;
   const auto wait = std::make_shared<Wait>(control_);
-  wait->timer.expires_after(probe ? std::chrono::milliseconds(kProbeTime)
-                                  : std::chrono::milliseconds(kSnapshotTime));
+  wait->timer.expires_after(probe ? std::chrono::milliseconds(kProbeTime) : std::chrono::milliseconds(kSnapshotTime));
   ask(probe, wait);
   if (!wait->answered) {
     error_code ec;
@@ -482,9 +457,7 @@ Answer Server::Impl::change(const Session& session, const Request& request, cons
     return reply;
   }
   if (stopped_ || !callbacks_.act) return failure(503, "shutting down");
-  const char* action = endpoint.route == Route::Reload  ? "reload"
-                       : endpoint.route == Route::Drain ? "drain"
-                                                        : "quit";
+  const char* action = endpoint.route == Route::Reload ? "reload" : endpoint.route == Route::Drain ? "drain" : "quit";
   const std::string error = callbacks_.act(action);
   if (!error.empty()) return failure(409, error);
   Answer reply;
@@ -497,19 +470,16 @@ asio::awaitable<Answer> Server::Impl::answer(const Session& session, const Reque
   const auto question = std::min(target.find('?'), target.size());
   std::string_view path = target.substr(0, question);
   if (path.size() > 1 && path.ends_with('/')) path.remove_suffix(1);
-  const auto* endpoint = std::find_if(std::begin(kEndpoints), std::end(kEndpoints),
-                                      [&](const Endpoint& e) { return e.path == path; });
+  const auto* endpoint = std::find_if(std::begin(kEndpoints), std::end(kEndpoints), [&](const Endpoint& e) { return e.path == path; });
   if (endpoint == std::end(kEndpoints))
-    co_return failure(404, "no such endpoint: " + std::string(path.substr(0, 200)),
-                      "GET / lists the endpoints");
+    co_return failure(404, "no such endpoint: " + std::string(path.substr(0, 200)), "GET / lists the endpoints");
   if (endpoint->route == Route::Quit && !settings_.quitquitquit)
     co_return failure(404, "/quitquitquit is off", "admin.quitquitquit: true turns it on");
 
   const auto method = request.method();
   const bool reads = method == http::verb::get || method == http::verb::head;
   if (endpoint->changes() ? method != http::verb::post : !reads) {
-    Answer reply =
-        failure(405, endpoint->changes() ? "only POST changes anything" : "only GET and HEAD here");
+    Answer reply = failure(405, endpoint->changes() ? "only POST changes anything" : "only GET and HEAD here");
     reply.allow = endpoint->changes() ? "POST" : "GET, HEAD";
     co_return reply;
   }
@@ -522,17 +492,14 @@ asio::awaitable<Answer> Server::Impl::answer(const Session& session, const Reque
     reply.body = index_text();
     co_return reply;
   }
-  const bool probe =
-      route == Route::ComputeHealth && wants_probe(target.substr(question).substr(question < target.size()));
+  const bool probe = route == Route::ComputeHealth && wants_probe(target.substr(question).substr(question < target.size()));
   const SnapshotPtr snapshot = co_await fetch(probe);
   if (!snapshot) {
     if (stopped_) co_return failure(503, "shutting down");
     if (probe) co_return failure(503, "the database was not probed within 10 s");
     Answer dead = failure(503, "the data loop did not answer within 1 s");
-    if (route == Route::Live)
-      dead.body = "{\"alive\":false,\"reason\":\"the data loop did not answer within 1 s\"}\n";
-    if (route == Route::Ready)
-      dead.body = "{\"ready\":false,\"reason\":\"the data loop did not answer within 1 s\"}\n";
+    if (route == Route::Live) dead.body = "{\"alive\":false,\"reason\":\"the data loop did not answer within 1 s\"}\n";
+    if (route == Route::Ready) dead.body = "{\"ready\":false,\"reason\":\"the data loop did not answer within 1 s\"}\n";
     co_return dead;
   }
 
@@ -543,9 +510,7 @@ asio::awaitable<Answer> Server::Impl::answer(const Session& session, const Reque
       if (health_status(*snapshot) == std::string_view("unhealthy")) reply.status = 503;
       reply.body = health_json(*snapshot, read_process(), now);
       break;
-    case Route::Live:
-      reply.body = "{\"alive\":true}\n";
-      break;
+    case Route::Live: reply.body = "{\"alive\":true}\n"; break;
     case Route::Ready:
       recheck(*snapshot);
       if (!readiness(*snapshot).ready) reply.status = 503;
@@ -553,20 +518,14 @@ asio::awaitable<Answer> Server::Impl::answer(const Session& session, const Reque
       break;
     case Route::Startup:
       if (!snapshot->started) reply.status = 503;
-      reply.body = snapshot->started ? "{\"started\":true}\n"
-                                     : "{\"started\":false,\"reason\":\"not listening yet\"}\n";
+      reply.body = snapshot->started ? "{\"started\":true}\n" : "{\"started\":false,\"reason\":\"not listening yet\"}\n";
       break;
-    case Route::PoolStats:
-      reply.body = pool_stats_json(*snapshot, now);
-      break;
-    case Route::ComputeHealth:
-      reply.body = compute_health_json(*snapshot, read_process(), now);
-      break;
+    case Route::PoolStats: reply.body = pool_stats_json(*snapshot, now); break;
+    case Route::ComputeHealth: reply.body = compute_health_json(*snapshot, read_process(), now); break;
     default: {
       const bool open = prefers_open_metrics(view(request[http::field::accept]));
       reply.type = open ? kOpenMetrics : kPrometheus;
-      reply.body = metrics(*snapshot, read_process(), labels_,
-                           open ? Exposition::OpenMetrics : Exposition::Prometheus);
+      reply.body = metrics(*snapshot, read_process(), labels_, open ? Exposition::OpenMetrics : Exposition::Prometheus);
     }
   }
   co_return reply;

@@ -89,7 +89,7 @@ struct Tls {
 
 struct Limits {
   std::uint32_t maxClients = 1000;
-  std::uint32_t maxLoginClients = 128;     ///< clients that haven't authenticated yet
+  std::uint32_t maxLoginClients = 128;  ///< clients that haven't authenticated yet
   std::uint32_t loginTimeoutMillis = 10000;
   std::uint32_t maxPreparedStatementsPerClient = 10000;
   std::uint64_t maxParseBytes = 16u << 20;  ///< the largest Parse or Query whose text is looked at, bytes

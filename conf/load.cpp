@@ -1,8 +1,7 @@
 #include "conf/load.hpp"
 
-#include <yaml-cpp/yaml.h>
-
 #include <unistd.h>
+#include <yaml-cpp/yaml.h>
 
 #include <algorithm>
 #include <cerrno>
@@ -37,8 +36,10 @@ class Reader {
     no_duplicates(root, "");
     for (const auto& entry : root) {
       const std::string name = entry.first.Scalar();
-      if (name == "upstream") upstream(entry.second, "upstream", config_.upstream);
-      else if (name != "databases" && name != "users") top(entry.first, entry.second, name);
+      if (name == "upstream")
+        upstream(entry.second, "upstream", config_.upstream);
+      else if (name != "databases" && name != "users")
+        top(entry.first, entry.second, name);
     }
     environment();
     // What these leave out is the global sections' and the environment's, which are read by now.
@@ -64,7 +65,8 @@ class Reader {
 
   void mistake(const std::string& path, const std::string& text) {
     const auto line = lines_.find(path);
-    mistakes_.push_back((line == lines_.end() ? "" : file_ + ":" + std::to_string(line->second) + ": ") + (path.empty() ? "" : path + ": ") + text);
+    mistakes_.push_back((line == lines_.end() ? "" : file_ + ":" + std::to_string(line->second) + ": ") +
+                        (path.empty() ? "" : path + ": ") + text);
     wrong_.insert(path.substr(0, path.rfind('.')));
   }
 
@@ -73,8 +75,10 @@ class Reader {
     std::set<std::string> seen;
     for (const auto& entry : map) {
       const std::string inner = (path.empty() ? "" : path + ".") + entry.first.Scalar();
-      if (!seen.insert(inner).second) mistake(entry.first, inner, "given twice");
-      else lines_[inner] = entry.first.Mark().line + 1;
+      if (!seen.insert(inner).second)
+        mistake(entry.first, inner, "given twice");
+      else
+        lines_[inner] = entry.first.Mark().line + 1;
       no_duplicates(entry.second, inner);
     }
   }
@@ -104,7 +108,8 @@ class Reader {
   }
 
   template <class Section>
-  bool set(const std::vector<Key<Section>>& keys, Section& section, const std::string& name, const YAML::Node& node, const std::string& path) {
+  bool set(const std::vector<Key<Section>>& keys, Section& section, const std::string& name, const YAML::Node& node,
+           const std::string& path) {
     for (const auto& key : keys) {
       if (key.path != name) continue;
       if (const auto text = scalar(node, path, true)) {
@@ -218,8 +223,10 @@ class Reader {
       if (key == "upstream") {
         Upstream own;
         upstream(value, path + ".upstream", own);
-        if (!own.url.empty()) database.upstream = {};  // another server, with credentials of its own
-        else if (own.keys.contains("host") && !own.keys.contains("hostaddr")) database.upstream.keys.erase("hostaddr");
+        if (!own.url.empty())
+          database.upstream = {};  // another server, with credentials of its own
+        else if (own.keys.contains("host") && !own.keys.contains("hostaddr"))
+          database.upstream.keys.erase("hostaddr");
         if (!own.url.empty()) database.upstream.url = own.url;
         for (const auto& [keyword, given] : own.keys) database.upstream.keys[keyword] = given;
         named = own.keys.contains("dbname");
@@ -230,8 +237,10 @@ class Reader {
       }
     });
     if (name != "*" && !named) {
-      if (database.upstream.url == config_.upstream.url) database.upstream.keys["dbname"] = name;
-      else database.upstream.dbname = name;
+      if (database.upstream.url == config_.upstream.url)
+        database.upstream.keys["dbname"] = name;
+      else
+        database.upstream.dbname = name;
     }
     config_.databases[name] = std::move(database);
   }
@@ -255,7 +264,8 @@ class Reader {
   void check_upstream(const std::string& path, const Upstream& upstream) {
     try {
       const ConnectParams p = resolve_upstream(upstream, env_);
-      for (const auto& [keyword, file] : {std::pair{"sslrootcert", p.sslrootcert}, {"sslcert", p.sslcert}, {"sslkey", p.sslkey}, {"sslcrl", p.sslcrl}})
+      for (const auto& [keyword, file] :
+           {std::pair{"sslrootcert", p.sslrootcert}, {"sslcert", p.sslcert}, {"sslkey", p.sslkey}, {"sslcrl", p.sslcrl}})
         if (file != "system") check_file(path, file, keyword);
     } catch (const ConfigError& e) {
       mistake(lines_.contains(path + ".url") ? path + ".url" : path, e.what());
@@ -275,15 +285,18 @@ class Reader {
   /// What one key alone doesn't show.
   void validate() {
     if (config_.upstream.url == kDefaultUrl && !env_("DATABASE_URL"))
-      mistake("upstream.url", "no database to connect to: set DATABASE_URL (or PGSIDECAR_UPSTREAM_URL, or upstream.url in the file) to a "
-                              "connection string such as postgresql://user:password@host:5432/dbname");
-    else check_upstream("upstream", config_.upstream);
+      mistake("upstream.url",
+              "no database to connect to: set DATABASE_URL (or PGSIDECAR_UPSTREAM_URL, or upstream.url in the file) to a "
+              "connection string such as postgresql://user:password@host:5432/dbname");
+    else
+      check_upstream("upstream", config_.upstream);
     for (const auto& [name, database] : config_.databases)
       if (database.upstream.url != config_.upstream.url) check_upstream("databases." + name + ".upstream", database.upstream);
     if (const auto any = config_.users.find("*"); any != config_.users.end()) {
       if (config_.auth.method == AuthMethod::ScramSha256 || config_.auth.method == AuthMethod::Md5)
         mistake("users.*", "needs auth.method password (each user's password is passed on to the server), cert or trust: by " +
-                               std::string(config_.auth.method == AuthMethod::Md5 ? "md5" : "scram-sha-256") + " no password reaches pgsidecar");
+                               std::string(config_.auth.method == AuthMethod::Md5 ? "md5" : "scram-sha-256") +
+                               " no password reaches pgsidecar");
       if (any->second.password) mistake("users.*.password", "users that aren't named have passwords of their own");
     }
     for (const auto& [name, user] : config_.users) {
@@ -292,7 +305,8 @@ class Reader {
         const std::string secret = expand(*user.password, env_);
         const bool md5 = secret.size() == 35 && secret.starts_with("md5") && secret.find_first_not_of("0123456789abcdef", 3) == secret.npos;
         if (md5 && config_.auth.method == AuthMethod::ScramSha256)
-          mistake("users." + name + ".password", "an md5 hash can't be used with auth.method scram-sha-256 (use a password, a SCRAM-SHA-256 verifier or method md5)");
+          mistake("users." + name + ".password",
+                  "an md5 hash can't be used with auth.method scram-sha-256 (use a password, a SCRAM-SHA-256 verifier or method md5)");
       } catch (const ConfigError& e) {
         mistake("users." + name + ".password", e.what());
       }
@@ -300,9 +314,11 @@ class Reader {
     const Tls& tls = config_.tls;
     if (tls.mode != TlsMode::Disable && (tls.certificate.empty() || tls.key.empty()))
       mistake("tls", "mode is not disable, which needs tls.certificate and tls.key");
-    if (tls.mode == TlsMode::VerifyFull && tls.ca.empty()) mistake("tls.ca", "mode verify-full needs it: the CA of the clients' certificates");
+    if (tls.mode == TlsMode::VerifyFull && tls.ca.empty())
+      mistake("tls.ca", "mode verify-full needs it: the CA of the clients' certificates");
     if (tls.mode != TlsMode::Disable)
-      for (const auto& [path, file] : {std::pair{"tls.certificate", tls.certificate}, {"tls.key", tls.key}, {"tls.ca", tls.ca}}) check_file(path, file);
+      for (const auto& [path, file] : {std::pair{"tls.certificate", tls.certificate}, {"tls.key", tls.key}, {"tls.ca", tls.ca}})
+        check_file(path, file);
     if (config_.auth.method == AuthMethod::Cert && (tls.ca.empty() || tls.mode == TlsMode::Disable))
       mistake("auth.method", "cert needs TLS (tls.mode) and tls.ca, the CA of the clients' certificates");
     check_pool("pool", config_.pool);
@@ -333,8 +349,10 @@ std::string encoded(std::string_view text) {
   std::string out;
   for (const char c : text) {
     const auto u = static_cast<unsigned char>(c);
-    if ((c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '-' || c == '.' || c == '_' || c == '~') out += c;
-    else out.append({'%', kHex[u >> 4], kHex[u & 15]});
+    if ((c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '-' || c == '.' || c == '_' || c == '~')
+      out += c;
+    else
+      out.append({'%', kHex[u >> 4], kHex[u & 15]});
   }
   return out;
 }
@@ -376,9 +394,12 @@ std::string expand_until(std::string_view text, const Environment& env, std::siz
     }
     const auto colon = inside.find(":-");
     const std::string name(inside.substr(0, colon));
-    if (const auto value = env(name); value && !(colon != std::string_view::npos && value->empty())) out += *value;
-    else if (colon != std::string_view::npos) out += inside.substr(colon + 2);
-    else throw ConfigError("environment variable " + name + " is not set (${" + name + ":-default} gives a default)");
+    if (const auto value = env(name); value && !(colon != std::string_view::npos && value->empty()))
+      out += *value;
+    else if (colon != std::string_view::npos)
+      out += inside.substr(colon + 2);
+    else
+      throw ConfigError("environment variable " + name + " is not set (${" + name + ":-default} gives a default)");
   }
   return out;
 }
@@ -451,7 +472,8 @@ std::string to_redacted_yaml(const Config& config) {
     const bool reference = up.url.starts_with("${") && up.url.find('}') == up.url.size() - 1 && up.url.find(":-") == std::string::npos;
     out << YAML::BeginMap << YAML::Key << "url" << YAML::Value << (up.url.empty() || reference ? up.url : "***");
     for (const auto& [name, value] : up.keys) {
-      const bool secret = name.find("password") != std::string::npos || name.find("secret") != std::string::npos || name.starts_with("scram_");
+      const bool secret =
+          name.find("password") != std::string::npos || name.find("secret") != std::string::npos || name.starts_with("scram_");
       out << YAML::Key << name << YAML::Value << (secret ? "***" : value);
     }
     out << YAML::EndMap;

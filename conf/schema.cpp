@@ -12,11 +12,17 @@ namespace {
 template <class T>
 using Names = std::vector<std::pair<std::string_view, T>>;
 
-const Names<PoolMode> kPoolModes{{"transaction", PoolMode::Transaction}, {"session", PoolMode::Session}, {"statement", PoolMode::Statement}};
-const Names<ResidueCheck> kResidueChecks{{"triggered", ResidueCheck::Triggered}, {"always", ResidueCheck::Always}, {"never", ResidueCheck::Never}};
-const Names<AuthMethod> kMethods{{"scram-sha-256", AuthMethod::ScramSha256}, {"md5", AuthMethod::Md5}, {"password", AuthMethod::Password},
-                                 {"trust", AuthMethod::Trust}, {"cert", AuthMethod::Cert}};
-const Names<TlsMode> kTlsModes{{"disable", TlsMode::Disable}, {"allow", TlsMode::Allow}, {"require", TlsMode::Require}, {"verify-full", TlsMode::VerifyFull}};
+const Names<PoolMode> kPoolModes{
+    {"transaction", PoolMode::Transaction}, {"session", PoolMode::Session}, {"statement", PoolMode::Statement}};
+const Names<ResidueCheck> kResidueChecks{
+    {"triggered", ResidueCheck::Triggered}, {"always", ResidueCheck::Always}, {"never", ResidueCheck::Never}};
+const Names<AuthMethod> kMethods{{"scram-sha-256", AuthMethod::ScramSha256},
+                                 {"md5", AuthMethod::Md5},
+                                 {"password", AuthMethod::Password},
+                                 {"trust", AuthMethod::Trust},
+                                 {"cert", AuthMethod::Cert}};
+const Names<TlsMode> kTlsModes{
+    {"disable", TlsMode::Disable}, {"allow", TlsMode::Allow}, {"require", TlsMode::Require}, {"verify-full", TlsMode::VerifyFull}};
 const Names<LogFormat> kFormats{{"text", LogFormat::Text}, {"json", LogFormat::Json}};
 
 template <class T>
@@ -70,8 +76,10 @@ Listen parse_listen(const std::string& text, std::uint16_t default_port) {
   if (colon == std::string::npos || (bracket != std::string::npos && colon < bracket))
     throw std::invalid_argument("\"" + text + "\" is not host:port, [v6]:port or unix:/directory");
   listen.host = text.substr(0, colon);
-  if (listen.host.size() >= 2 && listen.host.front() == '[' && listen.host.back() == ']') listen.host = listen.host.substr(1, listen.host.size() - 2);
-  else if (listen.host.find(':') != std::string::npos) throw std::invalid_argument("\"" + text + "\": an IPv6 address is written [address]:port");
+  if (listen.host.size() >= 2 && listen.host.front() == '[' && listen.host.back() == ']')
+    listen.host = listen.host.substr(1, listen.host.size() - 2);
+  else if (listen.host.find(':') != std::string::npos)
+    throw std::invalid_argument("\"" + text + "\": an IPv6 address is written [address]:port");
   if (listen.host.empty() || listen.host == "*") listen.host = "0.0.0.0";
   listen.port = parse_number<std::uint16_t>(text.substr(colon + 1));
   return listen;
@@ -98,7 +106,8 @@ std::vector<std::string> split_list(const std::string& text) {
 
 template <class Section, class T>
 Key<Section> number_key(std::string_view path, T Section::*member, T min = 0) {
-  return {path, [=](Section& s, const std::string& t) { s.*member = parse_number<T>(t, min); }, [=](const Section& s) { return std::to_string(s.*member); }};
+  return {path, [=](Section& s, const std::string& t) { s.*member = parse_number<T>(t, min); },
+          [=](const Section& s) { return std::to_string(s.*member); }};
 }
 
 template <class Inner, class T>
@@ -109,7 +118,8 @@ Key<Config> inner_number(std::string_view path, Inner Config::*inner, T Inner::*
 
 template <class Inner>
 Key<Config> inner_text(std::string_view path, Inner Config::*inner, std::string Inner::*member, bool needs_restart = false) {
-  return {path, [=](Config& c, const std::string& t) { c.*inner.*member = t; }, [=](const Config& c) { return c.*inner.*member; }, needs_restart};
+  return {path, [=](Config& c, const std::string& t) { c.*inner.*member = t; }, [=](const Config& c) { return c.*inner.*member; },
+          needs_restart};
 }
 
 template <class Inner>
@@ -127,17 +137,21 @@ Key<Config> inner_name(std::string_view path, Inner Config::*inner, T Inner::*me
 std::vector<Key<PoolSettings>> make_pool_keys() {
   using P = PoolSettings;
   return {
-      {"mode", [](P& p, const std::string& t) { p.mode = parse_name(kPoolModes, t); }, [](const P& p) { return print_name(kPoolModes, p.mode); }},
+      {"mode", [](P& p, const std::string& t) { p.mode = parse_name(kPoolModes, t); },
+       [](const P& p) { return print_name(kPoolModes, p.mode); }},
       number_key("max", &P::max, 1u),
       number_key("min", &P::min),
       number_key("idleTimeoutMillis", &P::idleTimeoutMillis),
       number_key("connectionTimeoutMillis", &P::connectionTimeoutMillis),
       number_key("maxUses", &P::maxUses),
       number_key("maxLifetimeSeconds", &P::maxLifetimeSeconds),
-      {"allowExitOnIdle", [](P& p, const std::string& t) { p.allowExitOnIdle = parse_bool(t); }, [](const P& p) { return std::string(p.allowExitOnIdle ? "true" : "false"); }},
-      {"keepAlive", [](P& p, const std::string& t) { p.keepAlive = parse_bool(t); }, [](const P& p) { return std::string(p.keepAlive ? "true" : "false"); }},
+      {"allowExitOnIdle", [](P& p, const std::string& t) { p.allowExitOnIdle = parse_bool(t); },
+       [](const P& p) { return std::string(p.allowExitOnIdle ? "true" : "false"); }},
+      {"keepAlive", [](P& p, const std::string& t) { p.keepAlive = parse_bool(t); },
+       [](const P& p) { return std::string(p.keepAlive ? "true" : "false"); }},
       number_key("keepAliveInitialDelayMillis", &P::keepAliveInitialDelayMillis),
-      {"residueCheck", [](P& p, const std::string& t) { p.residueCheck = parse_name(kResidueChecks, t); }, [](const P& p) { return print_name(kResidueChecks, p.residueCheck); }},
+      {"residueCheck", [](P& p, const std::string& t) { p.residueCheck = parse_name(kResidueChecks, t); },
+       [](const P& p) { return print_name(kResidueChecks, p.residueCheck); }},
       number_key("maxPreparedStatements", &P::maxPreparedStatements, 1u),
   };
 }
@@ -164,7 +178,8 @@ std::vector<Key<Config>> make_config_keys() {
   names.reserve(pool_keys().size());
   for (const auto& key : pool_keys()) {
     names.push_back("pool." + std::string(key.path));
-    keys.push_back({names.back(), [set = key.set](Config& c, const std::string& t) { set(c.pool, t); }, [get = key.get](const Config& c) { return get(c.pool); }});
+    keys.push_back({names.back(), [set = key.set](Config& c, const std::string& t) { set(c.pool, t); },
+                    [get = key.get](const Config& c) { return get(c.pool); }});
   }
   keys.push_back(inner_name("auth.method", &Config::auth, &Auth::method, kMethods));
   keys.push_back(inner_name("tls.mode", &Config::tls, &Tls::mode, kTlsModes));

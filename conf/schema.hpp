@@ -13,13 +13,13 @@ namespace pgsidecar::conf {
 
 template <class Section>
 struct Key {
-  std::string_view path;  ///< "pool.max"; within PoolSettings "max"
+  std::string_view path;                                  ///< "pool.max"; within PoolSettings "max"
   std::function<void(Section&, const std::string&)> set;  ///< throws std::invalid_argument saying what is expected
   std::function<std::string(const Section&)> get;
   bool needs_restart = false;
 };
 
-const std::vector<Key<Config>>& config_keys();     ///< all but upstream, databases and users
+const std::vector<Key<Config>>& config_keys();  ///< all but upstream, databases and users
 const std::vector<Key<PoolSettings>>& pool_keys();
 
 /// "pool.idleTimeoutMillis" -> "PGSIDECAR_POOL_IDLE_TIMEOUT_MILLIS".

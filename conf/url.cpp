@@ -94,7 +94,8 @@ using Values = std::map<std::string, std::string, std::less<>>;
 void set_value(Values& values, std::string_view raw_name, std::string value) {
   std::string name(raw_name);
   if (name == "ssl" && value == "true") name = "sslmode", value = "require";  // JDBC's and libpq's old form
-  if (!find_keyword(name)) throw ConfigError("connection string: unknown parameter \"" + name + "\"" + did_you_mean(name, connection_keywords()));
+  if (!find_keyword(name))
+    throw ConfigError("connection string: unknown parameter \"" + name + "\"" + did_you_mean(name, connection_keywords()));
   values[name] = std::move(value);
 }
 
@@ -150,7 +151,8 @@ void parse_uri(std::string_view text, Values& values) {
     std::string_view one;
     if (!authority.empty() && authority[0] == '[') {
       const auto close = authority.find(']');
-      if (close == std::string_view::npos) throw ConfigError("connection string: end of string reached when looking for matching \"]\" in IPv6 host address");
+      if (close == std::string_view::npos)
+        throw ConfigError("connection string: end of string reached when looking for matching \"]\" in IPv6 host address");
       one = authority.substr(1, close - 1);
       if (one.empty()) throw ConfigError("connection string: IPv6 host address may not be empty");
       authority.remove_prefix(close + 1);
@@ -189,7 +191,8 @@ void parse_uri(std::string_view text, Values& values) {
     const std::string_view pair = query.substr(0, amp);
     query = amp == std::string_view::npos ? std::string_view() : query.substr(amp + 1);
     const auto equals = pair.find('=');
-    if (equals == std::string_view::npos) throw ConfigError("connection string: missing key/value separator \"=\" in a URI query parameter");
+    if (equals == std::string_view::npos)
+      throw ConfigError("connection string: missing key/value separator \"=\" in a URI query parameter");
     set_value(values, decode(pair.substr(0, equals), "query"), decode(pair.substr(equals + 1), "query"));
   }
 }
@@ -204,13 +207,16 @@ void parse_keywords(std::string_view text, Values& values) {
   }
   std::size_t i = 0;
   bool after_password = false;
-  const auto skip = [&] { while (i < text.size() && blank(text[i])) ++i; };
+  const auto skip = [&] {
+    while (i < text.size() && blank(text[i])) ++i;
+  };
   for (skip(); i < text.size(); skip()) {
     const std::size_t begin = i;
     while (i < text.size() && text[i] != '=' && !blank(text[i])) ++i;
     const std::string name(text.substr(begin, i - begin));
     skip();
-    if (i == text.size() || text[i] != '=') throw ConfigError("connection string: missing \"=\" after a keyword (neither a URI nor keyword=value)");
+    if (i == text.size() || text[i] != '=')
+      throw ConfigError("connection string: missing \"=\" after a keyword (neither a URI nor keyword=value)");
     ++i;
     skip();
     std::string value;
@@ -335,7 +341,8 @@ void use_service(Values& values, const Environment& env) {
   const std::string service = given("service", "PGSERVICE");
   if (service.empty()) return;
   const std::string file = given("servicefile", "PGSERVICEFILE");
-  if (!file.empty() && ::access(file.c_str(), R_OK) != 0) throw ConfigError("connection string: service file \"" + file + "\" cannot be read");
+  if (!file.empty() && ::access(file.c_str(), R_OK) != 0)
+    throw ConfigError("connection string: service file \"" + file + "\" cannot be read");
   if (fill_from_service(values, file.empty() ? env("HOME").value_or("") + "/.pg_service.conf" : file, service)) return;
   if (fill_from_service(values, env("PGSYSCONFDIR").value_or("/etc/postgresql-common") + "/pg_service.conf", service)) return;
   throw ConfigError("connection string: definition of service \"" + service + "\" not found");
@@ -343,7 +350,8 @@ void use_service(Values& values, const Environment& env) {
 
 /// What protects the connection in a way that isn't there is refused, not ignored.
 void refuse_unsupported(const Values& values) {
-  for (const auto& [name, harmless] : {std::pair{"sslcrldir", ""}, {"requirepeer", ""}, {"gssencmode", "disable prefer"}, {"sslcertmode", "allow disable"}}) {
+  for (const auto& [name, harmless] :
+       {std::pair{"sslcrldir", ""}, {"requirepeer", ""}, {"gssencmode", "disable prefer"}, {"sslcertmode", "allow disable"}}) {
     const auto it = values.find(std::string_view(name));
     if (it == values.end() || it->second.empty() || std::string_view(harmless).find(it->second) != std::string_view::npos) continue;
     throw ConfigError("connection string: " + std::string(name) + "=" + it->second + " is not supported by pgsidecar");
@@ -365,11 +373,13 @@ std::vector<std::string_view> connection_keywords() {
   return names;
 }
 
-ConnectParams parse_connection_string(std::string_view text, const std::map<std::string, std::string>& overrides,
-                                      const Environment& env, const std::string& default_dbname) {
+ConnectParams parse_connection_string(std::string_view text, const std::map<std::string, std::string>& overrides, const Environment& env,
+                                      const std::string& default_dbname) {
   Values values;
-  if (text.starts_with("postgresql://") || text.starts_with("postgres://")) parse_uri(text, values);
-  else parse_keywords(text, values);
+  if (text.starts_with("postgresql://") || text.starts_with("postgres://"))
+    parse_uri(text, values);
+  else
+    parse_keywords(text, values);
   for (const auto& [name, value] : overrides) set_value(values, name, value);
   use_service(values, env);
   if (!default_dbname.empty()) values.try_emplace("dbname", default_dbname);
@@ -393,7 +403,8 @@ ConnectParams parse_connection_string(std::string_view text, const std::map<std:
   const auto ports = split(get("port"), ',');
   const std::size_t count = values.contains("hostaddr") ? std::max(addresses.size(), names.size()) : names.size();
   if (values.contains("hostaddr") && values.contains("host") && names.size() != addresses.size())
-    throw ConfigError("connection string: " + std::to_string(names.size()) + " host names, but " + std::to_string(addresses.size()) + " hostaddr values");
+    throw ConfigError("connection string: " + std::to_string(names.size()) + " host names, but " + std::to_string(addresses.size()) +
+                      " hostaddr values");
   if (ports.size() > 1 && ports.size() != count)
     throw ConfigError("connection string: " + std::to_string(ports.size()) + " port numbers, but " + std::to_string(count) + " hosts");
   for (std::size_t i = 0; i < count; ++i) {
@@ -427,8 +438,9 @@ ConnectParams parse_connection_string(std::string_view text, const std::map<std:
 
   p.sslrootcert = get("sslrootcert");
   static constexpr std::pair<std::string_view, SslMode> kModes[] = {
-      {"disable", SslMode::Disable},  {"allow", SslMode::Allow},         {"prefer", SslMode::Prefer},          {"require", SslMode::Require},
-      {"no-verify", SslMode::Require}, {"verify-ca", SslMode::VerifyCa}, {"verify-full", SslMode::VerifyFull},
+      {"disable", SslMode::Disable},        {"allow", SslMode::Allow},       {"prefer", SslMode::Prefer},
+      {"require", SslMode::Require},        {"no-verify", SslMode::Require}, {"verify-ca", SslMode::VerifyCa},
+      {"verify-full", SslMode::VerifyFull},
   };
   const bool local = std::all_of(p.hosts.begin(), p.hosts.end(), is_loopback);
   if (const std::string mode = get("sslmode"); !mode.empty()) {
@@ -440,30 +452,36 @@ ConnectParams parse_connection_string(std::string_view text, const std::map<std:
   } else {
     p.sslmode = p.sslrootcert == "system" || !local ? SslMode::VerifyFull : SslMode::Prefer;
   }
-  static constexpr std::pair<std::string_view, SslNegotiation> kNegotiation[] = {{"postgres", SslNegotiation::Postgres}, {"direct", SslNegotiation::Direct}};
+  static constexpr std::pair<std::string_view, SslNegotiation> kNegotiation[] = {{"postgres", SslNegotiation::Postgres},
+                                                                                 {"direct", SslNegotiation::Direct}};
   if (const std::string how = get("sslnegotiation"); !how.empty()) p.sslnegotiation = choice("sslnegotiation", how, kNegotiation);
   if (p.sslnegotiation == SslNegotiation::Direct && p.sslmode < SslMode::Require)
-    throw ConfigError("connection string: weak sslmode may not be used with sslnegotiation=direct (use sslmode=require, verify-ca or verify-full)");
+    throw ConfigError(
+        "connection string: weak sslmode may not be used with sslnegotiation=direct (use sslmode=require, verify-ca or verify-full)");
   p.sslcert = get("sslcert");
   p.sslkey = get("sslkey");
   if (!p.sslcert.empty() && p.sslkey.empty()) throw ConfigError("connection string: sslcert needs sslkey");
   p.sslpassword = get("sslpassword");
   p.sslcrl = get("sslcrl");
   if (const auto sni = get("sslsni"); !sni.empty()) p.sslsni = sni != "0";
-  static constexpr std::pair<std::string_view, bool> kVersions[] = {{"TLSv1", true}, {"TLSv1.1", true}, {"TLSv1.2", true}, {"TLSv1.3", true}};
-  for (const auto& [name, to] : {std::pair{"ssl_min_protocol_version", &p.sslMinProtocolVersion}, {"ssl_max_protocol_version", &p.sslMaxProtocolVersion}})
+  static constexpr std::pair<std::string_view, bool> kVersions[] = {
+      {"TLSv1", true}, {"TLSv1.1", true}, {"TLSv1.2", true}, {"TLSv1.3", true}};
+  for (const auto& [name, to] :
+       {std::pair{"ssl_min_protocol_version", &p.sslMinProtocolVersion}, {"ssl_max_protocol_version", &p.sslMaxProtocolVersion}})
     if (const auto v = get(name); !v.empty() && choice(name, v, kVersions)) *to = v;
   static constexpr std::pair<std::string_view, ChannelBinding> kBinding[] = {
       {"disable", ChannelBinding::Disable}, {"prefer", ChannelBinding::Prefer}, {"require", ChannelBinding::Require}};
   if (const auto binding = get("channel_binding"); !binding.empty()) p.channelBinding = choice("channel_binding", binding, kBinding);
   if (const auto methods = get("require_auth"); !methods.empty()) {
     p.requireAuth = split(methods, ',');
-    static constexpr std::pair<std::string_view, bool> kMethods[] = {{"password", true}, {"md5", true}, {"gss", true}, {"sspi", true}, {"scram-sha-256", true}, {"none", true}};
+    static constexpr std::pair<std::string_view, bool> kMethods[] = {{"password", true}, {"md5", true},           {"gss", true},
+                                                                     {"sspi", true},     {"scram-sha-256", true}, {"none", true}};
     for (const std::string& method : p.requireAuth) {
       const bool negative = method.starts_with("!");
       choice("require_auth", std::string_view(method).substr(negative), kMethods);
       if (negative != p.requireAuth.front().starts_with("!"))
-        throw ConfigError("connection string: require_auth method \"" + method + "\" cannot be mixed with " + (negative ? "positive" : "negative") + " methods");
+        throw ConfigError("connection string: require_auth method \"" + method + "\" cannot be mixed with " +
+                          (negative ? "positive" : "negative") + " methods");
     }
   }
   // Zero or less is no limit of its own, as with libpq.
@@ -477,15 +495,19 @@ ConnectParams parse_connection_string(std::string_view text, const std::map<std:
   optional_number("keepalives_interval", p.keepalivesIntervalSeconds);
   optional_number("keepalives_count", p.keepalivesCount);
   optional_number("tcp_user_timeout", p.tcpUserTimeoutMillis);
-  static constexpr std::pair<std::string_view, TargetSessionAttrs> kAttrs[] = {
-      {"any", TargetSessionAttrs::Any},         {"read-write", TargetSessionAttrs::ReadWrite}, {"read-only", TargetSessionAttrs::ReadOnly},
-      {"primary", TargetSessionAttrs::Primary}, {"standby", TargetSessionAttrs::Standby},      {"prefer-standby", TargetSessionAttrs::PreferStandby}};
+  static constexpr std::pair<std::string_view, TargetSessionAttrs> kAttrs[] = {{"any", TargetSessionAttrs::Any},
+                                                                               {"read-write", TargetSessionAttrs::ReadWrite},
+                                                                               {"read-only", TargetSessionAttrs::ReadOnly},
+                                                                               {"primary", TargetSessionAttrs::Primary},
+                                                                               {"standby", TargetSessionAttrs::Standby},
+                                                                               {"prefer-standby", TargetSessionAttrs::PreferStandby}};
   if (const auto attrs = get("target_session_attrs"); !attrs.empty()) p.targetSessionAttrs = choice("target_session_attrs", attrs, kAttrs);
   p.loadBalanceHosts = get("load_balance_hosts") == "random";
   std::string application = get("application_name");
   if (application.empty()) application = get("fallback_application_name");
   if (!application.empty()) p.startup.emplace_back("application_name", application);
-  if (const auto encoding = get("client_encoding"); !encoding.empty() && encoding != "auto") p.startup.emplace_back("client_encoding", encoding);
+  if (const auto encoding = get("client_encoding"); !encoding.empty() && encoding != "auto")
+    p.startup.emplace_back("client_encoding", encoding);
   if (const auto options = get("options"); !options.empty()) p.startup.emplace_back("options", options);
   return p;
 }

@@ -31,7 +31,7 @@ struct Host {
 
 /// A connection string, read in full: what a connect needs. Sizes in bytes, times as named.
 struct ConnectParams {
-  std::vector<Host> hosts;  ///< never empty
+  std::vector<Host> hosts;             ///< never empty
   std::string user, password, dbname;  ///< password: as given, or else the passfile's for the first host that it knows
   SslMode sslmode = SslMode::VerifyFull;
   SslNegotiation sslnegotiation = SslNegotiation::Postgres;
@@ -40,7 +40,7 @@ struct ConnectParams {
   bool sslsni = true;
   std::string sslMinProtocolVersion = "TLSv1.2", sslMaxProtocolVersion;
   ChannelBinding channelBinding = ChannelBinding::Prefer;
-  std::vector<std::string> requireAuth;  ///< empty: any method that the server asks for
+  std::vector<std::string> requireAuth;    ///< empty: any method that the server asks for
   std::uint32_t connectTimeoutMillis = 0;  ///< 0: the pool's connectionTimeoutMillis
   std::optional<bool> keepalives;
   std::optional<std::uint32_t> keepalivesIdleSeconds, keepalivesIntervalSeconds, keepalivesCount;
@@ -62,8 +62,8 @@ Environment process_environment();
 /// what both leave out, then the passfile, then the defaults (sslmode: prefer on loopback and unix sockets, else verify-full).
 /// `default_dbname` counts if neither the string nor `overrides` name a database.
 /// Throws ConfigError (load.hpp) with a text that names the mistake and never holds a secret.
-ConnectParams parse_connection_string(std::string_view text, const std::map<std::string, std::string>& overrides,
-                                      const Environment& env, const std::string& default_dbname = {});
+ConnectParams parse_connection_string(std::string_view text, const std::map<std::string, std::string>& overrides, const Environment& env,
+                                      const std::string& default_dbname = {});
 
 /// libpq's keywords that are known, used or not.
 std::vector<std::string_view> connection_keywords();

@@ -18,8 +18,8 @@ inline std::string to_utf8(std::string_view in) {
     for (std::size_t k = 1; valid && k < length; ++k) valid = (in[i + k] & 0xC0) == 0x80;
     if (valid && length > 2) {  // overlong forms, surrogates and what lies above U+10FFFF
       const auto second = static_cast<unsigned char>(in[i + 1]);
-      valid = !(lead == 0xE0 && second < 0xA0) && !(lead == 0xED && second > 0x9F) &&
-              !(lead == 0xF0 && second < 0x90) && !(lead == 0xF4 && second > 0x8F);
+      valid = !(lead == 0xE0 && second < 0xA0) && !(lead == 0xED && second > 0x9F) && !(lead == 0xF0 && second < 0x90) &&
+              !(lead == 0xF4 && second > 0x8F);
     }
     if (valid) {
       out.append(in.substr(i, length));

@@ -43,7 +43,8 @@ install_packages test
 fetch_node_postgres
 build release
 unit_tests release
-step "layers"
+step "layout and layers"
+(cd "$root" && git ls-files '*.cpp' '*.hpp' | xargs clang-format-14 --dry-run -Werror) || failed+=("layout: git ls-files '*.cpp' '*.hpp' | xargs clang-format-14 -i")
 /usr/bin/python3 "$root/tests/layering_test.py" || failed+=("layers")
 integration_tests release
 

@@ -7,8 +7,7 @@ namespace pgsidecar::pool {
 void Pool::admit(Slot& slot, Time now, double random) {
   slot.connected = now;
   const double jitter = 0.9 + 0.1 * random;
-  if (settings_.maxUses != 0)
-    slot.use_limit = std::max(1u, static_cast<std::uint32_t>(settings_.maxUses * jitter));
+  if (settings_.maxUses != 0) slot.use_limit = std::max(1u, static_cast<std::uint32_t>(settings_.maxUses * jitter));
   if (settings_.maxLifetimeSeconds != 0)
     slot.lifetime_end = now + std::chrono::milliseconds(static_cast<std::int64_t>(settings_.maxLifetimeSeconds * jitter * 1000));
 }
@@ -22,9 +21,8 @@ Slot* Pool::take(Time) {
 
 void Pool::wait(Waiter& waiter, Time now) {
   waiter.since = now;
-  waiter.deadline = settings_.connectionTimeoutMillis == 0
-                        ? Time::max()
-                        : now + std::chrono::milliseconds(settings_.connectionTimeoutMillis);
+  waiter.deadline =
+      settings_.connectionTimeoutMillis == 0 ? Time::max() : now + std::chrono::milliseconds(settings_.connectionTimeoutMillis);
   waiters_.push_back(waiter);
 }
 
@@ -63,8 +61,7 @@ Slot* Pool::outdated(Time now, CloseReason& reason) {
   if (idle_.empty()) return nullptr;
   const auto idle_limit = std::chrono::milliseconds(settings_.idleTimeoutMillis);
   // The back has been idle longest; `min` connections are spared from the idle timeout, not from their lifetime.
-  if (Slot& slot = idle_.back();
-      settings_.idleTimeoutMillis != 0 && staying() > settings_.min && now - slot.idle_since >= idle_limit) {
+  if (Slot& slot = idle_.back(); settings_.idleTimeoutMillis != 0 && staying() > settings_.min && now - slot.idle_since >= idle_limit) {
     reason = CloseReason::Idle;
     slot.unlink();
     return &slot;

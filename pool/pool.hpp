@@ -47,9 +47,9 @@ class Permit {
 /// A server connection as the pool sees it. On the idle list while nobody has leased it.
 struct Slot : Hook {
   Time connected{}, idle_since{};
-  std::uint32_t uses = 0, use_limit = 0;       // leases so far and allowed; limit 0: none
+  std::uint32_t uses = 0, use_limit = 0;  // leases so far and allowed; limit 0: none
   Time lifetime_end = Time::max();
-  bool condemned = false;                      // closed when it comes back
+  bool condemned = false;  // closed when it comes back
 };
 
 /// A client that waits for a server connection.
@@ -81,7 +81,10 @@ class Pool {
   Waiter* next_waiter();
   /// The first whose deadline has passed, off the queue; nullptr if none.
   Waiter* expired(Time now);
-  void lease(Slot& slot) { ++slot.uses; ++counters_.leases; }
+  void lease(Slot& slot) {
+    ++slot.uses;
+    ++counters_.leases;
+  }
   /// Why a connection that comes back must be closed, if it must.
   bool worn_out(const Slot& slot, Time now, CloseReason& reason) const;
   void put_idle(Slot& slot, Time now);

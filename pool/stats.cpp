@@ -61,46 +61,29 @@ void Histogram::merge(const Histogram& other) {
 
 const char* to_string(CloseReason reason) {
   switch (reason) {
-    case CloseReason::Idle:
-      return "idle";
-    case CloseReason::MaxUses:
-      return "max_uses";
-    case CloseReason::Lifetime:
-      return "lifetime";
-    case CloseReason::Error:
-      return "error";
-    case CloseReason::AdminShutdown:
-      return "admin_shutdown";
-    case CloseReason::Tls:
-      return "tls";
-    case CloseReason::Broken:
-      return "broken";
-    case CloseReason::Reload:
-      return "reload";
-    case CloseReason::Drain:
-      return "drain";
-    case CloseReason::kCount:
-      break;
+    case CloseReason::Idle: return "idle";
+    case CloseReason::MaxUses: return "max_uses";
+    case CloseReason::Lifetime: return "lifetime";
+    case CloseReason::Error: return "error";
+    case CloseReason::AdminShutdown: return "admin_shutdown";
+    case CloseReason::Tls: return "tls";
+    case CloseReason::Broken: return "broken";
+    case CloseReason::Reload: return "reload";
+    case CloseReason::Drain: return "drain";
+    case CloseReason::kCount: break;
   }
   return "unknown";
 }
 
 const char* to_string(RejectReason reason) {
   switch (reason) {
-    case RejectReason::MaxClients:
-      return "max_clients";
-    case RejectReason::Auth:
-      return "auth";
-    case RejectReason::Timeout:
-      return "timeout";
-    case RejectReason::Draining:
-      return "draining";
-    case RejectReason::Protocol:
-      return "protocol";
-    case RejectReason::UnknownDatabase:
-      return "unknown_database";
-    case RejectReason::kCount:
-      break;
+    case RejectReason::MaxClients: return "max_clients";
+    case RejectReason::Auth: return "auth";
+    case RejectReason::Timeout: return "timeout";
+    case RejectReason::Draining: return "draining";
+    case RejectReason::Protocol: return "protocol";
+    case RejectReason::UnknownDatabase: return "unknown_database";
+    case RejectReason::kCount: break;
   }
   return "unknown";
 }

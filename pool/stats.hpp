@@ -58,8 +58,8 @@ struct PoolCounters {
 struct PoolSnapshot {
   std::string database, user;
   std::uint32_t max = 0, min = 0, idleTimeoutMillis = 0, connectionTimeoutMillis = 0, maxUses = 0;
-  std::string mode;                                                         // transaction | session | statement
-  std::uint32_t clientsActive = 0, clientsIdle = 0, clientsWaiting = 0;     // logged in; sum = this pool's clients
+  std::string mode;                                                      // transaction | session | statement
+  std::uint32_t clientsActive = 0, clientsIdle = 0, clientsWaiting = 0;  // logged in; sum = this pool's clients
   std::uint32_t serversActive = 0, serversIdle = 0, serversLogin = 0, serversReset = 0, serversClosing = 0;
   std::uint32_t pinned = 0;
   std::uint64_t oldestWaitMicros = 0;
@@ -83,10 +83,10 @@ struct Snapshot {
   // The database, seen passively: from connects and traffic.
   enum class Database { Unknown, Up, Down };
   Database database = Database::Unknown;
-  std::uint64_t databaseLatencyMicros = 0;      // of the last connect or probe
-  std::uint64_t databaseSeenMicrosAgo = 0;      // when it last answered; 0 with Unknown
-  bool databaseProbed = false;                  // the latency is a probe's
-  std::string databaseError;                    // the server's own text of the last failure
+  std::uint64_t databaseLatencyMicros = 0;  // of the last connect or probe
+  std::uint64_t databaseSeenMicrosAgo = 0;  // when it last answered; 0 with Unknown
+  bool databaseProbed = false;              // the latency is a probe's
+  std::string databaseError;                // the server's own text of the last failure
   std::string databaseVersion;
 };
 

@@ -7,6 +7,7 @@
 
 namespace pgsidecar::protocol {
 
+// clang-format off
 inline constexpr std::string_view kHarmless[] = {
     "abbrev", "abs", "acldefault", "aclexplode", "acos", "acosd", "acosh", "add", "age", "all", "analyse", "analyze",
     "and", "any", "area", "array", "array_agg", "array_append", "array_cat", "array_dims", "array_fill", "array_length",
@@ -113,9 +114,12 @@ inline constexpr std::string_view kHarmless[] = {
     "xml_is_well_formed_document", "xmlagg", "xmlattributes", "xmlcomment", "xmlconcat", "xmlelement", "xmlexists",
     "xmlforest", "xmlnamespaces", "xmlparse", "xmlpi", "xmlroot", "xmlserialize", "xmltable", "xmlvalidate", "xpath",
     "xpath_exists", "zone"};
+// clang-format on
 static_assert(std::ranges::is_sorted(kHarmless));
 
 /// `name` in lower case.
-constexpr bool is_harmless(std::string_view name) { return std::ranges::binary_search(kHarmless, name); }
+constexpr bool is_harmless(std::string_view name) {
+  return std::ranges::binary_search(kHarmless, name);
+}
 
 }  // namespace pgsidecar::protocol

@@ -31,8 +31,7 @@ std::string md5_secret(std::string_view password, std::string_view user) {
 }
 
 bool is_md5_secret(std::string_view secret) {
-  return secret.size() == 35 && secret.starts_with("md5") &&
-         secret.find_first_not_of("0123456789abcdef", 3) == std::string_view::npos;
+  return secret.size() == 35 && secret.starts_with("md5") && secret.find_first_not_of("0123456789abcdef", 3) == std::string_view::npos;
 }
 
 bool equal(std::string_view a, std::string_view b) {
@@ -47,10 +46,8 @@ void write_request(std::string& out, std::uint32_t code, std::string_view rest =
 
 // --- towards a client
 
-ClientLogin::ClientLogin(ClientAuth method, std::string user, ClientSecret secret, std::string channel_binding,
-                         ScramKeyCache* cache)
-    : method_(method), user_(std::move(user)), secret_(std::move(secret)), channel_binding_(std::move(channel_binding)),
-      cache_(cache) {
+ClientLogin::ClientLogin(ClientAuth method, std::string user, ClientSecret secret, std::string channel_binding, ScramKeyCache* cache)
+    : method_(method), user_(std::move(user)), secret_(std::move(secret)), channel_binding_(std::move(channel_binding)), cache_(cache) {
   // A verifier can't be asked for by md5, nor an md5 hash by SCRAM.
   const bool verifier = secret_.secret && parse_verifier(*secret_.secret);
   if (method_ == ClientAuth::Md5 && verifier) method_ = ClientAuth::Scram;
@@ -116,7 +113,9 @@ ClientLogin::Step ClientLogin::on_frame(char type, Bytes body, std::string& out)
   return Step::Accepted;
 }
 
-void ClientLogin::confirm(std::string& out) { write_request(out, kOk); }
+void ClientLogin::confirm(std::string& out) {
+  write_request(out, kOk);
+}
 
 ClientLogin::Step ClientLogin::on_sasl(Reader& reader, std::string& out) {
   if (!scram_) {
@@ -136,8 +135,7 @@ ClientLogin::Step ClientLogin::on_sasl(Reader& reader, std::string& out) {
     // An md5 hash can't be used for SCRAM: as with PostgreSQL, the login fails at its end.
     const bool usable = secret_.secret && !secret_.secret->empty() && !is_md5_secret(*secret_.secret);
     std::optional<ScramVerifier> verifier = usable ? parse_verifier(*secret_.secret) : std::nullopt;
-    if (!verifier)
-      verifier = cache.verifier(user_, usable ? std::optional<std::string_view>(*secret_.secret) : std::nullopt);
+    if (!verifier) verifier = cache.verifier(user_, usable ? std::optional<std::string_view>(*secret_.secret) : std::nullopt);
     scram_.emplace(std::move(*verifier), usable, channel_binding_);
     const auto answer = scram_->first(mechanism, {reinterpret_cast<const char*>(initial.data()), initial.size()});
     if (!answer) {
@@ -222,7 +220,9 @@ ServerLogin::Step ServerLogin::on_authentication(Reader& reader, std::string& ou
   if (must_bind && code != kSasl && code != kSaslContinue && code != kSaslFinal && !(code == kOk && bound_))
     return fail("28000", "channel binding required, but the server authenticated the client without channel binding");
   const auto password_needed = [&]() { return credentials_.password.empty(); };
-  const auto no_password = [&] { return fail("28P01", "the server asks for a password, and none was supplied for user \"" + credentials_.user + "\""); };
+  const auto no_password = [&] {
+    return fail("28P01", "the server asks for a password, and none was supplied for user \"" + credentials_.user + "\"");
+  };
   const auto answer = [&](std::string_view text) {
     Writer(out).begin(Frontend::Password).cstring(text).end();
     return Step::NeedFrame;
@@ -246,8 +246,8 @@ ServerLogin::Step ServerLogin::on_authentication(Reader& reader, std::string& ou
       if (!allowed("md5")) return fail("28000", "the server asks for an md5 password, which require_auth does not allow");
       if (password_needed()) return no_password();
       asked_ = true;
-      const std::string hash = is_md5_secret(credentials_.password) ? credentials_.password
-                                                                    : md5_secret(credentials_.password, credentials_.user);
+      const std::string hash =
+          is_md5_secret(credentials_.password) ? credentials_.password : md5_secret(credentials_.password, credentials_.user);
       return answer("md5" + md5_hex(hash.substr(3) + std::string(reinterpret_cast<const char*>(salt.data()), 4)));
     }
     case kSasl: {
@@ -260,7 +260,8 @@ ServerLogin::Step ServerLogin::on_authentication(Reader& reader, std::string& ou
       if (!allowed("scram-sha-256")) return fail("28000", "the server asks for SCRAM, which require_auth does not allow");
       const bool can_bind = !credentials_.channel_binding.empty() && credentials_.binding != ServerCredentials::Binding::Disable;
       const bool use_plus = plus && can_bind;
-      if (must_bind && !use_plus) return fail("28000", "channel binding is required, but the server did not offer an authentication method that supports it");
+      if (must_bind && !use_plus)
+        return fail("28000", "channel binding is required, but the server did not offer an authentication method that supports it");
       if (!use_plus && !plain) return fail("28000", "none of the server's SASL authentication mechanisms are supported");
       if (password_needed()) return no_password();
       asked_ = true;
@@ -292,7 +293,9 @@ ServerLogin::Step ServerLogin::on_authentication(Reader& reader, std::string& ou
       verified_ = true;
       return Step::NeedFrame;
     }
-    default: return fail("28000", "authentication method " + std::to_string(code) + " asked for by the server is not supported (GSSAPI, SSPI or other)");
+    default:
+      return fail("28000",
+                  "authentication method " + std::to_string(code) + " asked for by the server is not supported (GSSAPI, SSPI or other)");
   }
 }
 

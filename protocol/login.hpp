@@ -31,13 +31,12 @@ struct ClientSecret {
 class ClientLogin {
  public:
   /// `channel_binding`: hash of our own certificate if the client is on TLS (then -PLUS is offered), else empty.
-  ClientLogin(ClientAuth method, std::string user, ClientSecret secret, std::string channel_binding = {},
-              ScramKeyCache* cache = nullptr);
+  ClientLogin(ClientAuth method, std::string user, ClientSecret secret, std::string channel_binding = {}, ScramKeyCache* cache = nullptr);
 
   enum class Step { NeedFrame, Accepted, Rejected, Given };  // Given: given_password() is to be judged; then confirm()
-  Step begin(std::string& out);                                   ///< appends the first AuthenticationRequest, or AuthenticationOk
-  Step on_frame(char type, Bytes body, std::string& out);         ///< 'p' messages; anything else is rejected with 08P01
-  static void confirm(std::string& out);  ///< AuthenticationOk
+  Step begin(std::string& out);                              ///< appends the first AuthenticationRequest, or AuthenticationOk
+  Step on_frame(char type, Bytes body, std::string& out);    ///< 'p' messages; anything else is rejected with 08P01
+  static void confirm(std::string& out);                     ///< AuthenticationOk
   /// The password that the client gave in clear text (method Password), for passing on.
   const std::string& given_password() const { return given_password_; }
 
@@ -58,7 +57,7 @@ class ClientLogin {
 /// What ServerLogin may use. An empty password fails clearly when the server asks for one.
 struct ServerCredentials {
   std::string user, password;
-  std::string channel_binding;           ///< hash of the server's certificate on TLS, else empty
+  std::string channel_binding;  ///< hash of the server's certificate on TLS, else empty
   enum class Binding { Disable, Prefer, Require } binding = Binding::Prefer;
   std::vector<std::string> require_auth;  ///< empty: any; else names as in libpq's require_auth
   bool encrypted = false;                 ///< cleartext passwords are refused if not

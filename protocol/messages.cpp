@@ -10,7 +10,9 @@ std::optional<ErrorFields> parse_error(Bytes body) {
     if (code == 0) break;
     const std::string_view value = reader.cstring();
     switch (code) {
-      case 'S': if (fields.severity.empty()) fields.severity = value; break;
+      case 'S':
+        if (fields.severity.empty()) fields.severity = value;
+        break;
       case 'V': fields.severity = value; break;  // never translated
       case 'C': fields.sqlstate = value; break;
       case 'M': fields.message = value; break;
@@ -37,8 +39,8 @@ void write_report(std::string& out, Backend type, std::string_view severity, std
 
 }  // namespace
 
-void write_error(std::string& out, Severity severity, std::string_view sqlstate, std::string_view message,
-                 std::string_view detail, std::string_view hint) {
+void write_error(std::string& out, Severity severity, std::string_view sqlstate, std::string_view message, std::string_view detail,
+                 std::string_view hint) {
   write_report(out, Backend::ErrorResponse, severity == Severity::Fatal ? "FATAL" : "ERROR", sqlstate, message, detail, hint);
 }
 
@@ -87,7 +89,9 @@ void write_backend_key_data(std::string& out, std::uint32_t pid, std::string_vie
   Writer(out).begin(Backend::BackendKeyData).u32(pid).bytes(key).end();
 }
 
-void write_query(std::string& out, std::string_view sql) { Writer(out).begin(Frontend::Query).cstring(sql).end(); }
+void write_query(std::string& out, std::string_view sql) {
+  Writer(out).begin(Frontend::Query).cstring(sql).end();
+}
 
 void write_cancel_request(std::string& out, std::uint32_t pid, std::string_view key) {
   Writer(out).begin_untyped().u32(kCancelRequest).u32(pid).bytes(key).end();

@@ -69,8 +69,10 @@ void Pipeline::begin_copy_in() {
   tail_ = kept;
   unsynced_ = true;
   for (std::size_t j = head_; j != tail_; ++j) {
-    if (at(j).request == Request::Sync) unsynced_ = false;
-    else if (at(j).request != Request::CopyEnd) unsynced_ = true;
+    if (at(j).request == Request::Sync)
+      unsynced_ = false;
+    else if (at(j).request != Request::CopyEnd)
+      unsynced_ = true;
   }
 }
 

@@ -71,7 +71,10 @@ class Pipeline {
  private:
   std::size_t mask() const { return ring_.size() - 1; }
   Owed& at(std::size_t i) { return ring_[i & mask()]; }
-  void pop() { ++head_; skip_copy_ends(); }
+  void pop() {
+    ++head_;
+    skip_copy_ends();
+  }
   void skip_copy_ends() {
     while (head_ != tail_ && at(head_).request == Request::CopyEnd) ++head_;
   }
@@ -97,8 +100,7 @@ std::optional<Pipeline::Reply> Pipeline::receive(Backend type, TxStatus status, 
   const bool runs = front.request == R::Query || front.request == R::Execute;
   switch (type) {
     case Backend::ReadyForQuery:
-      if (front.request != R::Sync && front.request != R::Query && front.request != R::FunctionCall)
-        return std::nullopt;
+      if (front.request != R::Sync && front.request != R::Query && front.request != R::FunctionCall) return std::nullopt;
       status_ = status;
       copy_in_ = copy_ended_ = held_sync_ = false;
       return reply(true);
@@ -115,16 +117,11 @@ std::optional<Pipeline::Reply> Pipeline::receive(Backend type, TxStatus status, 
       }
       failed_ = empty();
       return Reply{front, true};
-    case Backend::ParseComplete:
-      return front.request == R::Parse ? std::optional(reply(true)) : std::nullopt;
-    case Backend::BindComplete:
-      return front.request == R::Bind ? std::optional(reply(true)) : std::nullopt;
-    case Backend::CloseComplete:
-      return front.request == R::Close ? std::optional(reply(true)) : std::nullopt;
-    case Backend::ParameterDescription:
-      return front.request == R::Describe ? std::optional(reply(false)) : std::nullopt;
-    case Backend::NoData:
-      return front.request == R::Describe ? std::optional(reply(true)) : std::nullopt;
+    case Backend::ParseComplete: return front.request == R::Parse ? std::optional(reply(true)) : std::nullopt;
+    case Backend::BindComplete: return front.request == R::Bind ? std::optional(reply(true)) : std::nullopt;
+    case Backend::CloseComplete: return front.request == R::Close ? std::optional(reply(true)) : std::nullopt;
+    case Backend::ParameterDescription: return front.request == R::Describe ? std::optional(reply(false)) : std::nullopt;
+    case Backend::NoData: return front.request == R::Describe ? std::optional(reply(true)) : std::nullopt;
     case Backend::RowDescription:
       if (front.request == R::Describe) return reply(true);
       return runs ? std::optional(reply(false)) : std::nullopt;
@@ -144,12 +141,9 @@ std::optional<Pipeline::Reply> Pipeline::receive(Backend type, TxStatus status, 
     case Backend::CopyOutResponse:
     case Backend::CopyBothResponse:
     case Backend::CopyData:
-    case Backend::CopyDone:
-      return runs ? std::optional(reply(false)) : std::nullopt;
-    case Backend::FunctionCallResponse:
-      return front.request == R::FunctionCall ? std::optional(reply(false)) : std::nullopt;
-    default:
-      return std::nullopt;
+    case Backend::CopyDone: return runs ? std::optional(reply(false)) : std::nullopt;
+    case Backend::FunctionCallResponse: return front.request == R::FunctionCall ? std::optional(reply(false)) : std::nullopt;
+    default: return std::nullopt;
   }
 }
 

@@ -16,8 +16,12 @@ namespace {
 constexpr std::uint32_t kMaxIterations = 10'000'000;
 constexpr std::size_t kMaxMessage = 8 * 1024, kMaxCached = 1024, kNonce = 18;
 
-const unsigned char* data(std::string_view s) { return reinterpret_cast<const unsigned char*>(s.data()); }
-std::string_view view(const ScramKey& key) { return {reinterpret_cast<const char*>(key.data()), key.size()}; }
+const unsigned char* data(std::string_view s) {
+  return reinterpret_cast<const unsigned char*>(s.data());
+}
+std::string_view view(const ScramKey& key) {
+  return {reinterpret_cast<const char*>(key.data()), key.size()};
+}
 
 ScramKey sha256(std::string_view text) {
   ScramKey out;
@@ -31,7 +35,9 @@ ScramKey operator^(const ScramKey& a, const ScramKey& b) {
   return out;
 }
 
-bool equal(const ScramKey& a, const ScramKey& b) { return CRYPTO_memcmp(a.data(), b.data(), a.size()) == 0; }
+bool equal(const ScramKey& a, const ScramKey& b) {
+  return CRYPTO_memcmp(a.data(), b.data(), a.size()) == 0;
+}
 
 std::optional<ScramKey> to_key(std::string_view bytes) {
   if (bytes.size() != 32) return std::nullopt;
@@ -74,8 +80,7 @@ std::optional<std::string> base64_decode(std::string_view text) {
   if (text.size() % 4 != 0 || text.size() > kMaxMessage) return std::nullopt;
   std::string out(text.size() / 4 * 3, '\0');
   if (text.empty()) return out;
-  if (EVP_DecodeBlock(reinterpret_cast<unsigned char*>(out.data()), data(text), static_cast<int>(text.size())) < 0)
-    return std::nullopt;
+  if (EVP_DecodeBlock(reinterpret_cast<unsigned char*>(out.data()), data(text), static_cast<int>(text.size())) < 0) return std::nullopt;
   if (text.back() == '=') out.pop_back();
   if (text[text.size() - 2] == '=') out.pop_back();
   // OpenSSL takes blanks at the ends, and '=' for an 'A' in the middle.
@@ -188,8 +193,8 @@ std::optional<std::string> ScramServer::final(std::string_view message) {
   return "v=" + base64_encode(view(hmac_sha256(view(verifier_.server_key), auth)));
 }
 
-ScramClient::ScramClient(std::string password, std::string channel_binding, bool plus, bool server_offers_plus,
-                         ScramKeyCache* cache, std::string nonce)
+ScramClient::ScramClient(std::string password, std::string channel_binding, bool plus, bool server_offers_plus, ScramKeyCache* cache,
+                         std::string nonce)
     : password_(std::move(password)), cache_(cache) {
   if (plus) {
     binding_ = std::move(channel_binding);
@@ -216,8 +221,7 @@ std::optional<std::string> ScramClient::on_first(std::string_view server_first, 
   const auto salt = base64_decode(*salt_text);
   std::uint32_t iterations = 0;
   const auto [end, ec] = std::from_chars(count->data(), count->data() + count->size(), iterations);
-  if (!salt || salt->empty() || ec != std::errc() || end != count->data() + count->size() || iterations == 0 ||
-      iterations > kMaxIterations)
+  if (!salt || salt->empty() || ec != std::errc() || end != count->data() + count->size() || iterations == 0 || iterations > kMaxIterations)
     return std::nullopt;
   const ScramKeys keys = cache_ ? cache_->derive(password_, *salt, iterations) : derive_keys(password_, *salt, iterations);
   const std::string without_proof = "c=" + base64_encode(gs2_header_ + binding_) + ",r=" + std::string(*nonce);

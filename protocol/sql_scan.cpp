@@ -9,9 +9,15 @@ namespace pgsidecar::protocol {
 
 namespace {
 
-constexpr bool is_word_start(unsigned char c) { return static_cast<unsigned>(c | 32) - 'a' < 26u || c == '_' || c >= 0x80; }
-constexpr bool is_digit(unsigned char c) { return static_cast<unsigned>(c) - '0' < 10u; }
-constexpr bool is_word(unsigned char c) { return is_word_start(c) || is_digit(c) || c == '$'; }
+constexpr bool is_word_start(unsigned char c) {
+  return static_cast<unsigned>(c | 32) - 'a' < 26u || c == '_' || c >= 0x80;
+}
+constexpr bool is_digit(unsigned char c) {
+  return static_cast<unsigned>(c) - '0' < 10u;
+}
+constexpr bool is_word(unsigned char c) {
+  return is_word_start(c) || is_digit(c) || c == '$';
+}
 
 /// Compares a word, in any case, with a lower-case one.
 bool is(std::string_view word, std::string_view lower) {
@@ -87,29 +93,41 @@ class Scanner {
           if (is(word_, "begin")) residue_ |= kTransaction;
           break;
         case 'c':
-          if (is(word_, "commit")) residue_ |= kTransaction;
-          else if (is(word_, "call")) residue_ |= kCode;
+          if (is(word_, "commit"))
+            residue_ |= kTransaction;
+          else if (is(word_, "call"))
+            residue_ |= kCode;
           break;
         case 'e':
-          if (is(word_, "end")) residue_ |= kTransaction;
-          else if (is(word_, "execute")) residue_ |= kPrepared;
+          if (is(word_, "end"))
+            residue_ |= kTransaction;
+          else if (is(word_, "execute"))
+            residue_ |= kPrepared;
           break;
         case 'r':
-          if (any(word_, {"rollback", "release"})) residue_ |= kTransaction;
-          else if (is(word_, "reset")) residue_ |= kSettings | kReset;
+          if (any(word_, {"rollback", "release"}))
+            residue_ |= kTransaction;
+          else if (is(word_, "reset"))
+            residue_ |= kSettings | kReset;
           break;
         case 'a':
           if (is(word_, "abort")) residue_ |= kTransaction;
           break;
         case 'd':
-          if (is(word_, "deallocate")) residue_ |= kPrepared;
-          else if (is(word_, "discard")) residue_ |= kDiscard | kReset;
-          else if (is(word_, "declare")) declare_ = true;
-          else if (is(word_, "do")) residue_ |= kCode;
+          if (is(word_, "deallocate"))
+            residue_ |= kPrepared;
+          else if (is(word_, "discard"))
+            residue_ |= kDiscard | kReset;
+          else if (is(word_, "declare"))
+            declare_ = true;
+          else if (is(word_, "do"))
+            residue_ |= kCode;
           break;
         case 'l':
-          if (is(word_, "listen")) residue_ |= kListen;
-          else if (is(word_, "load")) residue_ |= kCode | kSession;
+          if (is(word_, "listen"))
+            residue_ |= kListen;
+          else if (is(word_, "load"))
+            residue_ |= kCode | kSession;
           break;
         case 'u':
           if (is(word_, "unlisten")) residue_ |= kListen;
@@ -134,12 +152,16 @@ class Scanner {
   void anywhere() {
     switch (word_[0] | 32) {
       case 's':
-        if (is(word_, "set_config")) set_config();
-        else if (is(word_, "setseed")) residue_ |= kSession;
+        if (is(word_, "set_config"))
+          set_config();
+        else if (is(word_, "setseed"))
+          residue_ |= kSession;
         break;
       case 'p':
-        if (starts(word_, "pg_temp")) residue_ |= kTemporary;
-        else if (is(word_, "pg_backend_pid")) residue_ |= kSession;
+        if (starts(word_, "pg_temp"))
+          residue_ |= kTemporary;
+        else if (is(word_, "pg_backend_pid"))
+          residue_ |= kSession;
         else if (starts(word_, "pg_advisory_") || starts(word_, "pg_try_advisory_")) {
           if (!contains(word_, "xact")) residue_ |= kAdvisoryLock;
         }
@@ -151,12 +173,16 @@ class Scanner {
         if (is(word_, "currval")) residue_ |= kSession;
         break;
       case 'l':
-        if (is(word_, "lastval")) residue_ |= kSession;
-        else if (is(word_, "local") && is(second_, "time") && is(first_, "set")) residue_ |= kReset;
+        if (is(word_, "lastval"))
+          residue_ |= kSession;
+        else if (is(word_, "local") && is(second_, "time") && is(first_, "set"))
+          residue_ |= kReset;
         break;
       case 'd':
-        if (any(word_, {"dblink_connect", "dblink_connect_u"})) residue_ |= kSession;
-        else if (is(word_, "default") && is(first_, "set")) residue_ |= kReset;
+        if (any(word_, {"dblink_connect", "dblink_connect_u"}))
+          residue_ |= kSession;
+        else if (is(word_, "default") && is(first_, "set"))
+          residue_ |= kReset;
         break;
       case 'e':
         if (is(word_, "execute") && (is(first_, "explain") || is(first_, "create"))) residue_ |= kPrepared;
@@ -186,8 +212,7 @@ class Scanner {
 
   /// A name and a parenthesis: a call, unless the word before the name says that it is a table, an alias or a new name.
   void call() {
-    if (any(lead_, {"into", "table", "as", "with", "recursive", "references", "index", "exists", "copy", "analyze", "vacuum",
-                    "execute"}))
+    if (any(lead_, {"into", "table", "as", "with", "recursive", "references", "index", "exists", "copy", "analyze", "vacuum", "execute"}))
       return;
     if (is(first_, "create") && any(lead_, {"on", "view", "function", "procedure", "aggregate", "type"})) return;
     // These are dealt with by themselves, wherever they stand.
@@ -202,8 +227,10 @@ class Scanner {
       }
       if (is_harmless({lower, name_.size()})) return;
     }
-    if (found_) found_->calls.push_back(name_quoted_ ? std::string(name_) : lower(name_));
-    else residue_ |= kFunction;
+    if (found_)
+      found_->calls.push_back(name_quoted_ ? std::string(name_) : lower(name_));
+    else
+      residue_ |= kFunction;
   }
 
   /// A text within the text that may be run: the body of DO, what a function's EXECUTE is given.
@@ -269,8 +296,10 @@ class Scanner {
     }
     residue_ |= plain_name && depth == 0 ? kSettings : kSettings | kCustomSetting;
     if (plain_name) return;
-    if (written.empty() || written.find('\'') != std::string_view::npos) written_out_ = false;
-    else names_.push_back(lower(written));
+    if (written.empty() || written.find('\'') != std::string_view::npos)
+      written_out_ = false;
+    else
+      names_.push_back(lower(written));
   }
 
   /// The next token: 'w' word, '"' quoted identifier, ';', or another character. False at the end.
@@ -399,7 +428,7 @@ class Scanner {
   std::vector<std::string> names_;  // of custom settings
   int literals_ = 0;
   std::string_view literal_;  // the last plain one
-  int n_ = 0;  // words of this statement so far
+  int n_ = 0;                 // words of this statement so far
   std::string_view word_, first_, second_;
   std::string_view name_, schema_, lead_;  // the last word, what stands before its dot, the word before both
   bool name_quoted_ = false;
@@ -416,7 +445,8 @@ BodyScan scan_body(std::string_view body) {
   BodyScan found;
   Scanner scanner(body, true, &found, true);
   found.residue = scanner.run() & ~kTransaction;
-  if (scanner.names(found.custom_settings)) found.residue = found.residue & kCustomSetting ? (found.residue & ~kCustomSetting) | kSettings : found.residue;
+  if (scanner.names(found.custom_settings))
+    found.residue = found.residue & kCustomSetting ? (found.residue & ~kCustomSetting) | kSettings : found.residue;
   return found;
 }
 

@@ -13,7 +13,7 @@ StatementRef StatementCache::intern(std::string_view body) {
   statement->body = body;
   statement->id = next_id_++;
   statement->residue = scan_sql(body.substr(0, body.find('\0')));
-  const StatementRef ref(statement.release(), [this](const Statement* s) {
+  StatementRef ref(statement.release(), [this](const Statement* s) {
     const auto it = map_.find(std::string_view(s->body));
     if (it != map_.end() && it->first.data() == s->body.data()) map_.erase(it);
     delete s;
@@ -39,8 +39,10 @@ void ClientStatements::set(std::string_view name, StatementRef statement) {
 }
 
 void ClientStatements::erase(std::string_view name) {
-  if (name.empty()) unnamed_.reset();
-  else if (named_) named_->erase(name);
+  if (name.empty())
+    unnamed_.reset();
+  else if (named_)
+    named_->erase(name);
 }
 
 void ClientStatements::clear() {

@@ -3,9 +3,9 @@
 // parameter types. Decides names and what must be prepared or evicted; sends nothing.
 #pragma once
 
+#include <array>
 #include <boost/container_hash/hash.hpp>
 #include <boost/unordered/unordered_flat_map.hpp>
-#include <array>
 #include <cstdint>
 #include <functional>
 #include <list>
@@ -19,7 +19,7 @@ namespace pgsidecar::protocol {
 struct Statement {
   std::string body;
   std::uint64_t id = 0;
-  std::uint32_t residue = 0;  ///< scan_sql of the text
+  std::uint32_t residue = 0;                  ///< scan_sql of the text
   mutable const void* proven_with = nullptr;  ///< the settings of a session in which a server has accepted it
 };
 using StatementRef = std::shared_ptr<const Statement>;
@@ -92,6 +92,8 @@ class ServerName {
   std::array<char, 32> text_;
   std::size_t size_;
 };
-inline ServerName server_name(std::uint64_t id) { return ServerName(id); }
+inline ServerName server_name(std::uint64_t id) {
+  return ServerName(id);
+}
 
 }  // namespace pgsidecar::protocol

@@ -29,8 +29,7 @@ struct Channel {
     for (const auto& piece : pieces) {
       const std::size_t taken = std::min(skip, piece.size());
       skip -= taken;
-      if (taken < piece.size())
-        unsent.append(reinterpret_cast<const char*>(piece.data()) + taken, piece.size() - taken);
+      if (taken < piece.size()) unsent.append(reinterpret_cast<const char*>(piece.data()) + taken, piece.size() - taken);
     }
     gather.clear();
     return result.status == IoStatus::Ok || result.status == IoStatus::WouldBlock;
@@ -46,8 +45,10 @@ struct Channel {
       if (result.status != IoStatus::Ok) return false;
     }
     unsent_at = 0;
-    if (unsent.capacity() > 4096) std::string().swap(unsent);
-    else unsent.clear();
+    if (unsent.capacity() > 4096)
+      std::string().swap(unsent);
+    else
+      unsent.clear();
     return true;
   }
 

@@ -28,7 +28,9 @@ constexpr std::size_t kMaxUnread = 64 * 1024;  // of a client that waits
 constexpr std::uint32_t kMaxMessage = 0x40000000;
 constexpr std::uint32_t kLastsOnlyInSession = protocol::kSession | protocol::kCustomSetting | protocol::kUnreadable;
 
-bool is_extended(char type) { return type == 'P' || type == 'B' || type == 'D' || type == 'E' || type == 'C' || type == 'H'; }
+bool is_extended(char type) {
+  return type == 'P' || type == 'B' || type == 'D' || type == 'E' || type == 'C' || type == 'H';
+}
 
 }  // namespace
 
@@ -48,7 +50,9 @@ ClientSession::ClientSession(Worker& worker, Socket socket, std::uint32_t id, st
 
 ClientSession::~ClientSession() = default;
 
-void ClientSession::start() { wait_readable(); }
+void ClientSession::start() {
+  wait_readable();
+}
 
 const std::string& ClientSession::application() const {
   static const std::string none;
@@ -85,8 +89,8 @@ void ClientSession::on_readable(const boost::system::error_code& ec) {
     }
   }
   for (int round = 0; round < 4; ++round) {
-    if (server_ && server_->queued() > kHighMark) return;  // resumed when the server has taken it
-    if (channel_.queued() > kHighMark) return;             // resumed when the client has read
+    if (server_ && server_->queued() > kHighMark) return;                                    // resumed when the server has taken it
+    if (channel_.queued() > kHighMark) return;                                               // resumed when the client has read
     if ((state_ != State::Active || held()) && channel_.unread.size() > kMaxUnread) return;  // resumed by go_on()
     const IoResult got = channel_.transport.read(worker_.scratch());
     if (got.status == IoStatus::WouldBlock) break;
@@ -156,9 +160,12 @@ std::size_t ClientSession::process(Bytes in) {
       continue;
     }
     std::size_t used = 0;
-    if (state_ == State::Startup) used = on_startup(left);
-    else if (state_ == State::Authenticating) used = on_password(left);
-    else if (held()) break;
+    if (state_ == State::Startup)
+      used = on_startup(left);
+    else if (state_ == State::Authenticating)
+      used = on_password(left);
+    else if (held())
+      break;
     else {
       if (left.size() < kHeaderSize) break;
       const std::uint32_t length = protocol::load_u32(left.data() + 1);
@@ -239,12 +246,15 @@ std::size_t ClientSession::on_startup(Bytes in) {
 void ClientSession::handle_tls() {
   const IoResult result = channel_.transport.handshake();
   if (result.status == IoStatus::WouldBlock) {
-    if (channel_.transport.wants_write()) wait_writable();
-    else wait_readable();
+    if (channel_.transport.wants_write())
+      wait_writable();
+    else
+      wait_readable();
     return;
   }
   if (result.status != IoStatus::Ok) {
-    worker_.peer_events.warn(worker_.now(), "client {} from {}: TLS handshake failed: {}", id_, login_->peer, channel_.transport.tls_error());
+    worker_.peer_events.warn(worker_.now(), "client {} from {}: TLS handshake failed: {}", id_, login_->peer,
+                             channel_.transport.tls_error());
     return close();
   }
   if (direct_tls_ && !negotiated_alpn(channel_.transport.ssl())) {
@@ -271,8 +281,8 @@ void ClientSession::begin_login(protocol::Startup startup) {
   const bool tls = channel_.transport.is_tls();
   if (!tls && (config.tls.mode == conf::TlsMode::Require || config.tls.mode == conf::TlsMode::VerifyFull))
     return fatal("28000", "no pg_hba.conf entry for this connection: pgsidecar requires SSL encryption (tls.mode)");
-  if (const auto replication = login.startup.get("replication"); !replication.empty() && replication != "false" &&
-                                                                 replication != "off" && replication != "0" && replication != "no")
+  if (const auto replication = login.startup.get("replication");
+      !replication.empty() && replication != "false" && replication != "off" && replication != "0" && replication != "no")
     return fatal("0A000", "replication connections are not supported through pgsidecar", "Connect to the server directly.");
 
   std::vector<std::string> unknown;
@@ -406,7 +416,9 @@ void ClientSession::on_greeting_failed(const protocol::ErrorFields& error) {
 
 // --- leases
 
-bool ClientSession::rewrites() const { return entry_->pool.settings().mode != conf::PoolMode::Session; }
+bool ClientSession::rewrites() const {
+  return entry_->pool.settings().mode != conf::PoolMode::Session;
+}
 
 bool ClientSession::acquire() {
   request_since = worker_.now();
@@ -485,7 +497,9 @@ void ClientSession::on_server_ready() {
   release();
 }
 
-void ClientSession::on_learned(std::uint32_t residue) { residue_ |= residue | protocol::kFunction; }
+void ClientSession::on_learned(std::uint32_t residue) {
+  residue_ |= residue | protocol::kFunction;
+}
 
 void ClientSession::on_residue(SettingsRef now, const std::string& pins, bool certain) {
   if (now) {
@@ -517,7 +531,9 @@ void ClientSession::on_wait_failed(const protocol::ErrorFields& error, bool is_f
   worker_.count_error(error.sqlstate);
   // The request that waited is answered with an error; of an extended one, all up to Sync goes unanswered, as on a server.
   const char type = channel_.unread.empty() ? 'Q' : channel_.unread[0];
-  worker_.to_client.own([&](std::string& out) { protocol::write_error(out, protocol::Severity::Error, error.sqlstate, error.message, error.detail, error.hint); });
+  worker_.to_client.own([&](std::string& out) {
+    protocol::write_error(out, protocol::Severity::Error, error.sqlstate, error.message, error.detail, error.hint);
+  });
   if (is_extended(type)) {
     discarding_ = true;
   } else {
@@ -576,13 +592,13 @@ void ClientSession::drain() {
   draining_ = true;
   if (state_ == State::Ready || counts_as_login() || state_ == State::Greeting || state_ == State::Waiting)
     return fatal("57P01", "terminating connection due to administrator command");
-  if (server_ && server_->pipeline.releasable() && pass_left_ == 0)
-    fatal("57P01", "terminating connection due to administrator command");
+  if (server_ && server_->pipeline.releasable() && pass_left_ == 0) fatal("57P01", "terminating connection due to administrator command");
 }
 
 void ClientSession::complain(std::string_view sqlstate, std::string_view message) {
   if (login_)
-    worker_.peer_events.warn(worker_.now(), "client {} ({}@{} from {}): {} {}", id_, login_->user, login_->database, login_->peer, sqlstate, message);
+    worker_.peer_events.warn(worker_.now(), "client {} ({}@{} from {}): {} {}", id_, login_->user, login_->database, login_->peer, sqlstate,
+                             message);
   else
     worker_.peer_events.warn(worker_.now(), "client {} ({}@{}): {} {}", id_, entry_->user, entry_->database, sqlstate, message);
 }
@@ -592,9 +608,7 @@ void ClientSession::fatal(std::string_view sqlstate, std::string_view message, s
   worker_.count_error(sqlstate);
   if (!sqlstate.starts_with("57P")) complain(sqlstate, message);
   if (sqlstate == "08P01") worker_.reject(pool::RejectReason::Protocol);
-  worker_.to_client.own([&](std::string& out) {
-    protocol::write_error(out, protocol::Severity::Fatal, sqlstate, message, detail, hint);
-  });
+  worker_.to_client.own([&](std::string& out) { protocol::write_error(out, protocol::Severity::Fatal, sqlstate, message, detail, hint); });
   unlink();
   transition(State::Closing);
   send(worker_.to_client);
@@ -612,8 +626,7 @@ void ClientSession::give_up_server() {
   ServerConnection* server = std::exchange(server_, nullptr);
   server->send(worker_.to_server);  // what came before counts, as it would on a direct connection
   if (pass_left_ > 0 && pass_to_server_) return server->close(pool::CloseReason::Broken);  // half a message was sent
-  server->detach(!server->pipeline.releasable() || pinned_ || residue_ != 0 ||
-                 entry_->pool.settings().mode == conf::PoolMode::Session);
+  server->detach(!server->pipeline.releasable() || pinned_ || residue_ != 0 || entry_->pool.settings().mode == conf::PoolMode::Session);
 }
 
 void ClientSession::close() {

@@ -54,7 +54,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   void on_residue(SettingsRef settings, const std::string& pins, bool certain);
   void on_learned(std::uint32_t residue);  ///< of functions that it has called: the session is to be looked at
   void on_parse_done(bool ok);
-  void on_answered();          ///< ReadyForQuery of a request of its own
+  void on_answered();         ///< ReadyForQuery of a request of its own
   void on_statements_gone();  ///< DISCARD ALL, DEALLOCATE ALL
   void on_apply_failed(const protocol::ErrorFields& error);
   /// The Parse that is next to be answered names a statement that exists already.
@@ -140,7 +140,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   std::optional<std::string> parse_error_;
   std::unique_ptr<LostTransaction> lost_;
 
-  struct Login;                    // gone after the login
+  struct Login;  // gone after the login
   std::unique_ptr<Login> login_;
 };
 

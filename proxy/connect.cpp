@@ -44,7 +44,8 @@ void set_socket_options(Socket& socket, const conf::ConnectParams& params, const
 /// Ends the waits of one attempt when its time is up.
 class TimeLimit {
  public:
-  TimeLimit(Worker& worker, std::uint32_t millis) : timer_(worker.loop(), std::chrono::milliseconds(millis)), state_(std::make_shared<State>()) {
+  TimeLimit(Worker& worker, std::uint32_t millis)
+      : timer_(worker.loop(), std::chrono::milliseconds(millis)), state_(std::make_shared<State>()) {
     timer_.async_wait([state = state_](const boost::system::error_code& stopped) {
       if (stopped) return;
       state->expired = true;
@@ -77,7 +78,7 @@ struct Opening {
   const conf::PoolSettings& pool;
   std::optional<Channel>& channel;
   TimeLimit& limit;
-  bool tls;                      ///< asked for, then what it is
+  bool tls;  ///< asked for, then what it is
   bool handshake_failed = false;
 };
 
@@ -128,7 +129,9 @@ awaitable<std::string> open_channel(Opening& o) {
 }
 
 /// The server has answered, and another host isn't asked (libpq does the same) unless this one can't serve at the moment.
-bool is_final(const std::string& sqlstate) { return !sqlstate.starts_with("08") && sqlstate != "57P03" && sqlstate != "53300"; }
+bool is_final(const std::string& sqlstate) {
+  return !sqlstate.starts_with("08") && sqlstate != "57P03" && sqlstate != "53300";
+}
 
 bool session_fits(const std::map<std::string, std::string>& parameters, conf::TargetSessionAttrs wanted) {
   const auto is_on = [&](const char* name) {
@@ -170,7 +173,7 @@ awaitable<void> ServerConnection::run_connect(std::shared_ptr<ServerConnection> 
     protocol::ErrorFields unresolved;
     unresolved.sqlstate = "08006";
     unresolved.message = error;
-    fail_connect(std::move(unresolved));
+    fail_connect(unresolved);
     co_return;
   }
   std::string error;
@@ -199,7 +202,7 @@ awaitable<void> ServerConnection::run_connect(std::shared_ptr<ServerConnection> 
   }
   if (!error.empty()) {
     login_error_.message = std::move(error);
-    fail_connect(std::move(login_error_));
+    fail_connect(login_error_);
     co_return;
   }
   const auto micros = std::chrono::duration_cast<std::chrono::microseconds>(worker_.now() - begun).count();
@@ -216,7 +219,7 @@ awaitable<void> ServerConnection::run_connect(std::shared_ptr<ServerConnection> 
   settle();
 }
 
-void ServerConnection::fail_connect(protocol::ErrorFields error) {
+void ServerConnection::fail_connect(const protocol::ErrorFields& error) {
   if (channel_) channel_->transport.close();
   state_ = State::Closed;
   permit_.release();
@@ -260,12 +263,13 @@ awaitable<std::string> ServerConnection::exchange_login(const conf::ConnectParam
   Transport& transport = channel_->transport;
   protocol::ServerCredentials credentials;
   credentials.user = params.user;
-  credentials.password = login_ ? login_->password : entry_.given_password.value_or(host.password.empty() ? params.password : host.password);
+  credentials.password =
+      login_ ? login_->password : entry_.given_password.value_or(host.password.empty() ? params.password : host.password);
   credentials.encrypted = transport.is_tls();
   credentials.require_auth = params.requireAuth;
   if (transport.is_tls()) credentials.channel_binding = channel_binding(transport.ssl(), false);
   using Binding = protocol::ServerCredentials::Binding;
-  credentials.binding = params.channelBinding == conf::ChannelBinding::Disable ? Binding::Disable
+  credentials.binding = params.channelBinding == conf::ChannelBinding::Disable   ? Binding::Disable
                         : params.channelBinding == conf::ChannelBinding::Require ? Binding::Require
                                                                                  : Binding::Prefer;
   protocol::Startup startup;

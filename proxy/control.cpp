@@ -56,15 +56,13 @@ void Control::look_up_next(std::shared_ptr<Lookup> lookup) {
 }
 
 void Control::finish(std::shared_ptr<Lookup> lookup) {
-  asio::post(data_, [lookup = std::move(lookup)] {
-    lookup->done(std::make_shared<const Upstream>(std::move(lookup->upstream)));
-  });
+  asio::post(data_, [lookup = std::move(lookup)] { lookup->done(std::make_shared<const Upstream>(std::move(lookup->upstream))); });
 }
 
 std::shared_ptr<SSL_CTX> Control::context(const conf::ConnectParams& p) {
   // A replaced certificate or CA file is a different context.
-  std::string key = std::to_string(static_cast<int>(p.sslmode)) + '\n' + std::to_string(static_cast<int>(p.sslnegotiation)) +
-                    '\n' + p.sslMinProtocolVersion + '\n' + p.sslMaxProtocolVersion + '\n' + p.sslpassword;
+  std::string key = std::to_string(static_cast<int>(p.sslmode)) + '\n' + std::to_string(static_cast<int>(p.sslnegotiation)) + '\n' +
+                    p.sslMinProtocolVersion + '\n' + p.sslMaxProtocolVersion + '\n' + p.sslpassword;
   for (const conf::Host& host : p.hosts) key += '\n' + host.name;  // a resumed session isn't verified again
   for (const std::string& file : {p.sslrootcert, p.sslcert, p.sslkey, p.sslcrl}) {
     std::error_code ec;

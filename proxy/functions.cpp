@@ -82,6 +82,8 @@ std::uint32_t Functions::answered(const std::vector<std::string>& names, Time no
   return residue_of(names, now);
 }
 
-void Functions::forget() { known_.clear(); }
+void Functions::forget() {
+  known_.clear();
+}
 
 }  // namespace pgsidecar::proxy

@@ -27,8 +27,10 @@ class Gather {
     const std::size_t begin = own_.size();
     write(own_);
     if (own_.size() == begin) return;
-    if (!parts_.empty() && !parts_.back().from) parts_.back().size += own_.size() - begin;
-    else parts_.push_back({nullptr, begin, own_.size() - begin});
+    if (!parts_.empty() && !parts_.back().from)
+      parts_.back().size += own_.size() - begin;
+    else
+      parts_.push_back({nullptr, begin, own_.size() - begin});
   }
   std::size_t size() const {
     std::size_t n = 0;
@@ -39,8 +41,7 @@ class Gather {
   std::span<const Piece> pieces() {
     pieces_.clear();
     for (const Part& part : parts_)
-      pieces_.emplace_back(part.from ? part.from : reinterpret_cast<const std::uint8_t*>(own_.data()) + part.offset,
-                           part.size);
+      pieces_.emplace_back(part.from ? part.from : reinterpret_cast<const std::uint8_t*>(own_.data()) + part.offset, part.size);
     return pieces_;
   }
   void clear() {

@@ -25,8 +25,10 @@ class OneLine : public spdlog::custom_flag_formatter {
     for (const char c : conf::to_utf8({message.payload.data(), message.payload.size()})) {
       const auto u = static_cast<unsigned char>(c);
       if (json_ && (c == '"' || c == '\\')) out.push_back('\\');
-      if (u >= 0x20 && u != 0x7f) out.push_back(c);
-      else fmt::format_to(std::back_inserter(out), "\\u{:04x}", u);
+      if (u >= 0x20 && u != 0x7f)
+        out.push_back(c);
+      else
+        fmt::format_to(std::back_inserter(out), "\\u{:04x}", u);
     }
   }
   std::unique_ptr<custom_flag_formatter> clone() const override { return std::make_unique<OneLine>(json_); }
@@ -39,14 +41,14 @@ class OneLine : public spdlog::custom_flag_formatter {
 
 void start(const conf::Log& settings) {
   if (!spdlog::thread_pool()) spdlog::init_thread_pool(kQueue, 1);
-  auto logger = std::make_shared<spdlog::async_logger>("", std::make_shared<spdlog::sinks::stdout_sink_mt>(),
-                                                       spdlog::thread_pool(), spdlog::async_overflow_policy::overrun_oldest);
+  auto logger = std::make_shared<spdlog::async_logger>("", std::make_shared<spdlog::sinks::stdout_sink_mt>(), spdlog::thread_pool(),
+                                                       spdlog::async_overflow_policy::overrun_oldest);
   logger->set_level(spdlog::level::from_str(settings.level));
   logger->flush_on(spdlog::level::info);
   auto formatter = std::make_unique<spdlog::pattern_formatter>(spdlog::pattern_time_type::utc);
   const bool json = settings.format == conf::LogFormat::Json;
-  formatter->add_flag<OneLine>('*', json)
-      .set_pattern(json ? R"({"time":"%Y-%m-%dT%H:%M:%S.%eZ","level":"%l","message":"%*"})" : "%Y-%m-%dT%H:%M:%S.%eZ %l %*");
+  formatter->add_flag<OneLine>('*', json).set_pattern(json ? R"({"time":"%Y-%m-%dT%H:%M:%S.%eZ","level":"%l","message":"%*"})"
+                                                           : "%Y-%m-%dT%H:%M:%S.%eZ %l %*");
   logger->set_formatter(std::move(formatter));
   spdlog::set_default_logger(std::move(logger));
 }

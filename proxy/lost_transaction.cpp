@@ -29,13 +29,16 @@ bool ends_transaction(std::string_view sql) {
 }
 
 void LostTransaction::refuse(std::string& out) {
-  if (!told_) protocol::write_error(out, protocol::Severity::Error, sqlstate_, message_);
-  else protocol::write_error(out, protocol::Severity::Error, "25P02", "current transaction is aborted, commands ignored until end of transaction block");
+  if (!told_)
+    protocol::write_error(out, protocol::Severity::Error, sqlstate_, message_);
+  else
+    protocol::write_error(out, protocol::Severity::Error, "25P02",
+                          "current transaction is aborted, commands ignored until end of transaction block");
   told_ = true;
 }
 
-bool LostTransaction::answer(char type, protocol::Bytes body, protocol::ClientStatements& statements,
-                             protocol::StatementCache& cache, std::string& out) {
+bool LostTransaction::answer(char type, protocol::Bytes body, protocol::ClientStatements& statements, protocol::StatementCache& cache,
+                             std::string& out) {
   protocol::Reader reader(body);
   const auto ends = [](const protocol::StatementRef& statement) {
     return statement && ends_transaction(std::string_view(statement->body).substr(0, statement->body.find('\0')));
@@ -57,8 +60,10 @@ bool LostTransaction::answer(char type, protocol::Bytes body, protocol::ClientSt
     case 'Q': {
       statements.clear_unnamed();
       const bool over = ends_transaction(reader.cstring());
-      if (over) complete();
-      else refuse(out);
+      if (over)
+        complete();
+      else
+        refuse(out);
       protocol::write_ready_for_query(out, over ? protocol::TxStatus::Idle : protocol::TxStatus::Failed);
       return over;
     }

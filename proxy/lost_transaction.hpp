@@ -18,17 +18,16 @@ class LostTransaction {
 
   /// Answers one whole request. `statements` are the client's: what ends transactions can be parsed, anything can be closed.
   /// True: the client has ended the transaction.
-  bool answer(char type, protocol::Bytes body, protocol::ClientStatements& statements, protocol::StatementCache& cache,
-              std::string& out);
+  bool answer(char type, protocol::Bytes body, protocol::ClientStatements& statements, protocol::StatementCache& cache, std::string& out);
 
  private:
   void refuse(std::string& out);
 
   std::string sqlstate_, message_;
   bool told_;
-  bool bound_ = false;    // a portal that does is bound
-  bool ended_ = false;    // it was executed; counts at Sync
-  bool skipping_ = false; // up to Sync, after an error
+  bool bound_ = false;     // a portal that does is bound
+  bool ended_ = false;     // it was executed; counts at Sync
+  bool skipping_ = false;  // up to Sync, after an error
 };
 
 /// One statement that ends a transaction: COMMIT, END, ROLLBACK, ABORT, not to a savepoint.

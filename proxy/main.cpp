@@ -78,8 +78,8 @@ Arguments parse(int argc, char** argv) {
     } else if (argument == "--max" || argument.starts_with("--max=")) {
       arguments.max = parse_duration(value("--max"));
       if (arguments.max.count() < 0) usage("--max takes a duration such as 30s");
-    } else if (!have_command && (argument == "run" || argument == "check" || argument == "healthcheck" ||
-                                 argument == "wait" || argument == "shutdown")) {
+    } else if (!have_command &&
+               (argument == "run" || argument == "check" || argument == "healthcheck" || argument == "wait" || argument == "shutdown")) {
       arguments.command = argument;
       have_command = true;
     } else {

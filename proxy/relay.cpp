@@ -52,7 +52,8 @@ std::size_t ClientSession::on_request(char type, Bytes available, std::size_t to
   if (lost_) {
     if (available.size() < total && total < kMaxNames) return 0;
     bool ended = false;
-    worker_.to_client.own([&](std::string& out) { ended = lost_->answer(type, available.subspan(kHeaderSize), statements, worker_.statements, out); });
+    worker_.to_client.own(
+        [&](std::string& out) { ended = lost_->answer(type, available.subspan(kHeaderSize), statements, worker_.statements, out); });
     if (ended) lost_.reset();
     if (ended && draining_) fatal("57P01", "terminating connection due to administrator command");
     return swallow();
@@ -149,15 +150,18 @@ bool ClientSession::deallocate(Bytes whole) {
   };
   sql = trim(sql);
   const auto take_word = [&](std::string_view word) {
-    if (sql.size() <= word.size() || ::strncasecmp(sql.data(), word.data(), word.size()) != 0 || !std::strchr(" \t\r\n", sql[word.size()])) return false;
+    if (sql.size() <= word.size() || ::strncasecmp(sql.data(), word.data(), word.size()) != 0 || !std::strchr(" \t\r\n", sql[word.size()]))
+      return false;
     sql = trim(sql.substr(word.size()));
     return true;
   };
   if (!take_word("DEALLOCATE")) return false;
   take_word("PREPARE");
   std::string name;
-  if (sql.size() >= 2 && sql.front() == '"' && sql.back() == '"' && sql.find('"', 1) == sql.size() - 1) name = sql.substr(1, sql.size() - 2);
-  else if (sql.find_first_of(" \t\r\n;\"'") == std::string_view::npos) name = lower(sql);
+  if (sql.size() >= 2 && sql.front() == '"' && sql.back() == '"' && sql.find('"', 1) == sql.size() - 1)
+    name = sql.substr(1, sql.size() - 2);
+  else if (sql.find_first_of(" \t\r\n;\"'") == std::string_view::npos)
+    name = lower(sql);
   const auto statement = name.empty() ? nullptr : statements.find(name);
   if (!statement || server_->pipeline.status() == protocol::TxStatus::Failed) return false;
   if (!server_->pipeline.unsynced()) {
@@ -167,7 +171,8 @@ bool ClientSession::deallocate(Bytes whole) {
       server_->pipeline.push({Request::Sync, Verdict::Skip, id_});
     }
   }
-  worker_.to_server.own([&](std::string& out) { protocol::write_query(out, "DEALLOCATE " + std::string(protocol::server_name(statement->id).view())); });
+  worker_.to_server.own(
+      [&](std::string& out) { protocol::write_query(out, "DEALLOCATE " + std::string(protocol::server_name(statement->id).view())); });
   server_->pipeline.push({Request::Query, Verdict::Forward, id_});
   server_->statements.erase(statement->id);
   statements.erase(name);
@@ -283,11 +288,7 @@ void ClientSession::prepare(const protocol::StatementRef& statement) {
   }
   ++entry_->pool.counters().preparedMisses;
   worker_.to_server.own([&](std::string& out) {
-    protocol::Writer(out)
-        .begin(protocol::Frontend::Parse)
-        .cstring(protocol::server_name(statement->id))
-        .bytes(statement->body)
-        .end();
+    protocol::Writer(out).begin(protocol::Frontend::Parse).cstring(protocol::server_name(statement->id)).bytes(statement->body).end();
   });
   server_->pipeline.push({Request::Parse, Verdict::Skip, id_, static_cast<std::uint32_t>(statement->id)});
   held.add(statement);
@@ -325,16 +326,13 @@ std::size_t ClientSession::on_bind(Bytes available, std::size_t total) {
   auto& held = server_->statements;
   if (!statement || name.empty()) {
     if (!statement && name.empty() && held.unnamed) {
-      worker_.to_server.own([](std::string& out) {
-        protocol::Writer(out).begin(protocol::Frontend::Close).u8('S').cstring("").end();
-      });
+      worker_.to_server.own([](std::string& out) { protocol::Writer(out).begin(protocol::Frontend::Close).u8('S').cstring("").end(); });
       pipeline.push({Request::Close, Verdict::Skip, id_});
       held.unnamed.reset();
     }
     if (statement && held.unnamed != statement) {
-      worker_.to_server.own([&](std::string& out) {
-        protocol::Writer(out).begin(protocol::Frontend::Parse).cstring("").bytes(statement->body).end();
-      });
+      worker_.to_server.own(
+          [&](std::string& out) { protocol::Writer(out).begin(protocol::Frontend::Parse).cstring("").bytes(statement->body).end(); });
       pipeline.push({Request::Parse, Verdict::Skip, id_});
       held.unnamed = statement;
     }
@@ -374,9 +372,8 @@ std::size_t ClientSession::on_describe(Bytes available, std::size_t total) {
     });
   } else {
     if (statement && server_->statements.unnamed != statement) {
-      worker_.to_server.own([&](std::string& out) {
-        protocol::Writer(out).begin(protocol::Frontend::Parse).cstring("").bytes(statement->body).end();
-      });
+      worker_.to_server.own(
+          [&](std::string& out) { protocol::Writer(out).begin(protocol::Frontend::Parse).cstring("").bytes(statement->body).end(); });
       pipeline.push({Request::Parse, Verdict::Skip, id_});
       server_->statements.unnamed = statement;
     }
@@ -394,7 +391,8 @@ std::size_t ClientSession::on_close(Bytes available, std::size_t total) {
   const std::string_view name = reader.cstring();
   if (rewrites() && kind == 'S' && reader.ok() && !pipeline.failed()) {
     statements.erase(name);
-    if (name.empty()) server_->statements.unnamed.reset();
+    if (name.empty())
+      server_->statements.unnamed.reset();
     else if (available.size() == total) {
       pipeline.push({Request::Close, Verdict::Inject, id_});
       return total;
@@ -410,8 +408,10 @@ void ClientSession::on_parse_done(bool ok) {
   const PendingParse parse = std::move(pending_.front());
   pending_.erase(pending_.begin());
   if (ok) return;
-  if (!parse.statement) parse_error_ = parse.name;
-  else if (statements.find(parse.name) == parse.statement) statements.erase(parse.name);
+  if (!parse.statement)
+    parse_error_ = parse.name;
+  else if (statements.find(parse.name) == parse.statement)
+    statements.erase(parse.name);
 }
 
 void ClientSession::on_statements_gone() {

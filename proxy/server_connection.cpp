@@ -32,10 +32,8 @@ bool wanted_whole(Backend type) {
     case Backend::NoticeResponse:
     case Backend::ParameterStatus:
     case Backend::CommandComplete:
-    case Backend::NotificationResponse:
-      return true;
-    default:
-      return false;
+    case Backend::NotificationResponse: return true;
+    default: return false;
   }
 }
 
@@ -58,7 +56,9 @@ bool read_row(Bytes whole, std::string (&field)[N]) {
 ServerConnection::ServerConnection(Worker& worker, PoolEntry& entry, std::uint64_t id)
     : worker_(worker), entry_(entry), id_(id), permit_(entry.pool.permits()) {}
 
-void ServerConnection::transition(State next) { state_ = next; }
+void ServerConnection::transition(State next) {
+  state_ = next;
+}
 
 // --- reading and writing
 
@@ -169,15 +169,19 @@ std::size_t ServerConnection::process(Bytes in) {
     at += available.size();
     ready |= type == Backend::ReadyForQuery;
   }
-  if (reader && reader->server() == this) reader->send(out);
-  else out.clear();
+  if (reader && reader->server() == this)
+    reader->send(out);
+  else
+    out.clear();
   if (alive()) {
     send(worker_.to_server);
     if (ready && client_ && pipeline.status() != TxStatus::Idle && entry_.pool.settings().mode == conf::PoolMode::Statement)
       client_->fatal("0A000", "transaction blocks are not allowed in statement mode (pool.mode)");
     if (ready && pipeline.releasable()) {
-      if (client_) client_->on_server_ready();
-      else settle();
+      if (client_)
+        client_->on_server_ready();
+      else
+        settle();
     }
   }
   return at;
@@ -203,10 +207,8 @@ bool ServerConnection::on_frame(Backend type, Bytes available, std::size_t total
       if (name == "standard_conforming_strings") conforming_strings_ = value != "off";
       return pass(to_client && client_->state() != ClientSession::State::Greeting);
     }
-    case Backend::NoticeResponse:
-      return pass(to_client && client_->state() != ClientSession::State::Greeting);
-    case Backend::NotificationResponse:
-      return pass(client_ != nullptr && client_->state() == ClientSession::State::Active);
+    case Backend::NoticeResponse: return pass(to_client && client_->state() != ClientSession::State::Greeting);
+    case Backend::NotificationResponse: return pass(client_ != nullptr && client_->state() == ClientSession::State::Active);
     default: return on_reply(type, available, total);
   }
 }
@@ -246,7 +248,8 @@ bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total
       pipeline.push({Request::Sync, Verdict::Forward, owed.owner});
     }
   } else if (type == Backend::ParseComplete) {
-    if (const auto statement = owed.note != 0 && client_ ? statements.find(owed.note) : nullptr) statement->proven_with = client_->settings.get();
+    if (const auto statement = owed.note != 0 && client_ ? statements.find(owed.note) : nullptr)
+      statement->proven_with = client_->settings.get();
     if (ours && owed.verdict == Verdict::Forward) client_->on_parse_done(true);
   } else if (type == Backend::CommandComplete && ours) {
     protocol::Reader reader(available.subspan(kHeaderSize));
@@ -313,10 +316,14 @@ void ServerConnection::on_proxy_reply(Backend type, std::uint32_t note, Bytes wh
   if (note == kResidue) {
     if (type == Backend::DataRow) {
       std::string field[3];
-      if (!read_row(whole, field)) residue_failed_ = true;
-      else if (field[0] == "s") residue_settings_[lower(field[1])] = field[2];
-      else if (field[0] != "r") residue_pins_ += (residue_pins_.empty() ? "" : ", ") + residue_name(field[0][0]) + field[1];
-      else if (field[1] != "none" || field[2] != entry_.user) residue_pins_ += (residue_pins_.empty() ? "" : ", ") + std::string("role ") + field[1];
+      if (!read_row(whole, field))
+        residue_failed_ = true;
+      else if (field[0] == "s")
+        residue_settings_[lower(field[1])] = field[2];
+      else if (field[0] != "r")
+        residue_pins_ += (residue_pins_.empty() ? "" : ", ") + residue_name(field[0][0]) + field[1];
+      else if (field[1] != "none" || field[2] != entry_.user)
+        residue_pins_ += (residue_pins_.empty() ? "" : ", ") + std::string("role ") + field[1];
     } else if (type == Backend::ErrorResponse) {
       residue_failed_ = true;
     } else if (type == Backend::ReadyForQuery) {
@@ -416,7 +423,9 @@ void ServerConnection::apply_settings() {
   if (!sql.empty()) ask(kApply, sql);
 }
 
-void ServerConnection::restore_settings(const Settings& login) { ask(kRestore, restore_sql(login)); }
+void ServerConnection::restore_settings(const Settings& login) {
+  ask(kRestore, restore_sql(login));
+}
 
 void ServerConnection::detach(bool dirty) {
   client_ = nullptr;
@@ -491,8 +500,8 @@ void ServerConnection::lost(const std::string& sqlstate, const std::string& reas
   log::info("server {} ({}@{}, pid {}): lost: {} {}", id_, entry_.user, entry_.database, pid_, sqlstate, reason);
   unlink();
   transition(State::Closing);
-  ++entry_.pool.counters().closed[static_cast<std::size_t>(sqlstate.starts_with("57P") ? pool::CloseReason::AdminShutdown
-                                                                                       : pool::CloseReason::Error)];
+  ++entry_.pool.counters()
+        .closed[static_cast<std::size_t>(sqlstate.starts_with("57P") ? pool::CloseReason::AdminShutdown : pool::CloseReason::Error)];
   if (ClientSession* client = std::exchange(client_, nullptr)) {
     client->send(worker_.to_client);
     if (pass_left_ > 0 && pass_forward_) {

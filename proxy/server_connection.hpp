@@ -84,7 +84,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
                                              conf::TargetSessionAttrs wanted);
   boost::asio::awaitable<std::string> exchange_login(const conf::ConnectParams& params, const conf::Host& host);
   boost::asio::awaitable<void> run_cancel(std::shared_ptr<ServerConnection> self);
-  void fail_connect(protocol::ErrorFields error);
+  void fail_connect(const protocol::ErrorFields& error);
 
   void transition(State next);
   void wait_readable();
@@ -118,7 +118,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   std::string cancel_key_;
   std::map<std::string, std::string> parameters_;
   ClientSession* client_ = nullptr;
-  std::size_t pass_left_ = 0;   // of a message that is passing through
+  std::size_t pass_left_ = 0;  // of a message that is passing through
   bool pass_forward_ = false;
   bool asking_residue_ = false, residue_failed_ = false, own_query_failed_ = false;
   bool conforming_strings_ = true;

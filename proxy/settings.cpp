@@ -112,7 +112,8 @@ void SettingsCache::derive_welcome(Settings& settings) {
   const auto name = settings.values.find("application_name");
   if (!settings.welcome.empty() || name == settings.values.end()) return;
   // The server cuts it at 63 bytes and replaces what isn't printable ASCII.
-  const bool plain = name->second.size() < 64 && std::all_of(name->second.begin(), name->second.end(), [](char c) { return c >= 32 && c < 127; });
+  const bool plain =
+      name->second.size() < 64 && std::all_of(name->second.begin(), name->second.end(), [](char c) { return c >= 32 && c < 127; });
   if (!plain) return;
   auto others = settings.values;
   others.erase("application_name");
@@ -137,8 +138,7 @@ bool settings_of(const protocol::Startup& startup, std::map<std::string, std::st
     for (const auto& [name, value] : *parsed) values[lower(name)] = value;
   }
   for (const auto& [name, value] : startup.parameters) {
-    if (name == "user" || name == "database" || name == "options" || name == "replication" || name.starts_with("_pq_."))
-      continue;
+    if (name == "user" || name == "database" || name == "options" || name == "replication" || name.starts_with("_pq_.")) continue;
     values[lower(name)] = value;
   }
   return true;

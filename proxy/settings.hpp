@@ -13,7 +13,7 @@
 namespace pgsidecar::proxy {
 
 struct Settings {
-  std::map<std::string, std::string> values;  ///< names in lower case
+  std::map<std::string, std::string> values;   ///< names in lower case
   std::map<std::string, std::string> welcome;  ///< ParameterStatus of a session with these; empty: not tried yet
 };
 using SettingsRef = std::shared_ptr<Settings>;

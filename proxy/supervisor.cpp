@@ -44,9 +44,7 @@ void Supervisor::snapshot(SnapshotDone done) {
 }
 
 void Supervisor::probe(SnapshotDone done) {
-  asio::post(data_loop_, [this, done = std::move(done)]() mutable {
-    worker_.probe([this, done = std::move(done)] { snapshot(done); });
-  });
+  asio::post(data_loop_, [this, done = std::move(done)]() mutable { worker_.probe([this, done = std::move(done)] { snapshot(done); }); });
 }
 
 std::string Supervisor::reload() {

@@ -34,8 +34,7 @@ struct Newest {
 
 int newest_index() {
   static const int index = SSL_CTX_get_ex_new_index(
-      0, nullptr, nullptr, nullptr,
-      [](void*, void* data, CRYPTO_EX_DATA*, int, long, void*) { delete static_cast<Newest*>(data); });
+      0, nullptr, nullptr, nullptr, [](void*, void* data, CRYPTO_EX_DATA*, int, long, void*) { delete static_cast<Newest*>(data); });
   return index;
 }
 
@@ -48,8 +47,7 @@ int keep_session(SSL* ssl, SSL_SESSION* session) {
 
 int choose_alpn(SSL*, const unsigned char** out, unsigned char* size, const unsigned char* in, unsigned in_size, void*) {
   unsigned char* chosen = nullptr;
-  if (SSL_select_next_proto(&chosen, size, kAlpn, kAlpnSize, in, in_size) != OPENSSL_NPN_NEGOTIATED)
-    return SSL_TLSEXT_ERR_ALERT_FATAL;
+  if (SSL_select_next_proto(&chosen, size, kAlpn, kAlpnSize, in, in_size) != OPENSSL_NPN_NEGOTIATED) return SSL_TLSEXT_ERR_ALERT_FATAL;
   *out = chosen;
   return SSL_TLSEXT_ERR_OK;
 }
@@ -67,7 +65,8 @@ int version_of(const std::string& name) {
 void check_key_file(const std::string& file) {
   struct stat info {};
   if (::stat(file.c_str(), &info) != 0) throw std::runtime_error("could not read private key file \"" + file + "\"");
-  const bool ok = info.st_uid == 0 && ::geteuid() != 0 ? (info.st_mode & 0137) == 0 : (info.st_mode & 0177) == 0 || (info.st_uid == 0 && (info.st_mode & 0137) == 0);
+  const bool ok = info.st_uid == 0 && ::geteuid() != 0 ? (info.st_mode & 0137) == 0
+                                                       : (info.st_mode & 0177) == 0 || (info.st_uid == 0 && (info.st_mode & 0137) == 0);
   if (!ok)
     throw std::runtime_error("private key file \"" + file +
                              "\" has group or world access; file must have permissions u=rw (0600) or less if owned by the "
@@ -97,8 +96,7 @@ SslContext make_server_context(const conf::Tls& tls) {
   SSL_CTX_set_mode(c, SSL_MODE_RELEASE_BUFFERS);
   SSL_CTX_set_session_cache_mode(c, SSL_SESS_CACHE_OFF);
   SSL_CTX_set_alpn_select_cb(c, choose_alpn, nullptr);
-  if (SSL_CTX_use_certificate_chain_file(c, tls.certificate.c_str()) != 1)
-    fail("tls.certificate: cannot use \"" + tls.certificate + "\"");
+  if (SSL_CTX_use_certificate_chain_file(c, tls.certificate.c_str()) != 1) fail("tls.certificate: cannot use \"" + tls.certificate + "\"");
   if (SSL_CTX_use_PrivateKey_file(c, tls.key.c_str(), SSL_FILETYPE_PEM) != 1) fail("tls.key: cannot use \"" + tls.key + "\"");
   if (SSL_CTX_check_private_key(c) != 1) fail("tls.key: \"" + tls.key + "\" is not the key of tls.certificate");
   if (!tls.ca.empty()) {
@@ -121,8 +119,8 @@ SslContext make_client_context(const conf::ConnectParams& p) {
   if (!p.sslMaxProtocolVersion.empty()) SSL_CTX_set_max_proto_version(c, version_of(p.sslMaxProtocolVersion));
   SSL_CTX_set_options(c, SSL_OP_NO_RENEGOTIATION);
   const bool system = p.sslrootcert.empty() || p.sslrootcert == "system";
-  const bool verify = p.sslmode == conf::SslMode::VerifyCa || p.sslmode == conf::SslMode::VerifyFull ||
-                      (p.sslmode == conf::SslMode::Require && !system);
+  const bool verify =
+      p.sslmode == conf::SslMode::VerifyCa || p.sslmode == conf::SslMode::VerifyFull || (p.sslmode == conf::SslMode::Require && !system);
   if (verify) {
     if (system ? SSL_CTX_set_default_verify_paths(c) != 1 : SSL_CTX_load_verify_locations(c, p.sslrootcert.c_str(), nullptr) != 1)
       fail("could not read root certificate file \"" + p.sslrootcert + "\" (sslrootcert)");
@@ -134,7 +132,8 @@ SslContext make_client_context(const conf::ConnectParams& p) {
     }
   }
   if (!p.sslcert.empty()) {
-    if (SSL_CTX_use_certificate_chain_file(c, p.sslcert.c_str()) != 1) fail("could not read certificate file \"" + p.sslcert + "\" (sslcert)");
+    if (SSL_CTX_use_certificate_chain_file(c, p.sslcert.c_str()) != 1)
+      fail("could not read certificate file \"" + p.sslcert + "\" (sslcert)");
     check_key_file(p.sslkey);
     SSL_CTX_set_default_passwd_cb(c, give_password);
     SSL_CTX_set_default_passwd_cb_userdata(c, const_cast<std::string*>(&p.sslpassword));
@@ -155,8 +154,10 @@ void prepare_client(SSL* ssl, const conf::ConnectParams& params, const conf::Hos
   if (params.sslmode == conf::SslMode::VerifyFull) {
     X509_VERIFY_PARAM* verify = SSL_get0_param(ssl);
     X509_VERIFY_PARAM_set_hostflags(verify, X509_CHECK_FLAG_NO_PARTIAL_WILDCARDS);
-    if (address) X509_VERIFY_PARAM_set1_ip_asc(verify, host.name.c_str());
-    else X509_VERIFY_PARAM_set1_host(verify, host.name.c_str(), host.name.size());
+    if (address)
+      X509_VERIFY_PARAM_set1_ip_asc(verify, host.name.c_str());
+    else
+      X509_VERIFY_PARAM_set1_host(verify, host.name.c_str(), host.name.size());
   }
   if (params.sslnegotiation == conf::SslNegotiation::Direct) SSL_set_alpn_protos(ssl, kAlpn, kAlpnSize);
   auto* newest = static_cast<Newest*>(SSL_CTX_get_ex_data(SSL_get_SSL_CTX(ssl), newest_index()));

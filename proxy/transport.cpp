@@ -133,15 +133,19 @@ IoResult Transport::write(std::span<const std::span<const std::uint8_t>> pieces,
   return {IoStatus::Ok, total};
 }
 
-bool Transport::pending() const { return ssl_ && SSL_pending(ssl_.get()) > 0; }
+bool Transport::pending() const {
+  return ssl_ && SSL_pending(ssl_.get()) > 0;
+}
 
 void Transport::start_tls(SSL_CTX* context, bool server) {
   ssl_.reset(SSL_new(context));
   if (!ssl_) return;
   SSL_set_mode(ssl_.get(), SSL_MODE_ENABLE_PARTIAL_WRITE | SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER);
   SSL_set_fd(ssl_.get(), static_cast<int>(socket_.native_handle()));
-  if (server) SSL_set_accept_state(ssl_.get());
-  else SSL_set_connect_state(ssl_.get());
+  if (server)
+    SSL_set_accept_state(ssl_.get());
+  else
+    SSL_set_connect_state(ssl_.get());
 }
 
 IoResult Transport::handshake() {

@@ -17,8 +17,7 @@
 
 namespace pgsidecar::proxy {
 
-using Socket = boost::asio::basic_stream_socket<boost::asio::generic::stream_protocol,
-                                                boost::asio::io_context::executor_type>;
+using Socket = boost::asio::basic_stream_socket<boost::asio::generic::stream_protocol, boost::asio::io_context::executor_type>;
 
 enum class IoStatus { Ok, WouldBlock, Eof, Error };
 
@@ -43,21 +42,23 @@ class Transport {
   /// Writes from the pieces, in order, as much as the kernel takes now (one sendmsg; on TLS pieces are coalesced into
   /// records of at most 16 KiB with `scratch`). Returns the bytes taken.
   IoResult write(std::span<const std::span<const std::uint8_t>> pieces, std::span<std::uint8_t> scratch);
-  bool pending() const;          ///< TLS holds decrypted bytes
+  bool pending() const;                              ///< TLS holds decrypted bytes
   bool wants_write() const { return wants_write_; }  ///< a TLS read, write or handshake last wanted writability
 
   /// TLS: takes an SSL from a context, on the descriptor, as server or client; then call handshake() on readiness until Ok.
   void start_tls(SSL_CTX* context, bool server);
-  IoResult handshake();  ///< WouldBlock: wait for readability, or writability if wants_write()
+  IoResult handshake();           ///< WouldBlock: wait for readability, or writability if wants_write()
   std::string tls_error() const;  ///< text of the last failure (verification result included), empty if none
 
   void shutdown_send();  ///< close_notify on TLS (best effort), then half close
   void close();          ///< once; later calls do nothing
 
-  template <class Handler> void wait_readable(Handler&& h) {
+  template <class Handler>
+  void wait_readable(Handler&& h) {
     socket_.async_wait(Socket::wait_read, std::forward<Handler>(h));
   }
-  template <class Handler> void wait_writable(Handler&& h) {
+  template <class Handler>
+  void wait_writable(Handler&& h) {
     socket_.async_wait(Socket::wait_write, std::forward<Handler>(h));
   }
 

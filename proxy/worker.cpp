@@ -6,9 +6,9 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <utility>
 #include <boost/asio/bind_allocator.hpp>
 #include <boost/asio/post.hpp>
+#include <utility>
 
 #include "proxy/log.hpp"
 
@@ -29,7 +29,9 @@ bool is_permanent(std::string_view sqlstate) {
 }
 
 /// Of a failed connect: the server has answered, so that it is up.
-bool is_answer(std::string_view sqlstate) { return !sqlstate.starts_with("08") && !sqlstate.starts_with("57P"); }
+bool is_answer(std::string_view sqlstate) {
+  return !sqlstate.starts_with("08") && !sqlstate.starts_with("57P");
+}
 
 const char* mode_name(conf::PoolMode mode) {
   switch (mode) {
@@ -75,41 +77,45 @@ void Worker::reload(std::shared_ptr<const conf::Config> config) {
 
 template <class Acceptor>
 void Worker::accept(std::shared_ptr<Acceptor> acceptor) {
-  acceptor->async_accept([this, acceptor](const boost::system::error_code& ec, typename Acceptor::protocol_type::socket::template rebind_executor<asio::io_context::executor_type>::other socket) {
-    if (ec == asio::error::operation_aborted || !acceptor->is_open()) return;
-    if (ec) {
-      log::error("accept: {}", ec.message());
-      auto timer = std::make_shared<asio::steady_timer>(data_, milliseconds(100));
-      timer->async_wait([this, acceptor, timer](const boost::system::error_code&) { accept(acceptor); });
-      return;
-    }
-    std::string peer = "unix socket";
-    if constexpr (std::is_same_v<typename Acceptor::protocol_type, asio::ip::tcp>) {
-      boost::system::error_code ignored;
-      const auto remote = socket.remote_endpoint(ignored);
-      peer = remote.address().to_string() + ":" + std::to_string(remote.port());
-      const int one = 1;
-      ::setsockopt(socket.native_handle(), IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
-      ::setsockopt(socket.native_handle(), SOL_SOCKET, SO_KEEPALIVE, &one, sizeof one);
-    }
-    std::uint32_t id = 0;
-    do id = static_cast<std::uint32_t>(random_()) & 0x7fffffff;
-    while (id == 0 || clients_.contains(id));
-    auto client = std::make_shared<ClientSession>(*this, Socket(std::move(socket)), id, std::move(peer));
-    clients_.emplace(id, client);
-    client->start();
-    kick();
-    if (++logging_in_ >= config_->limits.maxLoginClients) paused_.emplace_back([this, acceptor] { accept(acceptor); });
-    else accept(acceptor);
-  });
+  acceptor->async_accept(
+      [this, acceptor](const boost::system::error_code& ec,
+                       typename Acceptor::protocol_type::socket::template rebind_executor<asio::io_context::executor_type>::other socket) {
+        if (ec == asio::error::operation_aborted || !acceptor->is_open()) return;
+        if (ec) {
+          log::error("accept: {}", ec.message());
+          auto timer = std::make_shared<asio::steady_timer>(data_, milliseconds(100));
+          timer->async_wait([this, acceptor, timer](const boost::system::error_code&) { accept(acceptor); });
+          return;
+        }
+        std::string peer = "unix socket";
+        if constexpr (std::is_same_v<typename Acceptor::protocol_type, asio::ip::tcp>) {
+          boost::system::error_code ignored;
+          const auto remote = socket.remote_endpoint(ignored);
+          peer = remote.address().to_string() + ":" + std::to_string(remote.port());
+          const int one = 1;
+          ::setsockopt(socket.native_handle(), IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+          ::setsockopt(socket.native_handle(), SOL_SOCKET, SO_KEEPALIVE, &one, sizeof one);
+        }
+        std::uint32_t id = 0;
+        do id = static_cast<std::uint32_t>(random_()) & 0x7fffffff;
+        while (id == 0 || clients_.contains(id));
+        auto client = std::make_shared<ClientSession>(*this, Socket(std::move(socket)), id, std::move(peer));
+        clients_.emplace(id, client);
+        client->start();
+        kick();
+        if (++logging_in_ >= config_->limits.maxLoginClients)
+          paused_.emplace_back([this, acceptor] { accept(acceptor); });
+        else
+          accept(acceptor);
+      });
 }
 
 void Worker::listen() {
   using Tcp = asio::basic_socket_acceptor<asio::ip::tcp, asio::io_context::executor_type>;
   using Local = asio::basic_socket_acceptor<asio::local::stream_protocol, asio::io_context::executor_type>;
   for (const conf::Listen& where : config_->listen) {
-    const std::string text = where.kind == conf::Listen::Kind::Unix ? "unix:" + where.directory
-                                                                     : where.host + ":" + std::to_string(where.port);
+    const std::string text =
+        where.kind == conf::Listen::Kind::Unix ? "unix:" + where.directory : where.host + ":" + std::to_string(where.port);
     try {
       if (where.kind == conf::Listen::Kind::Unix) {
         const std::string path = where.directory + "/.s.PGSQL." + std::to_string(where.port);
@@ -149,8 +155,7 @@ void Worker::listen() {
       log::info("listening on {}:{}", where.host, acceptor->local_endpoint().port());
       accept(acceptor);
     } catch (const boost::system::system_error& e) {
-      throw std::runtime_error("cannot listen on " + text + ": " + e.code().message() +
-                               " (change `listen` or PGSIDECAR_LISTEN)");
+      throw std::runtime_error("cannot listen on " + text + ": " + e.code().message() + " (change `listen` or PGSIDECAR_LISTEN)");
     }
   }
   started_ = true;
@@ -307,8 +312,7 @@ void Worker::on_connected(ServerConnection& server) {
     entry.given_password = server.login()->password;
     if (const auto client = server.login()->client.lock()) client->verified();
   }
-  if (const auto it = server.parameters().find("server_version"); it != server.parameters().end())
-    database_version_ = it->second;
+  if (const auto it = server.parameters().find("server_version"); it != server.parameters().end()) database_version_ = it->second;
   log::info("server {} ({}@{}, pid {}): connected", server.id(), entry.user, entry.database, server.pid());
   kick();
 }
@@ -329,12 +333,13 @@ void Worker::on_connect_failed(ServerConnection& server, const protocol::ErrorFi
   const double seconds = std::min(5.0, 0.05 * static_cast<double>(1u << std::min(entry.failures, 8u))) * (0.75 + 0.5 * random());
   entry.retry_at = now() + milliseconds(static_cast<int>(seconds * 1000));
   log::warn("{}@{}: cannot connect: {} {}", entry.user, entry.database, error.sqlstate, error.message);
-  if (is_answer(error.sqlstate)) database_seen(true);
-  else database_seen(false, error.message);
+  if (is_answer(error.sqlstate))
+    database_seen(true);
+  else
+    database_seen(false, error.message);
   entry.servers.erase(server.id());
   if (is_permanent(error.sqlstate)) {
-    while (pool::Waiter* waiter = entry.pool.next_waiter())
-      static_cast<ClientSession*>(waiter)->on_wait_failed(error, true);
+    while (pool::Waiter* waiter = entry.pool.next_waiter()) static_cast<ClientSession*>(waiter)->on_wait_failed(error, true);
   }
   kick();
   check_stopped();
@@ -351,8 +356,10 @@ void Worker::on_server_closed(ServerConnection& server) {
 }
 
 void Worker::on_client_closed(ClientSession& client) {
-  if (client.entry()) --client.entry()->clients, --logged_in_;
-  else login_over();
+  if (client.entry())
+    --client.entry()->clients, --logged_in_;
+  else
+    login_over();
   asio::post(data_, [this, id = client.id()] {
     clients_.erase(id);
     if (clients_.empty()) {
@@ -381,7 +388,9 @@ void Worker::cancel(std::uint32_t pid, std::string_view key) {
 
 // --- time
 
-void Worker::kick() { arm_tick(milliseconds(100)); }
+void Worker::kick() {
+  arm_tick(milliseconds(100));
+}
 
 void Worker::arm_tick(milliseconds after) {
   const pool::Time at = now() + after;
@@ -412,13 +421,12 @@ void Worker::tick() {
                             std::to_string(settings.max) + " in use";
       ClientSession* longest = nullptr;
       for (auto& [id, server] : entry->servers)
-        if (server->client() && (!longest || server->client()->transaction_since < longest->transaction_since))
-          longest = server->client();
+        if (server->client() && (!longest || server->client()->transaction_since < longest->transaction_since)) longest = server->client();
       if (longest) {
         const auto held = std::chrono::duration<double>(t - longest->transaction_since).count();
         const auto status = longest->server()->pipeline.status();
-        message += "; longest held " + fmt::format("{:.1f}", held) + " s by client " + std::to_string(longest->id()) +
-                   " (application \"" + longest->application() + "\")" +
+        message += "; longest held " + fmt::format("{:.1f}", held) + " s by client " + std::to_string(longest->id()) + " (application \"" +
+                   longest->application() + "\")" +
                    (longest->server()->pipeline.empty() && status != protocol::TxStatus::Idle ? ", idle in transaction" : "");
       }
       client.on_wait_failed({"ERROR", "53300", std::move(message), {}, {}}, false);
@@ -448,7 +456,8 @@ void Worker::tick() {
     std::vector<std::shared_ptr<ClientSession>> left;
     for (auto& [id, client] : clients_) left.push_back(client);
     for (const auto& client : left) {
-      log::warn("drain: client {} (application \"{}\") is cut off after {} ms", client->id(), client->application(), config_->shutdown.timeoutMillis);
+      log::warn("drain: client {} (application \"{}\") is cut off after {} ms", client->id(), client->application(),
+                config_->shutdown.timeoutMillis);
       if (client->server() && !client->server()->pipeline.empty()) client->server()->send_cancel();
       client->fatal("57P01", "terminating connection due to administrator command");
       client->close();
@@ -459,8 +468,10 @@ void Worker::tick() {
     log::info("no clients for {} ms: exiting (pool.allowExitOnIdle)", config_->pool.idleTimeoutMillis);
     drain();
   }
-  if (busy) arm_tick(milliseconds(100));
-  else arm_tick(exit_on_idle ? milliseconds(100) : idle_check);
+  if (busy)
+    arm_tick(milliseconds(100));
+  else
+    arm_tick(exit_on_idle ? milliseconds(100) : idle_check);
   check_stopped();
 }
 
@@ -511,8 +522,10 @@ bool Worker::farewell_over() {
 
 void Worker::count_error(std::string_view sqlstate) {
   const std::string_view klass = sqlstate.substr(0, 2);
-  if (const auto it = errors_.find(klass); it != errors_.end()) ++it->second;
-  else if (errors_.size() < 64) errors_.emplace(klass, 1);
+  if (const auto it = errors_.find(klass); it != errors_.end())
+    ++it->second;
+  else if (errors_.size() < 64)
+    errors_.emplace(klass, 1);
 }
 
 void Worker::database_seen(bool up, std::string error) {
@@ -528,7 +541,7 @@ void Worker::database_took(pool::Clock::duration time, bool probed) {
 
 void Worker::probe(std::function<void()> done) {
   // A connect is the probe: it needs no client, no query, and says what a client would hear.
-  control_.resolve(config_->upstream, [this, done = std::move(done)](std::shared_ptr<const Upstream> found) {
+  control_.resolve(config_->upstream, [this, done = std::move(done)](const std::shared_ptr<const Upstream>& found) {
     if (!found->error.empty() || found->targets.empty()) {
       database_seen(false, found->error);
       return done();
@@ -601,8 +614,10 @@ pool::Snapshot Worker::snapshot() {
     }
     ++s.clients;
     pool::PoolSnapshot& p = s.pools[index[client->entry()]];
-    if (client->state() == ClientSession::State::Active) ++p.clientsActive;
-    else if (client->state() == ClientSession::State::Ready) ++p.clientsIdle;
+    if (client->state() == ClientSession::State::Active)
+      ++p.clientsActive;
+    else if (client->state() == ClientSession::State::Ready)
+      ++p.clientsIdle;
     if (client->pinned()) ++p.pinned;
   }
   return s;

@@ -41,13 +41,13 @@ struct PoolEntry {
   boost::unordered_flat_map<std::uint64_t, std::shared_ptr<ServerConnection>> servers;
   std::uint32_t connecting = 0;
   std::uint32_t clients = 0;
-  pool::Time retry_at{};        // no connect before
-  std::uint32_t failures = 0;   // connects failed in a row
+  pool::Time retry_at{};               // no connect before
+  std::uint32_t failures = 0;          // connects failed in a row
   protocol::ErrorFields last_failure;  // of a connect; no message: none since the last success
-  std::uint32_t replacements = 0;  // of connections that were worn out while in use: opened before they are missed
+  std::uint32_t replacements = 0;      // of connections that were worn out while in use: opened before they are missed
   bool passes_password_on = false;
-  std::optional<std::string> given_password;        // users: {"*": {}}: what the server has accepted from a client
-  std::deque<ServerConnection::Login> logins;       // clients whose password the server is still to be asked about
+  std::optional<std::string> given_password;   // users: {"*": {}}: what the server has accepted from a client
+  std::deque<ServerConnection::Login> logins;  // clients whose password the server is still to be asked about
 };
 
 /// The tick's waits have memory of their own, so that arming it anew takes nothing from the heap nor from the blocks that Asio
@@ -72,7 +72,7 @@ class Worker {
   /// Throws std::runtime_error naming the address and the key to change.
   void listen();
   void reload(std::shared_ptr<const conf::Config> config);
-  void drain();                       ///< as at SIGTERM
+  void drain();                                   ///< as at SIGTERM
   std::function<void(int exit_code)> on_stopped;  ///< nothing is left
   pool::Snapshot snapshot();
   void probe(std::function<void()> done);
@@ -104,7 +104,7 @@ class Worker {
   double random() { return std::uniform_real_distribution<>(0, 1)(random_); }
 
   log::PeerEvents peer_events;
-  Gather to_client, to_server;        // of the turn that is running
+  Gather to_client, to_server;  // of the turn that is running
   protocol::StatementCache statements;
   protocol::ScramKeyCache scram_keys;
   SSL_CTX* client_tls() { return client_tls_.get(); }
@@ -118,9 +118,9 @@ class Worker {
   /// The secret that a user must prove; nullopt: no such user.
   std::optional<std::string> secret_of(const std::string& user);
 
-  void want_server(ClientSession& client);           ///< queues it and opens connections
-  void run_later(ClientSession& client);             ///< at the end of this turn
-  void serve(PoolEntry& entry);                      ///< gives idle connections to waiters, opens what is missing
+  void want_server(ClientSession& client);  ///< queues it and opens connections
+  void run_later(ClientSession& client);    ///< at the end of this turn
+  void serve(PoolEntry& entry);             ///< gives idle connections to waiters, opens what is missing
   void on_connected(ServerConnection& server);
   void on_connect_failed(ServerConnection& server, const protocol::ErrorFields& error);
   void on_server_closed(ServerConnection& server);
@@ -143,8 +143,7 @@ class Worker {
     conf::PoolSettings settings;
     conf::Upstream upstream;
   };
-  std::optional<PoolPlan> plan_pool(const std::string& database, const std::string& user, std::string& sqlstate,
-                                    std::string& error) const;
+  std::optional<PoolPlan> plan_pool(const std::string& database, const std::string& user, std::string& sqlstate, std::string& error) const;
   void open_server(PoolEntry& entry, std::optional<ServerConnection::Login> login);
   template <class Acceptor>
   void accept(std::shared_ptr<Acceptor> acceptor);
@@ -168,7 +167,7 @@ class Worker {
   boost::unordered_flat_map<std::uint32_t, std::shared_ptr<ClientSession>> clients_;
   std::vector<std::function<void()>> close_listeners_;
   SslContext client_tls_;
-  conf::ConnectParams upstream_;      // the global upstream as read at start or reload
+  conf::ConnectParams upstream_;  // the global upstream as read at start or reload
   std::uint32_t logging_in_ = 0, logged_in_ = 0;
   std::vector<std::function<void()>> paused_;  // accepting goes on when fewer clients are logging in
   std::vector<std::shared_ptr<ClientSession>> runnable_, running_;

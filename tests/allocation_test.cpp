@@ -188,9 +188,13 @@ void share(std::size_t clients, std::uint32_t servers, const std::string& query,
   });
 }
 
-TEST(Allocation, WaitingWithSimpleQueries) { share(20, 2, simple_query(), {}); }
+TEST(Allocation, WaitingWithSimpleQueries) {
+  share(20, 2, simple_query(), {});
+}
 
-TEST(Allocation, WaitingWithNamedStatements) { share(20, 2, execute("s1"), parse("s1")); }
+TEST(Allocation, WaitingWithNamedStatements) {
+  share(20, 2, execute("s1"), parse("s1"));
+}
 
 }  // namespace
 }  // namespace pgsidecar::proxy

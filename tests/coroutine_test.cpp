@@ -155,7 +155,7 @@ TEST(Coroutine, TheFormsInUseDestroyEachValueOnce) {
     Task<int> (*function)();
     int result;
   } rows[] = {{"named arguments", named_arguments, 85}, {"moved arguments", moved_arguments, 52}, {"named lambda", named_lambda, 1},
-              {"named handler", named_handler, 1},       {"left in a loop", left_in_a_loop, 2},    {"inside try", inside_try, 9}};
+              {"named handler", named_handler, 1},      {"left in a loop", left_in_a_loop, 2},    {"inside try", inside_try, 9}};
   for (const auto& row : rows) {
     Counted::alive = 0;
     EXPECT_EQ(run(row.function()), row.result) << row.form;
@@ -196,8 +196,12 @@ struct Lambda {  // what `[counted] {}` is, an aggregate or not
   Counted counted;
 };
 
-Task<int> aggregate_temporary() { co_return co_await takes_plain(Plain{{}, 1}); }
-Task<int> braced_argument() { co_return co_await takes_plain({{}, 1}); }
+Task<int> aggregate_temporary() {
+  co_return co_await takes_plain(Plain{{}, 1});
+}
+Task<int> braced_argument() {
+  co_return co_await takes_plain({{}, 1});
+}
 Task<int> lambda_temporary() {
   const Counted counted;
   co_await WaitWithCounted(Lambda{counted});

@@ -18,9 +18,8 @@ struct TokenFile {
   std::string path;
 };
 
-unsigned status(const conf::Admin& admin, const char* peer, std::string_view host,
-                std::string_view authorization = {}, std::string_view origin = {},
-                std::string_view site = {}) {
+unsigned status(const conf::Admin& admin, const char* peer, std::string_view host, std::string_view authorization = {},
+                std::string_view origin = {}, std::string_view site = {}) {
   Caller caller;
   caller.peer = make_address(peer);
   caller.local = make_address(caller.peer.is_v6() ? "::ffff:10.1.2.3" : "10.1.2.3");
@@ -38,11 +37,10 @@ TEST(Access, HostAllowList) {
   const struct {
     const char* host;
     unsigned expected;
-  } rows[] = {
-      {"localhost", 0},  {"LOCALHOST:5000", 0}, {"127.0.0.1:5000", 0}, {"127.0.0.2", 0},
-      {"[::1]:5000", 0}, {"10.1.2.3:5000", 0},  {"sidecar", 0},        {"pooler.internal:80", 0},
-      {"", 403},         {"evil.example", 403}, {"10.1.2.4", 403},     {"localhost.evil.example", 403},
-      {"[::2]", 403},    {"[::1", 403},         {":5000", 403},        {"pooler.internal.evil", 403}};
+  } rows[] = {{"localhost", 0},  {"LOCALHOST:5000", 0}, {"127.0.0.1:5000", 0}, {"127.0.0.2", 0},
+              {"[::1]:5000", 0}, {"10.1.2.3:5000", 0},  {"sidecar", 0},        {"pooler.internal:80", 0},
+              {"", 403},         {"evil.example", 403}, {"10.1.2.4", 403},     {"localhost.evil.example", 403},
+              {"[::2]", 403},    {"[::1", 403},         {":5000", 403},        {"pooler.internal.evil", 403}};
   for (const auto& row : rows) EXPECT_EQ(status(admin, "127.0.0.1", row.host), row.expected) << row.host;
 }
 
@@ -76,8 +74,7 @@ TEST(Access, PeersOffLoopbackNeedTheToken) {
               {"s3cret-token", 401}};
   for (const auto& row : rows) {
     EXPECT_EQ(status(admin, "10.9.9.9", "10.1.2.3", row.authorization), row.expected) << row.authorization;
-    EXPECT_EQ(status(admin, "::ffff:10.9.9.9", "10.1.2.3", row.authorization), row.expected)
-        << row.authorization;
+    EXPECT_EQ(status(admin, "::ffff:10.9.9.9", "10.1.2.3", row.authorization), row.expected) << row.authorization;
   }
   EXPECT_EQ(status(admin, "10.9.9.9", "evil.example", "Bearer s3cret-token"), 403u);
 }
@@ -96,15 +93,14 @@ TEST(Access, OpenMetricsPreference) {
   const struct {
     const char* accept;
     bool expected;
-  } rows[] = {
-      {"", false},
-      {"*/*", false},
-      {"text/plain", false},
-      {"application/openmetrics-text", true},
-      {"application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.3,*/*;q=0.2", true},
-      {"text/plain;q=0.9, Application/OpenMetrics-Text; q=0.4", false},
-      {"application/openmetrics-text;q=0", false},
-      {"application/openmetrics-textual", false}};
+  } rows[] = {{"", false},
+              {"*/*", false},
+              {"text/plain", false},
+              {"application/openmetrics-text", true},
+              {"application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.3,*/*;q=0.2", true},
+              {"text/plain;q=0.9, Application/OpenMetrics-Text; q=0.4", false},
+              {"application/openmetrics-text;q=0", false},
+              {"application/openmetrics-textual", false}};
   for (const auto& row : rows) EXPECT_EQ(prefers_open_metrics(row.accept), row.expected) << row.accept;
 }
 

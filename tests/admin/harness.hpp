@@ -81,23 +81,16 @@ struct Response {
   int status = 0;  // 0: none
   std::string head, body;
 
-  bool has(std::string_view line) const {
-    return head.find("\r\n" + std::string(line) + "\r\n") != std::string::npos;
-  }
+  bool has(std::string_view line) const { return head.find("\r\n" + std::string(line) + "\r\n") != std::string::npos; }
 };
 
 class Connection {
  public:
-  explicit Connection(std::uint16_t port, asio::ip::address address = asio::ip::address_v4::loopback())
-      : socket_(io_) {
+  explicit Connection(std::uint16_t port, asio::ip::address address = asio::ip::address_v4::loopback()) : socket_(io_) {
     socket_.connect({address, port});
   }
-  void send(std::string_view text) {
-    ::send(socket_.native_handle(), text.data(), text.size(), MSG_NOSIGNAL);
-  }
-  void send_some(std::string_view text) {
-    ::send(socket_.native_handle(), text.data(), text.size(), MSG_NOSIGNAL | MSG_DONTWAIT);
-  }
+  void send(std::string_view text) { ::send(socket_.native_handle(), text.data(), text.size(), MSG_NOSIGNAL); }
+  void send_some(std::string_view text) { ::send(socket_.native_handle(), text.data(), text.size(), MSG_NOSIGNAL | MSG_DONTWAIT); }
 
   // One answer; status 0 if the peer closed (`closed`) or `limit` passed before it was complete.
   Response read(bool head = false, std::chrono::milliseconds limit = 15s) {
@@ -128,8 +121,7 @@ class Connection {
 
  private:
   bool more(std::chrono::steady_clock::time_point deadline) {
-    const auto left =
-        std::chrono::duration_cast<std::chrono::milliseconds>(deadline - std::chrono::steady_clock::now());
+    const auto left = std::chrono::duration_cast<std::chrono::milliseconds>(deadline - std::chrono::steady_clock::now());
     pollfd p{socket_.native_handle(), POLLIN, 0};
     if (::poll(&p, 1, std::max(0, static_cast<int>(left.count()))) <= 0) return false;
     std::array<char, 65536> chunk;
@@ -190,8 +182,7 @@ class AdminServer {
   void release() {
     on_control([this] {
       holding_ = false;
-      for (const auto& receiver : std::exchange(held_, {}))
-        receiver(std::make_shared<pool::Snapshot>(snapshot_));
+      for (const auto& receiver : std::exchange(held_, {})) receiver(std::make_shared<pool::Snapshot>(snapshot_));
     });
   }
   std::size_t held() {
@@ -216,17 +207,13 @@ class AdminServer {
     return n;
   }
 
-  Response request(std::string_view method, std::string_view path,
-                   std::string_view headers = "Host: localhost\r\n") {
+  Response request(std::string_view method, std::string_view path, std::string_view headers = "Host: localhost\r\n") {
     Connection connection(port());
-    connection.send(std::string(method) + " " + std::string(path) + " HTTP/1.1\r\n" + std::string(headers) +
-                    "Connection: close\r\n\r\n");
+    connection.send(std::string(method) + " " + std::string(path) + " HTTP/1.1\r\n" + std::string(headers) + "Connection: close\r\n\r\n");
     return connection.read(method == "HEAD");
   }
   Response get(std::string_view path) { return request("GET", path); }
-  Response post(std::string_view path) {
-    return request("POST", path, "Host: localhost\r\nContent-Length: 0\r\n");
-  }
+  Response post(std::string_view path) { return request("POST", path, "Host: localhost\r\nContent-Length: 0\r\n"); }
 
  private:
   Server::Callbacks callbacks() {

@@ -42,10 +42,9 @@ TEST(Render, PoolStats) {
   s.pools[1].lastError = "FATAL: no pg_hba.conf entry";
   const auto v = json::parse(pool_stats_json(s, kNow));
   EXPECT_EQ(v.at("timestamp").as_string(), "2023-11-14T22:13:20.123Z");
-  const std::pair<const char*, int> counts[] = {
-      {"totalCount", 20},  {"idleCount", 4},    {"waitingCount", 6},
-      {"activeCount", 12}, {"expiredCount", 2}, {"connectingCount", 2},
-      {"max", 30},         {"min", 4},          {"idleTimeoutMillis", 20000}};
+  const std::pair<const char*, int> counts[] = {{"totalCount", 20},  {"idleCount", 4},    {"waitingCount", 6},
+                                                {"activeCount", 12}, {"expiredCount", 2}, {"connectingCount", 2},
+                                                {"max", 30},         {"min", 4},          {"idleTimeoutMillis", 20000}};
   for (const auto& [name, n] : counts) EXPECT_EQ(v.at(name).to_number<int>(), n) << name;
   EXPECT_TRUE(v.at("maxUses").is_null()) << "the pools differ";
   EXPECT_DOUBLE_EQ(v.at("utilization").to_number<double>(), 0.4);
@@ -110,18 +109,17 @@ TEST(Render, ProcessIsPlausible) {
 }
 
 TEST(Render, ToUtf8) {
-  const std::pair<std::string_view, const char*> rows[] = {
-      {"", ""},
-      {"plain", "plain"},
-      {"\xC3\xA4\xE2\x82\xAC\xF0\x9F\x90\x98", "\xC3\xA4\xE2\x82\xAC\xF0\x9F\x90\x98"},
-      {"a\xFF"
-       "b",
-       "a\xEF\xBF\xBD"
-       "b"},
-      {"\xC3", "\xEF\xBF\xBD"},
-      {"\xC0\x80", "\xEF\xBF\xBD\xEF\xBF\xBD"},
-      {"\xED\xA0\x80", "\xEF\xBF\xBD\xEF\xBF\xBD\xEF\xBF\xBD"},
-      {"\xF4\x90\x80\x80", "\xEF\xBF\xBD\xEF\xBF\xBD\xEF\xBF\xBD\xEF\xBF\xBD"}};
+  const std::pair<std::string_view, const char*> rows[] = {{"", ""},
+                                                           {"plain", "plain"},
+                                                           {"\xC3\xA4\xE2\x82\xAC\xF0\x9F\x90\x98", "\xC3\xA4\xE2\x82\xAC\xF0\x9F\x90\x98"},
+                                                           {"a\xFF"
+                                                            "b",
+                                                            "a\xEF\xBF\xBD"
+                                                            "b"},
+                                                           {"\xC3", "\xEF\xBF\xBD"},
+                                                           {"\xC0\x80", "\xEF\xBF\xBD\xEF\xBF\xBD"},
+                                                           {"\xED\xA0\x80", "\xEF\xBF\xBD\xEF\xBF\xBD\xEF\xBF\xBD"},
+                                                           {"\xF4\x90\x80\x80", "\xEF\xBF\xBD\xEF\xBF\xBD\xEF\xBF\xBD\xEF\xBF\xBD"}};
   for (const auto& [in, out] : rows) EXPECT_EQ(to_utf8(in), out);
 }
 
@@ -129,24 +127,23 @@ TEST(Render, MetricsHoldTheSnapshot) {
   auto s = sample();
   const auto m = samples(prometheus(s));
   const std::string who = "database=\"app\",user=\"alice\"";
-  const std::pair<std::string, const char*> rows[] = {
-      {"pgsidecar_client_connections{" + who + ",state=\"idle\"}", "40"},
-      {"pgsidecar_client_connections{" + who + ",state=\"waiting\"}", "3"},
-      {"pgsidecar_server_connections{" + who + ",state=\"active\"}", "6"},
-      {"pgsidecar_server_connections{" + who + ",state=\"draining\"}", "1"},
-      {"pgsidecar_pool_max_connections{" + who + "}", "15"},
-      {"pgsidecar_pool_waiting_clients{" + who + "}", "3"},
-      {"pgsidecar_pool_oldest_wait_seconds{" + who + "}", "0.0125"},
-      {"pgsidecar_queries_total{" + who + "}", "1000"},
-      {"pgsidecar_received_bytes_total{" + who + ",side=\"client\"}", "4096"},
-      {"pgsidecar_query_seconds_count{" + who + "}", "1000"},
-      {"pgsidecar_query_seconds_bucket{" + who + ",le=\"+Inf\"}", "1000"},
-      {"pgsidecar_server_closed_total{reason=\"max_uses\"}", "4"},
-      {"pgsidecar_client_rejected_total{reason=\"max_clients\"}", "2"},
-      {"pgsidecar_errors_total{sqlstate_class=\"42\"}", "5"},
-      {"pgsidecar_health_up", "1"},
-      {"pgsidecar_backend_latency_seconds", "0.00125"},
-      {"pgsidecar_draining", "0"}};
+  const std::pair<std::string, const char*> rows[] = {{"pgsidecar_client_connections{" + who + ",state=\"idle\"}", "40"},
+                                                      {"pgsidecar_client_connections{" + who + ",state=\"waiting\"}", "3"},
+                                                      {"pgsidecar_server_connections{" + who + ",state=\"active\"}", "6"},
+                                                      {"pgsidecar_server_connections{" + who + ",state=\"draining\"}", "1"},
+                                                      {"pgsidecar_pool_max_connections{" + who + "}", "15"},
+                                                      {"pgsidecar_pool_waiting_clients{" + who + "}", "3"},
+                                                      {"pgsidecar_pool_oldest_wait_seconds{" + who + "}", "0.0125"},
+                                                      {"pgsidecar_queries_total{" + who + "}", "1000"},
+                                                      {"pgsidecar_received_bytes_total{" + who + ",side=\"client\"}", "4096"},
+                                                      {"pgsidecar_query_seconds_count{" + who + "}", "1000"},
+                                                      {"pgsidecar_query_seconds_bucket{" + who + ",le=\"+Inf\"}", "1000"},
+                                                      {"pgsidecar_server_closed_total{reason=\"max_uses\"}", "4"},
+                                                      {"pgsidecar_client_rejected_total{reason=\"max_clients\"}", "2"},
+                                                      {"pgsidecar_errors_total{sqlstate_class=\"42\"}", "5"},
+                                                      {"pgsidecar_health_up", "1"},
+                                                      {"pgsidecar_backend_latency_seconds", "0.00125"},
+                                                      {"pgsidecar_draining", "0"}};
   for (const auto& [name, value] : rows) {
     ASSERT_TRUE(m.contains(name)) << name;
     EXPECT_EQ(m.at(name), value) << name;

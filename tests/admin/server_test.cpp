@@ -135,9 +135,8 @@ TEST(AdminServer, ADatabaseThatIsDownIsLookedForAgain) {
 
 TEST(AdminServer, OpenMetricsByAccept) {
   AdminServer server;
-  const Response r = server.request(
-      "GET", "/metrics",
-      "Host: x\r\nAccept: application/openmetrics-text;version=1.0.0;q=0.5,text/plain;q=0.3\r\n");
+  const Response r =
+      server.request("GET", "/metrics", "Host: x\r\nAccept: application/openmetrics-text;version=1.0.0;q=0.5,text/plain;q=0.3\r\n");
   EXPECT_TRUE(r.has("Content-Type: application/openmetrics-text; version=1.0.0; charset=utf-8")) << r.head;
   EXPECT_TRUE(r.body.ends_with("# EOF\n"));
 }
@@ -164,9 +163,8 @@ TEST(AdminServer, UnknownPathsAndMethods) {
   EXPECT_EQ(json::parse(missing.body).at("hint").as_string(), "GET / lists the endpoints");
   const struct {
     const char *method, *path, *allow;
-  } rows[] = {{"POST", "/health", "GET, HEAD"},     {"DELETE", "/metrics", "GET, HEAD"},
-              {"OPTIONS", "/", "GET, HEAD"},        {"GET", "/api/admin/reload", "POST"},
-              {"HEAD", "/api/admin/drain", "POST"}, {"PUT", "/api/admin/drain", "POST"}};
+  } rows[] = {{"POST", "/health", "GET, HEAD"},     {"DELETE", "/metrics", "GET, HEAD"},  {"OPTIONS", "/", "GET, HEAD"},
+              {"GET", "/api/admin/reload", "POST"}, {"HEAD", "/api/admin/drain", "POST"}, {"PUT", "/api/admin/drain", "POST"}};
   for (const auto& row : rows) {
     SCOPED_TRACE(std::string(row.method) + row.path);
     const Response r = server.request(row.method, row.path);
@@ -199,12 +197,8 @@ TEST(AdminServer, ChangesFromLoopback) {
 
 TEST(AdminServer, AWrongHostChangesNothingButReadsAreFree) {
   AdminServer server;
-  EXPECT_EQ(server.request("POST", "/api/admin/drain", "Host: evil.example\r\nContent-Length: 0\r\n").status,
-            403);
-  EXPECT_EQ(server
-                .request("POST", "/api/admin/drain",
-                         "Host: localhost\r\nOrigin: https://evil.example\r\nContent-Length: 0\r\n")
-                .status,
+  EXPECT_EQ(server.request("POST", "/api/admin/drain", "Host: evil.example\r\nContent-Length: 0\r\n").status, 403);
+  EXPECT_EQ(server.request("POST", "/api/admin/drain", "Host: localhost\r\nOrigin: https://evil.example\r\nContent-Length: 0\r\n").status,
             403);
   EXPECT_EQ(server.request("GET", "/health", "Host: 10.1.2.3:5000\r\n").status, 200);
   EXPECT_TRUE(server.actions().empty());
@@ -237,8 +231,8 @@ TEST(AdminServer, APeerOffLoopbackNeedsTheToken) {
   AdminServer server(any);
   const auto ask = [&](std::string_view method, std::string_view path, std::string_view headers) {
     Connection c(server.port(), address);
-    c.send(std::string(method) + " " + std::string(path) + " HTTP/1.1\r\nHost: " + address.to_string() +
-           ":5000\r\n" + std::string(headers) + "Content-Length: 0\r\n\r\n");
+    c.send(std::string(method) + " " + std::string(path) + " HTTP/1.1\r\nHost: " + address.to_string() + ":5000\r\n" +
+           std::string(headers) + "Content-Length: 0\r\n\r\n");
     return c.read();
   };
   const Response none = ask("POST", "/api/admin/drain", "");
@@ -275,19 +269,15 @@ TEST(AdminServer, OversizedRequestsAreRefused) {
   const std::string big(9000, 'a');
   EXPECT_EQ(server.request("GET", "/health", "Host: x\r\nX-Big: " + big + "\r\n").status, 431);
   EXPECT_EQ(server.request("GET", "/" + big).status, 431);
-  EXPECT_EQ(server.request("POST", "/api/admin/drain", "Host: localhost\r\nContent-Length: 16385\r\n").status,
-            413);
+  EXPECT_EQ(server.request("POST", "/api/admin/drain", "Host: localhost\r\nContent-Length: 16385\r\n").status, 413);
   Connection endless(server.port());
   endless.send("GET /health HTTP/1.1\r\nX: " + std::string(60000, 'x'));
   EXPECT_EQ(endless.read().status, 431);
   Connection chunked(server.port());
-  chunked.send(
-      "POST /api/admin/drain HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n8000\r\n" +
-      std::string(0x8000, 'x'));
+  chunked.send("POST /api/admin/drain HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n8000\r\n" +
+               std::string(0x8000, 'x'));
   EXPECT_EQ(chunked.read().status, 413);
-  EXPECT_EQ(
-      server.request("GET", "/health/live", "Host: x\r\nX-Ok: " + std::string(7000, 'a') + "\r\n").status,
-      200);
+  EXPECT_EQ(server.request("GET", "/health/live", "Host: x\r\nX-Ok: " + std::string(7000, 'a') + "\r\n").status, 200);
   EXPECT_TRUE(server.actions().empty());
 }
 
@@ -378,8 +368,7 @@ TEST(AdminServer, ATakenPortNamesTheKey) {
     FAIL() << "listens twice";
   } catch (const std::runtime_error& e) {
     const std::string text = e.what();
-    for (const char* part : {"admin.listen", "PGSIDECAR_ADMIN_LISTEN", "in use"})
-      EXPECT_NE(text.find(part), std::string::npos) << text;
+    for (const char* part : {"admin.listen", "PGSIDECAR_ADMIN_LISTEN", "in use"}) EXPECT_NE(text.find(part), std::string::npos) << text;
     EXPECT_NE(text.find(std::to_string(first.port())), std::string::npos) << text;
   }
   EXPECT_EQ(second.port(), 0);

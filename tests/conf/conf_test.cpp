@@ -1,5 +1,4 @@
 #include <gtest/gtest.h>
-
 #include <sys/stat.h>
 
 #include <cstdio>
@@ -109,8 +108,9 @@ TEST(Url, Refused) {
 }
 
 TEST(Url, MistakesDoNotTellThePassword) {
-  for (const char* text : {"postgresql://u:hunter2@h:x/d", "postgresql://u:hunter2%@h/d", "host=h password=hunter2 port=x", "postgresql://u:hunter2@h/d?no=1",
-                           "postgresql+asyncpg://u:hunter2@h/d?ssl=require", "//u:hunter2@h/d?x=1", "postgresql://u:hunter2/x@h/d", "host=h password=a hunter2=b"})
+  for (const char* text : {"postgresql://u:hunter2@h:x/d", "postgresql://u:hunter2%@h/d", "host=h password=hunter2 port=x",
+                           "postgresql://u:hunter2@h/d?no=1", "postgresql+asyncpg://u:hunter2@h/d?ssl=require", "//u:hunter2@h/d?x=1",
+                           "postgresql://u:hunter2/x@h/d", "host=h password=a hunter2=b"})
     EXPECT_EQ(mistake([&] { parse(text); }).find("hunter2"), std::string::npos) << text;
 }
 
@@ -158,7 +158,10 @@ TEST(Url, Service) {
   EXPECT_EQ(p.hosts[0].port, 8);
   EXPECT_EQ(p.user, "u");
   EXPECT_EQ(p.dbname, "d");
-  EXPECT_NE(mistake([&] { parse("", {{"PGSERVICE", "none"}, {"PGSERVICEFILE", file}, {"PGSYSCONFDIR", "/no/such"}}); }).find("\"none\" not found"), std::string::npos);
+  EXPECT_NE(mistake([&] {
+              parse("", {{"PGSERVICE", "none"}, {"PGSERVICEFILE", file}, {"PGSYSCONFDIR", "/no/such"}});
+            }).find("\"none\" not found"),
+            std::string::npos);
   std::remove(file.c_str());
 }
 
@@ -180,7 +183,8 @@ TEST(Load, TheExampleIsTheDefaults) {
 }
 
 TEST(Load, FileThenEnvironment) {
-  const auto env = environment({{"DATABASE_URL", "postgresql://u@h/d"}, {"PGSIDECAR_POOL_MAX", "7"}, {"PGSIDECAR_POOL_IDLE_TIMEOUT_MILLIS", "5"}});
+  const auto env =
+      environment({{"DATABASE_URL", "postgresql://u@h/d"}, {"PGSIDECAR_POOL_MAX", "7"}, {"PGSIDECAR_POOL_IDLE_TIMEOUT_MILLIS", "5"}});
   const Config config = load_text("pool: {max: 3, min: 1, mode: session}\nlisten: ['127.0.0.1:1', 'unix:/tmp']\n", "x", env);
   EXPECT_EQ(config.pool.max, 7u);
   EXPECT_EQ(config.pool.min, 1u);
@@ -192,7 +196,8 @@ TEST(Load, FileThenEnvironment) {
 }
 
 TEST(Load, SectionsTakeWhatTheyLeaveOutFromTheGlobalOnes) {
-  const Config config = load_text("databases: {a: {pool: {max: 4}}, '*': {}}\nusers: {x: {password: pw, pool: {min: 0}}}\npool: {maxUses: 9}\n", "x", kUrl);
+  const Config config =
+      load_text("databases: {a: {pool: {max: 4}}, '*': {}}\nusers: {x: {password: pw, pool: {min: 0}}}\npool: {maxUses: 9}\n", "x", kUrl);
   EXPECT_EQ(config.databases.at("a").pool.max, 4u);
   EXPECT_EQ(config.databases.at("a").pool.maxUses, 9u);
   EXPECT_EQ(config.databases.at("a").upstream.keys.at("dbname"), "a");
@@ -200,8 +205,11 @@ TEST(Load, SectionsTakeWhatTheyLeaveOutFromTheGlobalOnes) {
 }
 
 TEST(Load, TheEnvironmentReachesTheSections) {
-  const auto env = environment({{"PGSIDECAR_UPSTREAM_URL", "postgresql://e:s3cret@other/x"}, {"PGSIDECAR_POOL_MAX", "4"}, {"PGSIDECAR_UPSTREAM_SSLMODE", "require"}});
-  const Config config = load_text("upstream: {url: postgresql://u@h/d}\npool: {max: 20}\ndatabases: {a: {}}\nusers: {u: {pool: {min: 1}}}\n", "x", env);
+  const auto env = environment({{"PGSIDECAR_UPSTREAM_URL", "postgresql://e:s3cret@other/x"},
+                                {"PGSIDECAR_POOL_MAX", "4"},
+                                {"PGSIDECAR_UPSTREAM_SSLMODE", "require"}});
+  const Config config =
+      load_text("upstream: {url: postgresql://u@h/d}\npool: {max: 20}\ndatabases: {a: {}}\nusers: {u: {pool: {min: 1}}}\n", "x", env);
   EXPECT_EQ(config.databases.at("a").pool.max, 4u);
   EXPECT_EQ(config.users.at("u").pool->max, 4u);
   const ConnectParams p = resolve_upstream(config.databases.at("a").upstream, env);
@@ -213,8 +221,10 @@ TEST(Load, TheEnvironmentReachesTheSections) {
 TEST(Load, ASectionsUpstreamIsTheGlobalOneOverlaid) {
   const Config config = load_text(
       "upstream: {url: 'postgresql://app:pw@h:7/d', sslmode: require, password: other}\n"
-      "databases:\n  a: {upstream: {host: replica}}\n  b: {upstream: {url: 'postgresql://z:q@own/'}}\n  c: {upstream: {dbname: elsewhere}}\n"
-      "  d: {upstream: 'postgresql://z@own/named'}\n", "x", kUrl);
+      "databases:\n  a: {upstream: {host: replica}}\n  b: {upstream: {url: 'postgresql://z:q@own/'}}\n  c: {upstream: {dbname: "
+      "elsewhere}}\n"
+      "  d: {upstream: 'postgresql://z@own/named'}\n",
+      "x", kUrl);
   const auto resolved = [&](const char* name) { return resolve_upstream(config.databases.at(name).upstream, kUrl); };
   EXPECT_EQ(resolved("a").hosts[0].name, "replica");
   EXPECT_EQ(resolved("a").user, "app");
@@ -237,12 +247,15 @@ TEST(Load, ASecretFileInAUrlHoldsThePasswordAsItIs) {
 
 TEST(Load, AllMistakesAtOnceWithTheirLines) {
   const std::string text = mistake([] {
-    load_text("pool:\n  maxx: 3\n  mode: sesion\n  max: 0\nlistn: x\nusers: {u: {pasword: x}}\n"
-              "upstream:\n  url: postgresql://h/d\n  sslmod: x\ntls: {mode: require}\nlistn: y\n", "f.yaml", kUrl);
+    load_text(
+        "pool:\n  maxx: 3\n  mode: sesion\n  max: 0\nlistn: x\nusers: {u: {pasword: x}}\n"
+        "upstream:\n  url: postgresql://h/d\n  sslmod: x\ntls: {mode: require}\nlistn: y\n",
+        "f.yaml", kUrl);
   });
-  for (const char* says : {"f.yaml:2: pool.maxx: unknown key (did you mean \"pool.max\"?)", "f.yaml:3: pool.mode", "f.yaml:4: pool.max", "f.yaml:5: listn",
-                           "\"listen\"", "\"password\"", "f.yaml:9: upstream.sslmod: unknown key (did you mean \"sslmode\"?)", "f.yaml:10: tls:",
-                           "f.yaml:11: listn: given twice"})
+  for (const char* says :
+       {"f.yaml:2: pool.maxx: unknown key (did you mean \"pool.max\"?)", "f.yaml:3: pool.mode", "f.yaml:4: pool.max", "f.yaml:5: listn",
+        "\"listen\"", "\"password\"", "f.yaml:9: upstream.sslmod: unknown key (did you mean \"sslmode\"?)",
+        "f.yaml:10: tls:", "f.yaml:11: listn: given twice"})
     EXPECT_NE(text.find(says), std::string::npos) << says << "\n" << text;
 }
 
@@ -250,13 +263,24 @@ TEST(Load, WhatIsWrong) {
   const struct {
     const char *yaml, *says;
   } rows[] = {
-      {"[", "not valid YAML"}, {"3", "mapping"}, {"pool: 3", "mapping"}, {"pool: {min: 20}", "more than"}, {"tls: {mode: require}", "tls.certificate"},
-      {"listen: nowhere", "host:port"}, {"log: {level: loud}", "none of"}, {"upstream: {url: '${NO_SUCH}'}", "NO_SUCH is not set"},
-      {"upstream: {url: 'postgresql://h:x/d'}", "port"}, {"users: {u: {password: '${file:/no/such}'}}", "/no/such"}, {"pool: {keepAlive: perhaps}", "true"},
-      {"listen: '::1:5432'", "[address]:port"}, {"admin: {listen: 'unix:/tmp'}", "host:port or off"},
-      {"tls: {mode: require, certificate: /no/such, key: /no/such}", "cannot read \"/no/such\""}, {"users: {u: {pool: {min: 20}}}", "x:1: users.u.pool.min"},
+      {"[", "not valid YAML"},
+      {"3", "mapping"},
+      {"pool: 3", "mapping"},
+      {"pool: {min: 20}", "more than"},
+      {"tls: {mode: require}", "tls.certificate"},
+      {"listen: nowhere", "host:port"},
+      {"log: {level: loud}", "none of"},
+      {"upstream: {url: '${NO_SUCH}'}", "NO_SUCH is not set"},
+      {"upstream: {url: 'postgresql://h:x/d'}", "port"},
+      {"users: {u: {password: '${file:/no/such}'}}", "/no/such"},
+      {"pool: {keepAlive: perhaps}", "true"},
+      {"listen: '::1:5432'", "[address]:port"},
+      {"admin: {listen: 'unix:/tmp'}", "host:port or off"},
+      {"tls: {mode: require, certificate: /no/such, key: /no/such}", "cannot read \"/no/such\""},
+      {"users: {u: {pool: {min: 20}}}", "x:1: users.u.pool.min"},
       {"users: {u: {password: md500112233445566778899aabbccddeeff}}", "md5 hash"},
-      {"upstream: {sslrootcert: /no/such}", "cannot read sslrootcert \"/no/such\""}, {"auth: {method: cert}\ntls: {ca: /etc/hostname}", "tls.mode"},
+      {"upstream: {sslrootcert: /no/such}", "cannot read sslrootcert \"/no/such\""},
+      {"auth: {method: cert}\ntls: {ca: /etc/hostname}", "tls.mode"},
   };
   for (const auto& row : rows) {
     const std::string text = mistake([&] { load_text(row.yaml, "x", kUrl); });
@@ -276,7 +300,8 @@ TEST(Load, Expands) {
 }
 
 TEST(Load, SecretsAreNotPrinted) {
-  const Config config = load_text("users: {u: {password: hunter2}}\nupstream: {url: 'postgresql://u:hunter3@h/d', password: hunter4}\n", "x", kUrl);
+  const Config config =
+      load_text("users: {u: {password: hunter2}}\nupstream: {url: 'postgresql://u:hunter3@h/d', password: hunter4}\n", "x", kUrl);
   const std::string text = to_redacted_yaml(config);
   EXPECT_EQ(text.find("hunter"), std::string::npos) << text;
   EXPECT_NE(text.find("maxUses"), std::string::npos);

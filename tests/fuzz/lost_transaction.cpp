@@ -1,6 +1,7 @@
 // A lost transaction's answers: whatever the client sends, they are whole messages, and one ReadyForQuery for each that is due.
-#include "fuzz.hpp"
 #include "proxy/lost_transaction.hpp"
+
+#include "fuzz.hpp"
 
 using namespace pgsidecar;
 using namespace std::string_literals;
@@ -33,8 +34,10 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
     require(ready == due, "ReadyForQuery when it is due");
     require(errors <= 1, "one error at most");
     if (skipping && type != 'S') require(out.empty(), "silence up to Sync");
-    if (type == 'S') skipping = false;
-    else if (errors == 1 && !due) skipping = true;
+    if (type == 'S')
+      skipping = false;
+    else if (errors == 1 && !due)
+      skipping = true;
     require(over == (status == 'I'), "over when the client hears so");
     if (over) return 0;
   }
@@ -43,6 +46,10 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
 
 std::vector<std::string> seeds() {
   // Types by their place in the table, then a length and a body.
-  return {"\1\0\7COMMIT\0"s, "\0\0\x09SELECT 1\0\0\7commit\0"s, "\1\1\x0a\0COMMIT\0\0\0\2\3\0\0\0\4\5\0\0\0\0\0\6\0"s,
-          "\0\2\3\0c\0\3\2P\0\4\5\0\0\0\0\0\6\0"s, "\1\2\3\0s\0\2\3\0c\0\6\0\3\3Sc\0\5\3Ss\0\6\0"s, "\1\1\x0cn\0ROLLBACK\0\0\0\2\3\0n\0\4\0\6\0"s};
+  return {"\1\0\7COMMIT\0"s,
+          "\0\0\x09SELECT 1\0\0\7commit\0"s,
+          "\1\1\x0a\0COMMIT\0\0\0\2\3\0\0\0\4\5\0\0\0\0\0\6\0"s,
+          "\0\2\3\0c\0\3\2P\0\4\5\0\0\0\0\0\6\0"s,
+          "\1\2\3\0s\0\2\3\0c\0\6\0\3\3Sc\0\5\3Ss\0\6\0"s,
+          "\1\1\x0cn\0ROLLBACK\0\0\0\2\3\0n\0\4\0\6\0"s};
 }

@@ -1,7 +1,8 @@
 // The messages that are parsed: a startup, its options, errors; and the frames of a login in both roles.
+#include "protocol/messages.hpp"
+
 #include "fuzz.hpp"
 #include "protocol/login.hpp"
-#include "protocol/messages.hpp"
 
 using namespace pgsidecar::protocol;
 using namespace std::string_literals;
@@ -57,7 +58,8 @@ void server_login(Choices& choices) {
   login.begin(out);
   frames(choices, [&](char type, Bytes body) {
     if (type == 'R' && body.size() > 200) return false;
-    if (type == 'R' && body.size() > 4 && body[3] == 11 && std::string_view(reinterpret_cast<const char*>(body.data()), body.size()).find(",i=") != std::string_view::npos)
+    if (type == 'R' && body.size() > 4 && body[3] == 11 &&
+        std::string_view(reinterpret_cast<const char*>(body.data()), body.size()).find(",i=") != std::string_view::npos)
       return false;  // a derivation takes its time
     const auto step = login.on_frame(type, body, out);
     // Nobody here knows the password, so nobody can pass for a server that must prove itself.
@@ -96,14 +98,19 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
 
 std::vector<std::string> seeds() {
   const auto frame = [](char type, const std::string& body) { return std::string(1, type) + static_cast<char>(body.size()) + body; };
-  return {"\0\0\3\0\0user\0u\0options\0-c a=b --c=d\\ e\0\0"s,
-          "\0"s + "\0\3\0\2user\0u\0_pq_.x\0" "1\0\0"s,
-          "\1SERROR\0VERROR\0C53300\0Mm\0Dd\0Hh\0\0"s,
-          "\2-c a=b -cc=d --e-f=g\\ h"s,
-          "\3\2"s + frame('R', "\0\0\0\x0aSCRAM-SHA-256\0SCRAM-SHA-256-PLUS\0\0"s) + frame('R', "\0\0\0\x0br=x,s=QQ=="s) + frame('R', "\0\0\0\x0cv=QQ=="s) + frame('R', "\0\0\0\0"s),
-          "\3\4"s + frame('R', "\0\0\0\3"s) + frame('R', "\0\0\0\0"s) + frame('S', "a\0b\0"s) + frame('K', "\0\0\0\1keys"s) + frame('Z', "I"),
-          "\3\5"s + frame('R', "\0\0\0\5salt"s) + frame('E', "SFATAL\0C28P01\0Mno\0\0"s),
-          "\4\2\1\1"s + frame('p', "SCRAM-SHA-256-PLUS\0\0\0\0\x1fp=tls-server-end-point,,n=,r=abc"s) + frame('p', "c=cD10bHMt,r=abc,p=QQ=="),
-          "\4\2\1\0"s + frame('p', "SCRAM-SHA-256\0\0\0\0\x0bn,,n=,r=abc"s) + frame('p', "c=biws,r=abc,p=QQ=="),
-          "\4\0\1\0"s + frame('p', "password\0"s), "\4\1\1\0"s + frame('p', "md50123\0"s)};
+  return {
+      "\0\0\3\0\0user\0u\0options\0-c a=b --c=d\\ e\0\0"s,
+      "\0"s +
+          "\0\3\0\2user\0u\0_pq_.x\0"
+          "1\0\0"s,
+      "\1SERROR\0VERROR\0C53300\0Mm\0Dd\0Hh\0\0"s,
+      "\2-c a=b -cc=d --e-f=g\\ h"s,
+      "\3\2"s + frame('R', "\0\0\0\x0aSCRAM-SHA-256\0SCRAM-SHA-256-PLUS\0\0"s) + frame('R', "\0\0\0\x0br=x,s=QQ=="s) +
+          frame('R', "\0\0\0\x0cv=QQ=="s) + frame('R', "\0\0\0\0"s),
+      "\3\4"s + frame('R', "\0\0\0\3"s) + frame('R', "\0\0\0\0"s) + frame('S', "a\0b\0"s) + frame('K', "\0\0\0\1keys"s) + frame('Z', "I"),
+      "\3\5"s + frame('R', "\0\0\0\5salt"s) + frame('E', "SFATAL\0C28P01\0Mno\0\0"s),
+      "\4\2\1\1"s + frame('p', "SCRAM-SHA-256-PLUS\0\0\0\0\x1fp=tls-server-end-point,,n=,r=abc"s) + frame('p', "c=cD10bHMt,r=abc,p=QQ=="),
+      "\4\2\1\0"s + frame('p', "SCRAM-SHA-256\0\0\0\0\x0bn,,n=,r=abc"s) + frame('p', "c=biws,r=abc,p=QQ=="),
+      "\4\0\1\0"s + frame('p', "password\0"s),
+      "\4\1\1\0"s + frame('p', "md50123\0"s)};
 }

@@ -1,9 +1,10 @@
 // The pipeline against a model of PostgreSQL: clients send what they like when they like, the model answers as a server would,
 // errors and COPY included, and each reply must find the request that it belongs to. First, rubbish.
+#include "protocol/pipeline.hpp"
+
 #include <deque>
 
 #include "fuzz.hpp"
-#include "protocol/pipeline.hpp"
 
 using namespace pgsidecar::protocol;
 
@@ -15,7 +16,8 @@ void check(const Pipeline& pipeline) {
   require(n == pipeline.size() && pipeline.empty() == (n == 0), "sizes agree");
   require(pipeline.empty() == (pipeline.front() == nullptr), "the front is there");
   if (pipeline.front()) require(pipeline.front()->request != Request::CopyEnd, "nothing is owed for the end of a COPY");
-  if (pipeline.releasable()) require(pipeline.empty() && !pipeline.unsynced() && pipeline.status() == TxStatus::Idle, "released when clean");
+  if (pipeline.releasable())
+    require(pipeline.empty() && !pipeline.unsynced() && pipeline.status() == TxStatus::Idle, "released when clean");
 }
 
 void rubbish(Choices& choices) {
@@ -86,9 +88,7 @@ class Server {
         if (message.fate == Fate::Copies || message.fate == Fate::CopiesAndFails) return begin_copy(message);
         say(fails ? "E" : message.note % 5 == 0 ? "I" : "TDDC", message.note);
         return say("Z", message.note);
-      case Request::FunctionCall:
-        say(fails ? "E" : "V", message.note);
-        return say("Z", message.note);
+      case Request::FunctionCall: say(fails ? "E" : "V", message.note); return say("Z", message.note);
       case Request::Sync:
         if (fails && !skipping_) say("E", message.note);  // at the commit
         skipping_ = false;
@@ -96,7 +96,8 @@ class Server {
       case Request::Parse: return extended("1", message);
       case Request::Bind: return extended("2", message);
       case Request::Close: return extended("3", message);
-      case Request::Describe: return extended(message.describes_statement ? (message.note % 2 ? "tT" : "tn") : message.note % 2 ? "T" : "n", message);
+      case Request::Describe:
+        return extended(message.describes_statement ? (message.note % 2 ? "tT" : "tn") : message.note % 2 ? "T" : "n", message);
       case Request::Execute:
         if (message.fate == Fate::Copies || message.fate == Fate::CopiesAndFails) return begin_copy(message);
         return extended(message.note % 4 == 0 ? "I" : message.note % 4 == 1 ? "DDs" : message.note % 4 == 2 ? "HddcC" : "DC", message);
@@ -110,8 +111,10 @@ class Server {
   }
   void fail(std::uint32_t note, bool simple) {
     say("E", note);
-    if (simple) say("Z", note);
-    else skipping_ = true;
+    if (simple)
+      say("Z", note);
+    else
+      skipping_ = true;
   }
   void extended(const char* types, const Sent& message) {
     if (message.fate == Fate::Fails) return fail(message.note, false);
@@ -202,7 +205,8 @@ class Conversation {
       server_.wire.push_back(data);
       return;
     }
-    static constexpr Request kRequests[] = {Request::Query, Request::Parse, Request::Bind, Request::Describe, Request::Execute, Request::Close, Request::Sync, Request::FunctionCall};
+    static constexpr Request kRequests[] = {Request::Query,   Request::Parse, Request::Bind, Request::Describe,
+                                            Request::Execute, Request::Close, Request::Sync, Request::FunctionCall};
     Sent message{kRequests[what % 8], fate, 0};
     message.describes_statement = what & 8;
     const bool copies = fate == Fate::Copies || fate == Fate::CopiesAndFails;
@@ -260,8 +264,10 @@ class Conversation {
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   Choices choices(data, size);
-  if (choices.below(4) == 0) rubbish(choices);
-  else Conversation().play(choices);
+  if (choices.below(4) == 0)
+    rubbish(choices);
+  else
+    Conversation().play(choices);
   return 0;
 }
 

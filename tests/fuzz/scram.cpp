@@ -1,6 +1,7 @@
 // SCRAM in both roles: against rubbish, and against each other with a message changed on its way.
-#include "fuzz.hpp"
 #include "protocol/scram.hpp"
+
+#include "fuzz.hpp"
 
 using namespace pgsidecar::protocol;
 
@@ -9,7 +10,8 @@ namespace {
 /// Numbers of iterations that would take long: not what is searched for.
 bool slow(std::string_view message) {
   const std::size_t at = message.find(",i=");
-  return at != std::string_view::npos && message.substr(at + 3, 4).find_first_not_of("0123456789") == std::string_view::npos && message.size() >= at + 7;
+  return at != std::string_view::npos && message.substr(at + 3, 4).find_first_not_of("0123456789") == std::string_view::npos &&
+         message.size() >= at + 7;
 }
 
 void change(std::string& message, Choices& choices) {
@@ -48,8 +50,10 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
     }
     case 2: {
       const Exact text(choices.take(size));
-      if (const auto verifier = parse_verifier(text.text())) require(verifier->iterations > 0 && !verifier->salt.empty(), "a verifier is usable");
-      if (const auto bytes = base64_decode(text.text())) require(base64_encode(*bytes).size() == text.text().size(), "base64 keeps its size");
+      if (const auto verifier = parse_verifier(text.text()))
+        require(verifier->iterations > 0 && !verifier->salt.empty(), "a verifier is usable");
+      if (const auto bytes = base64_decode(text.text()))
+        require(base64_encode(*bytes).size() == text.text().size(), "base64 keeps its size");
       break;
     }
     default: {
@@ -89,7 +93,15 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
 
 std::vector<std::string> seeds() {
   using namespace std::string_literals;
-  return {"\0\0\x0bn,,n=,r=abc\0c=biws,r=abc,p=QQ=="s, "\0\1\x1fp=tls-server-end-point,,n=,r=abc\1c=,r=,p="s, "\1\x16r=nx,s=QQ==,i=1v=QQ=="s,
-          "\1\x0fr=nx,s=QQ==,i=1v=QQ=="s, "\2SCRAM-SHA-256$4096:QQ==$AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=:AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA="s,
-          "\3\0\1\0\0\0"s, "\3\1\1\0\0\0"s, "\3\1\0\0\0\0"s, "\3\1\1\1\5x\0\0"s, "\3\1\1\0\1\x09y\0"s, "\3\1\1\0\0\1\x11z"s};
+  return {"\0\0\x0bn,,n=,r=abc\0c=biws,r=abc,p=QQ=="s,
+          "\0\1\x1fp=tls-server-end-point,,n=,r=abc\1c=,r=,p="s,
+          "\1\x16r=nx,s=QQ==,i=1v=QQ=="s,
+          "\1\x0fr=nx,s=QQ==,i=1v=QQ=="s,
+          "\2SCRAM-SHA-256$4096:QQ==$AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=:AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA="s,
+          "\3\0\1\0\0\0"s,
+          "\3\1\1\0\0\0"s,
+          "\3\1\0\0\0\0"s,
+          "\3\1\1\1\5x\0\0"s,
+          "\3\1\1\0\1\x09y\0"s,
+          "\3\1\1\0\0\1\x11z"s};
 }

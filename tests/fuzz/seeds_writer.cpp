@@ -6,7 +6,8 @@
 extern "C" int LLVMFuzzerInitialize(int*, char***) {
   if (const char* directory = std::getenv("PGSIDECAR_SEEDS")) {
     int n = 0;
-    for (const std::string& seed : seeds()) std::ofstream(directory + std::string("/seed-") + std::to_string(n++), std::ios::binary) << seed;
+    for (const std::string& seed : seeds())
+      std::ofstream(directory + std::string("/seed-") + std::to_string(n++), std::ios::binary) << seed;
   }
   return 0;
 }

@@ -1,8 +1,9 @@
 // The SQL lexer: what it says must not depend on case, on blanks and comments around the text, or on whether names are asked for.
+#include "protocol/sql_scan.hpp"
+
 #include <algorithm>
 
 #include "fuzz.hpp"
-#include "protocol/sql_scan.hpp"
 
 using namespace pgsidecar::protocol;
 
@@ -31,8 +32,12 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
 
 std::vector<std::string> seeds() {
   return {"1SET a.b = $q$ x $q$; SELECT set_config('c.d', E'\\'', f(\"x\"\"y\", 1.5e3)) /* /* */ */ -- end\n; DO 'x'",
-          "1SELECT pg_advisory_xact_lock(1), pg_try_advisory_lock(2)", "1set session \"a\".\"b\" to 'x'; RESET ALL; LISTEN x",
-          "0SELECT '\\'; SET x = 1; --'", "1DECLARE c CURSOR WITH HOLD FOR SELECT 1; CREATE TEMP TABLE t (); LOAD 'x'",
-          "1SELECT set_config('a' || '.b', $1, true), set_config('x.y', $1, false)", "1PREPARE p AS SELECT 1; EXPLAIN ANALYZE EXECUTE p; DEALLOCATE ALL",
-          "1BEGIN; SAVEPOINT a; ROLLBACK TO a; COMMIT PREPARED 'x'; DISCARD ALL", "1SELECT U&\"d\\0061t\", 1.e5, $$;SET x$$, $1"};
+          "1SELECT pg_advisory_xact_lock(1), pg_try_advisory_lock(2)",
+          "1set session \"a\".\"b\" to 'x'; RESET ALL; LISTEN x",
+          "0SELECT '\\'; SET x = 1; --'",
+          "1DECLARE c CURSOR WITH HOLD FOR SELECT 1; CREATE TEMP TABLE t (); LOAD 'x'",
+          "1SELECT set_config('a' || '.b', $1, true), set_config('x.y', $1, false)",
+          "1PREPARE p AS SELECT 1; EXPLAIN ANALYZE EXECUTE p; DEALLOCATE ALL",
+          "1BEGIN; SAVEPOINT a; ROLLBACK TO a; COMMIT PREPARED 'x'; DISCARD ALL",
+          "1SELECT U&\"d\\0061t\", 1.e5, $$;SET x$$, $1"};
 }

@@ -1,6 +1,7 @@
 // Connection strings: whatever is written, a reading or a ConfigError.
-#include "conf/load.hpp"
 #include "conf/url.hpp"
+
+#include "conf/load.hpp"
 #include "fuzz.hpp"
 
 using namespace pgsidecar::conf;
@@ -19,7 +20,11 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
 
 std::vector<std::string> seeds() {
   return {"postgresql://u:p%40w@h1:1,[::1]:2/db?sslmode=require&options=-c%20a%3Db&application_name=x",
-          "postgres://u:p@ss@host/db?host=/tmp&port=5433&target_session_attrs=read-write", "host=a,b port=1,2 user='it\\'s' password=\"x\" dbname = d sslmode=disable",
+          "postgres://u:p@ss@host/db?host=/tmp&port=5433&target_session_attrs=read-write",
+          "host=a,b port=1,2 user='it\\'s' password=\"x\" dbname = d sslmode=disable",
           "postgresql:///db?host=/var/run&connect_timeout=5&keepalives=0&channel_binding=require&require_auth=scram-sha-256,md5",
-          "host=@abstract hostaddr=::1 sslrootcert=system sslnegotiation=direct", "postgresql://%", "postgresql://h:99999/", "host=a port=x"};
+          "host=@abstract hostaddr=::1 sslrootcert=system sslnegotiation=direct",
+          "postgresql://%",
+          "postgresql://h:99999/",
+          "host=a port=x"};
 }

@@ -24,8 +24,7 @@ TEST(Histogram, OneValueIsEveryQuantile) {
     Histogram h;
     h.record(v);
     const auto exact = static_cast<double>(v);
-    for (const double q : {0.0, 0.5, 0.99, 1.0})
-      EXPECT_NEAR(h.quantile(q), exact, exact * 0.0625) << v << " " << q;
+    for (const double q : {0.0, 0.5, 0.99, 1.0}) EXPECT_NEAR(h.quantile(q), exact, exact * 0.0625) << v << " " << q;
     EXPECT_EQ(h.max_micros(), v);
     EXPECT_EQ(h.sum_micros(), v);
   }
@@ -44,8 +43,7 @@ TEST(Histogram, QuantilesAreWithinABucketOfTheExactOnes) {
   std::sort(all.begin(), all.end());
   double last = 0;
   for (const double q : {0.01, 0.25, 0.5, 0.9, 0.95, 0.99, 0.999}) {
-    const auto exact =
-        static_cast<double>(all[static_cast<std::size_t>(q * static_cast<double>(all.size()))]);
+    const auto exact = static_cast<double>(all[static_cast<std::size_t>(q * static_cast<double>(all.size()))]);
     EXPECT_NEAR(h.quantile(q), exact, exact * 0.0625 + 1) << q;
     EXPECT_GE(h.quantile(q), last);
     last = h.quantile(q);

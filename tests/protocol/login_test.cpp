@@ -20,7 +20,9 @@ std::vector<std::pair<char, std::string>> frames(const std::string& bytes) {
   return out;
 }
 
-Bytes view(const std::string& s) { return {reinterpret_cast<const std::uint8_t*>(s.data()), s.size()}; }
+Bytes view(const std::string& s) {
+  return {reinterpret_cast<const std::uint8_t*>(s.data()), s.size()};
+}
 
 struct Outcome {
   ClientLogin::Step client_side{};
@@ -88,7 +90,8 @@ TEST(Login, EveryMethodWithEverySecret) {
   for (const ClientAuth method : {ClientAuth::Password, ClientAuth::Md5, ClientAuth::Scram})
     for (const std::string& secret : {std::string("secret"), verifier("secret")}) {
       const Outcome right = play(method, secret, "secret");
-      EXPECT_TRUE(right.client_side == kAccepted && right.server_side == kReady) << static_cast<int>(method) << " " << secret << " " << right.error;
+      EXPECT_TRUE(right.client_side == kAccepted && right.server_side == kReady)
+          << static_cast<int>(method) << " " << secret << " " << right.error;
       for (const std::string wrong : {"Secret", "secret ", "s"}) {
         const Outcome refused = play(method, secret, wrong);
         EXPECT_EQ(refused.client_side, ClientLogin::Step::Rejected) << static_cast<int>(method) << " " << wrong;
@@ -121,11 +124,14 @@ TEST(Login, ChannelBinding) {
 }
 
 TEST(Login, WhatTheServerMayAskFor) {
-  EXPECT_EQ(play(ClientAuth::Password, "s", "s", {}, {}, ServerCredentials::Binding::Prefer, {}, false).server_side, ServerLogin::Step::Failed);
-  EXPECT_EQ(play(ClientAuth::Md5, "s", "s", {}, {}, ServerCredentials::Binding::Prefer, {"scram-sha-256"}).server_side, ServerLogin::Step::Failed);
+  EXPECT_EQ(play(ClientAuth::Password, "s", "s", {}, {}, ServerCredentials::Binding::Prefer, {}, false).server_side,
+            ServerLogin::Step::Failed);
+  EXPECT_EQ(play(ClientAuth::Md5, "s", "s", {}, {}, ServerCredentials::Binding::Prefer, {"scram-sha-256"}).server_side,
+            ServerLogin::Step::Failed);
   EXPECT_EQ(play(ClientAuth::Md5, "s", "s", {}, {}, ServerCredentials::Binding::Prefer, {"!md5"}).server_side, ServerLogin::Step::Failed);
   EXPECT_EQ(play(ClientAuth::Scram, "s", "s", {}, {}, ServerCredentials::Binding::Prefer, {"!md5"}).server_side, kReady);
-  EXPECT_EQ(play(ClientAuth::Trust, {}, "s", {}, {}, ServerCredentials::Binding::Prefer, {"scram-sha-256"}).server_side, ServerLogin::Step::Failed);
+  EXPECT_EQ(play(ClientAuth::Trust, {}, "s", {}, {}, ServerCredentials::Binding::Prefer, {"scram-sha-256"}).server_side,
+            ServerLogin::Step::Failed);
   EXPECT_EQ(play(ClientAuth::Scram, "s", "").server_side, ServerLogin::Step::Failed);
 }
 
@@ -156,8 +162,8 @@ TEST(Scram, TheRfcsExample) {
 }
 
 TEST(Scram, RefusesBadServerMessages) {
-  for (const char* message : {"", "r=", "r=other,s=QQ==,i=1", "r=n,s=QQ==,i=1", "r=nx,s=,i=1", "r=nx,s=Q,i=1", "r=nx,s=QQ==,i=0", "r=nx,s=QQ==,i=99999999999",
-                              "r=nx,s=QQ==,i=10000001", "r=nx,s=QQ==,i=1x", "r=nx,s=QQ==", "x"}) {
+  for (const char* message : {"", "r=", "r=other,s=QQ==,i=1", "r=n,s=QQ==,i=1", "r=nx,s=,i=1", "r=nx,s=Q,i=1", "r=nx,s=QQ==,i=0",
+                              "r=nx,s=QQ==,i=99999999999", "r=nx,s=QQ==,i=10000001", "r=nx,s=QQ==,i=1x", "r=nx,s=QQ==", "x"}) {
     ScramClient client("p", {}, false, false, nullptr, "n");
     client.first();
     std::string error;
@@ -169,12 +175,14 @@ TEST(Scram, Base64IsCanonical) {
   for (const std::string& bytes : {std::string(), std::string("a"), std::string("ab"), std::string("abc"), std::string(33, '\0')})
     EXPECT_EQ(base64_decode(base64_encode(bytes)), bytes);
   // OpenSSL alone takes all of these.
-  for (const char* text : {"=AAA", "A=AA", "    QQ==", "QQ==    ", "QR==", "Q", "QQ=", "QQ!=", "QQ==QQ=="}) EXPECT_FALSE(base64_decode(text)) << text;
+  for (const char* text : {"=AAA", "A=AA", "    QQ==", "QQ==    ", "QR==", "Q", "QQ=", "QQ!=", "QQ==QQ=="})
+    EXPECT_FALSE(base64_decode(text)) << text;
 }
 
 TEST(Scram, Verifiers) {
   EXPECT_TRUE(parse_verifier(verifier("x")));
-  for (const char* text : {"", "SCRAM-SHA-256$", "SCRAM-SHA-256$4096:QQ==$QQ==:QQ==", "SCRAM-SHA-1$4096:QQ==$x:y", "SCRAM-SHA-256$0:QQ==$a:b", "md5abc"})
+  for (const char* text :
+       {"", "SCRAM-SHA-256$", "SCRAM-SHA-256$4096:QQ==$QQ==:QQ==", "SCRAM-SHA-1$4096:QQ==$x:y", "SCRAM-SHA-256$0:QQ==$a:b", "md5abc"})
     EXPECT_FALSE(parse_verifier(text)) << text;
 }
 

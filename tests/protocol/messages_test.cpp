@@ -25,17 +25,19 @@ TEST(Messages, StartupRows) {
     std::string body;
     bool ok;
   } rows[] = {
-      {"\0\3\0\0\0"s, true},                          // no parameter at all
+      {"\0\3\0\0\0"s, true},  // no parameter at all
       {"\0\3\0\0user\0u\0\0"s, true},
-      {"\0\3\0\0user\0\0\0"s, true},                  // an empty value
-      {"\0\3\0\2user\0u\0_pq_.a\0" "b\0\0"s, true},
+      {"\0\3\0\0user\0\0\0"s, true},  // an empty value
+      {"\0\3\0\2user\0u\0_pq_.a\0"
+       "b\0\0"s,
+       true},
       {""s, false},
       {"\0\3\0"s, false},
-      {"\0\3\0\0"s, false},                           // no terminator
+      {"\0\3\0\0"s, false},  // no terminator
       {"\0\3\0\0user\0u\0"s, false},
-      {"\0\3\0\0user\0\0"s, false},                   // a name without a value and its terminator
+      {"\0\3\0\0user\0\0"s, false},  // a name without a value and its terminator
       {"\0\3\0\0user"s, false},
-      {"\0\3\0\0user\0u\0\0x"s, false},               // one byte more
+      {"\0\3\0\0user\0u\0\0x"s, false},  // one byte more
       {"\0\3\0\0\0\0"s, false},
   };
   for (const auto& row : rows) {
@@ -57,11 +59,11 @@ TEST(Messages, ErrorRows) {
       {"Mbad\0\0"s, true, "", "XX000", "bad"},
       {"C123456\0\0"s, true, "", "XX000", ""},
       {"\0"s, true, "", "XX000", ""},
-      {""s, true, "", "XX000", ""},                     // lenient: fields were expected
+      {""s, true, "", "XX000", ""},  // lenient: fields were expected
       {"SERROR\0C42601\0Mbad\0"s, true, "ERROR", "42601", "bad"},
-      {"SERROR\0C42601\0Mbad"s, false, "", "", ""},     // truncated
+      {"SERROR\0C42601\0Mbad"s, false, "", "", ""},  // truncated
       {"S"s, false, "", "", ""},
-      {"SERROR\0\0x"s, false, "", "", ""},              // one byte more
+      {"SERROR\0\0x"s, false, "", "", ""},  // one byte more
   };
   for (const auto& row : rows) {
     const Exact body(row.body);
@@ -130,7 +132,7 @@ TEST(Reader, AnOverrunIsForGood) {
   EXPECT_TRUE(reader.ok());
   EXPECT_EQ(reader.u16(), 0);  // one byte is left
   EXPECT_FALSE(reader.ok());
-  EXPECT_EQ(reader.u8(), 0);   // though it would fit
+  EXPECT_EQ(reader.u8(), 0);  // though it would fit
   EXPECT_EQ(reader.cstring(), "");
   EXPECT_TRUE(reader.bytes(1).empty());
   EXPECT_FALSE(reader.done());

@@ -235,12 +235,15 @@ TEST(Pipeline, Conversations) {
         continue;
       }
       static constexpr std::string_view kLetters = "QPBDXCSFe", kSkipped = "qpbdxcsf";
-      if (*c == 'i') s.ask(Request::Close, Verdict::Inject);
+      if (*c == 'i')
+        s.ask(Request::Close, Verdict::Inject);
       else if (const auto at = kLetters.find(*c); at != std::string_view::npos) {
-        constexpr Request kRequests[] = {Request::Query, Request::Parse, Request::Bind, Request::Describe, Request::Execute, Request::Close, Request::Sync, Request::FunctionCall, Request::CopyEnd};
+        constexpr Request kRequests[] = {Request::Query, Request::Parse, Request::Bind,         Request::Describe, Request::Execute,
+                                         Request::Close, Request::Sync,  Request::FunctionCall, Request::CopyEnd};
         s.ask(kRequests[at]);
       } else {
-        constexpr Request kRequests[] = {Request::Query, Request::Parse, Request::Bind, Request::Describe, Request::Execute, Request::Close, Request::Sync, Request::FunctionCall};
+        constexpr Request kRequests[] = {Request::Query,   Request::Parse, Request::Bind, Request::Describe,
+                                         Request::Execute, Request::Close, Request::Sync, Request::FunctionCall};
         s.ask(kRequests[kSkipped.find(*c)], Verdict::Skip);
       }
     }
@@ -281,8 +284,8 @@ TEST(Pipeline, WhatTheServerCannotSayNow) {
     Request asked;
     std::string wrong;
   } rows[] = {
-      {Request::Query, "12nt3V"}, {Request::Parse, "2CZ3DTG"}, {Request::Bind, "1CZDT"}, {Request::Describe, "1C2ZD"},
-      {Request::Execute, "1Z2tn3V"}, {Request::Close, "12CZD"}, {Request::Sync, "12CDT"}, {Request::FunctionCall, "1CD"},
+      {Request::Query, "12nt3V"},    {Request::Parse, "2CZ3DTG"}, {Request::Bind, "1CZDT"}, {Request::Describe, "1C2ZD"},
+      {Request::Execute, "1Z2tn3V"}, {Request::Close, "12CZD"},   {Request::Sync, "12CDT"}, {Request::FunctionCall, "1CD"},
   };
   for (const auto& row : rows)
     for (const char c : row.wrong) {

@@ -13,7 +13,9 @@ namespace {
 
 using test::Pair;
 
-const std::uint8_t* bytes(const std::string& s) { return reinterpret_cast<const std::uint8_t*>(s.data()); }
+const std::uint8_t* bytes(const std::string& s) {
+  return reinterpret_cast<const std::uint8_t*>(s.data());
+}
 
 std::string text(Gather& gather) {
   std::string out;
@@ -35,10 +37,10 @@ TEST(Gather, PiecesKeepTheirOrder) {
       {{range(0, 0)}, "", 0},
       {{own("")}, "", 0},
       {{range(0, 3)}, "abc", 1},
-      {{range(0, 3), range(3, 2)}, "abcde", 1},          // neighbours are one
-      {{range(0, 3), range(4, 2)}, "abcef", 2},          // a gap
-      {{range(3, 3), range(0, 3)}, "defabc", 2},         // the other way round
-      {{range(0, 3), range(0, 3)}, "abcabc", 2},         // twice the same
+      {{range(0, 3), range(3, 2)}, "abcde", 1},   // neighbours are one
+      {{range(0, 3), range(4, 2)}, "abcef", 2},   // a gap
+      {{range(3, 3), range(0, 3)}, "defabc", 2},  // the other way round
+      {{range(0, 3), range(0, 3)}, "abcabc", 2},  // twice the same
       {{own("1"), own("2")}, "12", 1},
       {{own("1"), range(0, 1), own("2")}, "1a2", 3},
       {{range(0, 1), own("1"), range(1, 1)}, "a1b", 3},  // neighbours with something between

@@ -101,9 +101,7 @@ inline void answer(char type, std::string& out) {
   };
   const auto complete = [&] { Writer(out).begin(Backend::CommandComplete).cstring("SELECT 1").end(); };
   switch (type) {
-    case 'Q':
-      description(), row(), complete();
-      return protocol::write_ready_for_query(out, protocol::TxStatus::Idle);
+    case 'Q': description(), row(), complete(); return protocol::write_ready_for_query(out, protocol::TxStatus::Idle);
     case 'P': Writer(out).begin(Backend::ParseComplete).end(); return;
     case 'B': Writer(out).begin(Backend::BindComplete).end(); return;
     case 'D': return description();

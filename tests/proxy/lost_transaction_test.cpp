@@ -95,7 +95,7 @@ TEST(LostTransaction, Conversations) {
       {{"B:unknown", "E", "S"}, "EZE"},
       {{"P:s9=ROLLBACK", "B:s9", "E", "S"}, "12CZI", true, true},  // pgjdbc names its ROLLBACK after some uses
       {{"P:s9=ROLLBACK", "S", "B:s9", "E", "S"}, "1ZE2CZI", true, true},
-      {{"P:commit=ROLLBACK", "S"}, "EZE"},  // the name is taken
+      {{"P:commit=ROLLBACK", "S"}, "EZE"},                                            // the name is taken
       {{"P:=ROLLBACK", "P:=SELECT 1", "S", "B:", "E", "S"}, "1EZE2CZI", true, true},  // a failed Parse changes nothing
       {{"C:select", "S"}, "3ZE"},
       {{"C:commit", "B:commit", "S"}, "3EZE"},
@@ -129,7 +129,8 @@ TEST(LostTransaction, WhatIsParsedOrClosedInItStays) {
 }
 
 TEST(LostTransaction, MessagesCutShortAreRefused) {
-  for (const auto& [type, body] : {std::pair('Q', "COMMIT\0"s), {'P', "\0COMMIT\0\0\0"s}, {'B', "\0commit\0\0\0\0\0\0\0"s}, {'D', "Scommit\0"s}, {'C', "Scommit\0"s}})
+  for (const auto& [type, body] :
+       {std::pair('Q', "COMMIT\0"s), {'P', "\0COMMIT\0\0\0"s}, {'B', "\0commit\0\0\0\0\0\0\0"s}, {'D', "Scommit\0"s}, {'C', "Scommit\0"s}})
     for (std::size_t n = 0; n < body.size(); ++n) {
       Lost lost(true);
       const std::string heard = lost.ask(type, body.substr(0, n));
@@ -141,10 +142,11 @@ TEST(LostTransaction, MessagesCutShortAreRefused) {
 }
 
 TEST(LostTransaction, StatementsThatEndOne) {
-  for (const char* sql : {"COMMIT", "commit", "End", "ROLLBACK", "abort", "COMMIT;", " ;COMMIT WORK ; ", "ROLLBACK\tTRANSACTION", "\nEND\n"})
+  for (const char* sql :
+       {"COMMIT", "commit", "End", "ROLLBACK", "abort", "COMMIT;", " ;COMMIT WORK ; ", "ROLLBACK\tTRANSACTION", "\nEND\n"})
     EXPECT_TRUE(ends_transaction(sql)) << sql;
-  for (const char* sql : {"", ";", "COMMITTED", "COMMIT PREPARED 'x'", "ROLLBACK TO a", "ROLLBACK AND CHAIN", "ROLLBACK; SELECT 1", "SELECT 1; ROLLBACK",
-                          "SELECT 1", "work", "COM", "ROLLBACK WORK TO SAVEPOINT a"})
+  for (const char* sql : {"", ";", "COMMITTED", "COMMIT PREPARED 'x'", "ROLLBACK TO a", "ROLLBACK AND CHAIN", "ROLLBACK; SELECT 1",
+                          "SELECT 1; ROLLBACK", "SELECT 1", "work", "COM", "ROLLBACK WORK TO SAVEPOINT a"})
     EXPECT_FALSE(ends_transaction(sql)) << sql;
 }
 

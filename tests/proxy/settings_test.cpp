@@ -20,7 +20,9 @@ TEST(Settings, EqualSettingsAreOneObject) {
 TEST(Settings, OfAStartup) {
   std::map<std::string, std::string> values;
   std::string complaint;
-  EXPECT_TRUE(settings_of(startup({{"user", "u"}, {"database", "d"}, {"options", "-c a=1 -cb=2 --c-d=x\\ y"}, {"DateStyle", "ISO"}, {"_pq_.x", "1"}}), values, complaint));
+  EXPECT_TRUE(settings_of(
+      startup({{"user", "u"}, {"database", "d"}, {"options", "-c a=1 -cb=2 --c-d=x\\ y"}, {"DateStyle", "ISO"}, {"_pq_.x", "1"}}), values,
+      complaint));
   EXPECT_EQ(values, (std::map<std::string, std::string>{{"a", "1"}, {"b", "2"}, {"c_d", "x y"}, {"datestyle", "ISO"}}));
   EXPECT_FALSE(settings_of(startup({{"options", "-E"}}), values, complaint));
   EXPECT_FALSE(complaint.empty());
@@ -30,8 +32,9 @@ TEST(Settings, SqlIsTheDifference) {
   Settings have, want;
   have.values = {{"keep", "1"}, {"change", "a"}, {"gone.x", "1"}};
   want.values = {{"keep", "1"}, {"change", "it's"}, {"new", "back\\slash"}};
-  EXPECT_EQ(settings_sql(have, want),
-            "RESET \"gone\".\"x\";SELECT pg_catalog.set_config('change','it''s',false),pg_catalog.set_config('new', E'back\\\\slash',false)");
+  EXPECT_EQ(
+      settings_sql(have, want),
+      "RESET \"gone\".\"x\";SELECT pg_catalog.set_config('change','it''s',false),pg_catalog.set_config('new', E'back\\\\slash',false)");
   EXPECT_EQ(settings_sql(want, want), "");
 }
 

@@ -29,7 +29,9 @@ extern long g_send_budget;
 extern int g_sends;  ///< calls of sendmsg so far
 
 using Bytes = std::span<const std::uint8_t>;
-inline Bytes view(const std::string& s) { return {reinterpret_cast<const std::uint8_t*>(s.data()), s.size()}; }
+inline Bytes view(const std::string& s) {
+  return {reinterpret_cast<const std::uint8_t*>(s.data()), s.size()};
+}
 
 /// A text in which every place differs from its neighbours, so that a mistake in the order shows.
 inline std::string pattern(std::size_t size) {
@@ -108,7 +110,7 @@ struct Identity {
 /// What a certificate should be.
 struct Wish {
   std::string common_name{};
-  std::string names{};        ///< subjectAltName as OpenSSL writes it: DNS:a,IP:127.0.0.1
+  std::string names{};  ///< subjectAltName as OpenSSL writes it: DNS:a,IP:127.0.0.1
   long from_days = -1, to_days = 1;
   const EVP_MD* digest = EVP_sha256();
   bool pss = false;  ///< signed by RSA-PSS (the issuer's key is RSA)

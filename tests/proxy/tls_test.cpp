@@ -149,7 +149,10 @@ TEST(Tls, ClientCertificates) {
 TEST(Tls, Versions) {
   World& w = world();
   conf::ConnectParams params = connecting(SslMode::VerifyFull, w.ca.certificate_file);
-  for (const auto& [low, high, version] : {std::tuple("", "", TLS1_3_VERSION), {"TLSv1.3", "", TLS1_3_VERSION}, {"", "TLSv1.2", TLS1_2_VERSION}, {"TLSv1.2", "TLSv1.3", TLS1_3_VERSION}}) {
+  for (const auto& [low, high, version] : {std::tuple("", "", TLS1_3_VERSION),
+                                           {"TLSv1.3", "", TLS1_3_VERSION},
+                                           {"", "TLSv1.2", TLS1_2_VERSION},
+                                           {"TLSv1.2", "TLSv1.3", TLS1_3_VERSION}}) {
     params.sslMinProtocolVersion = low;
     params.sslMaxProtocolVersion = high;
     const SslContext server = make_server_context(serving(w.server)), client = make_client_context(params);
@@ -215,18 +218,23 @@ TEST(Tls, AlpnIsPostgresqlWithDirectNegotiationAlone) {
 
 TEST(Tls, ServerNameIsSentForNamesAlone) {
   World& w = world();
-  for (const auto& [host, sni, sent] : {std::tuple("db.example", true, "db.example"), {"db.example", false, ""}, {"127.0.0.1", true, ""}, {"::1", true, ""}}) {
+  for (const auto& [host, sni, sent] :
+       {std::tuple("db.example", true, "db.example"), {"db.example", false, ""}, {"127.0.0.1", true, ""}, {"::1", true, ""}}) {
     conf::ConnectParams params = connecting(SslMode::VerifyFull, w.ca.certificate_file);
     params.sslsni = sni;
     const SslContext server = make_server_context(serving(w.server)), client = make_client_context(params);
     static std::string seen;
     seen.clear();
-    SSL_CTX_set_client_hello_cb(server.get(), [](SSL* ssl, int*, void*) {
-      const unsigned char* data = nullptr;
-      std::size_t size = 0;
-      if (SSL_client_hello_get0_ext(ssl, TLSEXT_TYPE_server_name, &data, &size) == 1) seen.assign(reinterpret_cast<const char*>(data) + 5, size - 5);
-      return SSL_CLIENT_HELLO_SUCCESS;
-    }, nullptr);
+    SSL_CTX_set_client_hello_cb(
+        server.get(),
+        [](SSL* ssl, int*, void*) {
+          const unsigned char* data = nullptr;
+          std::size_t size = 0;
+          if (SSL_client_hello_get0_ext(ssl, TLSEXT_TYPE_server_name, &data, &size) == 1)
+            seen.assign(reinterpret_cast<const char*>(data) + 5, size - 5);
+          return SSL_CLIENT_HELLO_SUCCESS;
+        },
+        nullptr);
     EXPECT_TRUE(Link(server.get(), client.get(), params, host).ok);
     EXPECT_EQ(seen, sent) << host;
   }
