@@ -1,0 +1,260 @@
+#!/usr/bin/python3
+"""Chaos for minutes: many clients of all kinds through pgsidecar while backends are killed, PostgreSQL restarts and the network stalls.
+Each client checks that what it reads is its own. Errors of a lost server are fine; wrong data, hangs, other errors, more server
+connections than `max`, or anything left behind at the end are not.
+
+  integration/soak.py [--seconds 120] [--clients 30] [--seed N] [--binary PATH]
+"""
+import argparse
+import collections
+import random
+import re
+import secrets
+import signal
+import sys
+import threading
+import time
+
+import psycopg
+
+import harness
+import wire
+from gate import Gate
+from harness import DATABASE, PASSWORD, USER
+
+MAX = 6
+# Lost connections, cancelled queries, a wait that was too long, a transaction that was lost, a stale plan.
+EXPECTED = re.compile("08...|57P0.|57014|53300|25P02|25001|XX000|55P03")
+STUCK = 60.0
+
+
+class Soak:
+    def __init__(self, options):
+        self.options = options
+        self.running = True
+        self.done, self.errors, self.failures = collections.Counter(), collections.Counter(), []
+        self.progress = {}
+
+    def fail(self, what):
+        self.failures.append(what)
+        self.running = False
+
+    # ---- what clients do; `w` is a raw connection, `mark` is the client's own token
+
+    def simple(self, rng, w, mark):
+        token = secrets.token_hex(rng.choice((4, 200, 20000)))
+        self.expect(w.ask(wire.query(f"SELECT '{mark}', '{token}' FROM generate_series(1, {rng.randrange(1, 20)})")), [mark, token])
+
+    def pipeline(self, rng, w, mark):
+        tokens = [secrets.token_hex(8) for _ in range(rng.randrange(1, 8))]
+        w.send(*[part for token in tokens for part in (wire.parse("SELECT $1::text, $2::text"), wire.bind("", [mark.encode(), token.encode()]),
+                                                       wire.execute())], wire.SYNC)
+        rows = [m.row for m in self.until_ready(w) if m.type == "D"]
+        if rows is not None and rows != [[mark.encode(), token.encode()] for token in tokens][:len(rows)]:
+            self.fail(f"pipeline of {mark}: {rows}")
+
+    def prepared(self, rng, w, mark):
+        number, token = rng.randrange(5), secrets.token_hex(8)
+        name = f"s{number}"
+        w.ask(wire.close("S", name), wire.SYNC)
+        if any(m.type == "E" for m in self.note(w.ask(wire.parse(f"SELECT $1::text, {number}", name), wire.SYNC))):
+            return
+        self.expect(w.ask(wire.bind(name, [token.encode()]), wire.execute(), wire.SYNC), [token, str(number)])
+
+    def transaction(self, rng, w, mark):
+        messages = self.note(w.ask(wire.query("BEGIN")))
+        if messages[-1].body != b"T":
+            return
+        for _ in range(rng.randrange(1, 4)):
+            self.expect(w.ask(wire.query(f"SELECT '{mark}', txid_current() IS NOT NULL")), [mark, "t"])
+        if rng.random() < 0.3:
+            self.note(w.ask(wire.query("SELECT 1/0")), "22012", "25P02")
+        self.note(w.ask(wire.query(rng.choice(("COMMIT", "ROLLBACK")))))
+
+    def settings(self, rng, w, mark):
+        name, value = rng.choice((("app.mark", mark), ("work_mem", f"{rng.randrange(64, 9999)}kB"), ("application_name", mark)))
+        if any(m.type == "E" for m in self.note(w.ask(wire.query(f"SET {name} TO '{value}'")))):
+            return
+        for _ in range(3):
+            self.expect(w.ask(wire.query(f"SELECT current_setting('{name}') = '{value}'")), ["t"], pinned=True)
+        self.note(w.ask(wire.query(f"RESET {name}")))
+
+    def copy(self, rng, w, mark):
+        rows = rng.randrange(1, 3000)
+        messages = self.note(w.ask(wire.query(f"COPY (SELECT '{mark}', g FROM generate_series(1, {rows}) g) TO STDOUT")))
+        data = [m.body for m in messages if m.type == "d"]
+        if any(not line.startswith(mark.encode() + b"\t") for line in data):
+            self.fail(f"COPY of {mark} holds another's row")
+        w.send(wire.query("BEGIN; CREATE TEMP TABLE soak (a text) ON COMMIT DROP; COPY soak FROM STDIN; SELECT count(*), min(a), max(a) FROM soak; COMMIT"))
+        message = w.recv()
+        while message.type not in "GEZ":
+            message = w.recv()
+        if message.type == "G":
+            w.send(*[wire.copy_data(f"{mark}\n".encode()) for _ in range(50)], wire.COPY_DONE)
+        elif message.type == "E":
+            self.note([message])
+        if message.type != "Z":
+            self.expect(self.until_ready(w), ["50", mark, mark])
+
+    def lock(self, rng, w, mark):
+        key = int(mark, 16) % 1000000
+        self.note(w.ask(wire.query(f"SELECT pg_advisory_lock({key})")))
+        self.note(w.ask(wire.query("SELECT 1")))
+        self.note(w.ask(wire.query(f"SELECT pg_advisory_unlock({key})")))
+
+    def cancel(self, rng, w, mark):
+        timer = threading.Timer(rng.random() * 0.3, self.send_cancel, (w.pid, w.key))
+        timer.start()
+        self.note(w.ask(wire.query(f"SELECT pg_sleep({rng.random() * 0.3:.3f})")))
+        timer.join()
+        self.note(w.ask(wire.query("SELECT 1")))  # the cancel may come late
+
+    def send_cancel(self, pid, key):
+        try:
+            with wire.Wire(self.proxy.port, timeout=5) as w:
+                w.send(wire.request(wire.CANCEL_REQUEST, pid.to_bytes(4, "big") + key))
+        except OSError:
+            pass
+
+    def leave(self, rng, w, mark):
+        """In the middle of a transaction, a message, a result; or with garbage."""
+        rng.choice((lambda: w.send(wire.query("BEGIN; SELECT pg_advisory_xact_lock(1)")), lambda: w.send(wire.query("SELECT 1")[:7]),
+                    lambda: w.send(wire.query("SELECT repeat('x', 3000000)")), lambda: w.send(secrets.token_bytes(40)),
+                    lambda: w.send(wire.query("CREATE TEMP TABLE soak_left (a int)")), lambda: w.send(wire.parse("SELECT 1"))))()
+        time.sleep(rng.random() * 0.05)
+        raise OSError("left")
+
+    # ---- what is checked
+
+    def note(self, messages, *also):
+        for message in messages:
+            if message.type == "E":
+                error = message.error
+                self.errors[error["C"]] += 1
+                if not EXPECTED.fullmatch(error["C"]) and error["C"] not in also:
+                    self.fail(f"unexpected: {error}")
+        return messages
+
+    def until_ready(self, w):
+        return self.note(w.until())
+
+    def expect(self, messages, row, pinned=False):
+        """Every row is this one. `pinned`: what the session held may be gone with its server, but then an error came first."""
+        rows = [m.row for m in self.note(messages) if m.type == "D"]
+        wrong = [r for r in rows if r != [value.encode() for value in row]]
+        if wrong:
+            self.fail(f"expected {row}, got {wrong[:3]}")
+
+    # ---- the threads
+
+    def client(self, number):
+        rng = random.Random(self.options.seed * 1000 + number)
+        kinds = [self.simple, self.pipeline, self.prepared, self.transaction, self.settings, self.copy, self.lock, self.cancel, self.leave]
+        while self.running:
+            mark = secrets.token_hex(6)
+            try:
+                with wire.Wire(self.proxy.port, timeout=STUCK) as w:
+                    failure = w.login(USER, PASSWORD, DATABASE, application_name=mark)
+                    if failure:
+                        self.note([failure])
+                        time.sleep(0.05)
+                        continue
+                    for _ in range(rng.randrange(1, 60)):
+                        if not self.running:
+                            break
+                        kind = rng.choices(kinds, (10, 10, 10, 10, 6, 4, 2, 2, 1))[0]
+                        self.progress[number] = (time.monotonic(), kind.__name__)
+                        kind(rng, w, mark)
+                        self.done[kind.__name__] += 1
+            except TimeoutError:
+                self.fail(f"client {number} hung for {STUCK} s in {self.progress[number][1]}")
+            except (wire.Closed, OSError):
+                self.errors["closed"] += 1
+            except Exception as error:  # noqa: BLE001: a soak tells what it met
+                self.fail(f"client {number}: {type(error).__name__}: {error}")
+
+    def chaos(self, pg, gate):
+        rng = random.Random(self.options.seed)
+        kinds = {"kill": 6, "stall": 2, "cut": 2, "slice": 2, "reload": 2, "restart": 1}
+        while self.running:
+            time.sleep(rng.uniform(0.3, 2))
+            kind = rng.choices(list(kinds), kinds.values())[0]
+            self.done["chaos " + kind] += 1
+            try:
+                if kind == "kill":
+                    pg.sql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = %s ORDER BY random() LIMIT 2", USER)
+                elif kind == "stall":
+                    gate.stall()
+                    time.sleep(rng.random() * 2)
+                    gate.resume()
+                elif kind == "cut":
+                    gate.cut(reset=rng.random() < 0.5)
+                elif kind == "slice":
+                    gate.slice = rng.choice((0, 0, 1, 7, 1000))
+                elif kind == "reload":
+                    self.proxy.signal(signal.SIGHUP)
+                else:
+                    pg.restart(rng.choice((signal.SIGINT, signal.SIGQUIT)))
+            except psycopg.Error:
+                pass
+
+    def run(self):
+        with harness.Postgres(max_connections=60) as pg, Gate(pg.port) as gate:
+            self.proxy = harness.Proxy(pg, {"pool": {"max": MAX, "min": 1, "maxUses": 500, "connectionTimeoutMillis": 20000}},
+                                       url=pg.url(port=gate.port), binary=self.options.binary)
+            try:
+                self.drive(pg, gate)
+            finally:
+                self.proxy.close()
+        if self.failures:
+            raise SystemExit("\n".join(["FAILED:", *map(str, self.failures[:10])]))
+        print("passed")
+
+    def drive(self, pg, gate):
+        most, rss, began = 0, [], time.monotonic()
+        files = self.proxy.open_files()
+        threads = [threading.Thread(target=self.client, args=(n,), daemon=True) for n in range(self.options.clients)]
+        threads.append(threading.Thread(target=self.chaos, args=(pg, gate), daemon=True))
+        for thread in threads:
+            thread.start()
+        while self.running and time.monotonic() - began < self.options.seconds:
+            time.sleep(0.2)
+            try:
+                most = max(most, pg.count(f"usename = '{USER}'"))
+            except psycopg.Error:
+                continue  # it restarts
+            rss.append(self.proxy.rss_kb())
+            if most > MAX:
+                self.fail(f"{most} server connections, {MAX} allowed")
+            if not self.proxy.running():
+                self.fail(f"pgsidecar ended with {self.proxy.process.returncode}: {self.proxy.log_text()[-3000:]}")
+        self.running = False
+        for thread in threads:
+            thread.join(STUCK + 30)
+        gate.resume()
+        gate.slice = 0
+        if not self.failures:
+            harness.poll(lambda: self.proxy.stats()["activeCount"] == 0 and self.proxy.stats()["waitingCount"] == 0, 30, "everything is given back")
+            with self.proxy.connect() as connection:
+                assert connection.execute("SELECT 1").fetchone() == (1,)
+            harness.poll(lambda: self.proxy.open_files() <= files + MAX + 2, 30, "descriptors are given back")
+        third = max(1, len(rss) // 3)
+        print(f"{sum(self.done.values())} operations {dict(self.done)}\nerrors {dict(self.errors)}\nat most {most} server connections, "
+              f"RSS {max(rss[:third], default=0)} KB in the first third, {max(rss[-third:], default=0)} KB in the last")
+        if not harness.sanitized(self.options.binary) and rss and max(rss[-third:]) > 1.5 * max(rss[:third]) + 4096:
+            self.fail("memory grows")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=120)
+    parser.add_argument("--clients", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--binary", default=harness.BINARY)
+    options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    Soak(options).run()
+
+
+if __name__ == "__main__":
+    main()
