@@ -557,13 +557,14 @@ void ClientSession::on_server_lost(const std::string& sqlstate, const std::strin
   const bool owed = !server_->pipeline.empty() || server_->pipeline.unsynced();
   bool sync_owed = false;
   server_->pipeline.for_each([&](const Owed& o) { sync_owed |= o.request == Request::Sync && o.owner == id_; });
+  const bool unknown = server_->asking_residue();  // what it had just done to its session
   server_ = nullptr;
   if (state_ == State::Greeting) return fatal(sqlstate, message);
   worker_.count_error(sqlstate);
   pending_.clear();
   residue_ = 0;
   // A session that lived on that connection, or a transaction, can't go on elsewhere.
-  if (pinned_ || pass_left_ > 0 || entry_->pool.settings().mode == conf::PoolMode::Session)
+  if (pinned_ || unknown || pass_left_ > 0 || entry_->pool.settings().mode == conf::PoolMode::Session)
     return fatal(sqlstate, message, "The server connection that held this client's transaction or session is gone.");
   transition(State::Ready);
   worker_.run_later(*this);
