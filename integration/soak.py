@@ -7,6 +7,7 @@ connections than `max`, or anything left behind at the end are not.
 """
 import argparse
 import collections
+import pathlib
 import random
 import re
 import secrets
@@ -256,7 +257,7 @@ def main():
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--clients", type=int, default=30)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--binary", default=harness.BINARY)
+    parser.add_argument("--binary", default=harness.BINARY, type=lambda path: pathlib.Path(path).resolve())
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     Soak(options).run()
