@@ -43,11 +43,15 @@ IoResult Transport::read(std::span<std::uint8_t> out) {
     if (done == 1) {
       total += n;
       wants_write_ = false;
+      // A short record with nothing behind it: asking again would only hear that there is nothing.
+      if (n < kRecord / 2 && total < out.size() && SSL_has_pending(ssl_.get()) == 0) break;
       continue;
     }
+    pending_ = false;
     if (total > 0) return {IoStatus::Ok, total};
     return failed(done);
   }
+  pending_ = total == out.size();
   return {IoStatus::Ok, total};
 }
 
@@ -135,13 +139,10 @@ IoResult Transport::write(std::span<const std::span<const std::uint8_t>> pieces,
   return {IoStatus::Ok, total};
 }
 
-bool Transport::pending() const {
-  return ssl_ && SSL_pending(ssl_.get()) > 0;
-}
-
 void Transport::start_tls(SSL_CTX* context, bool server) {
   ssl_.reset(SSL_new(context));
   if (!ssl_) return;
+  SSL_set_read_ahead(ssl_.get(), 1);  // a record's header and body by one read
   SSL_set_mode(ssl_.get(), SSL_MODE_ENABLE_PARTIAL_WRITE | SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER);
   SSL_set_fd(ssl_.get(), static_cast<int>(socket_.native_handle()));
   if (server)

@@ -42,7 +42,7 @@ class Transport {
   /// Writes from the pieces, in order, as much as the kernel takes now (one sendmsg; on TLS pieces are coalesced into
   /// records of at most 16 KiB with `scratch`). Returns the bytes taken.
   IoResult write(std::span<const std::span<const std::uint8_t>> pieces, std::span<std::uint8_t> scratch);
-  bool pending() const;                              ///< TLS holds decrypted bytes
+  bool pending() const { return pending_; }          ///< TLS may hold more than the last read had room for
   bool wants_write() const { return wants_write_; }  ///< a TLS read, write or handshake last wanted writability
 
   /// TLS: takes an SSL from a context, on the descriptor, as server or client; then call handshake() on readiness until Ok.
@@ -76,6 +76,7 @@ class Transport {
   std::unique_ptr<SSL, SslDelete> ssl_;
   std::string error_;
   bool wants_write_ = false;
+  bool pending_ = false;
 };
 
 }  // namespace pgsidecar::proxy
