@@ -89,9 +89,7 @@ IoResult Transport::write(std::span<const std::span<const std::uint8_t>> pieces,
       msghdr message{};
       message.msg_iov = vectors.data();
       message.msg_iovlen = count;
-      const int fd = socket_.native_handle();
-      const ssize_t n = count == 1 ? ::send(fd, vectors[0].iov_base, size, MSG_NOSIGNAL | MSG_DONTWAIT)
-                                   : ::sendmsg(fd, &message, MSG_NOSIGNAL | MSG_DONTWAIT);
+      const ssize_t n = ::sendmsg(socket_.native_handle(), &message, MSG_NOSIGNAL | MSG_DONTWAIT);
       if (n < 0) {
         if (errno == EINTR) continue;
         return {errno == EAGAIN || errno == EWOULDBLOCK ? IoStatus::WouldBlock : IoStatus::Error, total};
