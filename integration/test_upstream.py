@@ -22,8 +22,8 @@ HOW = ("SELECT concat_ws(' ', ssl, version, client_dn, nullif(current_setting('a
 def through(proxies, pg):
     """through(upstream, ...) -> what HOW answers, or the (SQLSTATE, text) of the login that failed. The client's password is right."""
 
-    def answer(upstream, user=USER, password=PASSWORD, database=DATABASE, **keys):
-        proxy = proxies({"upstream": upstream, "users": {user: {"password": password}}, "pool": {"connectionTimeoutMillis": 1000}},
+    def answer(upstream, user=USER, password=PASSWORD, database=DATABASE, wait=1000, **keys):
+        proxy = proxies({"upstream": upstream, "users": {user: {"password": password}}, "pool": {"connectionTimeoutMillis": wait}},
                         url=upstream.get("url", ""), **keys)
         with wire.Wire(proxy.port) as w:
             failure = w.login(user, password, database)
@@ -273,7 +273,9 @@ def test_secret_file_within_the_url(through, pg, tmp_path):
 def test_connect_timeout_counts_for_each_host(through, pg):
     with socket.create_server(("127.0.0.1", 0), backlog=8) as silent:  # accepts and says nothing
         port = silent.getsockname()[1]
-        assert "t TLS" in through({"url": f"postgresql://{USER}:{harness.percent(PASSWORD)}@127.0.0.1:{port},127.0.0.1:{pg.port}/{DATABASE}?sslmode=require&connect_timeout=1"})
+        hosts = f"127.0.0.1:{port},127.0.0.1:{pg.port}"
+        url = f"postgresql://{USER}:{harness.percent(PASSWORD)}@{hosts}/{DATABASE}?sslmode=require&connect_timeout=1"
+        assert "t TLS" in through({"url": url}, wait=15000)
 
 
 def test_keepalive_of_the_connection(proxies, pg):
