@@ -53,7 +53,7 @@ std::string_view trim(std::string_view text) {
 
 }  // namespace
 
-Refusal refuse_change(const conf::Admin& settings, const Caller& caller) {
+Refusal refusal_of(const conf::Admin& settings, const Caller& caller) {
   Refusal refusal;
   const auto refuse = [&](unsigned status, const char* error, const char* hint) {
     refusal.status = status;
@@ -62,7 +62,7 @@ Refusal refuse_change(const conf::Admin& settings, const Caller& caller) {
     return refusal;
   };
   if (!host_allowed(settings, caller))
-    return refuse(403, "this Host header is not allowed to change anything", "name the host in admin.hosts");
+    return refuse(403, "this Host header is not allowed here", "name the host in admin.hosts");
   if (!caller.fetchSite.empty() && caller.fetchSite != "same-origin" && caller.fetchSite != "none")
     return refuse(403, "requests from other sites are refused", "");
   if (!caller.origin.empty()) {
@@ -72,7 +72,7 @@ Refusal refuse_change(const conf::Admin& settings, const Caller& caller) {
   }
   if (plain(caller.peer).is_loopback()) return refusal;
   if (settings.tokenFile.empty())
-    return refuse(403, "only callers on loopback may change anything", "admin.tokenFile admits others by a bearer token");
+    return refuse(403, "only callers on loopback may ask for this", "admin.tokenFile admits others by a bearer token");
 
   // Read anew each time, so that a rotated token counts at once.
   std::array<char, 4096> text{};

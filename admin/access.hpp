@@ -1,4 +1,4 @@
-// Who may change something through the admin port, and which format a scraper gets. Pure decisions on headers
+// Who may change something, or see clients and statements, through the admin port, and which format a scraper gets. Pure decisions on headers
 // and addresses, called by server.cpp.
 #pragma once
 
@@ -10,7 +10,7 @@
 
 namespace pgsidecar::admin {
 
-/// Who asks for a change, as far as the decision needs it. Headers that weren't sent are empty.
+/// Who asks, as far as the decision needs it. Headers that weren't sent are empty.
 struct Caller {
   boost::asio::ip::address peer, local;  ///< both ends of the connection
   std::string_view host, origin, fetchSite, authorization;
@@ -21,10 +21,10 @@ struct Refusal {
   std::string error, hint;
 };
 
-/// Whether a change is refused: the peer must be on loopback or send the token; Host must be localhost, a
+/// Whether a change, or a look at clients and statements, is refused: the peer must be on loopback or send the token; Host must be localhost, a
 /// loopback address, the address connected to, or one of admin.listen's and admin.hosts' names (DNS
 /// rebinding); a browser's request from another site is refused.
-Refusal refuse_change(const conf::Admin& settings, const Caller& caller);
+Refusal refusal_of(const conf::Admin& settings, const Caller& caller);
 
 /// Whether an Accept header prefers OpenMetrics to the plain text format.
 bool prefers_open_metrics(std::string_view accept);

@@ -1,4 +1,5 @@
 // The JSON documents of render.hpp, by a small writer.
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <ctime>
@@ -192,6 +193,7 @@ void write_pool(Json& json, const PoolSnapshot& p) {
   json.field("oldestWaitMs", millis(p.oldestWaitMicros));
   json.field("preparedStatements", std::uint64_t{p.preparedStatements});
   json.field("transactions", p.counters.transactions).field("queries", p.counters.queries);
+  json.field("residueChecks", p.counters.residueChecks);
   json.field("leases", p.counters.leases).field("waitTimeouts", p.counters.waitTimeouts);
   json.field("connects", p.counters.connects).field("connectFailures", p.counters.connectFailures);
   write_quantiles(json, "wait", p.counters.wait);
@@ -257,6 +259,47 @@ std::string pool_stats_json(const Snapshot& s, Clock::time_point now) {
   write_quantiles(json, "transaction", transaction);
   json.key("perPool").begin('[');
   for (const auto& p : s.pools) write_pool(json, p);
+  json.end(']').end('}');
+  return json.take();
+}
+
+std::string pins_json(const Snapshot& s, Clock::time_point now) {
+  Json json;
+  json.begin('{').field("timestamp", iso8601(now)).key("pins").begin('[');
+  for (const auto& pin : s.pins) {
+    json.begin('{').field("client", std::uint64_t{pin.client}).field("application", pin.application);
+    json.field("database", pin.database).field("user", pin.user).field("serverPid", std::uint64_t{pin.serverPid});
+    json.field("since", iso8601(now - std::chrono::microseconds(pin.micros))).field("seconds", seconds(pin.micros));
+    json.field("statement", pin.statement).field("detail", pin.detail).key("reasons").begin('[');
+    pool::for_each_reason(pin.reasons, [&](pool::PinReason reason) {
+      json.begin('{').field("reason", pool::to_string(reason)).field("ends", pool::ends(reason)).end('}');
+    });
+    json.end(']').end('}');
+  }
+  json.end(']').end('}');
+  return json.take();
+}
+
+std::string transparency_json(const Snapshot& s, Clock::time_point now) {
+  Json json;
+  json.begin('{').field("timestamp", iso8601(now)).key("pools").begin('[');
+  for (const auto& p : s.pools) {
+    const auto pinning = std::count_if(p.effects.begin(), p.effects.end(), [](const auto& e) { return e.pinned > 0; });
+    json.begin('{').field("database", p.database).field("user", p.user).field("mode", p.mode);
+    json.field("transactionModeSafe", true).field("pinningStatements", static_cast<std::uint64_t>(pinning));
+    json.field("verdict", pinning == 0 ? "nothing seen needs a server connection of its own: transaction mode shares them all"
+                                       : "transaction mode gives the right answers, but each client that runs one of the pinning "
+                                         "statements keeps a server connection meanwhile");
+    json.field("transactions", p.counters.transactions).field("residueChecks", p.counters.residueChecks);
+    json.field("droppedStatements", p.effectsDropped).key("statements").begin('[');
+    for (const auto& e : p.effects) {
+      json.begin('{').field("statement", e.statement).field("pinned", e.pinned).field("carried", e.carried);
+      json.field("checked", e.checked).key("reasons").begin('[');
+      pool::for_each_reason(e.reasons, [&](pool::PinReason reason) { json.string(pool::to_string(reason)); });
+      json.end(']').end('}');
+    }
+    json.end(']').end('}');
+  }
   json.end(']').end('}');
   return json.take();
 }

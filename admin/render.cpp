@@ -192,6 +192,7 @@ constexpr CounterFamily kCounters[] = {
     {"pgsidecar_server_connect_failures_total", "Server connections that could not be opened.", &PoolCounters::connectFailures},
     {"pgsidecar_server_resets_total", "Server connections reset before the next client.", &PoolCounters::resets},
     {"pgsidecar_pool_wait_timeouts_total", "Clients that waited connectionTimeoutMillis in vain.", &PoolCounters::waitTimeouts},
+    {"pgsidecar_residue_checks_total", "Times that the server was asked what a session holds.", &PoolCounters::residueChecks},
     {"pgsidecar_cancels_total", "Cancel requests forwarded.", &PoolCounters::cancels},
     {"pgsidecar_prepared_cache_hits_total", "Statements that were prepared already where they were needed.", &PoolCounters::preparedHits},
     {"pgsidecar_prepared_cache_misses_total", "Statements that had to be prepared.", &PoolCounters::preparedMisses},
@@ -228,6 +229,10 @@ void add(PoolSnapshot& to, const PoolSnapshot& p) {
   to.preparedStatements += p.preparedStatements;
   for (const auto& c : kCounters) to.counters.*c.member += p.counters.*c.member;
   for (const auto& h : kHistograms) (to.counters.*h.member).merge(p.counters.*h.member);
+  for (std::size_t i = 0; i < to.pinnedBy.size(); ++i) {
+    to.pinnedBy[i] += p.pinnedBy[i];
+    to.counters.pins[i] += p.counters.pins[i];
+  }
   to.counters.clientBytesReceived += p.counters.clientBytesReceived;
   to.counters.clientBytesSent += p.counters.clientBytesSent;
   to.counters.serverBytesReceived += p.counters.serverBytesReceived;
@@ -266,6 +271,14 @@ void write_pools(Writer& out, const std::vector<Row>& rows) {
         &PoolCounters::serverBytesReceived);
   bytes("pgsidecar_sent_bytes_total", "Bytes sent to clients and to servers.", &PoolCounters::clientBytesSent,
         &PoolCounters::serverBytesSent);
+  const auto by_reason = [&](const char* name, const char* type, const char* help, auto value) {
+    out.family(name, type, help);
+    for (const auto& row : rows)
+      for (std::size_t i = 0; i < row.pool->pinnedBy.size(); ++i)
+        out.sample(row.labels + "," + label("reason", to_string(static_cast<pool::PinReason>(i))), value(*row.pool)[i]);
+  };
+  by_reason("pgsidecar_pins_total", "counter", "Pins begun, by reason.", [](const PoolSnapshot& p) { return p.counters.pins; });
+  by_reason("pgsidecar_pinned_clients", "gauge", "Clients pinned now, by reason.", [](const PoolSnapshot& p) { return p.pinnedBy; });
   for (const auto& h : kHistograms) {
     out.family(h.name, "histogram", h.help);
     for (const auto& row : rows) {

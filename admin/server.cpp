@@ -16,6 +16,7 @@
 #include <boost/beast/http.hpp>
 #include <chrono>
 #include <list>
+#include <optional>
 #include <stdexcept>
 #include <utility>
 #include <vector>
@@ -43,13 +44,14 @@ constexpr auto kProbeTime = 10s;    // longer than connectionTimeoutMillis' defa
 constexpr auto kRecheckTime = 1s;   // between probes of a database that is known to be down
 constexpr auto kLingerTime = 1s;    // so that an answer to an unread request isn't lost to a reset
 
-enum class Route { Index, Health, Live, Ready, Startup, PoolStats, ComputeHealth, Metrics, Reload, Drain, Quit };
+enum class Route { Index, Health, Live, Ready, Startup, PoolStats, ComputeHealth, Pins, Transparency, Metrics, Reload, Drain, Quit };
 
 struct Endpoint {
   std::string_view path;
   Route route;
   std::string_view about;  // for the index; empty: an alias
 
+  bool names_clients() const { return route == Route::Pins || route == Route::Transparency; }
   bool changes() const { return route == Route::Reload || route == Route::Drain || route == Route::Quit; }
 };
 constexpr Endpoint kEndpoints[] = {
@@ -60,6 +62,8 @@ constexpr Endpoint kEndpoints[] = {
     {"/health/startup", Route::Startup, "200 once listening"},
     {"/api/monitoring/pool-stats", Route::PoolStats, "the pools: counts, utilization, wait and query times"},
     {"/api/monitoring/compute-health", Route::ComputeHealth, "process and database; ?probe=1 asks the database now"},
+    {"/api/monitoring/pins", Route::Pins, "clients that keep their server connection: why, since when, what ends it"},
+    {"/api/monitoring/transparency", Route::Transparency, "which statements were carried, checked or pinned; is transaction mode safe?"},
     {"/metrics", Route::Metrics, "Prometheus text, or OpenMetrics if Accept asks"},
     {"/api/admin/reload", Route::Reload, "reads the configuration again"},
     {"/api/admin/drain", Route::Drain, "finishes what is active, then ends"},
@@ -175,7 +179,8 @@ class Server::Impl : public std::enable_shared_from_this<Impl> {
   void ask(bool probe, const std::shared_ptr<Wait>& wait);
   void recheck(const pool::Snapshot& snapshot);
   void answered(bool probe, std::uint64_t number, const SnapshotPtr& snapshot);
-  Answer change(const Session& session, const Request& request, const Endpoint& endpoint);
+  std::optional<Answer> refuse(const Session& session, const Request& request) const;
+  Answer change(const Endpoint& endpoint);
 
   asio::io_context& control_;
   const conf::Admin settings_;
@@ -441,7 +446,7 @@ asio::awaitable<SnapshotPtr> Server::Impl::fetch(bool probe) {
   co_return std::move(wait->snapshot);
 }
 
-Answer Server::Impl::change(const Session& session, const Request& request, const Endpoint& endpoint) {
+std::optional<Answer> Server::Impl::refuse(const Session& session, const Request& request) const {
   if (request.count(http::field::host) > 1) return failure(400, "more than one Host header");
   Caller caller;
   caller.peer = session.peer;
@@ -450,12 +455,16 @@ Answer Server::Impl::change(const Session& session, const Request& request, cons
   caller.origin = view(request[http::field::origin]);
   caller.fetchSite = view(request["Sec-Fetch-Site"]);
   caller.authorization = view(request[http::field::authorization]);
-  const Refusal refusal = refuse_change(settings_, caller);
+  const Refusal refusal = refusal_of(settings_, caller);
   if (refusal.status != 0) {
     Answer reply = failure(refusal.status, refusal.error, refusal.hint);
     reply.bearer = refusal.status == 401;
     return reply;
   }
+  return std::nullopt;
+}
+
+Answer Server::Impl::change(const Endpoint& endpoint) {
   if (stopped_ || !callbacks_.act) return failure(503, "shutting down");
   const char* action = endpoint.route == Route::Reload ? "reload" : endpoint.route == Route::Drain ? "drain" : "quit";
   const std::string error = callbacks_.act(action);
@@ -483,7 +492,9 @@ asio::awaitable<Answer> Server::Impl::answer(const Session& session, const Reque
     reply.allow = endpoint->changes() ? "POST" : "GET, HEAD";
     co_return reply;
   }
-  if (endpoint->changes()) co_return change(session, request, *endpoint);
+  if (endpoint->changes() || endpoint->names_clients())
+    if (auto refusal = refuse(session, request)) co_return std::move(*refusal);
+  if (endpoint->changes()) co_return change(*endpoint);
 
   Answer reply;
   const Route route = endpoint->route;
@@ -521,6 +532,8 @@ asio::awaitable<Answer> Server::Impl::answer(const Session& session, const Reque
       reply.body = snapshot->started ? "{\"started\":true}\n" : "{\"started\":false,\"reason\":\"not listening yet\"}\n";
       break;
     case Route::PoolStats: reply.body = pool_stats_json(*snapshot, now); break;
+    case Route::Pins: reply.body = pins_json(*snapshot, now); break;
+    case Route::Transparency: reply.body = transparency_json(*snapshot, now); break;
     case Route::ComputeHealth: reply.body = compute_health_json(*snapshot, read_process(), now); break;
     default: {
       const bool open = prefers_open_metrics(view(request[http::field::accept]));

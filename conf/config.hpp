@@ -41,6 +41,7 @@ struct PoolSettings {
   bool keepAlive = true;
   std::uint32_t keepAliveInitialDelayMillis = 10000;
   ResidueCheck residueCheck = ResidueCheck::Triggered;
+  bool noticePins = false;                    ///< a client that is pinned is told so by a NOTICE
   std::uint32_t maxPreparedStatements = 500;  ///< per server connection; least recently used leaves
 
   friend bool operator==(const PoolSettings&, const PoolSettings&) = default;

@@ -152,6 +152,8 @@ std::vector<Key<PoolSettings>> make_pool_keys() {
       number_key("keepAliveInitialDelayMillis", &P::keepAliveInitialDelayMillis),
       {"residueCheck", [](P& p, const std::string& t) { p.residueCheck = parse_name(kResidueChecks, t); },
        [](const P& p) { return print_name(kResidueChecks, p.residueCheck); }},
+      {"noticePins", [](P& p, const std::string& t) { p.noticePins = parse_bool(t); },
+       [](const P& p) { return std::string(p.noticePins ? "true" : "false"); }},
       number_key("maxPreparedStatements", &P::maxPreparedStatements, 1u),
   };
 }

@@ -9,6 +9,8 @@
 #include <string>
 #include <vector>
 
+#include "pool/pins.hpp"
+
 namespace pgsidecar::pool {
 
 /// Durations in microseconds in log-linear buckets (16 a power of two: a quantile is at most 6 % off).
@@ -50,6 +52,8 @@ struct PoolCounters {
   std::uint64_t clientBytesReceived = 0, clientBytesSent = 0, serverBytesReceived = 0, serverBytesSent = 0;
   std::uint64_t preparedHits = 0, preparedMisses = 0, preparedEvictions = 0;
   std::uint64_t connects = 0, connectFailures = 0, waitTimeouts = 0, resets = 0, cancels = 0;
+  std::uint64_t residueChecks = 0;  ///< the server was asked what a session holds
+  PinCounts pins{};                 ///< begun, by reason
   std::array<std::uint64_t, static_cast<std::size_t>(CloseReason::kCount)> closed{};
   Histogram wait, query, transaction, connect;
 };
@@ -62,6 +66,9 @@ struct PoolSnapshot {
   std::uint32_t clientsActive = 0, clientsIdle = 0, clientsWaiting = 0;  // logged in; sum = this pool's clients
   std::uint32_t serversActive = 0, serversIdle = 0, serversLogin = 0, serversReset = 0, serversClosing = 0;
   std::uint32_t pinned = 0;
+  PinCounts pinnedBy{};  // a client may have several reasons
+  std::vector<StatementEffects> effects;
+  std::uint64_t effectsDropped = 0;
   std::uint64_t oldestWaitMicros = 0;
   std::size_t preparedStatements = 0;
   PoolCounters counters;
@@ -79,6 +86,7 @@ struct Snapshot {
   std::array<std::uint64_t, static_cast<std::size_t>(RejectReason::kCount)> rejected{};
   std::map<std::string, std::uint64_t> errorsByClass;  // SQLSTATE's first two characters, from servers and our own
   std::vector<PoolSnapshot> pools;
+  std::vector<PinSnapshot> pins;  // oldest first
 
   // The database, seen passively: from connects and traffic.
   enum class Database { Unknown, Up, Down };

@@ -1,5 +1,6 @@
 #include "protocol/sql_scan.hpp"
 
+#include <algorithm>
 #include <array>
 #include <cstddef>
 
@@ -46,10 +47,31 @@ bool any(std::string_view word, const std::string_view (&list)[N]) {
   return false;
 }
 
+constexpr std::string_view kMeaningless[] = {"application_name",       "client_min_messages",
+                                             "commit_delay",           "cursor_tuple_fraction",
+                                             "debug_print_plan",       "effective_cache_size",
+                                             "hash_mem_multiplier",    "lo_compat_privileges",
+                                             "maintenance_work_mem",   "plan_cache_mode",
+                                             "random_page_cost",       "seq_page_cost",
+                                             "synchronous_commit",     "temp_buffers",
+                                             "transaction_isolation",  "transaction_read_only",
+                                             "transaction_deferrable", "session_replication_role",
+                                             "row_security",           "work_mem"};
+constexpr std::string_view kMeaninglessFamilies[] = {"cpu_",          "default_transaction_",
+                                                     "effective_",    "enable_",
+                                                     "from_collapse", "geqo",
+                                                     "idle_",         "jit",
+                                                     "join_collapse", "log_",
+                                                     "max_",          "min_parallel",
+                                                     "parallel_",     "statement_timeout",
+                                                     "lock_timeout",  "stats_",
+                                                     "tcp_",          "track_",
+                                                     "vacuum_",       "wal_"};
+
 class Scanner {
  public:
-  Scanner(std::string_view sql, bool conforming, BodyScan* found = nullptr, bool body = false)
-      : p_(sql.data()), end_(p_ + sql.size()), conforming_(conforming), found_(found), body_(body) {}
+  Scanner(std::string_view sql, bool conforming, BodyScan* found = nullptr, bool body = false, PreparedNames* prepared = nullptr)
+      : p_(sql.data()), end_(p_ + sql.size()), conforming_(conforming), found_(found), prepared_(prepared), body_(body) {}
 
   /// After run().
   bool names(std::vector<std::string>& names) {
@@ -73,6 +95,8 @@ class Scanner {
       ++n_;
       if (n_ == 1) first_ = word_;
       if (n_ == 2) second_ = word_;
+      if (prepared_) prepared_word();
+      if (n_ == 2 || (n_ == 3 && any(second_, {"local", "session"}))) setting_name();
       if (n_ <= 4 && kind_ == 'w') statement_word();
       if (n_ <= 3 && n_ >= 2 && is(first_, "set") && !is(second_, "local") && peek_past_blanks() == '.') custom_setting();
       if (body_ && n_ == 1 && is(word_, "set") && peek_past_blanks() == '%') residue_ |= kSettings | kCustomSetting, written_out_ = false;
@@ -82,6 +106,22 @@ class Scanner {
   }
 
  private:
+  /// EXECUTE, DEALLOCATE [PREPARE] or PREPARE and a name.
+  void prepared_word() {
+    if (awaits_name_ && !(is(first_, "deallocate") && n_ == 2 && kind_ == 'w' && is(word_, "prepare"))) {
+      awaits_name_ = false;
+      std::string name = kind_ == '"' ? std::string(word_) : lower(word_);
+      if (kind_ == '"')
+        for (std::size_t at = 0; (at = name.find("\"\"", at)) != std::string::npos; ++at) name.erase(at, 1);
+      if (is(first_, "deallocate")) prepared_->deallocated.push_back(name);
+      prepared_->names.push_back(std::move(name));
+      return;
+    }
+    if (kind_ != 'w') return;
+    if (is(word_, "execute") || (n_ == 1 && any(word_, {"deallocate", "prepare"}))) awaits_name_ = true;
+    if (is(word_, "pg_prepared_statements")) prepared_->all = true;
+  }
+
   /// The words that a statement begins with.
   void statement_word() {
     if (n_ == 1) {
@@ -95,6 +135,8 @@ class Scanner {
         case 'c':
           if (is(word_, "commit"))
             residue_ |= kTransaction;
+          else if (is(word_, "close"))
+            residue_ |= kDrop;
           else if (is(word_, "call"))
             residue_ |= kCode;
           break;
@@ -122,12 +164,14 @@ class Scanner {
             declare_ = true;
           else if (is(word_, "do"))
             residue_ |= kCode;
+          else if (is(word_, "drop"))
+            residue_ |= kDrop;
           break;
         case 'l':
           if (is(word_, "listen"))
             residue_ |= kListen;
           else if (is(word_, "load"))
-            residue_ |= kCode | kSession;
+            residue_ |= kLibrary;
           break;
         case 'u':
           if (is(word_, "unlisten")) residue_ |= kListen;
@@ -148,6 +192,16 @@ class Scanner {
     }
   }
 
+  /// Of SET [LOCAL | SESSION] name, RESET name.
+  void setting_name() {
+    if (!any(first_, {"set", "reset"})) return;
+    if (is(word_, "seed")) residue_ |= kSeed;
+    if (peek_past_blanks() == '.' ||
+        any(word_, {"local", "session", "transaction", "constraints", "characteristics", "authorization", "role", "search_path"}))
+      return;
+    if (!leaves_meaning(lower(word_))) residue_ |= kMeaning;
+  }
+
   /// Words that count wherever they stand.
   void anywhere() {
     switch (word_[0] | 32) {
@@ -155,13 +209,17 @@ class Scanner {
         if (is(word_, "set_config"))
           set_config();
         else if (is(word_, "setseed"))
-          residue_ |= kSession;
+          residue_ |= kSeed;
+        else if (is(word_, "setval"))
+          residue_ |= kSequenceWrite;
         break;
       case 'p':
         if (starts(word_, "pg_temp"))
           residue_ |= kTemporary;
-        else if (is(word_, "pg_backend_pid"))
-          residue_ |= kSession;
+        else if (is(word_, "pg_backend_pid")) {
+          if (!unequal_) residue_ |= kBackendPid;
+        } else if (is(word_, "pg_prepared_statements"))
+          residue_ |= kPrepared;
         else if (starts(word_, "pg_advisory_") || starts(word_, "pg_try_advisory_")) {
           if (!contains(word_, "xact")) residue_ |= kAdvisoryLock;
         }
@@ -170,17 +228,34 @@ class Scanner {
         if (any(word_, {"temp", "temporary"})) residue_ |= kTemporary;
         break;
       case 'c':
-        if (is(word_, "currval")) residue_ |= kSession;
+        if (is(word_, "currval"))
+          residue_ |= kSequenceRead;
+        else if (is(word_, "copy"))
+          residue_ |= kSequenceWrite;
+        break;
+      case 'i':
+        if (is(word_, "insert")) residue_ |= kSequenceWrite;
+        break;
+      case 'm':
+        if (is(word_, "merge")) residue_ |= kSequenceWrite;
+        break;
+      case 'n':
+        if (is(word_, "nextval")) residue_ |= kSequenceWrite;
+        break;
+      case 'u':
+        if (is(word_, "update")) residue_ |= kSequenceWrite;
         break;
       case 'l':
         if (is(word_, "lastval"))
-          residue_ |= kSession;
+          residue_ |= kSequenceRead;
         else if (is(word_, "local") && is(second_, "time") && is(first_, "set"))
           residue_ |= kReset;
         break;
       case 'd':
         if (any(word_, {"dblink_connect", "dblink_connect_u"}))
-          residue_ |= kSession;
+          residue_ |= kLibrary;
+        else if (is(word_, "delete"))
+          residue_ |= kSequenceWrite;
         else if (is(word_, "default") && is(first_, "set"))
           residue_ |= kReset;
         break;
@@ -197,8 +272,9 @@ class Scanner {
 
   /// The next token, looked at for calls.
   bool step() {
-    const char previous = kind_;
+    const char before = previous_, previous = previous_ = kind_;
     if (!next()) return false;
+    if (kind_ == 'w') unequal_ = (previous == '>' && before == '<') || (previous == '=' && before == '!');
     const bool after_word = previous == 'w' || previous == '"';
     if (kind_ == '(' && after_word) call();
     if (kind_ == 'w' || kind_ == '"') {
@@ -291,6 +367,8 @@ class Scanner {
         written = literal_;
         plain_name = literal_.find('.') == std::string_view::npos;
       }
+      if (argument == 1 && !any(written, {"role", "session_authorization", "search_path"}) && !leaves_meaning(lower(written)))
+        residue_ |= kMeaning;
       if (depth == 0 && argument == 3 && tokens == 1 && local) return;
       if (depth > 0) ++argument, tokens = 0, local = false;
     }
@@ -423,6 +501,8 @@ class Scanner {
   bool conforming_, declare_ = false;
   char kind_ = 0;
   BodyScan* found_;
+  PreparedNames* prepared_;
+  bool awaits_name_ = false;
   bool body_;  // of a function
   bool written_out_ = true;
   std::vector<std::string> names_;  // of custom settings
@@ -430,12 +510,19 @@ class Scanner {
   std::string_view literal_;  // the last plain one
   int n_ = 0;                 // words of this statement so far
   std::string_view word_, first_, second_;
-  std::string_view name_, schema_, lead_;  // the last word, what stands before its dot, the word before both
-  bool name_quoted_ = false;
+  std::string_view name_, schema_, lead_;       // the last word, what stands before its dot, the word before both
+  bool name_quoted_ = false, unequal_ = false;  // the word's operator before it is <> or !=
+  char previous_ = 0;
   std::uint32_t residue_ = 0;
 };
 
 }  // namespace
+
+bool leaves_meaning(std::string_view name) {
+  if (name.find('.') != std::string_view::npos) return true;
+  return any(name, kMeaningless) ||
+         std::ranges::any_of(kMeaninglessFamilies, [&](std::string_view family) { return name.starts_with(family); });
+}
 
 std::uint32_t scan_sql(std::string_view sql, bool standard_conforming_strings) {
   return Scanner(sql, standard_conforming_strings).run();
@@ -448,6 +535,12 @@ BodyScan scan_body(std::string_view body) {
   if (scanner.names(found.custom_settings))
     found.residue = found.residue & kCustomSetting ? (found.residue & ~kCustomSetting) | kSettings : found.residue;
   return found;
+}
+
+PreparedNames prepared_names(std::string_view sql) {
+  PreparedNames named;
+  Scanner(sql, true, nullptr, false, &named).run();
+  return named;
 }
 
 std::vector<std::string> called_functions(std::string_view sql) {

@@ -12,21 +12,33 @@ namespace pgsidecar::protocol {
 /// What a text may leave behind in its session. A set of bits; 0 is "nothing that outlives its transaction".
 enum Residue : std::uint32_t {
   kNone = 0,
-  kSettings = 1u << 0,        ///< SET (not LOCAL), RESET, set_config, SET ROLE, SET SESSION ...
-  kPrepared = 1u << 1,        ///< PREPARE, EXECUTE, DEALLOCATE
-  kListen = 1u << 2,          ///< LISTEN, UNLISTEN
-  kAdvisoryLock = 1u << 3,    ///< pg_advisory_lock and pg_try_advisory_lock families that aren't _xact_
-  kTemporary = 1u << 4,       ///< CREATE TEMP ..., SELECT INTO TEMP, pg_temp
-  kCursor = 1u << 5,          ///< DECLARE ... WITH HOLD
-  kCode = 1u << 6,            ///< DO, CALL, LOAD: anything may happen
-  kDiscard = 1u << 7,         ///< DISCARD
-  kSession = 1u << 8,         ///< currval, lastval, setseed, pg_backend_pid: depends on the session it runs in
-  kTransaction = 1u << 9,     ///< not residue: BEGIN, START, COMMIT, END, ROLLBACK, ABORT, SAVEPOINT, PREPARE TRANSACTION
-  kCustomSetting = 1u << 10,  ///< SET app.x, set_config of such a name or of one not written out: the server can't list these
-  kReset = 1u << 11,          ///< RESET, SET ... DEFAULT, DISCARD: what the client brought at its login comes back
-  kFunction = 1u << 12,       ///< calls a function that isn't known to be harmless
-  kUnreadable = 1u << 31,     ///< unterminated quote or comment and the like
+  kSettings = 1u << 0,           ///< SET (not LOCAL), RESET, set_config, SET ROLE, SET SESSION ...
+  kPrepared = 1u << 1,           ///< PREPARE, EXECUTE, DEALLOCATE
+  kListen = 1u << 2,             ///< LISTEN, UNLISTEN
+  kAdvisoryLock = 1u << 3,       ///< pg_advisory_lock and pg_try_advisory_lock families that aren't _xact_
+  kTemporary = 1u << 4,          ///< CREATE TEMP ..., SELECT INTO TEMP, pg_temp
+  kCursor = 1u << 5,             ///< DECLARE ... WITH HOLD
+  kCode = 1u << 6,               ///< DO, CALL: anything may happen
+  kDiscard = 1u << 7,            ///< DISCARD
+  kBackendPid = 1u << 8,         ///< pg_backend_pid(), unless it only leaves the own session out (`pid <> pg_backend_pid()`)
+  kTransaction = 1u << 9,        ///< not residue: BEGIN, START, COMMIT, END, ROLLBACK, ABORT, SAVEPOINT, PREPARE TRANSACTION
+  kCustomSetting = 1u << 10,     ///< SET app.x, set_config of such a name or of one not written out: the server can't list these
+  kReset = 1u << 11,             ///< RESET, SET ... DEFAULT, DISCARD: what the client brought at its login comes back
+  kFunction = 1u << 12,          ///< calls a function that isn't known to be harmless
+  kSequenceRead = 1u << 13,      ///< currval, lastval
+  kSeed = 1u << 14,              ///< setseed, SET seed
+  kLibrary = 1u << 15,           ///< LOAD, dblink_connect: nothing but the connection's end undoes it
+  kSequenceWrite = 1u << 16,     ///< not residue by itself: may give currval and lastval another value
+  kDrop = 1u << 17,              ///< not residue: DROP, CLOSE; may end what was left before
+  kMeaning = 1u << 18,           ///< not residue: sets, be it for the transaction, what decides how a constant in a text is read
+  kPrivateStatement = 1u << 19,  ///< not of a text: a statement was prepared after kMeaning in the same transaction
+  kUnreadable = 1u << 31,        ///< unterminated quote or comment and the like
 };
+/// Of no account by themselves.
+inline constexpr std::uint32_t kPassive = kTransaction | kSequenceWrite | kDrop | kMeaning;
+
+/// Whether a statement means the same whatever this setting's value: timeouts, costs, custom ones. `name` in lower case.
+bool leaves_meaning(std::string_view name);
 
 /// Scans a whole query string (several statements allowed). No allocation. `standard_conforming_strings` false makes
 /// backslashes escape in plain quotes. O(size).
@@ -42,6 +54,14 @@ BodyScan scan_body(std::string_view body);
 
 /// The functions that a text with kFunction calls and that aren't known to be harmless, without their schemas.
 std::vector<std::string> called_functions(std::string_view sql);
+
+/// The prepared statements that a text with kPrepared names in EXECUTE, DEALLOCATE and PREPARE, as the server reads the names.
+struct PreparedNames {
+  std::vector<std::string> names;
+  std::vector<std::string> deallocated;  ///< those of DEALLOCATE
+  bool all = false;                      ///< it may name any: pg_prepared_statements
+};
+PreparedNames prepared_names(std::string_view sql);
 
 /// The custom settings (`app.x`) that a text sets, in lower case, for a text with kCustomSetting. False: not all of them are
 /// written out.

@@ -7,19 +7,24 @@
 
 namespace pgsidecar::protocol {
 
-StatementRef StatementCache::intern(std::string_view body) {
-  if (const auto it = map_.find(body); it != map_.end()) return it->second.lock();
+StatementRef StatementCache::intern(std::string_view body, const std::shared_ptr<const void>& meaning) {
+  if (const auto it = map_.find(Key{meaning.get(), body}); it != map_.end()) return it->second.lock();
+  StatementRef ref = make(body, meaning);
+  map_.emplace(key(*ref), ref);
+  return ref;
+}
+
+StatementRef StatementCache::make(std::string_view body, const std::shared_ptr<const void>& meaning) {
   auto statement = std::make_unique<Statement>();
   statement->body = body;
+  statement->meaning = meaning;
   statement->id = next_id_++;
   statement->residue = scan_sql(body.substr(0, body.find('\0')));
-  StatementRef ref(statement.release(), [this](const Statement* s) {
-    const auto it = map_.find(std::string_view(s->body));
-    if (it != map_.end() && it->first.data() == s->body.data()) map_.erase(it);
-    delete s;
-  });
-  map_.emplace(std::string_view(ref->body), ref);
-  return ref;
+  return {statement.release(), [this](const Statement* s) {
+            const auto it = map_.find(key(*s));
+            if (it != map_.end() && it->first.second.data() == s->body.data()) map_.erase(it);
+            delete s;
+          }};
 }
 
 StatementRef ClientStatements::find(std::string_view name) const {

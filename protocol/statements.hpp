@@ -12,12 +12,15 @@
 #include <memory>
 #include <string>
 #include <string_view>
+#include <utility>
 
 namespace pgsidecar::protocol {
 
-/// One text with parameter types: Parse's body after the name. Shared by clients and servers while any holds it.
+/// One text with parameter types (Parse's body after the name) and what of the session decided its meaning when it was parsed.
+/// Shared by clients and servers while any holds it.
 struct Statement {
   std::string body;
+  std::shared_ptr<const void> meaning;  ///< compared only; statements with other meanings are others
   std::uint64_t id = 0;
   std::uint32_t residue = 0;                  ///< scan_sql of the text
   mutable const void* proven_with = nullptr;  ///< the settings of a session in which a server has accepted it
@@ -27,14 +30,20 @@ using StatementRef = std::shared_ptr<const Statement>;
 /// Interns statements. A known body costs no allocation. Must outlive every StatementRef that it gave out.
 class StatementCache {
  public:
-  StatementRef intern(std::string_view body);
+  StatementRef intern(std::string_view body, const std::shared_ptr<const void>& meaning = {});
+  /// A statement that nobody shares.
+  StatementRef make(std::string_view body, const std::shared_ptr<const void>& meaning);
   /// The same body is another statement from now on, since its plan doesn't fit the tables any more.
-  void retire(const Statement& statement) { map_.erase(std::string_view(statement.body)); }
+  void retire(const Statement& statement) { map_.erase(key(statement)); }
+  void retire_all() { map_.clear(); }
   std::size_t size() const { return map_.size(); }
 
  private:
+  using Key = std::pair<const void*, std::string_view>;
+  static Key key(const Statement& statement) { return {statement.meaning.get(), statement.body}; }
+
   // Keys are views into the statements; a statement leaves the map when its last holder does.
-  boost::unordered_flat_map<std::string_view, std::weak_ptr<const Statement>> map_;
+  boost::unordered_flat_map<Key, std::weak_ptr<const Statement>, boost::hash<Key>> map_;
   std::uint64_t next_id_ = 1;
 };
 
@@ -53,6 +62,11 @@ class ClientStatements {
   void set(std::string_view name, StatementRef statement);
   void erase(std::string_view name);
   void clear();
+  template <class F>
+  void for_each_named(F&& f) const {
+    if (named_)
+      for (const auto& [name, statement] : *named_) f(name, statement);
+  }
   void clear_unnamed() { unnamed_.reset(); }
   std::size_t size() const { return named_ ? named_->size() : 0; }
 
@@ -70,6 +84,10 @@ class ServerStatements {
   StatementRef find(std::uint64_t id) const;
   void erase(std::uint64_t id);
   void clear();
+  template <class F>
+  void for_each(F&& f) const {
+    for (const StatementRef& statement : order_) f(statement);
+  }
   /// A statement to close because more than `limit` are prepared; nullptr if none. It is forgotten.
   StatementRef evict(std::size_t limit);
   std::size_t size() const { return order_.size(); }

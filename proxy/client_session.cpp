@@ -26,7 +26,6 @@ constexpr std::size_t kMaxStartup = 10 * 1024;
 constexpr std::size_t kMaxPassword = 8 * 1024;
 constexpr std::size_t kMaxUnread = 64 * 1024;  // of a client that waits
 constexpr std::uint32_t kMaxMessage = 0x40000000;
-constexpr std::uint32_t kLastsOnlyInSession = protocol::kSession | protocol::kCustomSetting | protocol::kUnreadable;
 
 bool is_extended(char type) {
   return type == 'P' || type == 'B' || type == 'D' || type == 'E' || type == 'C' || type == 'H';
@@ -470,7 +469,6 @@ void ClientSession::on_server_ready() {
     if (entry_->pool.settings().mode == conf::PoolMode::Session) {
       server_ = server;
       transition(State::Active);
-      pinned_ = true;
     } else {
       server->detach(false);
     }
@@ -478,39 +476,20 @@ void ClientSession::on_server_ready() {
     return;
   }
   if (!server_ || server_->asking_residue()) return;
-  const conf::PoolSettings& policy = entry_->pool.settings();
-  if (policy.mode == conf::PoolMode::Session) {
+  if (entry_->pool.settings().mode == conf::PoolMode::Session) {
+    note_effects();
     if (draining_) fatal("57P01", "terminating connection due to administrator command");
     return;
   }
-  const std::uint32_t residue = residue_ & ~protocol::kTransaction;
-  const bool ask = policy.residueCheck == conf::ResidueCheck::Always || (residue & ~kLastsOnlyInSession) != 0;
-  if (ask && policy.residueCheck != conf::ResidueCheck::Never) {
-    residue_ &= kLastsOnlyInSession;
-    if (residue & kLastsOnlyInSession) pinned_ = true;
-    server_->ask_residue();
-    return;
+  pin_by_text();
+  if (must_ask()) {
+    residue_ = 0;
+    return server_->ask_residue();
   }
-  if (residue & kLastsOnlyInSession) pinned_ = true;
+  residue_ = 0;
   if (draining_ && pass_left_ == 0) return fatal("57P01", "terminating connection due to administrator command");
-  if (pinned_ || (pass_left_ > 0 && pass_to_server_)) return;
+  if (pin_ || (pass_left_ > 0 && pass_to_server_)) return;
   release();
-}
-
-void ClientSession::on_learned(std::uint32_t residue) {
-  residue_ |= residue | protocol::kFunction;
-}
-
-void ClientSession::on_residue(SettingsRef now, const std::string& pins, bool certain) {
-  if (now) {
-    auto values = now->values;
-    values.insert(login_settings_->values.begin(), login_settings_->values.end());  // reset out of sight, in a function
-    settings = values.size() == now->values.size() ? std::move(now) : entry_->settings.intern(std::move(values));
-  }
-  const bool pin = !certain || !pins.empty() || (residue_ & kLastsOnlyInSession) != 0;
-  worker_.run_later(*this);
-  if (pin && !pinned_) log::info("client {}: pinned to its server connection: {}", id_, pins.empty() ? "session state" : pins);
-  pinned_ = pin;
 }
 
 void ClientSession::release() {
@@ -564,7 +543,7 @@ void ClientSession::on_server_lost(const std::string& sqlstate, const std::strin
   pending_.clear();
   residue_ = 0;
   // A session that lived on that connection, or a transaction, can't go on elsewhere.
-  if (pinned_ || unknown || pass_left_ > 0 || entry_->pool.settings().mode == conf::PoolMode::Session)
+  if (pin_ || unknown || pass_left_ > 0 || entry_->pool.settings().mode == conf::PoolMode::Session)
     return fatal(sqlstate, message, "The server connection that held this client's transaction or session is gone.");
   transition(State::Ready);
   worker_.run_later(*this);
@@ -627,7 +606,8 @@ void ClientSession::give_up_server() {
   ServerConnection* server = std::exchange(server_, nullptr);
   server->send(worker_.to_server);  // what came before counts, as it would on a direct connection
   if (pass_left_ > 0 && pass_to_server_) return server->close(pool::CloseReason::Broken);  // half a message was sent
-  server->detach(!server->pipeline.releasable() || pinned_ || residue_ != 0 || entry_->pool.settings().mode == conf::PoolMode::Session);
+  server->detach(!server->pipeline.releasable() || pin_ || (residue_ & ~protocol::kPassive) != 0 ||
+                 entry_->pool.settings().mode == conf::PoolMode::Session);
 }
 
 void ClientSession::close() {

@@ -13,6 +13,7 @@
 #include "protocol/statements.hpp"
 #include "proxy/channel.hpp"
 #include "proxy/lost_transaction.hpp"
+#include "proxy/residue.hpp"
 #include "proxy/settings.hpp"
 
 namespace pgsidecar::proxy {
@@ -20,6 +21,8 @@ namespace pgsidecar::proxy {
 class ServerConnection;
 class Worker;
 struct PoolEntry;
+
+std::string_view text_of(const protocol::Statement& statement);  ///< the SQL
 
 class ClientSession : public pool::Waiter, public std::enable_shared_from_this<ClientSession> {
  public:
@@ -51,8 +54,8 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   /// The server owes nothing and is outside a transaction. Decides whether the lease ends.
   void on_server_ready();
   void on_greeting_failed(const protocol::ErrorFields& error);
-  void on_residue(SettingsRef settings, const std::string& pins, bool certain);
-  void on_learned(std::uint32_t residue);  ///< of functions that it has called: the session is to be looked at
+  void on_residue(SettingsRef settings, const Residue& found);  ///< no settings: they aren't known
+  void on_learned(std::uint32_t residue);                       ///< of functions that it has called: the session is to be looked at
   void on_parse_done(bool ok);
   void on_answered();         ///< ReadyForQuery of a request of its own
   void on_statements_gone();  ///< DISCARD ALL, DEALLOCATE ALL
@@ -64,7 +67,8 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   void forget_pending_parse_error() { parse_error_.reset(); }
   void resume_reading();
   void go_on();  ///< works off what was kept while it waited, and reads again
-  bool pinned() const { return pinned_; }
+  bool pinned() const { return pin_ != nullptr; }
+  std::optional<pool::PinSnapshot> pin_snapshot() const;
 
   void send(Gather& gather);
   std::size_t queued() const { return channel_.queued(); }
@@ -80,6 +84,13 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   protocol::ClientStatements statements;
 
  private:
+  /// Why it keeps its server connection beyond its transactions.
+  struct Pin {
+    std::uint32_t reasons = 0;  ///< bits of pool::PinReason
+    std::string detail, statement;
+    pool::Time since;
+  };
+
   struct PendingParse {
     std::string name;
     protocol::StatementRef statement;
@@ -117,15 +128,22 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   void evict();
   void note_residue(std::string_view sql, std::uint32_t known);
   void note_residue(const protocol::Statement& statement);
+  void use_sequences();
   void restore_after_reset();
-  bool deallocate(protocol::Bytes whole);
+  bool must_ask() const;
+  void note_effects();
+  void pin_by_text();
+  void pin(std::uint32_t reasons, std::string detail);
+  void adopt_named(std::string_view sql);
+  bool sql_prepared() const;
   void prepare(const protocol::StatementRef& statement);
+  void prepare_unnamed(const protocol::StatementRef& statement);
   bool rewrites() const;
 
   Worker& worker_;
   const std::uint32_t id_;
   State state_ = State::Startup;
-  bool pinned_ = false, draining_ = false, discarding_ = false, began_ = false, acquiring_ = false;
+  bool draining_ = false, discarding_ = false, began_ = false, acquiring_ = false;
   bool pass_to_server_ = false;
   bool direct_tls_ = false;  // TLS without an SSLRequest
   pool::Time sent_at_{};
@@ -136,6 +154,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   Channel channel_;
   std::string cancel_key_;
   SettingsRef login_settings_;  // brought at its login
+  std::unique_ptr<Pin> pin_;
   std::vector<PendingParse> pending_;
   std::optional<std::string> parse_error_;
   std::unique_ptr<LostTransaction> lost_;

@@ -318,6 +318,7 @@ awaitable<std::string> ServerConnection::exchange_login(const conf::ConnectParam
   pid_ = login.pid();
   cancel_key_ = login.key();
   parameters_ = login.parameters();
+  login_user_ = params.user;
   co_return std::string();
 }
 

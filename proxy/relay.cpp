@@ -20,8 +20,9 @@ namespace {
 
 constexpr std::size_t kMaxNames = 8 * 1024;  // of a message whose names are read
 
-std::string_view text_of(const protocol::Statement& statement) {
-  return std::string_view(statement.body).substr(0, statement.body.find('\0'));
+/// Whether how the text is read may depend on settings such as DateStyle: it has a quoted constant.
+bool may_hold_constants(std::string_view body) {
+  return body.find('\'') != std::string_view::npos || body.find("$$") != std::string_view::npos;
 }
 
 }  // namespace
@@ -97,43 +98,27 @@ void ClientSession::relay(Bytes available, std::size_t total) {
   pass_to_server_ = true;
 }
 
-void ClientSession::note_residue(const protocol::Statement& statement) {
-  const std::string_view sql = text_of(statement);
-  note_residue(sql, server_->conforming_strings() ? statement.residue : protocol::scan_sql(sql, false));
-}
-
-void ClientSession::restore_after_reset() {
-  if (!(residue_ & protocol::kReset)) return;
-  residue_ &= ~protocol::kReset;
-  if (!login_settings_->values.empty()) server_->restore_settings(*login_settings_);
-}
-
-void ClientSession::note_residue(std::string_view sql, std::uint32_t known) {
-  if (known == 0) return;
-  std::uint32_t residue = known;
-  if (residue & protocol::kFunction)
-    residue = (residue & ~protocol::kFunction) | entry_->functions.residue_of(protocol::called_functions(sql), worker_.now());
-  if (known & protocol::kCustomSetting) {
-    std::vector<std::string> names;
-    if (protocol::custom_setting_names(sql, names, server_->conforming_strings()) && entry_->settings.learn(names))
-      residue = (residue & ~protocol::kCustomSetting) | protocol::kSettings;
-  }
-  residue_ |= residue;
-}
-
 std::size_t ClientSession::on_query(Bytes available, std::size_t total) {
   const bool too_large = total > worker_.config().limits.maxParseBytes;
   if (available.size() < total && !too_large && rewrites()) return 0;
   if (available.size() == total && !too_large) {
     protocol::Reader reader(available.subspan(kHeaderSize));
     const std::string_view sql = reader.cstring();
-    note_residue(sql, protocol::scan_sql(sql, server_->conforming_strings()));
+    const std::uint32_t residue = protocol::scan_sql(sql, server_->conforming_strings());
+    note_residue(sql, residue);
+    if (residue & protocol::kPrepared) {
+      const bool synced = !server_->pipeline.unsynced();
+      adopt_named(sql);
+      if (synced && server_->pipeline.unsynced()) {
+        worker_.to_server.own([](std::string& out) { protocol::Writer(out).begin(protocol::Frontend::Sync).end(); });
+        server_->pipeline.push({Request::Sync, Verdict::Skip, id_});
+      }
+    }
   } else if (rewrites()) {
     residue_ |= protocol::kUnreadable;
   }
   statements.clear_unnamed();
   server_->statements.unnamed.reset();
-  if ((residue_ & protocol::kPrepared) && available.size() == total && deallocate(available)) return total;
   ++entry_->pool.counters().queries;
   server_->pipeline.push({Request::Query, Verdict::Forward, id_});
   relay(available, total);
@@ -141,42 +126,24 @@ std::size_t ClientSession::on_query(Bytes available, std::size_t total) {
   return available.size();
 }
 
-// DEALLOCATE of a protocol-level statement: the server knows it under the proxy's name.
-bool ClientSession::deallocate(Bytes whole) {
-  std::string_view sql(reinterpret_cast<const char*>(whole.data()) + kHeaderSize, whole.size() - kHeaderSize - 1);
-  const auto trim = [](std::string_view s) {
-    const auto first = s.find_first_not_of(" \t\r\n;");
-    return first == std::string_view::npos ? std::string_view() : s.substr(first, s.find_last_not_of(" \t\r\n;") - first + 1);
-  };
-  sql = trim(sql);
-  const auto take_word = [&](std::string_view word) {
-    if (sql.size() <= word.size() || ::strncasecmp(sql.data(), word.data(), word.size()) != 0 || !std::strchr(" \t\r\n", sql[word.size()]))
-      return false;
-    sql = trim(sql.substr(word.size()));
-    return true;
-  };
-  if (!take_word("DEALLOCATE")) return false;
-  take_word("PREPARE");
-  std::string name;
-  if (sql.size() >= 2 && sql.front() == '"' && sql.back() == '"' && sql.find('"', 1) == sql.size() - 1)
-    name = sql.substr(1, sql.size() - 2);
-  else if (sql.find_first_of(" \t\r\n;\"'") == std::string_view::npos)
-    name = lower(sql);
-  const auto statement = name.empty() ? nullptr : statements.find(name);
-  if (!statement || server_->pipeline.status() == protocol::TxStatus::Failed) return false;
-  if (!server_->pipeline.unsynced()) {
-    prepare(statement);
-    if (server_->pipeline.unsynced()) {
-      worker_.to_server.own([](std::string& out) { protocol::Writer(out).begin(protocol::Frontend::Sync).end(); });
-      server_->pipeline.push({Request::Sync, Verdict::Skip, id_});
-    }
+// SQL that names prepared statements (EXECUTE, DEALLOCATE, PREPARE, or lists them) finds those of the client's under the client's
+// own names. Which of them are left is asked when the transaction is over.
+void ClientSession::adopt_named(std::string_view sql) {
+  auto& pipeline = server_->pipeline;
+  if (!rewrites() || statements.size() == 0 || pipeline.failed() || pipeline.status() == protocol::TxStatus::Failed) return;
+  const protocol::PreparedNames named = protocol::prepared_names(sql);
+  if (named.all) {
+    statements.for_each_named([&](const std::string& name, const protocol::StatementRef& s) { server_->adopt(name, s); });
+    server_->close_shared_statements();
   }
-  worker_.to_server.own(
-      [&](std::string& out) { protocol::write_query(out, "DEALLOCATE " + std::string(protocol::server_name(statement->id).view())); });
-  server_->pipeline.push({Request::Query, Verdict::Forward, id_});
-  server_->statements.erase(statement->id);
-  statements.erase(name);
-  return true;
+  for (const std::string& name : named.names)
+    if (const auto statement = statements.find(name)) server_->adopt(name, statement);
+  for (const std::string& name : named.deallocated) statements.erase(name);
+}
+
+/// SQL may have prepared a statement of any name on this connection.
+bool ClientSession::sql_prepared() const {
+  return (residue_ & protocol::kPrepared) || (pin_ && pin_->reasons & pool::bit(pool::PinReason::PreparedStatement));
 }
 
 std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
@@ -184,7 +151,8 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
     if (available.size() == total) {
       protocol::Reader reader(available.subspan(kHeaderSize));
       reader.cstring();
-      residue_ |= protocol::scan_sql(reader.cstring(), server_->conforming_strings()) & protocol::kReset;
+      const std::string_view sql = reader.cstring();
+      note_residue(sql, protocol::scan_sql(sql, server_->conforming_strings()));
     }
     server_->pipeline.push({Request::Parse, Verdict::Forward, id_});
     relay(available, total);
@@ -210,8 +178,12 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
     if (!pipeline.failed()) pending_.push_back({std::string(name), nullptr});
     return total;
   }
-  protocol::StatementRef statement = worker_.statements.intern(body);
+  const bool shared = !server_->meaning_changed || !may_hold_constants(body);
+  protocol::StatementRef statement =
+      shared ? worker_.statements.intern(body, settings->meaning) : worker_.statements.make(body, settings->meaning);
   note_residue(*statement);
+  if (statement->residue & protocol::kPrepared) adopt_named(text_of(*statement));
+  if (!shared && !name.empty()) residue_ |= protocol::kPrivateStatement;
   auto& held = server_->statements;
   if (name.empty()) {
     pipeline.push({Request::Parse, Verdict::Forward, id_});
@@ -236,6 +208,12 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
     prepare(existing);
     forward(existing);
     pending_.push_back({std::string(name), nullptr});
+    return total;
+  }
+  if (sql_prepared()) {
+    server_->adopt(std::string(name), statement, Verdict::Forward);
+    pending_.push_back({std::string(name), statement});
+    statements.set(name, std::move(statement));
     return total;
   }
   auto& counters = entry_->pool.counters();
@@ -272,7 +250,8 @@ bool ClientSession::parse_unserved(Bytes whole) {
   const std::string_view name = reader.cstring();
   const Bytes body = reader.rest();
   if (name.empty() || !reader.ok() || statements.size() >= worker_.config().limits.maxPreparedStatementsPerClient) return false;
-  protocol::StatementRef statement = worker_.statements.intern({reinterpret_cast<const char*>(body.data()), body.size()});
+  protocol::StatementRef statement =
+      worker_.statements.intern({reinterpret_cast<const char*>(body.data()), body.size()}, settings->meaning);
   if (statement->proven_with != settings.get() || statements.find(name)) return false;
   statements.set(name, std::move(statement));
   worker_.to_client.own([](std::string& out) { protocol::Writer(out).begin(protocol::Backend::ParseComplete).end(); });
@@ -287,12 +266,25 @@ void ClientSession::prepare(const protocol::StatementRef& statement) {
     return;
   }
   ++entry_->pool.counters().preparedMisses;
+  // Its constants mean what they meant when the client prepared it.
+  const auto* meaning = static_cast<const Meaning*>(statement->meaning.get());
+  const bool other = meaning != settings->meaning.get() && server_->pipeline.status() != protocol::TxStatus::Failed;
+  if (other) server_->run_ahead(settings_statements(settings->meaning->values, meaning->values));
   worker_.to_server.own([&](std::string& out) {
     protocol::Writer(out).begin(protocol::Frontend::Parse).cstring(protocol::server_name(statement->id)).bytes(statement->body).end();
   });
   server_->pipeline.push({Request::Parse, Verdict::Skip, id_, static_cast<std::uint32_t>(statement->id)});
+  if (other) server_->run_ahead(settings_statements(meaning->values, settings->meaning->values));
   held.add(statement);
   evict();
+}
+
+void ClientSession::prepare_unnamed(const protocol::StatementRef& statement) {
+  if (server_->statements.unnamed == statement) return;
+  worker_.to_server.own(
+      [&](std::string& out) { protocol::Writer(out).begin(protocol::Frontend::Parse).cstring("").bytes(statement->body).end(); });
+  server_->pipeline.push({Request::Parse, Verdict::Skip, id_});
+  server_->statements.unnamed = statement;
 }
 
 void ClientSession::evict() {
@@ -330,13 +322,10 @@ std::size_t ClientSession::on_bind(Bytes available, std::size_t total) {
       pipeline.push({Request::Close, Verdict::Skip, id_});
       held.unnamed.reset();
     }
-    if (statement && held.unnamed != statement) {
-      worker_.to_server.own(
-          [&](std::string& out) { protocol::Writer(out).begin(protocol::Frontend::Parse).cstring("").bytes(statement->body).end(); });
-      pipeline.push({Request::Parse, Verdict::Skip, id_});
-      held.unnamed = statement;
+    if (statement) {
+      prepare_unnamed(statement);
+      note_residue(*statement);
     }
-    if (statement) note_residue(*statement);
     pipeline.push({Request::Bind, Verdict::Forward, id_});
     relay(available, total);
     return available.size();
@@ -371,12 +360,7 @@ std::size_t ClientSession::on_describe(Bytes available, std::size_t total) {
       protocol::Writer(out).begin(protocol::Frontend::Describe).u8('S').cstring(protocol::server_name(statement->id)).end();
     });
   } else {
-    if (statement && server_->statements.unnamed != statement) {
-      worker_.to_server.own(
-          [&](std::string& out) { protocol::Writer(out).begin(protocol::Frontend::Parse).cstring("").bytes(statement->body).end(); });
-      pipeline.push({Request::Parse, Verdict::Skip, id_});
-      server_->statements.unnamed = statement;
-    }
+    if (statement) prepare_unnamed(statement);
     relay(available, total);
   }
   pipeline.push({Request::Describe, Verdict::Forward, id_});
@@ -416,7 +400,7 @@ void ClientSession::on_parse_done(bool ok) {
 
 void ClientSession::on_statements_gone() {
   statements.clear();
-  server_->statements.clear();
+  server_->forget_statements();
 }
 
 void ClientSession::resume_reading() {

@@ -37,6 +37,11 @@ bool wanted_whole(Backend type) {
   }
 }
 
+/// After which a text prepared before may have other columns, so that who prepares it anew must get a new plan.
+bool changes_results(std::string_view tag) {
+  return tag.starts_with("ALTER ") || tag.starts_with("DROP ") || tag == "CREATE VIEW" || tag == "CREATE FUNCTION";
+}
+
 /// The columns of a DataRow in text; NULL is empty. False: it isn't one of so many.
 template <std::size_t N>
 bool read_row(Bytes whole, std::string (&field)[N]) {
@@ -255,6 +260,7 @@ bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total
     protocol::Reader reader(available.subspan(kHeaderSize));
     const std::string_view tag = reader.cstring();
     if (tag == "DISCARD ALL" || tag == "DEALLOCATE ALL") client_->on_statements_gone();
+    if (changes_results(tag)) worker_.statements.retire_all();
     if (tag.ends_with(" FUNCTION") || tag.ends_with(" PROCEDURE") || tag.ends_with(" EXTENSION")) entry_.functions.forget();
   }
   if (forward) worker_.to_client.add(available.data(), available.size());
@@ -275,7 +281,7 @@ void ServerConnection::inject() {
 }
 
 void ServerConnection::on_dropped(const Owed& owed) {
-  if (owed.request != Request::Parse) return;
+  if (owed.request != Request::Parse || owed.owner == protocol::kProxy) return;
   if (owed.verdict == Verdict::Inject) {
     if (client_ && owed.owner == client_->id()) client_->on_parse_done(false);
     return;
@@ -315,17 +321,18 @@ void ServerConnection::ask(std::uint32_t note, std::string_view sql) {
 void ServerConnection::on_proxy_reply(Backend type, std::uint32_t note, Bytes whole) {
   if (note == kResidue) {
     if (type == Backend::DataRow) {
-      std::string field[3];
-      if (!read_row(whole, field))
-        residue_failed_ = true;
-      else if (field[0] == "s")
-        residue_settings_[lower(field[1])] = field[2];
-      else if (field[0] != "r")
-        residue_pins_ += (residue_pins_.empty() ? "" : ", ") + residue_name(field[0][0]) + field[1];
-      else if (field[1] != "none" || field[2] != entry_.user)
-        residue_pins_ += (residue_pins_.empty() ? "" : ", ") + std::string("role ") + field[1];
+      ResidueRow row;
+      if (read_row(whole, row))
+        residue_.add(row, login_user_);
+      else
+        residue_.failed = true;
     } else if (type == Backend::ErrorResponse) {
-      residue_failed_ = true;
+      const auto error = protocol::parse_error(whole.subspan(kHeaderSize));
+      // lastval() says 55000 if there is none, and 42501 if there is one that may not be seen.
+      if (error && error->sqlstate == "42501")
+        residue_.reasons |= pool::bit(pool::PinReason::Sequence);
+      else if (!error || error->sqlstate != "55000")
+        residue_.failed = true;
     } else if (type == Backend::ReadyForQuery) {
       finish_residue();
     }
@@ -381,9 +388,9 @@ void ServerConnection::ask_residue() {
     ask(kLearn, Functions::question(asked_functions_));
     return send(worker_.to_server);
   }
-  residue_settings_.clear();
-  residue_pins_.clear();
-  ask(kResidue, residue_sql(entry_.settings.custom_names()));
+  residue_ = {};
+  ++entry_.pool.counters().residueChecks;
+  ask(kResidue, residue_sql(entry_.settings.custom_names(), entry_.sequences_matter));
   send(worker_.to_server);
 }
 
@@ -396,15 +403,19 @@ void ServerConnection::finish_learning() {
 void ServerConnection::finish_residue() {
   asking_residue_ = false;
   if (!client_) return;
-  if (residue_failed_) {
+  if (residue_.failed) {
     settings.reset();
-    client_->on_residue(nullptr, "the session could not be examined", false);
-    return;
+    return client_->on_residue(nullptr, residue_);
   }
-  settings = entry_.settings.intern(std::move(residue_settings_));
-  residue_settings_.clear();
+  meaning_changed = false;
+  std::erase_if(adopted_, [this](const auto& one) {
+    const bool there = std::find(residue_.prepared.begin(), residue_.prepared.end(), one.first) != residue_.prepared.end();
+    if (there) client_->statements.set(one.first, one.second);
+    return !there;
+  });
+  settings = entry_.settings.intern(std::move(residue_.settings));
   if (settings->welcome.empty()) settings->welcome = parameters_;
-  client_->on_residue(settings, residue_pins_, true);
+  client_->on_residue(settings, residue_);
 }
 
 // --- leases
@@ -413,14 +424,88 @@ void ServerConnection::lease(ClientSession& client) {
   transition(State::Leased);
   entry_.pool.lease(*this);
   client_ = &client;
+  leased_anew_ = true;
+  sequences_touched = meaning_changed = false;
+  suspect.clear();
   client.on_lease(*this);
 }
 
 void ServerConnection::apply_settings() {
-  if (settings == client_->settings || !settings) return;
-  const std::string sql = settings_sql(*settings, *client_->settings);
-  settings = client_->settings;
-  if (!sql.empty()) ask(kApply, sql);
+  if (settings != client_->settings && settings) {
+    const auto statements_needed = settings_statements(settings->values, client_->settings->values);
+    settings = client_->settings;
+    run_ahead(statements_needed);
+  }
+  if (!leased_anew_) return;
+  leased_anew_ = false;
+  if (sequences_dirty && entry_.sequences_matter) forget_sequences();
+}
+
+void ServerConnection::run_ahead(const std::vector<std::string>& sqls) {
+  if (sqls.empty()) return;
+  if (!pipeline.unsynced()) {
+    std::string all;
+    for (const std::string& sql : sqls) all += (all.empty() ? "" : ";") + sql;
+    return ask(kApply, all);
+  }
+  // A simple query would end the client's implicit transaction.
+  constexpr std::string_view kName = "pgsidecar_ahead";
+  const auto owe = [&](Request request) { pipeline.push({request, Verdict::Skip, protocol::kProxy, kApply}); };
+  for (const std::string& sql : sqls) {
+    worker_.to_server.own([&](std::string& out) {
+      protocol::Writer w(out);
+      w.begin(protocol::Frontend::Parse).cstring(kName).cstring(sql).u16(0).end();
+      w.begin(protocol::Frontend::Bind).cstring(kName).cstring(kName).u16(0).u16(0).u16(0).end();
+      w.begin(protocol::Frontend::Execute).cstring(kName).u32(0).end();
+      w.begin(protocol::Frontend::Close).u8('P').cstring(kName).end();
+      w.begin(protocol::Frontend::Close).u8('S').cstring(kName).end();
+    });
+    for (const Request request : {Request::Parse, Request::Bind, Request::Execute, Request::Close, Request::Close}) owe(request);
+  }
+}
+
+void ServerConnection::forget_sequences() {
+  if (!sequences_dirty || sequences_touched) return;
+  sequences_dirty = false;
+  run_ahead({"DISCARD SEQUENCES"});
+}
+
+void ServerConnection::adopt(const std::string& name, const protocol::StatementRef& statement, Verdict verdict) {
+  const auto known = std::find_if(adopted_.begin(), adopted_.end(), [&](const auto& one) { return one.first == name; });
+  if (known != adopted_.end() && verdict == Verdict::Skip) return;
+  worker_.to_server.own(
+      [&](std::string& out) { protocol::Writer(out).begin(protocol::Frontend::Parse).cstring(name).bytes(statement->body).end(); });
+  pipeline.push({Request::Parse, verdict, client_->id()});
+  if (known == adopted_.end())
+    adopted_.emplace_back(name, statement);
+  else
+    known->second = statement;
+}
+
+void ServerConnection::close_shared_statements() {
+  statements.for_each([this](const protocol::StatementRef& statement) {
+    worker_.to_server.own([&](std::string& out) {
+      protocol::Writer(out).begin(protocol::Frontend::Close).u8('S').cstring(protocol::server_name(statement->id)).end();
+    });
+    pipeline.push({Request::Close, Verdict::Skip, client_->id()});
+  });
+  statements.clear();
+}
+
+void ServerConnection::forget_statements() {
+  statements.clear();
+  adopted_.clear();
+}
+
+void ServerConnection::close_adopted() {
+  if (adopted_.empty()) return;
+  worker_.to_server.own([&](std::string& out) {
+    for (const auto& [name, statement] : adopted_) protocol::Writer(out).begin(protocol::Frontend::Close).u8('S').cstring(name).end();
+    protocol::Writer(out).begin(protocol::Frontend::Sync).end();
+  });
+  for (std::size_t i = 0; i < adopted_.size(); ++i) pipeline.push({Request::Close, Verdict::Skip, protocol::kProxy, kReset});
+  pipeline.push({Request::Sync, Verdict::Skip, protocol::kProxy, kReset});
+  adopted_.clear();
 }
 
 void ServerConnection::restore_settings(const Settings& login) {
@@ -433,6 +518,13 @@ void ServerConnection::detach(bool dirty) {
   pass_forward_ = false;
   if (!alive()) return;
   if (dirty) return start_reset();
+  if (!adopted_.empty()) {
+    Gather others;
+    std::swap(others, worker_.to_server);
+    close_adopted();
+    send(worker_.to_server);
+    std::swap(others, worker_.to_server);
+  }
   settle();
 }
 
@@ -451,6 +543,8 @@ void ServerConnection::start_reset() {
   ask(kReset, "ROLLBACK");
   ask(kReset, "DISCARD ALL");
   statements.clear();
+  adopted_.clear();
+  sequences_dirty = false;
   settings = entry_.settings.intern({});
   send(worker_.to_server);
   std::swap(out, worker_.to_server);

@@ -17,6 +17,7 @@
 #include "protocol/statements.hpp"
 #include "proxy/channel.hpp"
 #include "proxy/control.hpp"
+#include "proxy/residue.hpp"
 #include "proxy/settings.hpp"
 
 namespace pgsidecar::proxy {
@@ -51,11 +52,24 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   protocol::ServerStatements statements;
   SettingsRef settings;  ///< what its session has; null: unknown, reset before use
   std::uint32_t cancels_pending = 0;
+  std::string suspect;             ///< the last text of this lease that may have left something in the session
+  bool meaning_changed = false;    ///< in this lease, how constants are read may have been set, and the server not asked yet
+  bool sequences_touched = false;  ///< in this lease
+  bool sequences_dirty = false;    ///< the session may have values of sequences that another client took
   bool conforming_strings() const { return conforming_strings_; }  ///< standard_conforming_strings
 
   void lease(ClientSession& client);
   /// Gives the session the client's settings, ahead of what the client sends next.
   void apply_settings();
+  /// Puts statements of the proxy's own ahead of what the client sends next, whose failure ends the client.
+  void run_ahead(const std::vector<std::string>& sqls);
+  /// A text is about to depend on the values of sequences that the client took in this session.
+  void forget_sequences();
+  /// Prepares a statement of the client's under the client's own name for it, for SQL that names it.
+  void adopt(const std::string& name, const protocol::StatementRef& statement, protocol::Verdict verdict = protocol::Verdict::Skip);
+  void forget_statements();  ///< DISCARD ALL, DEALLOCATE ALL
+  /// Leaves no prepared statement but those of the client's, for SQL that lists them.
+  void close_shared_statements();
   /// After a RESET of the client's: what it brought at its login comes back, as on a connection of its own.
   void restore_settings(const Settings& login);
   /// Sends what the worker has gathered for this connection. A failure is dealt with in the next turn.
@@ -101,6 +115,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   void lost(const std::string& sqlstate, const std::string& reason);
   void start_reset();
   void finish_learning();
+  void close_adopted();
   void finish_residue();
   void settle_after_cancel();
   void closed();
@@ -121,11 +136,13 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   std::size_t pass_left_ = 0;  // of a message that is passing through
   bool pass_forward_ = false;
   bool asking_residue_ = false, residue_failed_ = false, own_query_failed_ = false;
+  bool leased_anew_ = false;
   bool conforming_strings_ = true;
   bool retry_other_tls_ = false;  // sslmode prefer and allow
   int resets_overdue_ = 0;
-  std::map<std::string, std::string> residue_settings_;
-  std::string residue_pins_;
+  Residue residue_;
+  std::string login_user_;
+  std::vector<std::pair<std::string, protocol::StatementRef>> adopted_;
   std::vector<std::string> asked_functions_;
   protocol::ErrorFields login_error_;
 };

@@ -2,11 +2,13 @@
 
 #include <algorithm>
 
+#include "protocol/sql_scan.hpp"
+
 namespace pgsidecar::proxy {
 
 namespace {
 
-constexpr std::size_t kMaxKnown = 4096;
+constexpr std::size_t kMaxKnown = 4096, kMaxCustomNames = 64;
 
 std::string quoted(std::string_view text, char quote) {
   std::string out(1, quote);
@@ -16,6 +18,10 @@ std::string quoted(std::string_view text, char quote) {
     out += c;
   }
   return out += quote;
+}
+
+std::string set_call(std::string_view name, std::string_view value) {
+  return "pg_catalog.set_config(" + literal(name) + "," + literal(value) + ",false)";
 }
 
 std::string reset_name(std::string_view name) {
@@ -31,35 +37,6 @@ std::string reset_name(std::string_view name) {
 
 }  // namespace
 
-namespace {
-
-constexpr const char* kResidueSql =
-    "SELECT 's', name, setting FROM pg_catalog.pg_settings WHERE source OPERATOR(pg_catalog.=) 'session'"
-    " UNION ALL SELECT 'l', 'advisory lock', '' FROM pg_catalog.pg_locks WHERE locktype OPERATOR(pg_catalog.=) 'advisory'"
-    " AND pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid()"
-    " UNION ALL (SELECT 't', relname::pg_catalog.text, '' FROM pg_catalog.pg_class"
-    " WHERE relnamespace OPERATOR(pg_catalog.=) pg_catalog.pg_my_temp_schema() LIMIT 1)"
-    " UNION ALL (SELECT 't', proname::pg_catalog.text, '' FROM pg_catalog.pg_proc"
-    " WHERE pronamespace OPERATOR(pg_catalog.=) pg_catalog.pg_my_temp_schema() LIMIT 1)"
-    " UNION ALL (SELECT 't', typname::pg_catalog.text, '' FROM pg_catalog.pg_type"
-    " WHERE typnamespace OPERATOR(pg_catalog.=) pg_catalog.pg_my_temp_schema() LIMIT 1)"
-    " UNION ALL SELECT 'p', name, '' FROM pg_catalog.pg_prepared_statements WHERE from_sql"
-    " UNION ALL SELECT 'c', name, '' FROM pg_catalog.pg_cursors WHERE is_holdable"
-    " UNION ALL SELECT 'n', c, '' FROM pg_catalog.pg_listening_channels() AS c"
-    " UNION ALL SELECT 'r', pg_catalog.current_setting('role'), session_user::pg_catalog.text";
-constexpr std::size_t kMaxCustomNames = 64;
-
-}  // namespace
-
-std::string residue_sql(const std::vector<std::string>& custom_names) {
-  std::string sql = kResidueSql;
-  for (const std::string& name : custom_names) {
-    const std::string value = "pg_catalog.current_setting(" + literal(name) + ",true)";
-    sql += " UNION ALL SELECT 's'," + literal(name) + "," + value + " WHERE " + value + " OPERATOR(pg_catalog.<>) ''";
-  }
-  return sql;
-}
-
 std::string literal(std::string_view text) {
   return (text.find('\\') == std::string_view::npos ? "" : " E") + quoted(text, '\'');
 }
@@ -70,7 +47,8 @@ std::string restore_sql(const Settings& login) {
   return "SELECT pg_catalog.set_config(n, v, false) FROM (VALUES " + rows +
          ") AS login (n, v) WHERE NOT EXISTS (SELECT FROM pg_catalog.pg_settings WHERE pg_catalog.lower(name) OPERATOR(pg_catalog.=) n"
          " AND source OPERATOR(pg_catalog.=) 'session') AND (pg_catalog.strpos(n, '.') OPERATOR(pg_catalog.=) 0"
-         " OR COALESCE(pg_catalog.current_setting(n, true), '') OPERATOR(pg_catalog.=) '')";
+         " OR COALESCE(pg_catalog.current_setting(n, true), '') OPERATOR(pg_catalog.=) '')"
+         " AND (n OPERATOR(pg_catalog.<>) 'role' OR pg_catalog.current_setting('role') OPERATOR(pg_catalog.=) 'none')";
 }
 
 bool SettingsCache::learn(const std::vector<std::string>& names) {
@@ -88,22 +66,17 @@ std::string lower(std::string_view name) {
   return out;
 }
 
-std::string residue_name(char kind) {
-  switch (kind) {
-    case 'l': return "";
-    case 't': return "temporary object ";
-    case 'p': return "prepared statement ";
-    case 'c': return "cursor ";
-    case 'n': return "listening on ";
-    default: return "";
-  }
-}
-
 SettingsRef SettingsCache::intern(std::map<std::string, std::string> values) {
   if (const auto it = known_.find(values); it != known_.end()) return it->second;
   if (known_.size() >= kMaxKnown) std::erase_if(known_, [](const auto& e) { return e.second.use_count() == 1; });
+  if (meanings_.size() >= kMaxKnown) std::erase_if(meanings_, [](const auto& e) { return e.second.use_count() == 1; });
   auto settings = std::make_shared<Settings>();
   settings->values = values;
+  auto meaning = values;
+  std::erase_if(meaning, [](const auto& e) { return protocol::leaves_meaning(e.first); });
+  auto& known = meanings_[meaning];
+  if (!known) known = std::make_shared<Meaning>(Meaning{meaning});
+  settings->meaning = known;
   known_.emplace(std::move(values), settings);
   return settings;
 }
@@ -144,17 +117,31 @@ bool settings_of(const protocol::Startup& startup, std::map<std::string, std::st
   return true;
 }
 
-std::string settings_sql(const Settings& have, const Settings& want) {
-  std::string sets, resets;
-  for (const auto& [name, value] : want.values) {
-    const auto it = have.values.find(name);
-    if (it != have.values.end() && it->second == value) continue;
-    sets += sets.empty() ? "SELECT " : ",";
-    sets += "pg_catalog.set_config(" + literal(name) + "," + literal(value) + ",false)";
-  }
-  for (const auto& [name, value] : have.values)
-    if (!want.values.contains(name)) resets += "RESET " + reset_name(name) + ";";
-  return resets + sets;
+std::vector<std::string> settings_statements(const Values& have, const Values& want) {
+  const auto value = [](const Values& values, const char* name) {
+    const auto it = values.find(name);
+    return it == values.end() ? std::string_view() : std::string_view(it->second);
+  };
+  const auto is_identity = [](const std::string& name) { return name == "role" || name == "session_authorization"; };
+  std::vector<std::string> statements;
+  std::string sets;
+  for (const auto& [name, wanted] : want)
+    if (!is_identity(name) && (!have.contains(name) || have.at(name) != wanted))
+      sets += (sets.empty() ? "SELECT " : ",") + set_call(name, wanted);
+  for (const auto& [name, old] : have)
+    if (!is_identity(name) && !want.contains(name)) statements.push_back("RESET " + reset_name(name));
+  if (!sets.empty()) statements.push_back(std::move(sets));
+  // Only who has logged in may change everything, so a role is put on last and off first. A new session user has no role.
+  const bool others = !statements.empty();
+  const std::string_view user = value(have, "session_authorization"), wanted_user = value(want, "session_authorization");
+  const std::string_view role = value(have, "role"), wanted_role = value(want, "role");
+  const bool change_user = user != wanted_user || (others && !user.empty());
+  const bool change_role = role != wanted_role || ((others || change_user) && !role.empty());
+  if (change_user && !user.empty()) statements.insert(statements.begin(), "RESET SESSION AUTHORIZATION");
+  if (change_role && !role.empty()) statements.insert(statements.begin(), "RESET ROLE");
+  if (change_user && !wanted_user.empty()) statements.push_back("SELECT " + set_call("session_authorization", wanted_user));
+  if (change_role && !wanted_role.empty()) statements.push_back("SELECT " + set_call("role", wanted_role));
+  return statements;
 }
 
 }  // namespace pgsidecar::proxy

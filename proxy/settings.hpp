@@ -12,8 +12,14 @@
 
 namespace pgsidecar::proxy {
 
+/// Those settings that decide what a statement's text means: DateStyle, search_path... A statement is prepared under them.
+struct Meaning {
+  std::map<std::string, std::string> values;
+};
+
 struct Settings {
-  std::map<std::string, std::string> values;   ///< names in lower case
+  std::map<std::string, std::string> values;  ///< names in lower case; role and session_authorization among them
+  std::shared_ptr<const Meaning> meaning;
   std::map<std::string, std::string> welcome;  ///< ParameterStatus of a session with these; empty: not tried yet
 };
 using SettingsRef = std::shared_ptr<Settings>;
@@ -31,6 +37,7 @@ class SettingsCache {
 
  private:
   std::map<std::map<std::string, std::string>, SettingsRef> known_;
+  std::map<std::map<std::string, std::string>, std::shared_ptr<const Meaning>> meanings_;
   std::vector<std::string> custom_names_;
 };
 
@@ -38,17 +45,14 @@ class SettingsCache {
 /// something else than settings, named in `complaint`.
 bool settings_of(const protocol::Startup& startup, std::map<std::string, std::string>& values, std::string& complaint);
 
-/// SQL that turns a session with `have` into one with `want`.
-std::string settings_sql(const Settings& have, const Settings& want);
+/// Statements that turn a session with `have` into one with `want`.
+using Values = std::map<std::string, std::string>;
+std::vector<std::string> settings_statements(const Values& have, const Values& want);
 
 /// SQL that gives a session those of `login` again that have no value of its own, after a RESET.
 std::string restore_sql(const Settings& login);
 
-/// SQL that asks the server what a session holds: rows (kind, name, value). Kinds: s setting, l advisory lock,
-/// t temporary object, p SQL-prepared statement, c holdable cursor, n channel listened to, r role or authorization.
-std::string residue_name(char kind);  ///< a kind in words, for a pin's reason
 std::string lower(std::string_view name);
 std::string literal(std::string_view text);  ///< an SQL string constant
-std::string residue_sql(const std::vector<std::string>& custom_names);
 
 }  // namespace pgsidecar::proxy

@@ -604,6 +604,8 @@ pool::Snapshot Worker::snapshot() {
       }
     }
     p.counters = entry->pool.counters();
+    p.effects = entry->transparency.rows();
+    p.effectsDropped = entry->transparency.dropped();
     index[entry.get()] = s.pools.size();
     s.pools.push_back(std::move(p));
   }
@@ -618,8 +620,13 @@ pool::Snapshot Worker::snapshot() {
       ++p.clientsActive;
     else if (client->state() == ClientSession::State::Ready)
       ++p.clientsIdle;
-    if (client->pinned()) ++p.pinned;
+    if (auto pin = client->pin_snapshot()) {
+      ++p.pinned;
+      pool::for_each_reason(pin->reasons, [&](pool::PinReason reason) { ++p.pinnedBy[static_cast<std::size_t>(reason)]; });
+      s.pins.push_back(std::move(*pin));
+    }
   }
+  std::sort(s.pins.begin(), s.pins.end(), [](const auto& a, const auto& b) { return a.micros > b.micros; });
   return s;
 }
 

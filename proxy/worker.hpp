@@ -46,6 +46,8 @@ struct PoolEntry {
   protocol::ErrorFields last_failure;  // of a connect; no message: none since the last success
   std::uint32_t replacements = 0;      // of connections that were worn out while in use: opened before they are missed
   bool passes_password_on = false;
+  bool sequences_matter = false;               // its clients use currval or lastval
+  pool::Transparency transparency;             // what its statements leave in sessions
   std::optional<std::string> given_password;   // users: {"*": {}}: what the server has accepted from a client
   std::deque<ServerConnection::Login> logins;  // clients whose password the server is still to be asked about
 };

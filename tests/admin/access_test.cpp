@@ -27,7 +27,7 @@ unsigned status(const conf::Admin& admin, const char* peer, std::string_view hos
   caller.authorization = authorization;
   caller.origin = origin;
   caller.fetchSite = site;
-  return refuse_change(admin, caller).status;
+  return refusal_of(admin, caller).status;
 }
 
 TEST(Access, HostAllowList) {

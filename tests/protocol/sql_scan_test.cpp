@@ -13,11 +13,13 @@ TEST(SqlScan, Rows) {
       {"", kNone},
       {"SELECT 1", kNone},
       {"select set_from, reset, listen from t where discard = 1", kNone},
-      {"INSERT INTO t VALUES ('SET x = 1; LISTEN y')", kNone},
+      {"INSERT INTO t VALUES ('SET x = 1; LISTEN y')", kSequenceWrite},
       {"SELECT $$SET x = 1$$, $a$ LISTEN b $b$ $a$", kNone},
       {"-- SET x = 1\nSELECT 1 /* LISTEN /* nested */ x */", kNone},
-      {"UPDATE t SET x = 1", kNone},
-      {"SELECT nextval('s')", kNone},
+      {"UPDATE t SET x = 1", kSequenceWrite},
+      {"SELECT nextval('s'), setval('s', 1)", kSequenceWrite},
+      {"DROP TABLE t", kDrop},
+      {"CLOSE c", kDrop},
       {"SET x = 1", kSettings},
       {"  /* c */ sEt  x TO 1", kSettings},
       {"SET SESSION x = 1", kSettings},
@@ -46,14 +48,14 @@ TEST(SqlScan, Rows) {
       {"SELECT s.now(), 1", kFunction},
       {"SELECT \"Now\" (1)", kFunction},
       {"SELECT a FROM b JOIN c ON f(c.d)", kFunction},
-      {"INSERT INTO s.t (a, b) VALUES (1, f(2))", kFunction},
+      {"INSERT INTO s.t (a, b) VALUES (1, f(2))", kFunction | kSequenceWrite},
       {"CREATE INDEX i ON t (f(x))", kFunction},
       {"SELECT count(*), pg_catalog.now(), COALESCE(a, 1)::numeric(3, 1) FROM t AS x (a) WHERE a IN (1) AND EXISTS (SELECT 1)", kNone},
-      {"INSERT INTO s.t (a, b) VALUES (1, 'f(2)') ON CONFLICT (a) DO UPDATE SET (a, b) = (1, 2) RETURNING (a)", kNone},
+      {"INSERT INTO s.t (a, b) VALUES (1, 'f(2)') ON CONFLICT (a) DO UPDATE SET (a, b) = (1, 2) RETURNING (a)", kSequenceWrite},
       {"WITH RECURSIVE t (n) AS (SELECT 1) SELECT sum(n) OVER (PARTITION BY n) FROM t, LATERAL (SELECT 1) u JOIN v USING (n)", kNone},
       {"CREATE TABLE IF NOT EXISTS t (a varchar(3) CHECK (a > 'b') REFERENCES u (a), PRIMARY KEY (a))", kNone},
       {"CREATE UNIQUE INDEX i ON t (a)", kNone},
-      {"COPY t (a) FROM STDIN WITH (FORMAT csv)", kNone},
+      {"COPY t (a) FROM STDIN WITH (FORMAT csv)", kSequenceWrite},
       {"PREPARE p AS SELECT 1", kPrepared},
       {"EXECUTE p(1)", kPrepared},
       {"EXPLAIN ANALYZE EXECUTE p", kPrepared},
@@ -82,12 +84,18 @@ TEST(SqlScan, Rows) {
       {"CALL p()", kCode | kFunction},
       {"DO $$BEGIN IF true THEN SET app.x = 1; END IF; END$$", kCode | kSettings | kCustomSetting},
       {"DO 'BEGIN PERFORM f(); END'", kCode | kFunction},
-      {"LOAD 'x'", kCode | kSession},
+      {"LOAD 'x'", kLibrary},
       {"DISCARD ALL", kDiscard | kReset},
-      {"SELECT currval('s')", kSession},
-      {"SELECT lastval()", kSession},
-      {"SELECT setseed(0)", kSession},
-      {"SELECT pg_backend_pid()", kSession},
+      {"SELECT currval('s')", kSequenceRead},
+      {"SELECT lastval()", kSequenceRead},
+      {"SELECT setseed(0)", kSeed},
+      {"SET SESSION seed = 0.5", kSettings | kSeed},
+      {"SELECT * FROM pg_stat_activity WHERE pid <> pg_backend_pid()", kNone},
+      {"SELECT 1 FROM pg_stat_activity WHERE pid != pg_backend_pid() AND pid <> pg_backend_pid ()", kNone},
+      {"SELECT * FROM pg_locks WHERE pid = pg_backend_pid()", kBackendPid},
+      {"SELECT a <> 1, pg_backend_pid()", kBackendPid},
+      {"SELECT name FROM pg_prepared_statements", kPrepared},
+      {"SELECT pg_backend_pid()", kBackendPid},
       {"SELECT E'it\\'s; SET x', 1", kNone},
       {"SELECT 'a''b; SET x = 1'", kNone},
       {"SELECT 'open", kUnreadable},
@@ -96,12 +104,33 @@ TEST(SqlScan, Rows) {
       {"SELECT /* open", kUnreadable},
       {"SELECT U&\"s\\0065t_config\"('a', 'b', false)", kUnreadable | kFunction},
   };
-  for (const auto& row : rows) EXPECT_EQ(scan_sql(row.sql), row.residue) << row.sql;
+  for (const auto& row : rows) EXPECT_EQ(scan_sql(row.sql) & ~kMeaning, row.residue) << row.sql;
+}
+
+TEST(SqlScan, WhatDecidesHowConstantsAreRead) {
+  for (const char* sql : {"SET datestyle = 'German'", "SET LOCAL TIME ZONE 'UTC'", "set session \"TimeZone\" to x", "RESET intervalstyle",
+                          "RESET ALL", "SELECT set_config('TimeZone', $1, true)", "SELECT set_config($1, 'x', true)", "SET NAMES 'latin1'"})
+    EXPECT_TRUE(scan_sql(sql) & kMeaning) << sql;
+  for (const char* sql : {"SET app.x = 1", "SET search_path = a", "SET LOCAL statement_timeout = 5", "SET ROLE bob",
+                          "SELECT set_config('request.jwt', $1, true)", "SET TRANSACTION READ ONLY", "SET SESSION AUTHORIZATION bob",
+                          "SELECT set_config('role', 'a', true)", "RESET work_mem", "UPDATE t SET datestyle = 1"})
+    EXPECT_FALSE(scan_sql(sql) & kMeaning) << sql;
+}
+
+TEST(SqlScan, PreparedNames) {
+  using Names = std::vector<std::string>;
+  EXPECT_EQ(prepared_names("EXECUTE Foo(1)").names, Names{"foo"});
+  EXPECT_EQ(prepared_names("EXPLAIN ANALYZE EXECUTE \"A\"\"b\"").names, Names{"A\"b"});
+  EXPECT_EQ(prepared_names("CREATE TEMP TABLE t AS EXECUTE q").names, Names{"q"});
+  EXPECT_EQ(prepared_names("SELECT 1; PREPARE p (int) AS SELECT $1; DEALLOCATE x").names, (Names{"p", "x"}));
+  EXPECT_EQ(prepared_names("DEALLOCATE PREPARE x; DEALLOCATE \"Y\"").deallocated, (Names{"x", "Y"}));
+  EXPECT_TRUE(prepared_names("SELECT * FROM pg_prepared_statements").all);
+  EXPECT_FALSE(prepared_names("EXECUTE a").all);
 }
 
 TEST(SqlScan, BackslashesInPlainQuotesIfTheyAreNotStandard) {
   constexpr const char* kSql = "SELECT '\\'; SET x = 1; --'";
-  EXPECT_EQ(scan_sql(kSql, true), kSettings);
+  EXPECT_EQ(scan_sql(kSql, true), kSettings | kMeaning);
   EXPECT_EQ(scan_sql(kSql, false), kNone);
 }
 
@@ -145,7 +174,7 @@ TEST(SqlScan, Bodies) {
   };
   for (const auto& row : rows) {
     const BodyScan found = scan_body(row.body);
-    EXPECT_EQ(found.residue, row.residue) << row.body;
+    EXPECT_EQ(found.residue & ~kMeaning, row.residue) << row.body;
     EXPECT_EQ(found.calls, row.calls) << row.body;
     EXPECT_EQ(found.custom_settings, row.custom_settings) << row.body;
   }

@@ -32,10 +32,30 @@ TEST(Settings, SqlIsTheDifference) {
   Settings have, want;
   have.values = {{"keep", "1"}, {"change", "a"}, {"gone.x", "1"}};
   want.values = {{"keep", "1"}, {"change", "it's"}, {"new", "back\\slash"}};
-  EXPECT_EQ(
-      settings_sql(have, want),
-      "RESET \"gone\".\"x\";SELECT pg_catalog.set_config('change','it''s',false),pg_catalog.set_config('new', E'back\\\\slash',false)");
-  EXPECT_EQ(settings_sql(want, want), "");
+  using Statements = std::vector<std::string>;
+  EXPECT_EQ(settings_statements(have.values, want.values),
+            (Statements{"RESET \"gone\".\"x\"",
+                        "SELECT pg_catalog.set_config('change','it''s',false),pg_catalog.set_config('new', E'back\\\\slash',false)"}));
+  EXPECT_EQ(settings_statements(want.values, want.values), Statements{});
+}
+
+TEST(Settings, ARoleIsPutOnLastAndOffFirst) {
+  using Statements = std::vector<std::string>;
+  const std::string a = "SELECT pg_catalog.set_config('a','1',false)", role = "SELECT pg_catalog.set_config('role','r',false)",
+                    user = "SELECT pg_catalog.set_config('session_authorization','u',false)";
+  EXPECT_EQ(settings_statements({}, {{"a", "1"}, {"role", "r"}, {"session_authorization", "u"}}), (Statements{a, user, role}));
+  EXPECT_EQ(settings_statements({{"role", "r"}}, {{"role", "r"}, {"a", "1"}}), (Statements{"RESET ROLE", a, role}));
+  EXPECT_EQ(settings_statements({{"role", "r"}}, {{"session_authorization", "u"}}), (Statements{"RESET ROLE", user}));
+  EXPECT_EQ(settings_statements({{"session_authorization", "u"}, {"role", "r"}}, {{"session_authorization", "u"}}),
+            (Statements{"RESET ROLE"}));
+  EXPECT_EQ(settings_statements({{"session_authorization", "u"}, {"role", "r"}}, {}),
+            (Statements{"RESET ROLE", "RESET SESSION AUTHORIZATION"}));
+}
+
+TEST(Settings, WhatDecidesATextsMeaning) {
+  SettingsCache cache;
+  EXPECT_EQ(cache.intern({{"app.x", "1"}, {"statement_timeout", "5"}})->meaning, cache.intern({})->meaning);
+  EXPECT_NE(cache.intern({{"datestyle", "ISO"}})->meaning, cache.intern({})->meaning);
 }
 
 }  // namespace

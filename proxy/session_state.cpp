@@ -1,0 +1,192 @@
+// What a client's statements leave in the session: which texts need a look, what the server then says, what is carried and what
+// pins. Part of ClientSession.
+#include "protocol/normalize.hpp"
+#include "protocol/sql_scan.hpp"
+#include "proxy/client_session.hpp"
+#include "proxy/log.hpp"
+#include "proxy/server_connection.hpp"
+#include "proxy/worker.hpp"
+
+namespace pgsidecar::proxy {
+
+using pool::PinReason;
+
+namespace {
+
+constexpr std::size_t kMostSuspect = 1000;
+
+/// What a text alone says: nothing that the server could be asked for.
+constexpr struct {
+  std::uint32_t residue;
+  PinReason reason;
+} kByText[] = {{protocol::kBackendPid, PinReason::BackendPid}, {protocol::kSeed, PinReason::RandomSeed},
+               {protocol::kLibrary, PinReason::Library},       {protocol::kCustomSetting, PinReason::CustomSetting},
+               {protocol::kUnreadable, PinReason::Unreadable}, {protocol::kPrivateStatement, PinReason::Meaning}};
+
+constexpr std::uint32_t text_bits() {
+  std::uint32_t bits = 0;
+  for (const auto& row : kByText) bits |= row.residue;
+  return bits;
+}
+
+std::uint32_t reasons_of(std::uint32_t residue) {
+  std::uint32_t reasons = 0;
+  for (const auto& row : kByText)
+    if (residue & row.residue) reasons |= pool::bit(row.reason);
+  return reasons;
+}
+
+/// Nothing resets these but the connection's end.
+constexpr std::uint32_t kIndelible = pool::bit(PinReason::RandomSeed) | pool::bit(PinReason::Library);
+
+}  // namespace
+
+std::string_view text_of(const protocol::Statement& statement) {
+  return std::string_view(statement.body).substr(0, statement.body.find('\0'));
+}
+
+void ClientSession::note_residue(const protocol::Statement& statement) {
+  const std::string_view sql = text_of(statement);
+  note_residue(sql, server_->conforming_strings() ? statement.residue : protocol::scan_sql(sql, false));
+}
+
+void ClientSession::note_residue(std::string_view sql, std::uint32_t known) {
+  if (known == 0) return;
+  std::uint32_t residue = known;
+  if (residue & protocol::kFunction)
+    residue = (residue & ~protocol::kFunction) | entry_->functions.residue_of(protocol::called_functions(sql), worker_.now());
+  if (known & protocol::kCustomSetting) {
+    std::vector<std::string> names;
+    if (protocol::custom_setting_names(sql, names, server_->conforming_strings()) && entry_->settings.learn(names))
+      residue = (residue & ~protocol::kCustomSetting) | protocol::kSettings;
+  }
+  residue_ |= residue;
+  if (residue & protocol::kSequenceRead && rewrites()) use_sequences();
+  if (residue & protocol::kSequenceWrite) {
+    server_->sequences_touched = true;
+    server_->sequences_dirty |= entry_->sequences_matter;
+  }
+  server_->meaning_changed |= (residue & protocol::kMeaning) != 0;
+  if (residue & ~protocol::kPassive) server_->suspect = sql.substr(0, kMostSuspect);
+}
+
+// From the first use of currval or lastval on, whoever takes a sequence's value keeps the session in which it did. What others have
+// left in this one is forgotten first, so that none gets a value that isn't its own.
+void ClientSession::use_sequences() {
+  if (!entry_->sequences_matter) {
+    entry_->sequences_matter = true;
+    for (auto& [id, server] : entry_->servers) server->sequences_dirty = true;
+    log::info("{}@{}: currval or lastval is used: clients that take a sequence's value are pinned from now on", entry_->user,
+              entry_->database);
+  }
+  if (server_->pipeline.status() != protocol::TxStatus::Failed && !server_->pipeline.failed()) server_->forget_sequences();
+}
+
+void ClientSession::restore_after_reset() {
+  if (!(residue_ & protocol::kReset)) return;
+  residue_ &= ~protocol::kReset;
+  if (!login_settings_->values.empty()) server_->restore_settings(*login_settings_);
+}
+
+/// Whether the server is to be asked before the lease may end.
+bool ClientSession::must_ask() const {
+  switch (entry_->pool.settings().residueCheck) {
+    case conf::ResidueCheck::Always: return true;
+    case conf::ResidueCheck::Never: return false;
+    default: break;
+  }
+  std::uint32_t triggers = ~(protocol::kPassive | text_bits());
+  if (entry_->sequences_matter) triggers |= protocol::kSequenceWrite;
+  if (pin_) triggers |= protocol::kDrop;
+  return (residue_ & triggers) != 0;
+}
+
+void ClientSession::on_learned(std::uint32_t residue) {
+  residue_ |= residue | protocol::kFunction;
+}
+
+void ClientSession::on_residue(SettingsRef now, const Residue& found) {
+  bool carried = false;
+  if (now) {
+    auto values = now->values;
+    values.insert(login_settings_->values.begin(), login_settings_->values.end());  // reset out of sight, in a function
+    if (values.size() != now->values.size()) now = entry_->settings.intern(std::move(values));
+    carried = settings != now;
+    settings = std::move(now);
+  }
+  worker_.run_later(*this);
+  std::uint32_t reasons = found.reasons | (found.failed ? pool::bit(PinReason::Unexamined) : 0);
+  if (pin_)
+    pool::for_each_reason(pin_->reasons, [&](PinReason reason) {
+      if (pool::lasts(reason)) reasons |= pool::bit(reason);
+    });
+  if (!server_->suspect.empty()) entry_->transparency.record(protocol::normalize_sql(server_->suspect), true, carried, reasons);
+  pin(reasons, found.detail);
+}
+
+void ClientSession::pin_by_text() {
+  const std::uint32_t reasons = reasons_of(residue_);
+  if (reasons == 0) return;
+  if (reasons & kIndelible) server_->condemned = true;
+  if (!pin_ || (pin_->reasons | reasons) != pin_->reasons)
+    entry_->transparency.record(protocol::normalize_sql(server_->suspect), false, false, reasons);
+  pin(reasons | (pin_ ? pin_->reasons : 0), pin_ ? pin_->detail : std::string());
+}
+
+// In session mode nothing is asked: what the texts say is counted, so that it can be told what transaction mode would do.
+void ClientSession::note_effects() {
+  const std::uint32_t residue = std::exchange(residue_, 0) & ~protocol::kPassive;
+  if (residue == 0) return;
+  std::uint32_t reasons = reasons_of(residue);
+  for (const auto& [bits, reason] : {std::pair{protocol::kAdvisoryLock, PinReason::AdvisoryLock},
+                                     {protocol::kTemporary, PinReason::TemporaryObject},
+                                     {protocol::kPrepared, PinReason::PreparedStatement},
+                                     {protocol::kCursor, PinReason::HeldCursor},
+                                     {protocol::kListen, PinReason::Listening},
+                                     {protocol::kSequenceRead, PinReason::Sequence}})
+    if (residue & bits) reasons |= pool::bit(reason);
+  entry_->transparency.record(protocol::normalize_sql(server_->suspect), reasons == 0, residue & protocol::kSettings, reasons);
+}
+
+void ClientSession::pin(std::uint32_t reasons, std::string detail) {
+  if (reasons == 0) {
+    if (pin_) log::info("client {}: not pinned any more", id_);
+    return pin_.reset();
+  }
+  const std::uint32_t fresh = reasons & ~(pin_ ? pin_->reasons : 0);
+  if (!pin_) pin_ = std::make_unique<Pin>(Pin{0, {}, {}, worker_.now()});
+  pin_->reasons = reasons;
+  pin_->detail = std::move(detail);
+  if (fresh == 0) return;
+  pin_->statement = protocol::normalize_sql(server_->suspect);
+  std::string names;
+  pool::for_each_reason(fresh, [&](PinReason reason) {
+    ++entry_->pool.counters().pins[static_cast<std::size_t>(reason)];
+    names += (names.empty() ? "" : ", ") + std::string(pool::to_string(reason));
+  });
+  const std::string why = names + (pin_->detail.empty() ? "" : " (" + pin_->detail + ")");
+  log::info("client {} ({}@{}, application \"{}\"): pinned to its server connection (pid {}): {}, after: {}", id_, entry_->user,
+            entry_->database, application(), server_->pid(), why, pin_->statement);
+  if (!entry_->pool.settings().noticePins) return;
+  worker_.to_client.own([&](std::string& out) {
+    protocol::write_notice(out, "00000", "pgsidecar: this session keeps its server connection from now on: " + why);
+  });
+  send(worker_.to_client);
+}
+
+std::optional<pool::PinSnapshot> ClientSession::pin_snapshot() const {
+  if (!pin_ || !server_) return std::nullopt;
+  pool::PinSnapshot s;
+  s.client = id_;
+  s.serverPid = server_->pid();
+  s.database = entry_->database;
+  s.user = entry_->user;
+  s.application = application();
+  s.reasons = pin_->reasons;
+  s.detail = pin_->detail;
+  s.statement = pin_->statement;
+  s.micros = static_cast<std::uint64_t>(std::chrono::duration_cast<std::chrono::microseconds>(worker_.now() - pin_->since).count());
+  return s;
+}
+
+}  // namespace pgsidecar::proxy
