@@ -412,3 +412,15 @@ def test_exit_on_idle(proxies, pg):
         assert not stop.wait(0.6)
         assert proxy.running()
     assert proxy.wait_exit(10) == 0
+
+
+def test_session_mode_tells_the_servers_own_pid(proxies, pg):
+    proxy = proxies({"pool": {"max": 2, "mode": "session"}})
+    for _ in range(2):  # also once the server's greeting is known
+        with raw(proxy) as a, raw(proxy) as b:
+            assert a.value("SELECT pg_backend_pid()") == str(a.pid) != str(b.pid)
+            a.send(wire.query("SELECT pg_sleep(20)"))
+            harness.poll(lambda: pg.count(f"state = 'active' AND query LIKE '%pg_sleep(20)' AND pid = {a.pid}") == 1, what="it runs")
+            with wire.Wire(proxy.port) as c:
+                c.send(wire.request(wire.CANCEL_REQUEST, a.pid.to_bytes(4, "big") + a.key))
+            assert [m.error["C"] for m in a.until() if m.type == "E"] == ["57014"]

@@ -42,7 +42,7 @@ struct ClientSession::Login {
 };
 
 ClientSession::ClientSession(Worker& worker, Socket socket, std::uint32_t id, std::string peer)
-    : worker_(worker), id_(id), channel_(std::move(socket)), login_(std::make_unique<Login>()) {
+    : worker_(worker), id_(id), key_pid_(id), channel_(std::move(socket)), login_(std::make_unique<Login>()) {
   login_->peer = std::move(peer);
   login_deadline = worker.now() + std::chrono::milliseconds(worker.config().limits.loginTimeoutMillis);
 }
@@ -383,17 +383,18 @@ void ClientSession::refused(const protocol::ErrorFields& error) {
 void ClientSession::begin_session() {
   login_deadline = pool::Time::max();
   entry_->settings.derive_welcome(*settings);
-  if (!settings->welcome.empty()) return greet();
-  worker_.want_server(*this);
+  if (!settings->welcome.empty() && rewrites()) return greet();
+  worker_.want_server(*this);  // in session mode it is told the server's own pid
 }
 
 void ClientSession::greet() {
   const bool long_key = login_->startup.version >= protocol::kProtocol32;
   cancel_key_.resize(long_key ? 32 : 4);
   RAND_bytes(reinterpret_cast<unsigned char*>(cancel_key_.data()), static_cast<int>(cancel_key_.size()));
+  if (!rewrites() && server_) key_pid_ = server_->pid();
   worker_.to_client.own([&](std::string& out) {
     for (const auto& [name, value] : settings->welcome) protocol::write_parameter_status(out, name, value);
-    protocol::write_backend_key_data(out, id_, cancel_key_);
+    protocol::write_backend_key_data(out, key_pid_, cancel_key_);
     protocol::write_ready_for_query(out, protocol::TxStatus::Idle);
   });
   log::debug("client {}: user {} database {} from {} logged in", id_, login_->user, login_->database, login_->peer);

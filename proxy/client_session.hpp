@@ -36,6 +36,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
 
   State state() const { return state_; }
   std::uint32_t id() const { return id_; }
+  std::uint32_t key_pid() const { return key_pid_; }
   const std::string& cancel_key() const { return cancel_key_; }
   ServerConnection* server() { return server_; }
   PoolEntry* entry() { return entry_; }
@@ -142,6 +143,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
 
   Worker& worker_;
   const std::uint32_t id_;
+  std::uint32_t key_pid_;  // as BackendKeyData says
   State state_ = State::Startup;
   bool draining_ = false, discarding_ = false, began_ = false, acquiring_ = false;
   bool pass_to_server_ = false;

@@ -23,6 +23,9 @@ std::uint64_t micros(pool::Clock::duration d) {
   return static_cast<std::uint64_t>(std::max<std::int64_t>(0, std::chrono::duration_cast<std::chrono::microseconds>(d).count()));
 }
 
+/// A process's number on any Linux is smaller, so that a client's is never a server's.
+constexpr std::uint32_t kMaxPid = 1u << 22;
+
 /// A failure that more tries won't mend: wrong credentials, no such database.
 bool is_permanent(std::string_view sqlstate) {
   return sqlstate.starts_with("28") || sqlstate.starts_with("3D") || sqlstate.starts_with("42");
@@ -98,7 +101,7 @@ void Worker::accept(std::shared_ptr<Acceptor> acceptor) {
         }
         std::uint32_t id = 0;
         do id = static_cast<std::uint32_t>(random_()) & 0x7fffffff;
-        while (id == 0 || clients_.contains(id));
+        while (id <= kMaxPid || clients_.contains(id));
         auto client = std::make_shared<ClientSession>(*this, Socket(std::move(socket)), id, std::move(peer));
         clients_.emplace(id, client);
         client->start();
@@ -373,11 +376,13 @@ void Worker::on_client_closed(ClientSession& client) {
 // --- cancel
 
 void Worker::cancel(std::uint32_t pid, std::string_view key) {
-  const auto it = clients_.find(pid);
+  const auto it = std::find_if(clients_.begin(), clients_.end(), [&](const auto& one) {
+    const std::string& own = one.second->cancel_key();
+    return one.second->key_pid() == pid && own.size() == key.size() && !own.empty() &&
+           CRYPTO_memcmp(own.data(), key.data(), own.size()) == 0;
+  });
   if (it == clients_.end()) return;
   ClientSession& client = *it->second;
-  const std::string& own = client.cancel_key();
-  if (own.empty() || own.size() != key.size() || CRYPTO_memcmp(own.data(), key.data(), own.size()) != 0) return;
   if (client.waiting()) {
     client.unlink();
     return client.on_wait_failed({"ERROR", "57014", "canceling statement due to user request", {}, {}}, false);
