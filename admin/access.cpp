@@ -61,8 +61,7 @@ Refusal refusal_of(const conf::Admin& settings, const Caller& caller) {
     refusal.hint = hint;
     return refusal;
   };
-  if (!host_allowed(settings, caller))
-    return refuse(403, "this Host header is not allowed here", "name the host in admin.hosts");
+  if (!host_allowed(settings, caller)) return refuse(403, "this Host header is not allowed here", "name the host in admin.hosts");
   if (!caller.fetchSite.empty() && caller.fetchSite != "same-origin" && caller.fetchSite != "none")
     return refuse(403, "requests from other sites are refused", "");
   if (!caller.origin.empty()) {

@@ -1,5 +1,5 @@
-// Who may change something, or see clients and statements, through the admin port, and which format a scraper gets. Pure decisions on headers
-// and addresses, called by server.cpp.
+// Who may change something, or see clients and statements, through the admin port, and which format a scraper gets. Pure decisions on
+// headers and addresses, called by server.cpp.
 #pragma once
 
 #include <boost/asio/ip/address.hpp>
@@ -21,9 +21,9 @@ struct Refusal {
   std::string error, hint;
 };
 
-/// Whether a change, or a look at clients and statements, is refused: the peer must be on loopback or send the token; Host must be localhost, a
-/// loopback address, the address connected to, or one of admin.listen's and admin.hosts' names (DNS
-/// rebinding); a browser's request from another site is refused.
+/// Whether a change, or a look at clients and statements, is refused: the peer must be on loopback or send the token; Host must be
+/// localhost, a loopback address, the address connected to, or one of admin.listen's and admin.hosts' names (DNS rebinding); a browser's
+/// request from another site is refused.
 Refusal refusal_of(const conf::Admin& settings, const Caller& caller);
 
 /// Whether an Accept header prefers OpenMetrics to the plain text format.

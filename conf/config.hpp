@@ -24,6 +24,7 @@ struct Listen {
 
 enum class PoolMode { Transaction, Session, Statement };
 enum class ResidueCheck { Triggered, Always, Never };
+enum class OnUnsupported { Pin, Error };
 enum class AuthMethod { ScramSha256, Md5, Password, Trust, Cert };
 enum class TlsMode { Disable, Allow, Require, VerifyFull };
 enum class LogFormat { Text, Json };
@@ -41,8 +42,9 @@ struct PoolSettings {
   bool keepAlive = true;
   std::uint32_t keepAliveInitialDelayMillis = 10000;
   ResidueCheck residueCheck = ResidueCheck::Triggered;
-  bool noticePins = false;                    ///< a client that is pinned is told so by a NOTICE
-  std::uint32_t maxPreparedStatements = 500;  ///< per server connection; least recently used leaves
+  OnUnsupported onUnsupported = OnUnsupported::Pin;  ///< what a statement gets that needs a server connection of its own
+  bool noticePins = false;                           ///< a client that is pinned is told so by a NOTICE
+  std::uint32_t maxPreparedStatements = 500;         ///< per server connection; least recently used leaves
 
   friend bool operator==(const PoolSettings&, const PoolSettings&) = default;
 };

@@ -14,6 +14,7 @@ using Names = std::vector<std::pair<std::string_view, T>>;
 
 const Names<PoolMode> kPoolModes{
     {"transaction", PoolMode::Transaction}, {"session", PoolMode::Session}, {"statement", PoolMode::Statement}};
+const Names<OnUnsupported> kOnUnsupported{{"pin", OnUnsupported::Pin}, {"error", OnUnsupported::Error}};
 const Names<ResidueCheck> kResidueChecks{
     {"triggered", ResidueCheck::Triggered}, {"always", ResidueCheck::Always}, {"never", ResidueCheck::Never}};
 const Names<AuthMethod> kMethods{{"scram-sha-256", AuthMethod::ScramSha256},
@@ -152,6 +153,8 @@ std::vector<Key<PoolSettings>> make_pool_keys() {
       number_key("keepAliveInitialDelayMillis", &P::keepAliveInitialDelayMillis),
       {"residueCheck", [](P& p, const std::string& t) { p.residueCheck = parse_name(kResidueChecks, t); },
        [](const P& p) { return print_name(kResidueChecks, p.residueCheck); }},
+      {"onUnsupported", [](P& p, const std::string& t) { p.onUnsupported = parse_name(kOnUnsupported, t); },
+       [](const P& p) { return print_name(kOnUnsupported, p.onUnsupported); }},
       {"noticePins", [](P& p, const std::string& t) { p.noticePins = parse_bool(t); },
        [](const P& p) { return std::string(p.noticePins ? "true" : "false"); }},
       number_key("maxPreparedStatements", &P::maxPreparedStatements, 1u),

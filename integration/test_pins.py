@@ -69,6 +69,7 @@ def test_transparency_counts_by_normalised_text(proxies):
         for n in range(3):
             a.ask(wire.query(f"SET app.tenant = 'secret{n}'"))
             a.ask(wire.query(f"SELECT pg_advisory_lock({n})"))
+        a.value("SELECT 1")  # which waits until the server has been asked
     (pool,) = proxy.json("/api/monitoring/transparency")[1]["pools"]
     rows = {row["statement"]: row for row in pool["statements"]}
     assert rows["SET app.tenant = ?"]["carried"] == 3 and rows["SELECT pg_advisory_lock(?)"]["pinned"] == 3
@@ -207,3 +208,24 @@ def test_what_cannot_be_undone_ends_the_server_connection(proxies):
         b.value("SELECT setseed(0.5)")
         assert b.value("SELECT random()") == first
         assert b.value(SERVER) != before
+
+
+@pytest.mark.parametrize("sql", ["CREATE TEMP TABLE t (a int)", "SELECT pg_advisory_lock(1)", "PREPARE p AS SELECT 1", "SELECT currval('s')",
+                                 "DECLARE c CURSOR WITH HOLD FOR SELECT 1", "SELECT pg_backend_pid()", "SELECT setseed(0)", "LOAD 'x'"])
+def test_on_unsupported_error_refuses_by_name(proxies, sql):
+    proxy = proxies({"pool": {"max": 1, "onUnsupported": "error"}})
+    with raw(proxy) as a, raw(proxy) as b:
+        for frames in ([wire.query(sql)], [wire.parse(sql), wire.bind(), wire.describe("P"), wire.execute(), wire.SYNC],
+                       [wire.parse(sql, "named"), wire.SYNC]):
+            messages = a.ask(*frames)
+            (error,) = [m.error for m in messages if m.type == "E"]
+            assert error["C"] == "0A000" and "pool.onUnsupported" in error["M"] and error["H"]
+            assert [m.type for m in messages] == ["E", "Z"] and messages[-1].body == b"I"
+            assert b.value("SELECT 1") == "1"
+            assert a.ask(wire.query("BEGIN"))[-1].body == b"T"
+            assert a.ask(*frames)[-1].body == b"E"  # as any error ends a transaction
+            assert errors(a.ask(wire.query("SELECT 1"))) == ["25P02"]
+            assert a.ask(wire.query("ROLLBACK"))[-1].body == b"I"
+        assert errors(a.ask(wire.bind("named"), wire.execute(), wire.SYNC)) == ["26000"]
+        assert pins(proxy) == []
+        assert a.value("SELECT count(temp) FROM (SELECT 1 AS temp) AS x") == "1"

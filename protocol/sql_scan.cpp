@@ -79,6 +79,12 @@ class Scanner {
     return written_out_;
   }
 
+  Scanner& strict() {
+    strict_ = true;
+    return *this;
+  }
+  std::uint32_t needs() const { return needs_ & (~needs_ + 1); }
+
   std::uint32_t run() {
     while (step()) {
       if (kind_ == ';') {
@@ -96,6 +102,7 @@ class Scanner {
       if (n_ == 1) first_ = word_;
       if (n_ == 2) second_ = word_;
       if (prepared_) prepared_word();
+      if (strict_) strictly();
       if (n_ == 2 || (n_ == 3 && any(second_, {"local", "session"}))) setting_name();
       if (n_ <= 4 && kind_ == 'w') statement_word();
       if (n_ <= 3 && n_ >= 2 && is(first_, "set") && !is(second_, "local") && peek_past_blanks() == '.') custom_setting();
@@ -106,6 +113,22 @@ class Scanner {
   }
 
  private:
+  /// What the word is where it stands.
+  void strictly() {
+    if (any(word_, {"temp", "temporary"}) && ((n_ <= 4 && is(first_, "create")) || is(lead_, "into"))) needs_ |= kTemporary;
+    if (starts(word_, "pg_temp") && peek_past_blanks() == '.') needs_ |= kTemporary;
+    if (declare_ && is(word_, "hold") && is(lead_, "with")) needs_ |= kCursor;
+    if (n_ == 1 && is(word_, "load")) needs_ |= kLibrary;
+    if (n_ == 2 && is(first_, "prepare") && !is(word_, "transaction")) needs_ |= kPrepared;
+    if (peek_past_blanks() != '(') return;
+    const bool lock = starts(word_, "pg_advisory_lock") || starts(word_, "pg_try_advisory_lock");
+    if (lock) needs_ |= kAdvisoryLock;
+    if (any(word_, {"currval", "lastval"})) needs_ |= kSequenceRead;
+    if (is(word_, "setseed")) needs_ |= kSeed;
+    if (is(word_, "pg_backend_pid") && !unequal_) needs_ |= kBackendPid;
+    if (any(word_, {"dblink_connect", "dblink_connect_u"})) needs_ |= kLibrary;
+  }
+
   /// EXECUTE, DEALLOCATE [PREPARE] or PREPARE and a name.
   void prepared_word() {
     if (awaits_name_ && !(is(first_, "deallocate") && n_ == 2 && kind_ == 'w' && is(word_, "prepare"))) {
@@ -313,7 +336,9 @@ class Scanner {
   void inner(std::string_view text) {
     if (!body_ && !is(first_, "do")) return;
     Scanner scanner(text, conforming_, found_, true);
+    scanner.strict_ = strict_;
     residue_ |= scanner.run() & ~(kTransaction | kUnreadable);
+    needs_ |= scanner.needs_;
     names_.insert(names_.end(), scanner.names_.begin(), scanner.names_.end());
     written_out_ &= scanner.written_out_;
   }
@@ -502,7 +527,7 @@ class Scanner {
   char kind_ = 0;
   BodyScan* found_;
   PreparedNames* prepared_;
-  bool awaits_name_ = false;
+  bool awaits_name_ = false, strict_ = false;
   bool body_;  // of a function
   bool written_out_ = true;
   std::vector<std::string> names_;  // of custom settings
@@ -513,7 +538,7 @@ class Scanner {
   std::string_view name_, schema_, lead_;       // the last word, what stands before its dot, the word before both
   bool name_quoted_ = false, unequal_ = false;  // the word's operator before it is <> or !=
   char previous_ = 0;
-  std::uint32_t residue_ = 0;
+  std::uint32_t residue_ = 0, needs_ = 0;
 };
 
 }  // namespace
@@ -535,6 +560,12 @@ BodyScan scan_body(std::string_view body) {
   if (scanner.names(found.custom_settings))
     found.residue = found.residue & kCustomSetting ? (found.residue & ~kCustomSetting) | kSettings : found.residue;
   return found;
+}
+
+std::uint32_t needs_session(std::string_view sql, bool standard_conforming_strings) {
+  Scanner scanner(sql, standard_conforming_strings);
+  scanner.strict().run();
+  return scanner.needs();
 }
 
 PreparedNames prepared_names(std::string_view sql) {

@@ -63,6 +63,10 @@ struct PreparedNames {
 };
 PreparedNames prepared_names(std::string_view sql);
 
+/// What in a text needs its session to outlive the transaction, read strictly: a column called `temp` isn't a temporary table.
+/// One of kTemporary, kAdvisoryLock, kPrepared, kCursor, kSequenceRead, kBackendPid, kSeed, kLibrary; 0 if there is none.
+std::uint32_t needs_session(std::string_view sql, bool standard_conforming_strings = true);
+
 /// The custom settings (`app.x`) that a text sets, in lower case, for a text with kCustomSetting. False: not all of them are
 /// written out.
 bool custom_setting_names(std::string_view sql, std::vector<std::string>& names, bool standard_conforming_strings = true);

@@ -129,6 +129,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   void evict();
   void note_residue(std::string_view sql, std::uint32_t known);
   void note_residue(const protocol::Statement& statement);
+  bool refuse(std::string_view sql, std::uint32_t residue, bool simple);
   void use_sequences();
   void restore_after_reset();
   bool must_ask() const;

@@ -105,6 +105,7 @@ std::size_t ClientSession::on_query(Bytes available, std::size_t total) {
     protocol::Reader reader(available.subspan(kHeaderSize));
     const std::string_view sql = reader.cstring();
     const std::uint32_t residue = protocol::scan_sql(sql, server_->conforming_strings());
+    if (refuse(sql, residue, true)) return total;
     note_residue(sql, residue);
     if (residue & protocol::kPrepared) {
       const bool synced = !server_->pipeline.unsynced();
@@ -181,6 +182,7 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
   const bool shared = !server_->meaning_changed || !may_hold_constants(body);
   protocol::StatementRef statement =
       shared ? worker_.statements.intern(body, settings->meaning) : worker_.statements.make(body, settings->meaning);
+  if (refuse(text_of(*statement), statement->residue, false)) return total;
   note_residue(*statement);
   if (statement->residue & protocol::kPrepared) adopt_named(text_of(*statement));
   if (!shared && !name.empty()) residue_ |= protocol::kPrivateStatement;

@@ -464,6 +464,23 @@ void ServerConnection::run_ahead(const std::vector<std::string>& sqls) {
   }
 }
 
+void ServerConnection::raise(bool simple, const std::string& message, const std::string& hint) {
+  const std::string sql = "DO $pgsidecar$BEGIN RAISE EXCEPTION USING ERRCODE='0A000', MESSAGE=" + literal(message) +
+                          ", HINT=" + literal(hint) + "; END$pgsidecar$";
+  statements.unnamed.reset();
+  if (simple) {
+    pipeline.push({Request::Query, Verdict::Forward, client_->id()});
+    return worker_.to_server.own([&](std::string& out) { protocol::write_query(out, sql); });
+  }
+  worker_.to_server.own([&](std::string& out) {
+    protocol::Writer w(out);
+    w.begin(protocol::Frontend::Parse).cstring("").cstring(sql).u16(0).end();
+    w.begin(protocol::Frontend::Bind).cstring("").cstring("").u16(0).u16(0).u16(0).end();
+    w.begin(protocol::Frontend::Execute).cstring("").u32(0).end();
+  });
+  for (const Request request : {Request::Parse, Request::Bind, Request::Execute}) pipeline.push({request, Verdict::Skip, client_->id()});
+}
+
 void ServerConnection::forget_sequences() {
   if (!sequences_dirty || sequences_touched) return;
   sequences_dirty = false;

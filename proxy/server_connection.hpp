@@ -63,6 +63,8 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   void apply_settings();
   /// Puts statements of the proxy's own ahead of what the client sends next, whose failure ends the client.
   void run_ahead(const std::vector<std::string>& sqls);
+  /// Has the server itself fail in place of the client's message, so that the client's transaction does: error 0A000.
+  void raise(bool simple, const std::string& message, const std::string& hint);
   /// A text is about to depend on the values of sequences that the client took in this session.
   void forget_sequences();
   /// Prepares a statement of the client's under the client's own name for it, for SQL that names it.

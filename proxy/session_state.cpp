@@ -1,5 +1,7 @@
 // What a client's statements leave in the session: which texts need a look, what the server then says, what is carried and what
 // pins. Part of ClientSession.
+#include <algorithm>
+
 #include "protocol/normalize.hpp"
 #include "protocol/sql_scan.hpp"
 #include "proxy/client_session.hpp"
@@ -10,6 +12,7 @@
 namespace pgsidecar::proxy {
 
 using pool::PinReason;
+using protocol::kPassive;
 
 namespace {
 
@@ -35,6 +38,19 @@ std::uint32_t reasons_of(std::uint32_t residue) {
     if (residue & row.residue) reasons |= pool::bit(row.reason);
   return reasons;
 }
+
+/// How what a text needs is refused.
+constexpr struct {
+  std::uint32_t residue;
+  const char *what, *hint;
+} kRefusals[] = {{protocol::kTemporary, "temporary objects", "Use a table, or a CTE."},
+                 {protocol::kAdvisoryLock, "session advisory locks", "pg_advisory_xact_lock ends with its transaction."},
+                 {protocol::kPrepared, "PREPARE", "The protocol's prepared statements, which drivers use, work."},
+                 {protocol::kCursor, "cursors WITH HOLD", "A cursor without hold works within its transaction."},
+                 {protocol::kSequenceRead, "currval and lastval", "INSERT ... RETURNING and nextval tell the value."},
+                 {protocol::kBackendPid, "pg_backend_pid()", "In transaction mode it differs from one transaction to the next."},
+                 {protocol::kSeed, "setseed", "Seed and use random() within one statement's source instead."},
+                 {protocol::kLibrary, "LOAD and dblink_connect", "session_preload_libraries on the server loads a library for all."}};
 
 /// Nothing resets these but the connection's end.
 constexpr std::uint32_t kIndelible = pool::bit(PinReason::RandomSeed) | pool::bit(PinReason::Library);
@@ -67,7 +83,20 @@ void ClientSession::note_residue(std::string_view sql, std::uint32_t known) {
     server_->sequences_dirty |= entry_->sequences_matter;
   }
   server_->meaning_changed |= (residue & protocol::kMeaning) != 0;
-  if (residue & ~protocol::kPassive) server_->suspect = sql.substr(0, kMostSuspect);
+  if (residue & ~kPassive) server_->suspect = sql.substr(0, kMostSuspect);
+}
+
+// pool.onUnsupported: error. What only the server finds out afterwards, in a function, is pinned all the same.
+bool ClientSession::refuse(std::string_view sql, std::uint32_t residue, bool simple) {
+  if (entry_->pool.settings().onUnsupported != conf::OnUnsupported::Error || !rewrites()) return false;
+  if ((residue & ~kPassive) == 0) return false;
+  const std::uint32_t needed = protocol::needs_session(sql, server_->conforming_strings());
+  const auto row = std::find_if(std::begin(kRefusals), std::end(kRefusals), [&](const auto& r) { return r.residue == needed; });
+  if (row == std::end(kRefusals)) return false;
+  server_->raise(simple,
+                 std::string(row->what) + " need a server connection of their own, which this pool doesn't give (pool.onUnsupported)",
+                 std::string(row->hint) + " Or set pool.onUnsupported to pin, or pool.mode to session.");
+  return true;
 }
 
 // From the first use of currval or lastval on, whoever takes a sequence's value keeps the session in which it did. What others have
@@ -95,7 +124,7 @@ bool ClientSession::must_ask() const {
     case conf::ResidueCheck::Never: return false;
     default: break;
   }
-  std::uint32_t triggers = ~(protocol::kPassive | text_bits());
+  std::uint32_t triggers = ~(kPassive | text_bits());
   if (entry_->sequences_matter) triggers |= protocol::kSequenceWrite;
   if (pin_) triggers |= protocol::kDrop;
   return (residue_ & triggers) != 0;
@@ -135,7 +164,7 @@ void ClientSession::pin_by_text() {
 
 // In session mode nothing is asked: what the texts say is counted, so that it can be told what transaction mode would do.
 void ClientSession::note_effects() {
-  const std::uint32_t residue = std::exchange(residue_, 0) & ~protocol::kPassive;
+  const std::uint32_t residue = std::exchange(residue_, 0) & ~kPassive;
   if (residue == 0) return;
   std::uint32_t reasons = reasons_of(residue);
   for (const auto& [bits, reason] : {std::pair{protocol::kAdvisoryLock, PinReason::AdvisoryLock},

@@ -117,6 +117,31 @@ TEST(SqlScan, WhatDecidesHowConstantsAreRead) {
     EXPECT_FALSE(scan_sql(sql) & kMeaning) << sql;
 }
 
+TEST(SqlScan, WhatNeedsASessionIsReadStrictly) {
+  const struct {
+    const char* sql;
+    std::uint32_t needs;
+  } rows[] = {{"CREATE TEMP TABLE t (a int)", kTemporary},
+              {"CREATE OR REPLACE TEMPORARY VIEW v AS SELECT 1", kTemporary},
+              {"SELECT 1 INTO TEMP t", kTemporary},
+              {"SELECT temp, temporary FROM weather WHERE hold > 1 -- LOAD", kNone},
+              {"INSERT INTO pg_temp.t VALUES (1)", kTemporary},
+              {"SELECT pg_advisory_lock(1)", kAdvisoryLock},
+              {"SELECT pg_try_advisory_lock_shared(1)", kAdvisoryLock},
+              {"SELECT pg_advisory_unlock(1), pg_advisory_xact_lock(1), pg_try_advisory_xact_lock(1)", kNone},
+              {"PREPARE p AS SELECT 1", kPrepared},
+              {"PREPARE TRANSACTION 'x'", kNone},
+              {"EXECUTE p; DEALLOCATE ALL", kNone},
+              {"DECLARE c CURSOR WITH HOLD FOR SELECT 1", kCursor},
+              {"DECLARE c CURSOR FOR SELECT hold FROM t", kNone},
+              {"SELECT currval('s'), 1", kSequenceRead},
+              {"SELECT currval FROM t", kNone},
+              {"SELECT setseed(1)", kSeed},
+              {"LOAD 'x'", kLibrary},
+              {"DO $$BEGIN PERFORM pg_advisory_lock(1); END$$", kAdvisoryLock}};
+  for (const auto& row : rows) EXPECT_EQ(needs_session(row.sql), row.needs) << row.sql;
+}
+
 TEST(SqlScan, PreparedNames) {
   using Names = std::vector<std::string>;
   EXPECT_EQ(prepared_names("EXECUTE Foo(1)").names, Names{"foo"});
