@@ -265,7 +265,7 @@ def test_unix_socket(proxies):
         port = harness.free_port()
         proxy = proxies({"listen": [f"127.0.0.1:{port}", f"unix:{directory}"]}, wait=False)
         proxy.port = port
-        proxy.wait_listening()
+        harness.poll(lambda: f"listening on {directory}" in proxy.log_text(), what="both listen")
         socket_file = next(name for name in os.listdir(directory) if re.fullmatch(r"\.s\.PGSQL\.\d+", name))
         with proxy.connect(host=directory, port=int(socket_file.rsplit(".", 1)[1])) as connection:
             assert connection.execute("SELECT 1").fetchone() == (1,)
