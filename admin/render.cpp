@@ -191,6 +191,7 @@ constexpr CounterFamily kCounters[] = {
     {"pgsidecar_server_connects_total", "Server connections opened.", &PoolCounters::connects},
     {"pgsidecar_server_connect_failures_total", "Server connections that could not be opened.", &PoolCounters::connectFailures},
     {"pgsidecar_server_resets_total", "Server connections reset before the next client.", &PoolCounters::resets},
+    {"pgsidecar_residue_checks_total", "Sessions looked at for what a transaction has left behind.", &PoolCounters::residueChecks},
     {"pgsidecar_pool_wait_timeouts_total", "Clients that waited connectionTimeoutMillis in vain.", &PoolCounters::waitTimeouts},
     {"pgsidecar_cancels_total", "Cancel requests forwarded.", &PoolCounters::cancels},
     {"pgsidecar_prepared_cache_hits_total", "Statements that were prepared already where they were needed.", &PoolCounters::preparedHits},

@@ -49,7 +49,7 @@ struct PoolCounters {
   std::uint64_t transactions = 0, queries = 0, leases = 0;
   std::uint64_t clientBytesReceived = 0, clientBytesSent = 0, serverBytesReceived = 0, serverBytesSent = 0;
   std::uint64_t preparedHits = 0, preparedMisses = 0, preparedEvictions = 0;
-  std::uint64_t connects = 0, connectFailures = 0, waitTimeouts = 0, resets = 0, cancels = 0;
+  std::uint64_t connects = 0, connectFailures = 0, waitTimeouts = 0, resets = 0, residueChecks = 0, cancels = 0;
   std::array<std::uint64_t, static_cast<std::size_t>(CloseReason::kCount)> closed{};
   Histogram wait, query, transaction, connect;
 };

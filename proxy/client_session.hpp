@@ -10,6 +10,7 @@
 #include "pool/pool.hpp"
 #include "protocol/login.hpp"
 #include "protocol/pipeline.hpp"
+#include "protocol/sql_scan.hpp"
 #include "protocol/statements.hpp"
 #include "proxy/channel.hpp"
 #include "proxy/lost_transaction.hpp"
@@ -53,6 +54,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   void on_greeting_failed(const protocol::ErrorFields& error);
   void on_residue(SettingsRef settings, const std::string& pins, bool certain);
   void on_learned(std::uint32_t residue);  ///< of functions that it has called: the session is to be looked at
+  bool made_temporary() const { return (residue_ & protocol::kTemporary) != 0; }  ///< its transaction may have
   void on_parse_done(bool ok);
   void on_answered();         ///< ReadyForQuery of a request of its own
   void on_statements_gone();  ///< DISCARD ALL, DEALLOCATE ALL

@@ -100,6 +100,7 @@ void ClientSession::relay(Bytes available, std::size_t total) {
 void ClientSession::note_residue(const protocol::Statement& statement) {
   const std::string_view sql = text_of(statement);
   note_residue(sql, server_->conforming_strings() ? statement.residue : protocol::scan_sql(sql, false));
+  if (!entry_->catalog.quiet()) residue_ |= entry_->catalog.residue_of_names(statement, sql);
 }
 
 void ClientSession::restore_after_reset() {
@@ -112,7 +113,7 @@ void ClientSession::note_residue(std::string_view sql, std::uint32_t known) {
   if (known == 0) return;
   std::uint32_t residue = known;
   if (residue & protocol::kFunction)
-    residue = (residue & ~protocol::kFunction) | entry_->functions.residue_of(protocol::called_functions(sql), worker_.now());
+    residue = (residue & ~protocol::kFunction) | entry_->catalog.residue_of_calls(protocol::called_functions(sql), worker_.now());
   if (known & protocol::kCustomSetting) {
     std::vector<std::string> names;
     if (protocol::custom_setting_names(sql, names, server_->conforming_strings()) && entry_->settings.learn(names))
@@ -128,6 +129,7 @@ std::size_t ClientSession::on_query(Bytes available, std::size_t total) {
     protocol::Reader reader(available.subspan(kHeaderSize));
     const std::string_view sql = reader.cstring();
     note_residue(sql, protocol::scan_sql(sql, server_->conforming_strings()));
+    if (!entry_->catalog.quiet()) residue_ |= entry_->catalog.residue_of_names(sql);
   } else if (rewrites()) {
     residue_ |= protocol::kUnreadable;
   }

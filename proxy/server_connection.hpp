@@ -15,6 +15,7 @@
 #include "protocol/messages.hpp"
 #include "protocol/pipeline.hpp"
 #include "protocol/statements.hpp"
+#include "proxy/catalog.hpp"
 #include "proxy/channel.hpp"
 #include "proxy/control.hpp"
 #include "proxy/settings.hpp"
@@ -100,6 +101,10 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   void ask(std::uint32_t note, std::string_view sql);
   void lost(const std::string& sqlstate, const std::string& reason);
   void start_reset();
+  bool changes_catalog(std::string_view tag) const;
+  void on_catalog_changed();
+  /// Goes on with a survey of the catalogs, or begins one that is due. False: there is nothing to ask.
+  bool ask_catalog();
   void finish_learning();
   void finish_residue();
   void settle_after_cancel();
@@ -126,7 +131,9 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   int resets_overdue_ = 0;
   std::map<std::string, std::string> residue_settings_;
   std::string residue_pins_;
-  std::vector<std::string> asked_functions_;
+  bool open_definition_ = false;  // its transaction has made or altered something
+  Catalog::Inquiry inquiry_;
+  std::unique_ptr<Survey> survey_;
   protocol::ErrorFields login_error_;
 };
 
