@@ -27,7 +27,7 @@ def run(w, sql, extended=False):
 
 
 def checks(proxy):
-    return sum(pool["residueChecks"] for pool in proxy.stats()["pools"])
+    return sum(pool["residueChecks"] for pool in proxy.stats()["perPool"])
 
 
 @pytest.fixture(scope="module")
@@ -83,9 +83,6 @@ def hanging(_server):
         CREATE FUNCTION inserts() RETURNS void LANGUAGE sql AS $$INSERT INTO hanging.triggered VALUES (1)$$;
         CREATE FUNCTION fullname(viewed) RETURNS text LANGUAGE sql AS $$SELECT set_config('app.tenant', 'own', false)$$;
         CREATE FUNCTION log(viewed, int) RETURNS text LANGUAGE sql AS $$SELECT set_config('app.tenant', 'own', false)$$;
-        CREATE DOMAIN positive AS int CHECK (hanging.set_memory(VALUE));
-        CREATE FUNCTION plus(int, text) RETURNS text LANGUAGE sql AS $$SELECT set_config('app.tenant', $2, false)$$;
-        CREATE OPERATOR ## (FUNCTION = plus, LEFTARG = int, RIGHTARG = text);
     """, database=DATABASE)
     yield
     _server.sql("DROP SCHEMA hanging CASCADE; ALTER ROLE app RESET search_path", database=DATABASE)
@@ -115,8 +112,6 @@ def hanging(_server):
     ("", "SELECT inserts()", TENANT, "own", ""),
     ("", "SELECT viewed.fullname FROM viewed", TENANT, "own", ""),
     ("", "SELECT log(viewed, 1) FROM viewed", TENANT, "own", ""),
-    ("", "SELECT 1::positive", MEMORY, "9MB", "4MB"),
-    ("", "SELECT 1 ## 'own'", TENANT, "own", ""),
 ])
 @pytest.mark.parametrize("extended", [False, True], ids=["simple", "extended"])
 def test_it_is_the_clients_own(proxies, pg, hanging, prepare, leave, look, expected, clean, extended):
@@ -133,6 +128,25 @@ def test_it_is_the_clients_own(proxies, pg, hanging, prepare, leave, look, expec
             assert a.value(look) == expected
     with raw(proxy) as after:
         assert after.value(look) == clean
+
+
+@pytest.mark.parametrize("make,drop,leave,look,expected,clean", [
+    ("CREATE DOMAIN positive AS int CHECK (set_memory(VALUE))", "DOMAIN positive", "SELECT 1::positive", MEMORY, "9MB", "4MB"),
+    ("CREATE OPERATOR ## (FUNCTION = set_memory, RIGHTARG = int)", "OPERATOR ## (NONE, int)", "SELECT ## 1", MEMORY, "9MB", "4MB"),
+    ("CREATE TYPE pair AS (a int, b int); CREATE FUNCTION pair_to_text(pair) RETURNS text LANGUAGE sql AS $$SELECT hanging.set_tenant()$$;"
+     " CREATE CAST (pair AS text) WITH FUNCTION pair_to_text(pair)", "TYPE pair CASCADE", "SELECT (1, 2)::pair::text", TENANT, "own", ""),
+    ("CREATE FUNCTION on_ddl() RETURNS event_trigger LANGUAGE plpgsql AS $$BEGIN PERFORM hanging.set_tenant(); END$$;"
+     " CREATE EVENT TRIGGER t ON ddl_command_end EXECUTE FUNCTION on_ddl()", "FUNCTION on_ddl CASCADE", "COMMENT ON TABLE viewed IS ''", TENANT, "own", ""),
+])
+def test_what_operators_and_types_run_counts_everywhere(proxies, pg, hanging, make, drop, leave, look, expected, clean):
+    pg.sql("SET search_path TO hanging; ALTER TABLE viewed OWNER TO app; " + make, database=DATABASE)
+    try:
+        proxy = proxies({"pool": {"max": 2, "connectionTimeoutMillis": 10000}})
+        with raw(proxy) as a, raw(proxy) as b:
+            run(a, leave)
+            assert (b.value(look), a.value(look)) == (clean, expected)
+    finally:
+        pg.sql("SET search_path TO hanging; DROP " + drop, database=DATABASE)
 
 
 def test_many_clients_see_their_own_alone(proxies, hanging):
@@ -154,7 +168,7 @@ def test_a_prepared_statement_is_judged_anew_when_a_trigger_comes(proxies, pg, h
     with proxy.connect(prepare_threshold=0) as a, raw(proxy) as b:
         a.execute("INSERT INTO later VALUES (1)")
         pg.sql("CREATE TRIGGER t AFTER INSERT ON hanging.later FOR EACH ROW EXECUTE FUNCTION hanging.on_tenant()", database=DATABASE)
-        proxy.reload()  # which asks anew
+        proxy.http("/api/admin/reload", "POST")  # which asks anew
         a.execute("INSERT INTO later VALUES (1)")
         assert b.value(TENANT) == ""
         assert a.execute(TENANT).fetchone() == ("own",)

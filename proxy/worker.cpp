@@ -63,6 +63,7 @@ void Worker::reload(std::shared_ptr<const conf::Config> config) {
   for (auto& [key, entry] : pools_) {
     for (auto& [id, server] : entry->servers) server->condemned = true;
     entry->settings.forget_welcomes();
+    entry->catalog.forget();
     entry->retry_at = {};
     std::string sqlstate, error;
     if (auto plan = plan_pool(entry->database, entry->user, sqlstate, error)) {
