@@ -157,6 +157,17 @@ def test_what_operators_and_types_run_counts_everywhere(proxies, pg, hanging, ma
         pg.sql("SET search_path TO hanging; DROP " + drop, database=DATABASE)
 
 
+def test_a_function_called_by_its_number_pins_unless_it_is_of_large_objects(proxies, pg):
+    oid = {name: pg.sql("SELECT %s::regproc::oid", name)[0][0] for name in ("set_config", "lo_creat")}
+    proxy = proxies({"pool": {"max": 2}})
+    with raw(proxy) as a, raw(proxy) as b:
+        assert [m.type for m in a.ask(wire.function_call(oid["lo_creat"], b"-1"))] == ["V", "Z"]
+        assert proxy.stats()["pinnedCount"] == 0
+        assert [m.type for m in a.ask(wire.function_call(oid["set_config"], b"work_mem", b"9MB", b"f"))] == ["V", "Z"]
+        assert (b.value(MEMORY), a.value(MEMORY)) == ("4MB", "9MB")
+        assert proxy.stats()["pinnedCount"] == 1
+
+
 def test_many_clients_see_their_own_alone(proxies, hanging):
     proxy = proxies({"pool": {"max": 2, "connectionTimeoutMillis": 60000}})
 

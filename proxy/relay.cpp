@@ -2,6 +2,7 @@
 // server. The hot path: nothing here allocates for a statement that is known.
 #include <strings.h>
 
+#include <algorithm>
 #include <cstring>
 
 #include "protocol/sql_scan.hpp"
@@ -19,6 +20,30 @@ using protocol::Verdict;
 namespace {
 
 constexpr std::size_t kMaxNames = 8 * 1024;  // of a message whose names are read
+
+/// pg_catalog's functions for large objects, which libpq and its like call by their numbers.
+bool is_large_object(std::uint32_t oid) {
+  switch (oid) {
+    case 715:   // lo_create
+    case 764:   // lo_import
+    case 765:   // lo_export
+    case 767:   // lo_import with a number
+    case 952:   // lo_open
+    case 953:   // lo_close
+    case 954:   // loread
+    case 955:   // lowrite
+    case 956:   // lo_lseek
+    case 957:   // lo_creat
+    case 958:   // lo_tell
+    case 964:   // lo_unlink
+    case 1004:  // lo_truncate
+    case 3170:  // lo_lseek64
+    case 3171:  // lo_tell64
+    case 3172:  // lo_truncate64
+      return true;
+    default: return false;
+  }
+}
 
 std::string_view text_of(const protocol::Statement& statement) {
   return std::string_view(statement.body).substr(0, statement.body.find('\0'));
@@ -77,7 +102,11 @@ std::size_t ClientSession::on_request(char type, Bytes available, std::size_t to
     case 'D': return on_describe(available, total);
     case 'C': return on_close(available, total);
     case 'E': server_->pipeline.push({Request::Execute, Verdict::Forward, id_}); break;
-    case 'F': server_->pipeline.push({Request::FunctionCall, Verdict::Forward, id_}); break;
+    case 'F':
+      if (available.size() < std::min(total, kHeaderSize + 4)) return 0;
+      if (!is_large_object(protocol::Reader(available.subspan(kHeaderSize)).u32())) residue_ |= protocol::kUnreadable;
+      server_->pipeline.push({Request::FunctionCall, Verdict::Forward, id_});
+      break;
     case 'c':
     case 'f': server_->pipeline.push({Request::CopyEnd, Verdict::Forward, id_}); break;
     case 'S':
