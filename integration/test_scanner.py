@@ -32,6 +32,8 @@ class Wanted(visitors.Visitor):
             self.bits |= BIT[name]
 
     def visit_VariableSetStmt(self, ancestors, node):
+        if not isinstance(abs(ancestors).node, ast.RawStmt):
+            return None  # of ALTER ROLE, ALTER FUNCTION and the like: for later sessions, or as long as the function runs
         kind = enums.VariableSetKind
         if node.kind in (kind.VAR_RESET, kind.VAR_RESET_ALL):
             return self.want("Settings", "Reset")
@@ -78,6 +80,9 @@ class Wanted(visitors.Visitor):
     def visit_CreateFunctionStmt(self, ancestors, node):
         if node.funcname[0].sval == "pg_temp":
             self.want("Temporary")
+
+    def visit_CreateStatsStmt(self, ancestors, node):
+        return visitors.Skip  # runs nothing
 
     def visit_FuncCall(self, ancestors, node):
         if node.funcformat == enums.CoercionForm.COERCE_SQL_SYNTAX:
