@@ -190,6 +190,7 @@ std::uint32_t Catalog::answered(Inquiry& inquiry, Time now, bool failed) {
     Known known = std::move(inquiry.found[name]);
     known.learned = now;
     if (failed) known.residue |= protocol::kFunction;
+    if (const auto it = known_.find(name); it != known_.end() && (known.residue & ~it->second.residue) != 0) late_ = true;
     known_.insert_or_assign(name, std::move(known));
   }
   return residue_of_calls(inquiry.names, now);
@@ -234,6 +235,13 @@ std::string Survey::next(Time now) {
   }
   if (catalog_.changes_ != changes_) return {};
   if (catalog_.failing_) log::info("what hangs on tables and types is known again");
+  if (catalog_.surveyed_) {
+    catalog_.late_ |= (everywhere_ & ~catalog_.everywhere_) != 0;
+    for (const auto& [word, residue] : words_) {
+      const auto before = catalog_.words_.find(word);
+      catalog_.late_ |= (residue & ~(before == catalog_.words_.end() ? 0 : before->second)) != 0;
+    }
+  }
   catalog_.surveyed_ = true;
   catalog_.failing_ = false;
   catalog_.due_ = now + Catalog::kSurveyEvery;

@@ -51,6 +51,8 @@ class Catalog {
   /// Something was made or changed.
   void forget();
   bool due(Time now) const { return now >= due_; }  ///< a survey is
+  /// True once when something has been found that sessions may have been used by unseen since the last look.
+  bool take_late() { return std::exchange(late_, false); }
 
  private:
   friend class Survey;
@@ -76,7 +78,7 @@ class Catalog {
   std::uint64_t version_ = 0;     // of these two, unlike any other catalog's
   std::uint64_t changes_ = 0;     // forget() was called so often
   Time due_{};
-  bool surveyed_ = false, failing_ = false;
+  bool surveyed_ = false, failing_ = false, late_ = false;
 };
 
 struct Catalog::Inquiry {

@@ -406,6 +406,13 @@ bool ServerConnection::ask_catalog() {
   const std::string question = survey_->next(now);
   if (question.empty()) {
     survey_.reset();
+    if (entry_.catalog.take_late()) {
+      log::info("{}@{}: functions leave something in sessions that didn't before: every server connection is replaced", entry_.user,
+                entry_.database);
+      for (const auto& [id, server] : entry_.servers) server->condemned = true;
+      pool::CloseReason reason{};
+      while (pool::Slot* idle = entry_.pool.outdated(now, reason)) static_cast<ServerConnection*>(idle)->close(reason);
+    }
     return false;
   }
   residue_failed_ = false;
@@ -507,15 +514,15 @@ void ServerConnection::settle() {
   deadline = pool::Time::max();
   pool::CloseReason reason{};
   if (!settings) reason = pool::CloseReason::Broken, condemned = true;
+  if (!condemned && ask_catalog()) {
+    transition(State::Resetting);
+    deadline = worker_.now() + std::chrono::seconds(5);
+    return worker_.kick();
+  }
   if (entry_.pool.worn_out(*this, worker_.now(), reason)) {
     ++entry_.replacements;
     close(reason);
     return worker_.serve(entry_);
-  }
-  if (ask_catalog()) {
-    transition(State::Resetting);
-    deadline = worker_.now() + std::chrono::seconds(5);
-    return worker_.kick();
   }
   transition(State::Idle);
   entry_.pool.put_idle(*this, worker_.now());

@@ -133,6 +133,26 @@ TEST_F(CatalogTest, ABodyIsReadAnewByTheNextSurvey) {
   EXPECT_TRUE(catalog.quiet());
 }
 
+TEST_F(CatalogTest, WhatComesToLightLate) {
+  database.bodies = {{"f", "BEGIN RETURN NEW; END"}, {"lock", "BEGIN PERFORM pg_advisory_lock(1); RETURN NEW; END"}};
+  database.hanging = {{"t", "f"}, {"u", "lock"}};
+  database.survey(catalog, now);
+  EXPECT_FALSE(catalog.take_late()) << "nothing went before";
+  database.survey(catalog, now + seconds(30));
+  EXPECT_FALSE(catalog.take_late()) << "nothing is new";
+  database.hanging.emplace_back("t", "lock");
+  database.survey(catalog, now + seconds(60));
+  EXPECT_TRUE(catalog.take_late()) << "a trigger";
+  EXPECT_FALSE(catalog.take_late());
+  database.bodies["f"] = "BEGIN LISTEN c; RETURN NEW; END";
+  database.survey(catalog, now + seconds(90));
+  EXPECT_TRUE(catalog.take_late()) << "a body";
+  catalog.forget();
+  database.hanging.emplace_back("v", "lock");
+  database.survey(catalog, now + seconds(90));
+  EXPECT_FALSE(catalog.take_late()) << "sessions were looked at meanwhile";
+}
+
 TEST_F(CatalogTest, AChangeMeanwhileMakesASurveyWorthless) {
   Survey survey(catalog, now);
   survey.next(now);
