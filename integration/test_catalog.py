@@ -168,6 +168,18 @@ def test_a_function_called_by_its_number_pins_unless_it_is_of_large_objects(prox
         assert proxy.stats()["pinnedCount"] == 1
 
 
+def test_a_table_is_temporary_because_of_the_search_path(proxies, pg):
+    proxy = proxies({"pool": {"max": 2}})
+    with raw(proxy) as a, raw(proxy) as b:
+        run(a, "SET search_path TO pg_temp")
+        assert proxy.stats()["pinnedCount"] == 0
+        run(a, "CREATE TABLE unsaid (a int)")
+        harness.poll(lambda: proxy.stats()["pinnedCount"] == 1, what="its session has been looked at")
+        with pytest.raises(RuntimeError, match="does not exist"):
+            b.value("SELECT count(*) FROM unsaid")
+        assert a.value("SELECT count(*) FROM unsaid") == "0"
+
+
 def test_many_clients_see_their_own_alone(proxies, hanging):
     proxy = proxies({"pool": {"max": 2, "connectionTimeoutMillis": 60000}})
 

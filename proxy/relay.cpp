@@ -139,6 +139,7 @@ void ClientSession::restore_after_reset() {
 }
 
 void ClientSession::note_residue(std::string_view sql, std::uint32_t known) {
+  if (settings->temporary) residue_ |= protocol::kTemporary;
   if (known == 0) return;
   std::uint32_t residue = known;
   if (residue & protocol::kFunction)

@@ -104,6 +104,8 @@ SettingsRef SettingsCache::intern(std::map<std::string, std::string> values) {
   if (known_.size() >= kMaxKnown) std::erase_if(known_, [](const auto& e) { return e.second.use_count() == 1; });
   auto settings = std::make_shared<Settings>();
   settings->values = values;
+  if (const auto path = values.find("search_path"); path != values.end())
+    settings->temporary = path->second.find("pg_temp") != std::string::npos;
   known_.emplace(std::move(values), settings);
   return settings;
 }

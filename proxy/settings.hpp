@@ -15,6 +15,7 @@ namespace pgsidecar::proxy {
 struct Settings {
   std::map<std::string, std::string> values;   ///< names in lower case
   std::map<std::string, std::string> welcome;  ///< ParameterStatus of a session with these; empty: not tried yet
+  bool temporary = false;                      ///< what is created may be temporary without being called so
 };
 using SettingsRef = std::shared_ptr<Settings>;
 
