@@ -596,8 +596,14 @@ void ServerConnection::closed() {
   if (state_ == State::Closed) return;
   transition(State::Closed);
   if (channel_) channel_->transport.close();
-  permit_.release();
+  abandon();
   worker_.on_server_closed(*this);
+}
+
+void ServerConnection::abandon() {
+  unlink();
+  permit_.release();
+  statements.clear();
 }
 
 }  // namespace pgsidecar::proxy

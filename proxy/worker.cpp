@@ -48,7 +48,11 @@ Worker::Worker(asio::io_context& data, Control& control, std::shared_ptr<const c
   use_config();
 }
 
-Worker::~Worker() = default;
+Worker::~Worker() {
+  // Their pending operations keep them until the loop is gone, which is later than the pools.
+  for (const auto& [key, entry] : pools_)
+    for (const auto& [id, server] : entry->servers) server->abandon();
+}
 
 void Worker::use_config() {
   client_tls_ = config_->tls.mode == conf::TlsMode::Disable ? SslContext() : make_server_context(config_->tls);
