@@ -193,8 +193,8 @@ void write_pool(Json& json, const PoolSnapshot& p) {
   json.field("oldestWaitMs", millis(p.oldestWaitMicros));
   json.field("preparedStatements", std::uint64_t{p.preparedStatements});
   json.field("transactions", p.counters.transactions).field("queries", p.counters.queries);
-  json.field("residueChecks", p.counters.residueChecks);
   json.field("leases", p.counters.leases).field("waitTimeouts", p.counters.waitTimeouts);
+  json.field("residueChecks", p.counters.residueChecks);
   json.field("connects", p.counters.connects).field("connectFailures", p.counters.connectFailures);
   write_quantiles(json, "wait", p.counters.wait);
   write_quantiles(json, "query", p.counters.query);

@@ -514,6 +514,44 @@ def test_cancel_of_a_waiting_client(proxies):
         healthy(waiter)
 
 
+def send_cancel(proxy, w):
+    with wire.Wire(proxy.port) as c:
+        c.send(wire.request(wire.CANCEL_REQUEST, struct.pack("!I", w.pid) + w.key))
+        assert c.closed() == []
+
+
+@pytest.mark.parametrize("request_bytes", [wire.query("SELECT pg_sleep(30)"), wire.parse("SELECT pg_sleep(30)") + wire.bind() + wire.execute() + wire.SYNC], ids=["simple", "extended"])
+def test_cancel_while_the_session_is_looked_at(proxies, pg, request_bytes):
+    """What is kept back until the server has said what the session holds can be cancelled like what waits for a server."""
+    proxy = proxies({"pool": {"max": 1}})
+    with raw(proxy) as w, pg.admin(DATABASE) as admin:
+        w.ask(wire.query("SELECT 1"))
+        with admin.transaction():
+            admin.execute("LOCK TABLE pg_catalog.pg_prepared_statements IN ACCESS EXCLUSIVE MODE")
+            w.ask(wire.query("SET work_mem = '5MB'"))
+            w.send(request_bytes)
+            time.sleep(0.3)
+            send_cancel(proxy, w)
+            messages = w.until()
+            assert kinds(messages) == "EZ" and messages[0].error["C"] == "57014"
+        assert w.value("SHOW work_mem") == "5MB"
+
+
+def test_cancel_while_settings_are_carried(proxies, pg):
+    proxy = proxies({"pool": {"max": 1}})
+    with raw(proxy) as w, pg.admin(DATABASE) as admin:
+        w.ask(wire.query("SET default_text_search_config = 'simple'"))
+        pg.sql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'app'")
+        with admin.transaction():
+            admin.execute("LOCK TABLE pg_ts_config IN ACCESS EXCLUSIVE MODE")
+            w.send(wire.query("SELECT pg_sleep(30)"))
+            harness.poll(lambda: pg.count("wait_event_type = 'Lock' AND usename = 'app'") == 1, what="the setting waits")
+            send_cancel(proxy, w)
+        messages = w.until()
+        assert kinds(messages)[-2:] == "EZ" and messages[-2].error["C"] == "57014"
+        assert w.value("SHOW default_text_search_config") == "pg_catalog.simple"
+
+
 # ---- notices, parameters
 
 def test_parameter_status_is_told(small):

@@ -67,6 +67,7 @@ constexpr std::string_view kMeaninglessFamilies[] = {"cpu_",          "default_t
                                                      "lock_timeout",  "stats_",
                                                      "tcp_",          "track_",
                                                      "vacuum_",       "wal_"};
+constexpr int kMostDepth = 8;
 
 class Scanner {
  public:
@@ -103,9 +104,9 @@ class Scanner {
       if (n_ == 2) second_ = word_;
       if (prepared_) prepared_word();
       if (strict_) strictly();
-      if (n_ == 2 || (n_ == 3 && any(second_, {"local", "session"}))) setting_name();
+      if (n_ == 2 || (n_ == 3 && any(second_, {"local", "session"}))) meaning_of_setting();
       if (n_ <= 4 && kind_ == 'w') statement_word();
-      if (n_ <= 3 && n_ >= 2 && is(first_, "set") && !is(second_, "local") && peek_past_blanks() == '.') custom_setting();
+      if (n_ >= 2 && is(first_, "set")) setting_name();
       if (body_ && n_ == 1 && is(word_, "set") && peek_past_blanks() == '%') residue_ |= kSettings | kCustomSetting, written_out_ = false;
       if (word_.size() >= 4) anywhere();
     }
@@ -216,7 +217,7 @@ class Scanner {
   }
 
   /// Of SET [LOCAL | SESSION] name, RESET name.
-  void setting_name() {
+  void meaning_of_setting() {
     if (!any(first_, {"set", "reset"})) return;
     if (is(word_, "seed")) residue_ |= kSeed;
     if (peek_past_blanks() == '.' ||
@@ -313,7 +314,8 @@ class Scanner {
   void call() {
     if (any(lead_, {"into", "table", "as", "with", "recursive", "references", "index", "exists", "copy", "analyze", "vacuum", "execute"}))
       return;
-    if (is(first_, "create") && any(lead_, {"on", "view", "function", "procedure", "aggregate", "type"})) return;
+    if (is(first_, "create") && any(lead_, {"view", "function", "procedure", "aggregate", "type"})) return;
+    if (is(first_, "create") && is(lead_, "on") && any(second_, {"index", "unique", "trigger", "policy", "rule", "statistics"})) return;
     // These are dealt with by themselves, wherever they stand.
     if (starts(name_, "pg_advisory_") || starts(name_, "pg_try_advisory_") ||
         any(name_, {"set_config", "currval", "lastval", "setseed", "pg_backend_pid"}))
@@ -332,15 +334,59 @@ class Scanner {
       residue_ |= kFunction;
   }
 
+  static std::string undoubled(std::string_view literal) {
+    std::string out;
+    for (std::size_t i = 0; i < literal.size(); ++i) {
+      out += literal[i];
+      if (literal[i] == '\'') ++i;
+    }
+    return out;
+  }
+
+  /// The text that E'' stands for. Numbered characters are taken for what can't be read.
+  std::string unescaped(std::string_view literal) {
+    std::string out;
+    for (std::size_t i = 0; i < literal.size(); ++i) {
+      char c = literal[i];
+      if (c == '\\' && i + 1 < literal.size()) {
+        c = literal[++i];
+        if (is_digit(static_cast<unsigned char>(c)) || (c | 32) == 'x' || (c | 32) == 'u') residue_ |= kUnreadable;
+        if (std::string_view("bfnrt").find(c) != std::string_view::npos) c = ' ';
+      } else if (c == '\'') {
+        ++i;
+      }
+      out += c;
+    }
+    return out;
+  }
+
   /// A text within the text that may be run: the body of DO, what a function's EXECUTE is given.
   void inner(std::string_view text) {
     if (!body_ && !is(first_, "do")) return;
+    if (depth_ == kMostDepth) {
+      residue_ |= kSettings | kCustomSetting | kFunction;
+      written_out_ = false;
+      return;
+    }
     Scanner scanner(text, conforming_, found_, true);
     scanner.strict_ = strict_;
+    scanner.depth_ = depth_ + 1;
     residue_ |= scanner.run() & ~(kTransaction | kUnreadable);
     needs_ |= scanner.needs_;
     names_.insert(names_.end(), scanner.names_.begin(), scanner.names_.end());
     written_out_ &= scanner.written_out_;
+  }
+
+  /// The words after SET.
+  void setting_name() {
+    const bool quoted = kind_ == '"';
+    if (n_ == 2 && quoted) residue_ |= kSettings;
+    if (n_ == 2 && is(word_, "names")) {
+      const auto c = peek_past_blanks();
+      if (c == ';' || c == '\0') residue_ |= kReset;
+    }
+    if (n_ > 3 || (n_ == 3 && !is(second_, "session")) || (n_ == 2 && !quoted && is(word_, "local"))) return;
+    if ((quoted && word_.find('.') != std::string_view::npos) || peek_past_blanks() == '.') custom_setting();
   }
 
   /// SET name.name: p_ is before the dot.
@@ -362,10 +408,29 @@ class Scanner {
     return out;
   }
 
-  unsigned char peek_past_blanks() const {
-    const char* p = p_;
-    while (p != end_ && (*p == ' ' || (*p >= '\t' && *p <= '\r'))) ++p;
-    return p == end_ ? '\0' : static_cast<unsigned char>(*p);
+  static bool is_blank(char c) { return c == ' ' || (c >= '\t' && c <= '\r'); }
+
+  /// Passes blanks and comments. False: a comment has no end.
+  bool pass_blanks() {
+    for (;;) {
+      if (p_ != end_ && is_blank(*p_)) {
+        ++p_;
+      } else if (peek(0) == '-' && peek(1) == '-') {
+        while (p_ != end_ && *p_ != '\n' && *p_ != '\r') ++p_;
+      } else if (peek(0) == '/' && peek(1) == '*') {
+        if (!comment()) return false;
+      } else {
+        return true;
+      }
+    }
+  }
+
+  unsigned char peek_past_blanks() {
+    const char* const here = p_;
+    pass_blanks();
+    const unsigned char c = peek(0);
+    p_ = here;
+    return c;
   }
 
   /// set_config(name, value, is_local): harmless if the last argument is `true`; the name counts if it is one literal.
@@ -408,26 +473,14 @@ class Scanner {
   /// The next token: 'w' word, '"' quoted identifier, ';', or another character. False at the end.
   bool next() {
     for (;;) {
-      if (p_ == end_) return false;
+      if (!pass_blanks() || p_ == end_) return false;
       const auto c = static_cast<unsigned char>(*p_);
-      if (c == ' ' || (c >= '\t' && c <= '\r')) {
-        ++p_;
-        continue;
-      }
-      if (c == '-' && peek(1) == '-') {
-        while (p_ != end_ && *p_ != '\n' && *p_ != '\r') ++p_;
-        continue;
-      }
-      if (c == '/' && peek(1) == '*') {
-        if (!comment()) return false;
-        continue;
-      }
       if (c == '\'') {
         const char* begin = p_ + 1;
         if (!quoted('\'', !conforming_)) return false;
         literal_ = {begin, static_cast<std::size_t>(p_ - 1 - begin)};
         ++literals_;
-        inner(literal_);
+        if (is(first_, "do") || body_) inner(conforming_ ? undoubled(literal_) : unescaped(literal_));
         continue;
       }
       if (c == '$' && !is_digit(peek(1))) {
@@ -446,8 +499,7 @@ class Scanner {
         while (p_ != end_ && is_word(static_cast<unsigned char>(*p_))) ++p_;
         word_ = {begin, static_cast<std::size_t>(p_ - begin)};
         if (p_ != end_ && *p_ == '\'' && word_.size() == 1 && (*begin | 32) == 'e') {
-          if (!quoted('\'', true)) return false;
-          literals_ += 2;  // its escapes aren't read
+          if (!escaped()) return false;
           continue;
         }
         if (word_.size() == 1 && (*begin | 32) == 'u' && peek(0) == '&' && peek(1) == '"') {
@@ -457,7 +509,10 @@ class Scanner {
         return true;
       }
       if (is_digit(c)) {
-        while (p_ != end_ && (is_word(static_cast<unsigned char>(*p_)) || *p_ == '.')) ++p_;
+        // Not the letter of E'', and no dollar: what follows may quote.
+        while (p_ != end_ && *p_ != '$' && (is_word(static_cast<unsigned char>(*p_)) || *p_ == '.') &&
+               !((*p_ | 32) == 'e' && peek(1) == '\''))
+          ++p_;
         continue;
       }
       ++p_;
@@ -488,6 +543,26 @@ class Scanner {
       }
     }
     return unreadable();
+  }
+
+  /// Passes E'', which goes on behind a newline; p_ is at its opening quote.
+  bool escaped() {
+    literals_ += 2;  // its escapes aren't read
+    for (;;) {
+      const char* const begin = p_ + 1;
+      if (!quoted('\'', true)) return false;
+      if (is(first_, "do") || body_) inner(unescaped({begin, static_cast<std::size_t>(p_ - 1 - begin)}));
+      const char* p = p_;
+      bool newline = false;
+      for (; p != end_; ++p) {
+        if (*p == '-' && p + 1 != end_ && p[1] == '-')
+          while (p != end_ && *p != '\n' && *p != '\r') ++p;
+        if (p == end_ || !is_blank(*p)) break;
+        newline |= *p == '\n' || *p == '\r';
+      }
+      if (!newline || p == end_ || *p != '\'') return true;
+      p_ = p;
+    }
   }
 
   bool comment() {
@@ -528,7 +603,8 @@ class Scanner {
   BodyScan* found_;
   PreparedNames* prepared_;
   bool awaits_name_ = false, strict_ = false;
-  bool body_;  // of a function
+  bool body_;      // of a function
+  int depth_ = 0;  // of texts within texts
   bool written_out_ = true;
   std::vector<std::string> names_;  // of custom settings
   int literals_ = 0;

@@ -163,7 +163,7 @@ std::size_t ClientSession::process(Bytes in) {
       used = on_startup(left);
     else if (state_ == State::Authenticating)
       used = on_password(left);
-    else if (held())
+    else if (held() && !discarding_)
       break;
     else {
       if (left.size() < kHeaderSize) break;
@@ -505,9 +505,18 @@ void ClientSession::release() {
   server->detach(false);
 }
 
+void ClientSession::on_cancel() {
+  const bool kept = server_ && held() && channel_.unread.size() >= kHeaderSize;
+  if (waiting() || kept) {
+    unlink();
+    return on_wait_failed({"ERROR", "57014", "canceling statement due to user request", {}, {}}, false);
+  }
+  if (server_) server_->cancel();
+}
+
 void ClientSession::on_wait_failed(const protocol::ErrorFields& error, bool is_fatal) {
   if (state_ == State::Greeting || is_fatal) return fatal(error.sqlstate, error.message, error.hint, error.detail);
-  transition(State::Ready);
+  if (!server_) transition(State::Ready);
   worker_.count_error(error.sqlstate);
   // The request that waited is answered with an error; of an extended one, all up to Sync goes unanswered, as on a server.
   const char type = channel_.unread.empty() ? 'Q' : channel_.unread[0];

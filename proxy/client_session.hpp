@@ -10,6 +10,7 @@
 #include "pool/pool.hpp"
 #include "protocol/login.hpp"
 #include "protocol/pipeline.hpp"
+#include "protocol/sql_scan.hpp"
 #include "protocol/statements.hpp"
 #include "proxy/channel.hpp"
 #include "proxy/lost_transaction.hpp"
@@ -50,6 +51,8 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   void on_lease(ServerConnection& server);
   /// No server connection came in time, or the pool has none to give.
   void on_wait_failed(const protocol::ErrorFields& error, bool fatal);
+  /// A CancelRequest with its key has come.
+  void on_cancel();
   /// The server connection died under it.
   void on_server_lost(const std::string& sqlstate, const std::string& message, bool in_transaction);
   /// The server owes nothing and is outside a transaction. Decides whether the lease ends.
@@ -57,6 +60,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   void on_greeting_failed(const protocol::ErrorFields& error);
   void on_residue(SettingsRef settings, const Residue& found);  ///< no settings: they aren't known
   void on_learned(std::uint32_t residue);                       ///< of functions that it has called: the session is to be looked at
+  bool made_temporary() const { return (residue_ & protocol::kTemporary) != 0; }  ///< its transaction may have
   void on_parse_done(bool ok);
   void on_answered();         ///< ReadyForQuery of a request of its own
   void on_statements_gone();  ///< DISCARD ALL, DEALLOCATE ALL
@@ -130,6 +134,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   void note_residue(std::string_view sql, std::uint32_t known);
   void note_residue(const protocol::Statement& statement);
   bool refuse(std::string_view sql, std::uint32_t residue, bool simple);
+  void note_names(std::string_view sql, std::uint32_t residue);
   void use_sequences();
   void restore_after_reset();
   bool must_ask() const;

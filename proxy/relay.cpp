@@ -2,6 +2,7 @@
 // server. The hot path: nothing here allocates for a statement that is known.
 #include <strings.h>
 
+#include <algorithm>
 #include <cstring>
 
 #include "protocol/sql_scan.hpp"
@@ -23,6 +24,30 @@ constexpr std::size_t kMaxNames = 8 * 1024;  // of a message whose names are rea
 /// Whether how the text is read may depend on settings such as DateStyle: it has a quoted constant.
 bool may_hold_constants(std::string_view body) {
   return body.find('\'') != std::string_view::npos || body.find("$$") != std::string_view::npos;
+}
+
+/// pg_catalog's functions for large objects, which libpq and its like call by their numbers.
+bool is_large_object(std::uint32_t oid) {
+  switch (oid) {
+    case 715:   // lo_create
+    case 764:   // lo_import
+    case 765:   // lo_export
+    case 767:   // lo_import with a number
+    case 952:   // lo_open
+    case 953:   // lo_close
+    case 954:   // loread
+    case 955:   // lowrite
+    case 956:   // lo_lseek
+    case 957:   // lo_creat
+    case 958:   // lo_tell
+    case 964:   // lo_unlink
+    case 1004:  // lo_truncate
+    case 3170:  // lo_lseek64
+    case 3171:  // lo_tell64
+    case 3172:  // lo_truncate64
+      return true;
+    default: return false;
+  }
 }
 
 }  // namespace
@@ -78,7 +103,11 @@ std::size_t ClientSession::on_request(char type, Bytes available, std::size_t to
     case 'D': return on_describe(available, total);
     case 'C': return on_close(available, total);
     case 'E': server_->pipeline.push({Request::Execute, Verdict::Forward, id_}); break;
-    case 'F': server_->pipeline.push({Request::FunctionCall, Verdict::Forward, id_}); break;
+    case 'F':
+      if (available.size() < std::min(total, kHeaderSize + 4)) return 0;
+      if (!is_large_object(protocol::Reader(available.subspan(kHeaderSize)).u32())) residue_ |= protocol::kUnreadable;
+      server_->pipeline.push({Request::FunctionCall, Verdict::Forward, id_});
+      break;
     case 'c':
     case 'f': server_->pipeline.push({Request::CopyEnd, Verdict::Forward, id_}); break;
     case 'S':
@@ -107,6 +136,7 @@ std::size_t ClientSession::on_query(Bytes available, std::size_t total) {
     const std::uint32_t residue = protocol::scan_sql(sql, server_->conforming_strings());
     if (refuse(sql, residue, true)) return total;
     note_residue(sql, residue);
+    if (!entry_->catalog.quiet()) note_names(sql, entry_->catalog.residue_of_names(sql));
     if (residue & protocol::kPrepared) {
       const bool synced = !server_->pipeline.unsynced();
       adopt_named(sql);

@@ -22,7 +22,7 @@ namespace {
 constexpr std::uint32_t kMaxMessage = 0x40000000;
 constexpr std::size_t kMaxParsed = 1u << 20;  // of a message of the server that is looked into
 // Notes of the proxy's own queries.
-constexpr std::uint32_t kApply = 1, kResidue = 2, kReset = 3, kRestore = 4, kLearn = 5;
+constexpr std::uint32_t kApply = 1, kResidue = 2, kReset = 3, kRestore = 4, kLearn = 5, kSurvey = 6;
 
 /// Messages that are looked into and so wanted whole.
 bool wanted_whole(Backend type) {
@@ -236,10 +236,12 @@ bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total
   if (!reply) return false;
   const Owed& owed = reply->owed;
   const bool ours = client_ && owed.owner == client_->id();
+  if (type == Backend::ReadyForQuery && status == TxStatus::Idle) open_definition_ = false;
   if (ours && type == Backend::ReadyForQuery) client_->on_answered();
   bool forward = ours && owed.verdict == Verdict::Forward;
   if (owed.owner == protocol::kProxy) {
     on_proxy_reply(type, owed.note, available);
+    if (cancel_due_ && client_) cancel();
   } else if (type == Backend::ErrorResponse) {
     if (ours && owed.request == Request::Parse && client_->pending_parse_error()) {
       forward = false;
@@ -261,7 +263,7 @@ bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total
     const std::string_view tag = reader.cstring();
     if (tag == "DISCARD ALL" || tag == "DEALLOCATE ALL") client_->on_statements_gone();
     if (changes_results(tag)) worker_.statements.retire_all();
-    if (tag.ends_with(" FUNCTION") || tag.ends_with(" PROCEDURE") || tag.ends_with(" EXTENSION")) entry_.functions.forget();
+    if (changes_catalog(tag)) on_catalog_changed();
   }
   if (forward) worker_.to_client.add(available.data(), available.size());
   pass_left_ = total - available.size();
@@ -338,11 +340,13 @@ void ServerConnection::on_proxy_reply(Backend type, std::uint32_t note, Bytes wh
     }
     return;
   }
-  if (note == kLearn) {
+  if (note == kLearn || note == kSurvey) {
     std::string field[4];
     if (type == Backend::DataRow && read_row(whole, field)) {
-      // Custom settings that are too many to be asked for can't be carried.
-      if (!entry_.settings.learn(entry_.functions.answer(field[0], field[1], field[2] == "t", field[3]))) residue_failed_ = true;
+      if (note == kSurvey)
+        survey_->answer(field);
+      else
+        entry_.catalog.answer(inquiry_, field[0], field[1], field[2] == "t", field[3]);
     } else if (type == Backend::DataRow || type == Backend::ErrorResponse) {
       residue_failed_ = true;
     } else if (type == Backend::ReadyForQuery) {
@@ -382,10 +386,11 @@ void ServerConnection::apply_failed(const protocol::ErrorFields& error) {
 
 void ServerConnection::ask_residue() {
   asking_residue_ = true;
+  if (ask_catalog()) return;
   residue_failed_ = false;
-  asked_functions_ = entry_.functions.take_wanted(worker_.now());
-  if (!asked_functions_.empty()) {
-    ask(kLearn, Functions::question(asked_functions_));
+  inquiry_ = entry_.catalog.take_wanted(worker_.now());
+  if (!inquiry_.names.empty()) {
+    ask(kLearn, Catalog::question(inquiry_));
     return send(worker_.to_server);
   }
   residue_ = {};
@@ -394,10 +399,58 @@ void ServerConnection::ask_residue() {
   send(worker_.to_server);
 }
 
+bool ServerConnection::ask_catalog() {
+  const pool::Time now = worker_.now();
+  if (!survey_) {
+    const conf::PoolSettings& policy = entry_.pool.settings();
+    if (!entry_.catalog.due(now) || policy.mode == conf::PoolMode::Session || policy.residueCheck == conf::ResidueCheck::Never)
+      return false;
+    // What an open transaction has made can't be seen yet.
+    for (const auto& [id, server] : entry_.servers)
+      if (server->open_definition_) return false;
+    survey_ = std::make_unique<Survey>(entry_.catalog, now);
+  }
+  const std::string question = survey_->next(now);
+  if (question.empty()) {
+    survey_.reset();
+    if (entry_.catalog.take_late()) {
+      log::info("{}@{}: functions leave something in sessions that didn't before: every server connection is replaced", entry_.user,
+                entry_.database);
+      for (const auto& [id, server] : entry_.servers) server->condemned = true;
+      pool::CloseReason reason{};
+      while (pool::Slot* idle = entry_.pool.outdated(now, reason)) static_cast<ServerConnection*>(idle)->close(reason);
+    }
+    return false;
+  }
+  residue_failed_ = false;
+  Gather others;
+  std::swap(others, worker_.to_server);
+  ask(kSurvey, question);
+  send(worker_.to_server);
+  std::swap(others, worker_.to_server);
+  return true;
+}
+
 void ServerConnection::finish_learning() {
-  asking_residue_ = false;
-  const std::uint32_t residue = entry_.functions.answered(asked_functions_, worker_.now(), residue_failed_);
-  if (client_) client_->on_learned(residue);
+  std::uint32_t residue = 0;
+  if (survey_)
+    survey_->answered(worker_.now(), residue_failed_);
+  else
+    residue = entry_.catalog.answered(inquiry_, worker_.now(), residue_failed_);
+  asking_residue_ = client_ && survey_ && ask_catalog();
+  if (client_ && !asking_residue_) client_->on_learned(residue);
+}
+
+bool ServerConnection::changes_catalog(std::string_view tag) const {
+  if (tag == "CREATE TABLE" || tag == "CREATE INDEX") return !client_->made_temporary();
+  return tag.starts_with("CREATE ") || tag.starts_with("ALTER ") || tag == "DO" || tag == "IMPORT FOREIGN SCHEMA";
+}
+
+void ServerConnection::on_catalog_changed() {
+  open_definition_ = true;
+  entry_.catalog.forget();
+  for (const auto& [id, server] : entry_.servers)
+    if (server->client_) server->client_->on_learned(0);  // it may be using what was made already
 }
 
 void ServerConnection::finish_residue() {
@@ -425,6 +478,7 @@ void ServerConnection::lease(ClientSession& client) {
   entry_.pool.lease(*this);
   client_ = &client;
   leased_anew_ = true;
+  cancel_due_ = false;
   sequences_touched = meaning_changed = false;
   suspect.clear();
   client.on_lease(*this);
@@ -572,6 +626,11 @@ void ServerConnection::settle() {
   deadline = pool::Time::max();
   pool::CloseReason reason{};
   if (!settings) reason = pool::CloseReason::Broken, condemned = true;
+  if (!condemned && ask_catalog()) {
+    transition(State::Resetting);
+    deadline = worker_.now() + std::chrono::seconds(5);
+    return worker_.kick();
+  }
   if (entry_.pool.worn_out(*this, worker_.now(), reason)) {
     ++entry_.replacements;
     close(reason);
@@ -581,6 +640,12 @@ void ServerConnection::settle() {
   entry_.pool.put_idle(*this, worker_.now());
   worker_.arm_tick(entry_.pool.idle_check());
   worker_.serve(entry_);
+}
+
+void ServerConnection::cancel() {
+  const Owed* front = pipeline.front();
+  cancel_due_ = front && front->owner == protocol::kProxy;
+  if (front && client_ && front->owner == client_->id()) send_cancel();
 }
 
 void ServerConnection::settle_after_cancel() {
@@ -649,8 +714,14 @@ void ServerConnection::closed() {
   if (state_ == State::Closed) return;
   transition(State::Closed);
   if (channel_) channel_->transport.close();
-  permit_.release();
+  abandon();
   worker_.on_server_closed(*this);
+}
+
+void ServerConnection::abandon() {
+  unlink();
+  permit_.release();
+  statements.clear();
 }
 
 }  // namespace pgsidecar::proxy

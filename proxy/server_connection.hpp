@@ -15,6 +15,7 @@
 #include "protocol/messages.hpp"
 #include "protocol/pipeline.hpp"
 #include "protocol/statements.hpp"
+#include "proxy/catalog.hpp"
 #include "proxy/channel.hpp"
 #include "proxy/control.hpp"
 #include "proxy/residue.hpp"
@@ -80,13 +81,16 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   void detach(bool dirty);
   /// Sends Terminate and waits for the server to close its end.
   void close(pool::CloseReason reason);
-  void inject();  ///< replies of the proxy's own whose turn has come
+  void abandon();  ///< lets go of what belongs to the pool and the worker, at their end
+  void inject();   ///< replies of the proxy's own whose turn has come
   void resume_reading();
   /// Asks what the session holds, after what functions may leave in it if that isn't known.
   void ask_residue();
   bool asking_residue() const { return asking_residue_; }
   /// Returns to the pool, or closes, if it is clean and nothing is pending.
   void settle();
+  /// Cancels what the client has asked for, as soon as the server is at it.
+  void cancel();
   /// Asks the server to cancel what it is doing for this connection, which isn't leased again before it has answered.
   void send_cancel();
   const std::optional<Login>& login() const { return login_; }
@@ -116,6 +120,10 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   void ask(std::uint32_t note, std::string_view sql);
   void lost(const std::string& sqlstate, const std::string& reason);
   void start_reset();
+  bool changes_catalog(std::string_view tag) const;
+  void on_catalog_changed();
+  /// Goes on with a survey of the catalogs, or begins one that is due. False: there is nothing to ask.
+  bool ask_catalog();
   void finish_learning();
   void close_adopted();
   void finish_residue();
@@ -138,14 +146,16 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   std::size_t pass_left_ = 0;  // of a message that is passing through
   bool pass_forward_ = false;
   bool asking_residue_ = false, residue_failed_ = false, own_query_failed_ = false;
-  bool leased_anew_ = false;
+  bool leased_anew_ = false, cancel_due_ = false;
   bool conforming_strings_ = true;
   bool retry_other_tls_ = false;  // sslmode prefer and allow
   int resets_overdue_ = 0;
   Residue residue_;
   std::string login_user_;
   std::vector<std::pair<std::string, protocol::StatementRef>> adopted_;
-  std::vector<std::string> asked_functions_;
+  bool open_definition_ = false;  // its transaction has made or altered something
+  Catalog::Inquiry inquiry_;
+  std::unique_ptr<Survey> survey_;
   protocol::ErrorFields login_error_;
 };
 

@@ -64,13 +64,22 @@ std::string_view text_of(const protocol::Statement& statement) {
 void ClientSession::note_residue(const protocol::Statement& statement) {
   const std::string_view sql = text_of(statement);
   note_residue(sql, server_->conforming_strings() ? statement.residue : protocol::scan_sql(sql, false));
+  if (!entry_->catalog.quiet()) note_names(sql, entry_->catalog.residue_of_names(statement, sql));
+}
+
+/// What hangs on what a text names: triggers, defaults, rules...
+void ClientSession::note_names(std::string_view sql, std::uint32_t residue) {
+  if (residue == 0) return;
+  residue_ |= residue;
+  server_->suspect = sql.substr(0, kMostSuspect);
 }
 
 void ClientSession::note_residue(std::string_view sql, std::uint32_t known) {
+  if (settings->temporary) residue_ |= protocol::kTemporary;
   if (known == 0) return;
   std::uint32_t residue = known;
   if (residue & protocol::kFunction)
-    residue = (residue & ~protocol::kFunction) | entry_->functions.residue_of(protocol::called_functions(sql), worker_.now());
+    residue = (residue & ~protocol::kFunction) | entry_->catalog.residue_of_calls(protocol::called_functions(sql), worker_.now());
   if (known & protocol::kCustomSetting) {
     std::vector<std::string> names;
     if (protocol::custom_setting_names(sql, names, server_->conforming_strings()) && entry_->settings.learn(names))

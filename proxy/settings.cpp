@@ -77,6 +77,8 @@ SettingsRef SettingsCache::intern(std::map<std::string, std::string> values) {
   auto& known = meanings_[meaning];
   if (!known) known = std::make_shared<Meaning>(Meaning{meaning});
   settings->meaning = known;
+  if (const auto path = values.find("search_path"); path != values.end())
+    settings->temporary = path->second.find("pg_temp") != std::string::npos;
   known_.emplace(std::move(values), settings);
   return settings;
 }

@@ -51,7 +51,11 @@ Worker::Worker(asio::io_context& data, Control& control, std::shared_ptr<const c
   use_config();
 }
 
-Worker::~Worker() = default;
+Worker::~Worker() {
+  // Their pending operations keep them until the loop is gone, which is later than the pools.
+  for (const auto& [key, entry] : pools_)
+    for (const auto& [id, server] : entry->servers) server->abandon();
+}
 
 void Worker::use_config() {
   client_tls_ = config_->tls.mode == conf::TlsMode::Disable ? SslContext() : make_server_context(config_->tls);
@@ -66,6 +70,7 @@ void Worker::reload(std::shared_ptr<const conf::Config> config) {
   for (auto& [key, entry] : pools_) {
     for (auto& [id, server] : entry->servers) server->condemned = true;
     entry->settings.forget_welcomes();
+    entry->catalog.forget();
     entry->retry_at = {};
     std::string sqlstate, error;
     if (auto plan = plan_pool(entry->database, entry->user, sqlstate, error)) {
@@ -382,13 +387,7 @@ void Worker::cancel(std::uint32_t pid, std::string_view key) {
            CRYPTO_memcmp(own.data(), key.data(), own.size()) == 0;
   });
   if (it == clients_.end()) return;
-  ClientSession& client = *it->second;
-  if (client.waiting()) {
-    client.unlink();
-    return client.on_wait_failed({"ERROR", "57014", "canceling statement due to user request", {}, {}}, false);
-  }
-  ServerConnection* server = client.server();
-  if (server && server->pipeline.front() && server->pipeline.front()->owner == client.id()) server->send_cancel();
+  it->second->on_cancel();
 }
 
 // --- time

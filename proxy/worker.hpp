@@ -21,9 +21,9 @@
 #include "pool/stats.hpp"
 #include "protocol/login.hpp"
 #include "protocol/scram.hpp"
+#include "proxy/catalog.hpp"
 #include "proxy/client_session.hpp"
 #include "proxy/control.hpp"
-#include "proxy/functions.hpp"
 #include "proxy/log.hpp"
 #include "proxy/server_connection.hpp"
 
@@ -37,7 +37,7 @@ struct PoolEntry {
   pool::Pool pool;
   conf::Upstream upstream;
   SettingsCache settings;
-  Functions functions;
+  Catalog catalog{settings};
   boost::unordered_flat_map<std::uint64_t, std::shared_ptr<ServerConnection>> servers;
   std::uint32_t connecting = 0;
   std::uint32_t clients = 0;

@@ -37,6 +37,15 @@ TEST(SqlScan, Rows) {
       {"SET app.tenant = 'x'", kSettings | kCustomSetting},
       {"SET SESSION app.tenant = 'x'", kSettings | kCustomSetting},
       {"SET LOCAL app.tenant = 'x'", kNone},
+      {"SET app /**/ . -- \n tenant = 'x'", kSettings | kCustomSetting},
+      {"SET \"x\" = 1", kSettings},
+      {"SET \"app.tenant\" = 1", kSettings | kCustomSetting},
+      {"SET SESSION \"app.tenant\" = 1", kSettings | kCustomSetting},
+      {"SET LOCAL \"app.tenant\" = 1", kNone},
+      {"SET x = a.b", kSettings},
+      {"SET NAMES", kSettings | kReset},
+      {"SET NAMES /* ; */;", kSettings | kReset},
+      {"SET NAMES 'utf8'", kSettings},
       {"SELECT set_config('work_mem', '1MB', false)", kSettings},
       {"SELECT set_config('app.x', $1, false)", kSettings | kCustomSetting},
       {"SELECT set_config('app.x', upper(1, true), true)", kNone},
@@ -50,6 +59,8 @@ TEST(SqlScan, Rows) {
       {"SELECT a FROM b JOIN c ON f(c.d)", kFunction},
       {"INSERT INTO s.t (a, b) VALUES (1, f(2))", kFunction | kSequenceWrite},
       {"CREATE INDEX i ON t (f(x))", kFunction},
+      {"CREATE TABLE t AS SELECT * FROM a JOIN b ON f(x)", kFunction},
+      {"CREATE INDEX ON s.f (a)", kNone},
       {"SELECT count(*), pg_catalog.now(), COALESCE(a, 1)::numeric(3, 1) FROM t AS x (a) WHERE a IN (1) AND EXISTS (SELECT 1)", kNone},
       {"INSERT INTO s.t (a, b) VALUES (1, 'f(2)') ON CONFLICT (a) DO UPDATE SET (a, b) = (1, 2) RETURNING (a)", kSequenceWrite},
       {"WITH RECURSIVE t (n) AS (SELECT 1) SELECT sum(n) OVER (PARTITION BY n) FROM t, LATERAL (SELECT 1) u JOIN v USING (n)", kNone},
@@ -84,6 +95,9 @@ TEST(SqlScan, Rows) {
       {"CALL p()", kCode | kFunction},
       {"DO $$BEGIN IF true THEN SET app.x = 1; END IF; END$$", kCode | kSettings | kCustomSetting},
       {"DO 'BEGIN PERFORM f(); END'", kCode | kFunction},
+      {"DO 'BEGIN x := ''--''; SET app.x = 1; END'", kCode | kSettings | kCustomSetting},
+      {"DO E'BEGIN x := \\'--\\';\\nSET app.x = 1; END'", kCode | kSettings | kCustomSetting},
+      {"DO E'BEGIN \\x41 END'", kCode | kUnreadable},
       {"LOAD 'x'", kLibrary},
       {"DISCARD ALL", kDiscard | kReset},
       {"SELECT currval('s')", kSequenceRead},
@@ -98,6 +112,13 @@ TEST(SqlScan, Rows) {
       {"SELECT pg_backend_pid()", kBackendPid},
       {"SELECT E'it\\'s; SET x', 1", kNone},
       {"SELECT 'a''b; SET x = 1'", kNone},
+      {"SELECT E'a'\n'\\'; SET x', 1", kNone},
+      {"SELECT E'a' --'\n 'b', '; SET x'", kNone},
+      {"SELECT E'a\\'\n; SET x = 1; --'", kNone},
+      {"SELECT E'a', '\\'; SET x = 1; --'", kSettings},
+      {"SELECT 1$$ ' $$, f(1), '", kFunction | kUnreadable},
+      {"SELECT 1e'\\'', f(1)", kFunction},
+      {"SELECT 1e3, 0x1e, 1.e5, 1.5e3", kNone},
       {"SELECT 'open", kUnreadable},
       {"SELECT \"open", kUnreadable},
       {"SELECT $a$ open $b$", kUnreadable},
@@ -167,6 +188,20 @@ TEST(SqlScan, EveryPrefixIsRead) {
     std::vector<std::string> names;
     custom_setting_names(std::string_view(exact.data(), n), names);
   }
+}
+
+TEST(SqlScan, TextsWithinTextsAreReadToADepth) {
+  std::string sql = "SET a.b = 1";
+  for (int depth = 0; depth < 20000; ++depth) {
+    const std::string tag = "$x" + std::to_string(depth) + "$";
+    sql = tag + sql + tag;
+    if (depth == 3) {
+      EXPECT_EQ(scan_sql("DO " + sql), kCode | kSettings | kCustomSetting);
+    }
+  }
+  EXPECT_EQ(scan_sql("DO " + sql), kCode | kSettings | kCustomSetting | kFunction);
+  std::vector<std::string> names;
+  EXPECT_FALSE(custom_setting_names("DO " + sql, names));
 }
 
 TEST(SqlScan, NamesOfCustomSettings) {

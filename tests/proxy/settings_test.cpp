@@ -17,6 +17,12 @@ TEST(Settings, EqualSettingsAreOneObject) {
   EXPECT_NE(cache.intern({{"a", "1"}}), cache.intern({}));
 }
 
+TEST(Settings, ASearchPathMayMakeThingsTemporary) {
+  SettingsCache cache;
+  EXPECT_FALSE(cache.intern({{"search_path", "public"}})->temporary);
+  EXPECT_TRUE(cache.intern({{"search_path", "pg_temp, public"}})->temporary);
+}
+
 TEST(Settings, OfAStartup) {
   std::map<std::string, std::string> values;
   std::string complaint;

@@ -1,0 +1,311 @@
+#include "proxy/catalog.hpp"
+
+#include <algorithm>
+#include <atomic>
+
+#include "proxy/log.hpp"
+#include "proxy/settings.hpp"
+
+namespace pgsidecar::proxy {
+
+namespace {
+
+constexpr std::size_t kMostKnown = 10000, kMostWanted = 500, kMostHanging = 10000;
+constexpr int kMostRounds = 100;
+
+std::uint64_t new_version() {
+  static std::atomic<std::uint64_t> last{0};
+  return ++last;
+}
+
+// PostgreSQL documentation, chapter 53. Names are searched for in pg_catalog alone and nothing is converted, whatever the
+// session's settings are; they come back when the query ends.
+//
+// fn: functions that may do anything. odd: how pg_catalog's functions that leave something behind look in stored expressions,
+// for which no dependency is recorded. part: what a function or such an expression is part of. hung: the relation that it hangs
+// on; 0: none, as of operators, casts and types; NULL: it runs when called by name. edge: naming one relation runs what hangs on
+// the other. called: functions whose calls don't look like calls, or like calls of others.
+constexpr const char* kSurvey = R"(SET LOCAL search_path TO pg_catalog, pg_temp; SET LOCAL client_encoding TO 'SQL_ASCII';
+SET LOCAL statement_timeout TO 0;
+WITH RECURSIVE fn AS (
+  SELECT p.oid, p.proname::text AS name, p.pronargs, p.proargtypes[0] AS argument FROM pg_proc AS p JOIN pg_language AS l ON l.oid = p.prolang
+  WHERE p.oid >= 16384 AND (l.lanname NOT IN ('c', 'internal') OR NOT EXISTS (
+    SELECT FROM pg_depend AS d WHERE d.classid = 'pg_proc'::regclass AND d.objid = p.oid AND d.deptype = 'e'))
+), odd AS (
+  SELECT ':funcid (' || string_agg(oid::text, '|') || ') ' AS pattern FROM pg_proc WHERE pronamespace = 'pg_catalog'::regnamespace
+  AND proname ~ '^(set_config|setseed|currval|lastval|pg_backend_pid|pg_(try_)?advisory_(un)?lock.*|(query|schema|database)_to_xml.*|ts_stat)$'
+), part (classid, objid, name, body) AS (
+  SELECT d.classid, d.objid, f.name, '' FROM fn AS f JOIN pg_depend AS d ON d.refclassid = 'pg_proc'::regclass AND d.refobjid = f.oid
+  UNION ALL SELECT 'pg_attrdef'::regclass, oid, 'default ' || oid, 'SELECT ' || pg_get_expr(adbin, adrelid)
+    FROM pg_attrdef, odd WHERE adbin::text ~ pattern
+  UNION ALL SELECT 'pg_rewrite'::regclass, oid, 'rule ' || oid, pg_get_ruledef(oid)
+    FROM pg_rewrite, odd WHERE oid >= 16384 AND (ev_action::text ~ pattern OR ev_qual::text ~ pattern)
+  UNION ALL SELECT 'pg_constraint'::regclass, oid, 'constraint ' || oid, 'SELECT ' || pg_get_constraintdef(oid)
+    FROM pg_constraint, odd WHERE oid >= 16384 AND conbin::text ~ pattern
+  UNION ALL SELECT 'pg_policy'::regclass, oid, 'policy ' || oid,
+    'SELECT ' || COALESCE(pg_get_expr(polqual, polrelid), '') || ',' || COALESCE(pg_get_expr(polwithcheck, polrelid), '')
+    FROM pg_policy, odd WHERE polqual::text ~ pattern OR polwithcheck::text ~ pattern
+  UNION ALL SELECT 'pg_trigger'::regclass, oid, 'trigger ' || oid, pg_get_triggerdef(oid) FROM pg_trigger, odd WHERE tgqual::text ~ pattern
+), called AS (
+  SELECT name FROM fn WHERE name IN (SELECT word FROM pg_get_keywords())
+    OR EXISTS (SELECT FROM pg_proc AS s WHERE s.proname = fn.name::name AND s.pronamespace = 'pg_catalog'::regnamespace)
+    OR pronargs = 1 AND EXISTS (SELECT FROM pg_type AS t WHERE t.oid = argument AND t.typtype IN ('c', 'd', 'p'))
+))";
+
+constexpr const char* kFunctions = R"(
+SELECT DISTINCT name, '', '', body FROM part WHERE classid <> 'pg_proc'::regclass
+UNION SELECT name, '', '', '' FROM called LIMIT )";
+
+constexpr const char* kRelations = R"(, hung AS (
+  SELECT CASE classid
+      WHEN 'pg_trigger'::regclass THEN (SELECT tgrelid FROM pg_trigger WHERE oid = objid AND tgenabled <> 'D')
+      WHEN 'pg_rewrite'::regclass THEN (SELECT ev_class FROM pg_rewrite WHERE oid = objid AND ev_enabled <> 'D')
+      WHEN 'pg_attrdef'::regclass THEN (SELECT adrelid FROM pg_attrdef WHERE oid = objid)
+      WHEN 'pg_constraint'::regclass THEN (SELECT conrelid FROM pg_constraint WHERE oid = objid)
+      WHEN 'pg_policy'::regclass THEN (SELECT polrelid FROM pg_policy WHERE oid = objid)
+      WHEN 'pg_statistic_ext'::regclass THEN (SELECT stxrelid FROM pg_statistic_ext WHERE oid = objid)
+      WHEN 'pg_class'::regclass THEN COALESCE((SELECT indrelid FROM pg_index WHERE indexrelid = objid), objid)
+      WHEN 'pg_proc'::regclass THEN NULL
+      WHEN 'pg_event_trigger'::regclass THEN NULL
+      ELSE 0 END AS rel, name
+  FROM part WHERE name = ANY ((SELECT names FROM wanted)::text[])
+), edge (named, rel) AS (
+  SELECT w.ev_class, d.refobjid FROM pg_rewrite AS w JOIN pg_depend AS d ON d.classid = 'pg_rewrite'::regclass AND d.objid = w.oid
+    WHERE w.oid >= 16384 AND d.refclassid = 'pg_class'::regclass AND d.refobjid <> w.ev_class
+  UNION SELECT p.polrelid, d.refobjid FROM pg_policy AS p JOIN pg_depend AS d ON d.classid = 'pg_policy'::regclass AND d.objid = p.oid
+    WHERE d.refclassid = 'pg_class'::regclass AND d.refobjid <> p.polrelid
+  UNION SELECT confrelid, conrelid FROM pg_constraint AS c WHERE contype = 'f' AND (confdeltype NOT IN ('a', 'r')
+    OR confupdtype NOT IN ('a', 'r') OR EXISTS (SELECT FROM pg_trigger AS t WHERE t.tgrelid = c.conrelid AND t.tgtype & 32 <> 0))
+  UNION SELECT inhparent, inhrelid FROM pg_inherits
+), reach AS (
+  SELECT rel, name FROM hung WHERE rel <> 0 UNION SELECT e.named, r.name FROM reach AS r JOIN edge AS e ON e.rel = r.rel
+)
+SELECT c.relname::text, r.name, '', '' FROM reach AS r JOIN pg_class AS c ON c.oid = r.rel
+UNION SELECT '', name, '', '' FROM hung WHERE rel = 0
+UNION SELECT word, name, '', '' FROM part JOIN pg_event_trigger AS e ON classid = 'pg_event_trigger'::regclass AND e.oid = objid
+  AND evtenabled <> 'D', unnest(ARRAY['create', 'alter', 'drop', 'comment', 'grant', 'revoke', 'security', 'import', 'refresh', 'reindex',
+  'reassign']) AS word WHERE name = ANY ((SELECT names FROM wanted)::text[])
+UNION SELECT name, name, '', '' FROM called WHERE name = ANY ((SELECT names FROM wanted)::text[]) LIMIT )";
+
+std::string list(const std::vector<std::string>& names) {
+  std::string out;
+  for (const std::string& name : names) out += (out.empty() ? "" : ",") + literal(name);
+  return out;
+}
+
+}  // namespace
+
+std::uint32_t Catalog::residue_of_calls(const std::vector<std::string>& names, Time now) {
+  std::uint32_t residue = 0;
+  std::vector<const Known*> visited;
+  for (const std::string& name : names) residue |= walk(name, now - kGood, visited);
+  return residue;
+}
+
+std::uint32_t Catalog::walk(const std::string& name, Time since, std::vector<const Known*>& visited) {
+  const auto it = known_.find(name);
+  if (it == known_.end() || it->second.learned < since) {
+    want(name);
+    return protocol::kFunction;
+  }
+  const Known& known = it->second;
+  if (std::find(visited.begin(), visited.end(), &known) != visited.end()) return 0;
+  visited.push_back(&known);
+  std::uint32_t residue = known.residue;
+  if (!words_.empty()) {
+    for (const protocol::Word word : known.words)
+      if (const auto named = words_.find(word); named != words_.end()) residue |= named->second;
+  }
+  for (const std::string& called : known.calls) residue |= walk(called, since, visited);
+  return residue;
+}
+
+void Catalog::want(const std::string& name) {
+  if (wanted_.size() < kMostWanted && std::find(wanted_.begin(), wanted_.end(), name) == wanted_.end()) wanted_.push_back(name);
+}
+
+std::uint32_t Catalog::residue_of_names(std::string_view sql) const {
+  std::uint32_t residue = everywhere_;
+  if (words_.empty()) return residue;
+  protocol::for_each_word(sql, [&](protocol::Word word) {
+    if (const auto it = words_.find(word); it != words_.end()) residue |= it->second;
+  });
+  return residue;
+}
+
+std::uint32_t Catalog::residue_of_names(const protocol::Statement& statement, std::string_view sql) const {
+  if (statement.names_version != version_) {
+    statement.names_version = version_;
+    statement.names_residue = residue_of_names(sql);
+  }
+  return statement.names_residue;
+}
+
+Catalog::Inquiry Catalog::take_wanted(Time now) {
+  return take_older(now - kGood);
+}
+
+Catalog::Inquiry Catalog::take_older(Time since) {
+  std::erase_if(wanted_, [&](const std::string& name) {
+    const auto it = known_.find(name);
+    return it != known_.end() && it->second.learned >= since;
+  });
+  return {std::exchange(wanted_, {}), {}};
+}
+
+std::string Catalog::question(const Inquiry& inquiry) {
+  return "SELECT p.proname, l.lanname, EXISTS (SELECT FROM pg_catalog.pg_depend AS d WHERE d.classid OPERATOR(pg_catalog.=) p.tableoid"
+         " AND d.objid OPERATOR(pg_catalog.=) p.oid AND d.deptype OPERATOR(pg_catalog.=) 'e'), p.prosrc OPERATOR(pg_catalog.||)"
+         " CASE WHEN p.prosrc OPERATOR(pg_catalog.<>) '' AND p.pronargdefaults OPERATOR(pg_catalog.>) 0"
+         " THEN ';SELECT ' OPERATOR(pg_catalog.||) pg_catalog.pg_get_function_arguments(p.oid) ELSE '' END"
+         " FROM pg_catalog.pg_proc AS p JOIN pg_catalog.pg_language AS l ON l.oid OPERATOR(pg_catalog.=) p.prolang"
+         " WHERE p.proname OPERATOR(pg_catalog.=) ANY (ARRAY[" +
+         list(inquiry.names) + "]::pg_catalog.name[]) AND p.pronamespace OPERATOR(pg_catalog.<>) 'pg_catalog'::pg_catalog.regnamespace";
+}
+
+void Catalog::answer(Inquiry& inquiry, const std::string& name, std::string_view language, bool extension, std::string_view body) {
+  Known& known = inquiry.found[name];
+  if (language == "c" || language == "internal") {
+    if (!extension) known.residue |= protocol::kFunction;
+    return;
+  }
+  // A body of BEGIN ATOMIC isn't text.
+  if ((language != "sql" && language != "plpgsql") || body.empty()) {
+    known.residue |= protocol::kFunction;
+    return;
+  }
+  protocol::BodyScan found = protocol::scan_body(body);
+  known.residue |= found.residue;
+  known.calls.insert(known.calls.end(), found.calls.begin(), found.calls.end());
+  protocol::for_each_word(body, [&](protocol::Word word) { known.words.push_back(word); });
+  std::sort(known.words.begin(), known.words.end());
+  known.words.erase(std::unique(known.words.begin(), known.words.end()), known.words.end());
+  // Those that are too many to be asked for can't be carried.
+  if (!settings_.learn(found.custom_settings)) known.residue |= protocol::kCustomSetting;
+}
+
+std::uint32_t Catalog::answered(Inquiry& inquiry, Time now, bool failed) {
+  if (known_.size() > kMostKnown) known_.clear();
+  for (const std::string& name : inquiry.names) {
+    Known known = std::move(inquiry.found[name]);
+    known.learned = now;
+    if (failed) known.residue |= protocol::kFunction;
+    if (const auto it = known_.find(name); it != known_.end() && (known.residue & ~it->second.residue) != 0) late_ = true;
+    known_.insert_or_assign(name, std::move(known));
+  }
+  return residue_of_calls(inquiry.names, now);
+}
+
+void Catalog::unknown() {
+  words_.clear();
+  everywhere_ = protocol::kFunction;
+  version_ = new_version();
+}
+
+void Catalog::forget() {
+  known_.clear();
+  surveyed_ = false;
+  ++changes_;
+  due_ = {};
+  unknown();
+}
+
+Survey::Survey(Catalog& catalog, Time now) : catalog_(catalog), begun_(now), changes_(catalog.changes_) {
+  if (catalog.surveyed_ || catalog.failing_) catalog.due_ = now + Catalog::kRetry;  // others don't, meanwhile
+}
+
+std::string Survey::next(Time now) {
+  if (failed_) return give_up(now, Catalog::kRetry, "the server can't tell");
+  if (functions_.size() > kMostHanging || hanging_.size() > kMostHanging || ++rounds_ > kMostRounds)
+    return give_up(now, Catalog::kSurveyEvery, "there is too much");
+  if (rounds_ == 1) return std::string(kSurvey) + kFunctions + std::to_string(kMostHanging + 1);
+  auto stateful = reckon();
+  if (rounds_ == 2) {
+    // What clients call is looked up again too, so that it is known when they call it next.
+    for (const auto& [name, known] : catalog_.known_) catalog_.want(name);
+  }
+  inquiry_ = catalog_.take_older(begun_);
+  if (!inquiry_.names.empty()) return Catalog::question(inquiry_);
+  if (stateful != stateful_) {
+    stateful_ = std::move(stateful);
+    hanging_.clear();
+    asks_relations_ = true;
+    return std::string(kSurvey) + ", wanted AS (SELECT ARRAY[" + list(stateful_) + "] AS names)" + kRelations +
+           std::to_string(kMostHanging + 1);
+  }
+  if (catalog_.changes_ != changes_) return {};
+  if (catalog_.failing_) log::info("what hangs on tables and types is known again");
+  if (catalog_.surveyed_) {
+    catalog_.late_ |= (everywhere_ & ~catalog_.everywhere_) != 0;
+    for (const auto& [word, residue] : words_) {
+      const auto before = catalog_.words_.find(word);
+      catalog_.late_ |= (residue & ~(before == catalog_.words_.end() ? 0 : before->second)) != 0;
+    }
+  }
+  catalog_.surveyed_ = true;
+  catalog_.failing_ = false;
+  catalog_.due_ = now + Catalog::kSurveyEvery;
+  if (words_ != catalog_.words_ || everywhere_ != catalog_.everywhere_) {
+    catalog_.words_ = std::move(words_);
+    catalog_.everywhere_ = everywhere_;
+    catalog_.version_ = new_version();
+  }
+  return {};
+}
+
+void Survey::answer(std::string (&field)[4]) {
+  if (asks_relations_) {
+    hanging_.push_back({protocol::word_of_name(field[0]), std::move(field[1])});
+  } else if (rounds_ == 1) {
+    if (!field[3].empty()) {
+      inquiry_.names.push_back(field[0]);
+      catalog_.answer(inquiry_, field[0], "sql", false, field[3]);
+    }
+    functions_.push_back(std::move(field[0]));
+  } else {
+    catalog_.answer(inquiry_, field[0], field[1], field[2] == "t", field[3]);
+  }
+}
+
+void Survey::answered(Time now, bool failed) {
+  failed_ |= failed;
+  asks_relations_ = false;
+  catalog_.answered(inquiry_, now, failed);
+  inquiry_ = {};
+}
+
+std::vector<std::string> Survey::reckon() {
+  words_.clear();
+  everywhere_ = 0;
+  std::swap(catalog_.words_, words_);  // a function's body is a text that may name things too
+  const auto residue_of = [&](const std::string& function) {
+    std::vector<const Catalog::Known*> visited;
+    return catalog_.walk(function, begun_, visited) & ~protocol::kPassive;
+  };
+  for (bool more = true; more;) {
+    more = false;
+    for (const Hanging& hanging : hanging_) {
+      const std::uint32_t residue = residue_of(hanging.function);
+      if (residue == 0) continue;
+      std::uint32_t& known = hanging.word == 0 ? everywhere_ : catalog_.words_[hanging.word];
+      more |= (known | residue) != known;
+      known |= residue;
+    }
+  }
+  std::vector<std::string> stateful;
+  for (const std::string& function : functions_)
+    if (residue_of(function) != 0) stateful.push_back(function);
+  std::swap(catalog_.words_, words_);
+  return stateful;
+}
+
+std::string Survey::give_up(Time now, Time::duration retry, const char* why) {
+  if (!catalog_.failing_) log::warn("what hangs on tables and types isn't known, so that every transaction is looked at: {}", why);
+  catalog_.failing_ = true;
+  catalog_.surveyed_ = false;
+  catalog_.due_ = now + retry;
+  catalog_.unknown();
+  return {};
+}
+
+}  // namespace pgsidecar::proxy
