@@ -25,6 +25,8 @@ enum Residue : std::uint32_t {
   kCustomSetting = 1u << 10,  ///< SET app.x, set_config of such a name or of one not written out: the server can't list these
   kReset = 1u << 11,          ///< RESET, SET ... DEFAULT, DISCARD: what the client brought at its login comes back
   kFunction = 1u << 12,       ///< calls a function that isn't known to be harmless
+  kChannels = 1u << 13,       ///< not residue: pg_listening_channels, which tells what the session listens to
+  kNotify = 1u << 14,         ///< not residue: NOTIFY, pg_notify
   kUnreadable = 1u << 31,     ///< unterminated quote or comment and the like
 };
 
