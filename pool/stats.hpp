@@ -50,6 +50,7 @@ struct PoolCounters {
   std::uint64_t clientBytesReceived = 0, clientBytesSent = 0, serverBytesReceived = 0, serverBytesSent = 0;
   std::uint64_t preparedHits = 0, preparedMisses = 0, preparedEvictions = 0;
   std::uint64_t connects = 0, connectFailures = 0, waitTimeouts = 0, resets = 0, cancels = 0;
+  std::uint64_t notifications = 0, notificationOverflows = 0, listenerLosses = 0;
   std::array<std::uint64_t, static_cast<std::size_t>(CloseReason::kCount)> closed{};
   Histogram wait, query, transaction, connect;
 };
@@ -62,6 +63,7 @@ struct PoolSnapshot {
   std::uint32_t clientsActive = 0, clientsIdle = 0, clientsWaiting = 0;  // logged in; sum = this pool's clients
   std::uint32_t serversActive = 0, serversIdle = 0, serversLogin = 0, serversReset = 0, serversClosing = 0;
   std::uint32_t pinned = 0;
+  std::uint32_t listeningClients = 0, listeningChannels = 0;  // served by the pool's listener
   std::uint64_t oldestWaitMicros = 0;
   std::size_t preparedStatements = 0;
   PoolCounters counters;

@@ -30,6 +30,9 @@ enum Residue : std::uint32_t {
   kUnreadable = 1u << 31,     ///< unterminated quote or comment and the like
 };
 
+/// Of these bits nothing outlives its transaction.
+inline constexpr std::uint32_t kNotResidue = kChannels | kNotify;
+
 /// Scans a whole query string (several statements allowed). No allocation. `standard_conforming_strings` false makes
 /// backslashes escape in plain quotes. O(size).
 std::uint32_t scan_sql(std::string_view sql, bool standard_conforming_strings = true);

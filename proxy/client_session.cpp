@@ -186,6 +186,7 @@ std::size_t ClientSession::process(Bytes in) {
     to_server.clear();
   }
   send(worker_.to_client);
+  if (subscriber_) subscriber_->deliver_if_idle();
   return at;
 }
 
@@ -453,7 +454,8 @@ void ClientSession::on_lease(ServerConnection& server) {
 
 // What it sends is kept until it has a server connection whose session is known.
 bool ClientSession::held() const {
-  return state_ == State::Greeting || state_ == State::Waiting || (server_ && server_->asking_residue());
+  return state_ == State::Greeting || state_ == State::Waiting || (server_ && server_->asking_residue()) ||
+         (subscriber_ && subscriber_->busy());
 }
 
 void ClientSession::go_on() {
@@ -483,6 +485,7 @@ void ClientSession::on_server_ready() {
     if (draining_) fatal("57P01", "terminating connection due to administrator command");
     return;
   }
+  if (subscriber_ && subscriber_->in_turn()) return subscriber_->advance();
   const std::uint32_t residue = residue_ & ~protocol::kTransaction;
   const bool ask = policy.residueCheck == conf::ResidueCheck::Always || (residue & ~kLastsOnlyInSession) != 0;
   if (ask && policy.residueCheck != conf::ResidueCheck::Never) {
@@ -492,28 +495,39 @@ void ClientSession::on_server_ready() {
     return;
   }
   if (residue & kLastsOnlyInSession) pinned_ = true;
+  if (subscriber_) {
+    if (subscriber_->begin()) return;
+    if (subscriber_->over()) subscriber_.reset();
+  }
   if (draining_ && pass_left_ == 0) return fatal("57P01", "terminating connection due to administrator command");
   if (pinned_ || (pass_left_ > 0 && pass_to_server_)) return;
   release();
 }
 
 void ClientSession::on_learned(std::uint32_t residue) {
-  residue_ |= residue | protocol::kFunction;
+  residue_ |= (residue & ~protocol::kNotResidue) | protocol::kFunction;
 }
 
-void ClientSession::on_residue(SettingsRef now, const std::string& pins, bool certain) {
+void ClientSession::on_residue(SettingsRef now, const std::string& pins, protocol::Channels channels, bool certain) {
   if (now) {
     auto values = now->values;
     values.insert(login_settings_->values.begin(), login_settings_->values.end());  // reset out of sight, in a function
     settings = values.size() == now->values.size() ? std::move(now) : entry_->settings.intern(std::move(values));
   }
-  const bool pin = !certain || !pins.empty() || (residue_ & kLastsOnlyInSession) != 0;
+  const bool shared = take_channels(certain ? std::optional(std::move(channels)) : std::nullopt);
+  const bool pin = !certain || !pins.empty() || !shared || (residue_ & kLastsOnlyInSession) != 0;
   worker_.run_later(*this);
-  if (pin && !pinned_) log::info("client {}: pinned to its server connection: {}", id_, pins.empty() ? "session state" : pins);
+  if (pin && !pinned_)
+    log::info("client {}: pinned to its server connection: {}", id_, !pins.empty() ? pins : !shared ? "LISTEN" : "session state");
   pinned_ = pin;
 }
 
 void ClientSession::release() {
+  surrender()->detach(false);
+  if (subscriber_) subscriber_->deliver_if_idle();
+}
+
+ServerConnection* ClientSession::surrender() {
   const pool::Time now = worker_.now();
   auto& counters = entry_->pool.counters();
   ++counters.transactions;
@@ -522,7 +536,7 @@ void ClientSession::release() {
   ServerConnection* server = std::exchange(server_, nullptr);
   residue_ = 0;
   transition(State::Ready);
-  server->detach(false);
+  return server;
 }
 
 void ClientSession::on_wait_failed(const protocol::ErrorFields& error, bool is_fatal) {
@@ -547,6 +561,7 @@ void ClientSession::on_wait_failed(const protocol::ErrorFields& error, bool is_f
     worker_.to_client.own([](std::string& out) { protocol::write_ready_for_query(out, protocol::TxStatus::Idle); });
   }
   send(worker_.to_client);
+  if (subscriber_) subscriber_->deliver_if_idle();
   read_on();
   if (state_ != State::Closed) wait_readable();
 }
@@ -557,7 +572,8 @@ void ClientSession::on_server_lost(const std::string& sqlstate, const std::strin
   const bool owed = !server_->pipeline.empty() || server_->pipeline.unsynced();
   bool sync_owed = false;
   server_->pipeline.for_each([&](const Owed& o) { sync_owed |= o.request == Request::Sync && o.owner == id_; });
-  const bool unknown = server_->asking_residue();  // what it had just done to its session
+  const bool unknown = server_->asking_residue() || (subscriber_ && subscriber_->in_turn());  // what it had just done to its session
+  if (subscriber_) subscriber_->on_server_lost();
   server_ = nullptr;
   if (state_ == State::Greeting) return fatal(sqlstate, message);
   worker_.count_error(sqlstate);
@@ -593,7 +609,8 @@ void ClientSession::drain() {
   draining_ = true;
   if (state_ == State::Ready || counts_as_login() || state_ == State::Greeting || state_ == State::Waiting)
     return fatal("57P01", "terminating connection due to administrator command");
-  if (server_ && server_->pipeline.releasable() && pass_left_ == 0) fatal("57P01", "terminating connection due to administrator command");
+  if (server_ && server_->pipeline.releasable() && pass_left_ == 0 && !held())
+    fatal("57P01", "terminating connection due to administrator command");
 }
 
 void ClientSession::complain(std::string_view sqlstate, std::string_view message) {
@@ -627,7 +644,8 @@ void ClientSession::give_up_server() {
   ServerConnection* server = std::exchange(server_, nullptr);
   server->send(worker_.to_server);  // what came before counts, as it would on a direct connection
   if (pass_left_ > 0 && pass_to_server_) return server->close(pool::CloseReason::Broken);  // half a message was sent
-  server->detach(!server->pipeline.releasable() || pinned_ || residue_ != 0 || entry_->pool.settings().mode == conf::PoolMode::Session);
+  server->detach(!server->pipeline.releasable() || pinned_ || residue_ != 0 || (subscriber_ && subscriber_->dirty()) ||
+                 entry_->pool.settings().mode == conf::PoolMode::Session);
 }
 
 void ClientSession::close() {
@@ -636,6 +654,7 @@ void ClientSession::close() {
   unlink();
   transition(State::Closed);
   give_up_server();
+  subscriber_.reset();
   channel_.transport.close();
   worker_.on_client_closed(*this);
 }

@@ -10,8 +10,10 @@
 #include "pool/pool.hpp"
 #include "protocol/login.hpp"
 #include "protocol/pipeline.hpp"
+#include "protocol/sql_scan.hpp"
 #include "protocol/statements.hpp"
 #include "proxy/channel.hpp"
+#include "proxy/listener.hpp"
 #include "proxy/lost_transaction.hpp"
 #include "proxy/settings.hpp"
 
@@ -51,7 +53,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   /// The server owes nothing and is outside a transaction. Decides whether the lease ends.
   void on_server_ready();
   void on_greeting_failed(const protocol::ErrorFields& error);
-  void on_residue(SettingsRef settings, const std::string& pins, bool certain);
+  void on_residue(SettingsRef settings, const std::string& pins, protocol::Channels channels, bool certain);
   void on_learned(std::uint32_t residue);  ///< of functions that it has called: the session is to be looked at
   void on_parse_done(bool ok);
   void on_answered();         ///< ReadyForQuery of a request of its own
@@ -62,6 +64,10 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   /// The client's name in the error of such a Parse.
   const std::string* pending_parse_error() const { return parse_error_ ? &*parse_error_ : nullptr; }
   void forget_pending_parse_error() { parse_error_.reset(); }
+  void on_notification(const protocol::Notification& notification);  ///< from the leased connection
+  /// Its ReadyForQuery is here, outside a transaction. True: it goes to the client later, behind the notifications before it.
+  bool keeps_ready_back() { return (subscriber_ || (residue_ & protocol::kListen)) && keeps_ready(); }
+  Subscriber* subscriber() { return subscriber_.get(); }
   void resume_reading();
   void go_on();  ///< works off what was kept while it waited, and reads again
   bool pinned() const { return pinned_; }
@@ -80,6 +86,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   protocol::ClientStatements statements;
 
  private:
+  friend class Subscriber;
   struct PendingParse {
     std::string name;
     protocol::StatementRef statement;
@@ -103,6 +110,10 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   bool held() const;
   void handle_tls();
   void release();
+  ServerConnection* surrender();  ///< the lease is over
+  bool keeps_ready();
+  bool take_channels(std::optional<protocol::Channels> channels);  ///< that it listens to on its server connection. False: they pin
+  bool can_share(const protocol::Channels& channels) const;
   void give_up_server();
   void complain(std::string_view sqlstate, std::string_view message);  ///< in the log
   void relay(protocol::Bytes available, std::size_t total);
@@ -115,8 +126,9 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   bool close_unserved(protocol::Bytes whole);
   bool parse_unserved(protocol::Bytes whole);
   void evict();
-  void note_residue(std::string_view sql, std::uint32_t known);
-  void note_residue(const protocol::Statement& statement);
+  std::uint32_t note_residue(std::string_view sql, std::uint32_t known);
+  std::uint32_t note_residue(const protocol::Statement& statement);
+  Subscriber::Verdict listen_ahead(std::uint32_t residue, std::string_view sql, bool simple);
   void restore_after_reset();
   bool deallocate(protocol::Bytes whole);
   void prepare(const protocol::StatementRef& statement);
@@ -139,6 +151,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   std::vector<PendingParse> pending_;
   std::optional<std::string> parse_error_;
   std::unique_ptr<LostTransaction> lost_;
+  std::unique_ptr<Subscriber> subscriber_;  // of one that listens, or is about to
 
   struct Login;  // gone after the login
   std::unique_ptr<Login> login_;

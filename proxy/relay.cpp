@@ -97,9 +97,9 @@ void ClientSession::relay(Bytes available, std::size_t total) {
   pass_to_server_ = true;
 }
 
-void ClientSession::note_residue(const protocol::Statement& statement) {
+std::uint32_t ClientSession::note_residue(const protocol::Statement& statement) {
   const std::string_view sql = text_of(statement);
-  note_residue(sql, server_->conforming_strings() ? statement.residue : protocol::scan_sql(sql, false));
+  return note_residue(sql, server_->conforming_strings() ? statement.residue : protocol::scan_sql(sql, false));
 }
 
 void ClientSession::restore_after_reset() {
@@ -108,8 +108,8 @@ void ClientSession::restore_after_reset() {
   if (!login_settings_->values.empty()) server_->restore_settings(*login_settings_);
 }
 
-void ClientSession::note_residue(std::string_view sql, std::uint32_t known) {
-  if (known == 0) return;
+std::uint32_t ClientSession::note_residue(std::string_view sql, std::uint32_t known) {
+  if (known == 0) return 0;
   std::uint32_t residue = known;
   if (residue & protocol::kFunction)
     residue = (residue & ~protocol::kFunction) | entry_->functions.residue_of(protocol::called_functions(sql), worker_.now());
@@ -118,7 +118,13 @@ void ClientSession::note_residue(std::string_view sql, std::uint32_t known) {
     if (protocol::custom_setting_names(sql, names, server_->conforming_strings()) && entry_->settings.learn(names))
       residue = (residue & ~protocol::kCustomSetting) | protocol::kSettings;
   }
-  residue_ |= residue;
+  residue_ |= residue & ~protocol::kNotResidue;
+  return residue;
+}
+
+Subscriber::Verdict ClientSession::listen_ahead(std::uint32_t residue, std::string_view sql, bool simple) {
+  if (!subscriber_ || entry_->pool.settings().residueCheck == conf::ResidueCheck::Never) return Subscriber::Verdict::Go;
+  return subscriber_->ahead(residue, sql, simple);
 }
 
 std::size_t ClientSession::on_query(Bytes available, std::size_t total) {
@@ -127,7 +133,12 @@ std::size_t ClientSession::on_query(Bytes available, std::size_t total) {
   if (available.size() == total && !too_large) {
     protocol::Reader reader(available.subspan(kHeaderSize));
     const std::string_view sql = reader.cstring();
-    note_residue(sql, protocol::scan_sql(sql, server_->conforming_strings()));
+    const std::uint32_t residue = note_residue(sql, protocol::scan_sql(sql, server_->conforming_strings()));
+    switch (listen_ahead(residue, sql, true)) {
+      case Subscriber::Verdict::Wait: return 0;
+      case Subscriber::Verdict::Refused: return total;
+      case Subscriber::Verdict::Go: break;
+    }
   } else if (rewrites()) {
     residue_ |= protocol::kUnreadable;
   }
@@ -211,7 +222,8 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
     return total;
   }
   protocol::StatementRef statement = worker_.statements.intern(body);
-  note_residue(*statement);
+  const std::uint32_t residue = note_residue(*statement);
+  if (subscriber_ && listen_ahead(residue, text_of(*statement), false) == Subscriber::Verdict::Wait) return 0;
   auto& held = server_->statements;
   if (name.empty()) {
     pipeline.push({Request::Parse, Verdict::Forward, id_});
@@ -321,8 +333,9 @@ std::size_t ClientSession::on_bind(Bytes available, std::size_t total) {
     relay(available, total);
     return available.size();
   }
-  ++entry_->pool.counters().queries;
   const auto statement = statements.find(name);
+  if (statement && subscriber_ && listen_ahead(note_residue(*statement), text_of(*statement), false) == Subscriber::Verdict::Wait) return 0;
+  ++entry_->pool.counters().queries;
   auto& held = server_->statements;
   if (!statement || name.empty()) {
     if (!statement && name.empty() && held.unnamed) {

@@ -22,7 +22,7 @@ namespace {
 constexpr std::uint32_t kMaxMessage = 0x40000000;
 constexpr std::size_t kMaxParsed = 1u << 20;  // of a message of the server that is looked into
 // Notes of the proxy's own queries.
-constexpr std::uint32_t kApply = 1, kResidue = 2, kReset = 3, kRestore = 4, kLearn = 5;
+constexpr std::uint32_t kApply = 1, kResidue = 2, kReset = 3, kRestore = 4, kLearn = 5, kListening = 6;
 
 /// Messages that are looked into and so wanted whole.
 bool wanted_whole(Backend type) {
@@ -58,6 +58,7 @@ ServerConnection::ServerConnection(Worker& worker, PoolEntry& entry, std::uint64
 
 void ServerConnection::transition(State next) {
   state_ = next;
+  if (!alive() && std::exchange(listener_, false)) entry_.listener.on_gone();
 }
 
 // --- reading and writing
@@ -182,6 +183,8 @@ std::size_t ServerConnection::process(Bytes in) {
         client_->on_server_ready();
       else
         settle();
+    } else if (ready && client_ && client_->subscriber() && pipeline.empty()) {
+      client_->subscriber()->on_answered();
     }
   }
   return at;
@@ -208,7 +211,15 @@ bool ServerConnection::on_frame(Backend type, Bytes available, std::size_t total
       return pass(to_client && client_->state() != ClientSession::State::Greeting);
     }
     case Backend::NoticeResponse: return pass(to_client && client_->state() != ClientSession::State::Greeting);
-    case Backend::NotificationResponse: return pass(client_ != nullptr && client_->state() == ClientSession::State::Active);
+    case Backend::NotificationResponse: {
+      const auto notification = protocol::parse_notification(available.subspan(kHeaderSize));
+      if (!notification) return false;
+      if (listener_)
+        entry_.listener.on_notification(*notification);
+      else if (client_)
+        client_->on_notification(*notification);
+      return true;
+    }
     default: return on_reply(type, available, total);
   }
 }
@@ -233,6 +244,7 @@ bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total
   const bool ours = client_ && owed.owner == client_->id();
   if (ours && type == Backend::ReadyForQuery) client_->on_answered();
   bool forward = ours && owed.verdict == Verdict::Forward;
+  if (forward && type == Backend::ReadyForQuery && status == TxStatus::Idle) forward = !client_->keeps_ready_back();
   if (owed.owner == protocol::kProxy) {
     on_proxy_reply(type, owed.note, available);
   } else if (type == Backend::ErrorResponse) {
@@ -254,6 +266,7 @@ bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total
   } else if (type == Backend::CommandComplete && ours) {
     protocol::Reader reader(available.subspan(kHeaderSize));
     const std::string_view tag = reader.cstring();
+    if (client_->subscriber()) client_->subscriber()->on_tag(tag);
     if (tag == "DISCARD ALL" || tag == "DEALLOCATE ALL") client_->on_statements_gone();
     if (tag.ends_with(" FUNCTION") || tag.ends_with(" PROCEDURE") || tag.ends_with(" EXTENSION")) entry_.functions.forget();
   }
@@ -320,6 +333,8 @@ void ServerConnection::on_proxy_reply(Backend type, std::uint32_t note, Bytes wh
         residue_failed_ = true;
       else if (field[0] == "s")
         residue_settings_[lower(field[1])] = field[2];
+      else if (field[0] == "n")
+        residue_channels_.insert(field[1]);
       else if (field[0] != "r")
         residue_pins_ += (residue_pins_.empty() ? "" : ", ") + residue_name(field[0][0]) + field[1];
       else if (field[1] != "none" || field[2] != entry_.user)
@@ -352,6 +367,10 @@ void ServerConnection::on_proxy_reply(Backend type, std::uint32_t note, Bytes wh
     return;
   }
   if (type != Backend::ReadyForQuery) return;
+  if (note == kListening && listener_)
+    entry_.listener.on_answer(!own_query_failed_);
+  else if (note == kListening && client_ && client_->subscriber())
+    client_->subscriber()->on_told(!own_query_failed_);
   if (note == kApply && client_ && client_->state() == ClientSession::State::Greeting && !own_query_failed_) {
     settings->welcome = parameters_;
   }
@@ -383,6 +402,7 @@ void ServerConnection::ask_residue() {
   }
   residue_settings_.clear();
   residue_pins_.clear();
+  residue_channels_.clear();
   ask(kResidue, residue_sql(entry_.settings.custom_names()));
   send(worker_.to_server);
 }
@@ -398,13 +418,62 @@ void ServerConnection::finish_residue() {
   if (!client_) return;
   if (residue_failed_) {
     settings.reset();
-    client_->on_residue(nullptr, "the session could not be examined", false);
+    client_->on_residue(nullptr, "the session could not be examined", {}, false);
     return;
   }
   settings = entry_.settings.intern(std::move(residue_settings_));
   residue_settings_.clear();
   if (settings->welcome.empty()) settings->welcome = parameters_;
-  client_->on_residue(settings, residue_pins_, true);
+  client_->on_residue(settings, residue_pins_, std::move(residue_channels_), true);
+}
+
+// --- listening
+
+std::string ServerConnection::listen_for_pool() {
+  client_ = nullptr;
+  listener_ = true;
+  transition(State::Leased);
+  std::string sql = settings_sql(*settings, {});
+  settings = entry_.settings.intern({});
+  return sql;
+}
+
+void ServerConnection::stop_listening() {
+  listener_ = false;
+  detach(true);
+}
+
+void ServerConnection::ask_listening(std::string_view sql) {
+  ask(kListening, sql);
+}
+
+void ServerConnection::tell_listening(std::string_view sql) {
+  Gather other;
+  std::swap(other, worker_.to_server);
+  ask(kListening, sql);
+  send(worker_.to_server);
+  std::swap(other, worker_.to_server);
+}
+
+void ServerConnection::ask_extended(const std::string& sql) {
+  statements.unnamed.reset();
+  worker_.to_server.own([&](std::string& out) {
+    using protocol::Frontend;
+    protocol::Writer writer(out);
+    const std::string_view portal = "pgsidecar_listener";
+    writer.begin(Frontend::Parse).cstring("").cstring(sql).u16(0).end();
+    writer.begin(Frontend::Bind).cstring(portal).cstring("").u16(0).u16(0).u16(0).end();
+    writer.begin(Frontend::Execute).cstring(portal).u32(0).end();
+    writer.begin(Frontend::Close).u8('P').cstring(portal).end();
+  });
+  for (const Request request : {Request::Parse, Request::Bind, Request::Execute, Request::Close})
+    pipeline.push({request, Verdict::Skip, client_->id()});
+}
+
+void ServerConnection::ask_for(protocol::OwnerId client, std::string_view sql) {
+  statements.unnamed.reset();
+  pipeline.push({Request::Query, Verdict::Forward, client});
+  worker_.to_server.own([&](std::string& out) { protocol::write_query(out, sql); });
 }
 
 // --- leases
@@ -457,7 +526,7 @@ void ServerConnection::start_reset() {
 }
 
 void ServerConnection::settle() {
-  if (client_ || !alive() || !pipeline.releasable() || pass_left_ > 0 || cancels_pending > 0 || channel_->queued() > 0) return;
+  if (client_ || listener_ || !alive() || !pipeline.releasable() || pass_left_ > 0 || cancels_pending > 0 || channel_->queued() > 0) return;
   deadline = pool::Time::max();
   pool::CloseReason reason{};
   if (!settings) reason = pool::CloseReason::Broken, condemned = true;

@@ -13,6 +13,7 @@
 
 #include "pool/pool.hpp"
 #include "protocol/messages.hpp"
+#include "protocol/notifications.hpp"
 #include "protocol/pipeline.hpp"
 #include "protocol/statements.hpp"
 #include "proxy/channel.hpp"
@@ -69,6 +70,13 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   /// Asks what the session holds, after what functions may leave in it if that isn't known.
   void ask_residue();
   bool asking_residue() const { return asking_residue_; }
+  /// From now on it is the pool's listener. Returns SQL that takes away what its session has.
+  std::string listen_for_pool();
+  void stop_listening();
+  void ask_listening(std::string_view sql);                      ///< ahead of what the client sends next
+  void tell_listening(std::string_view sql);                     ///< at once
+  void ask_extended(const std::string& sql);                     ///< within the client's extended query; its error is the client's
+  void ask_for(protocol::OwnerId client, std::string_view sql);  ///< instead of the client's own query
   /// Returns to the pool, or closes, if it is clean and nothing is pending.
   void settle();
   /// Asks the server to cancel what it is doing for this connection, which isn't leased again before it has answered.
@@ -120,12 +128,14 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   ClientSession* client_ = nullptr;
   std::size_t pass_left_ = 0;  // of a message that is passing through
   bool pass_forward_ = false;
+  bool listener_ = false;  // the pool's
   bool asking_residue_ = false, residue_failed_ = false, own_query_failed_ = false;
   bool conforming_strings_ = true;
   bool retry_other_tls_ = false;  // sslmode prefer and allow
   int resets_overdue_ = 0;
   std::map<std::string, std::string> residue_settings_;
   std::string residue_pins_;
+  protocol::Channels residue_channels_;
   std::vector<std::string> asked_functions_;
   protocol::ErrorFields login_error_;
 };
