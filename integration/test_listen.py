@@ -65,12 +65,8 @@ def settled(pg, w, sender="SELECT pg_notify('fence_of_the_test', %s)"):
     return notified(messages)[:-1]
 
 
-def pinned(proxy):
-    return sum(pool["clients"]["active"] for pool in proxy.stats()["pools"])
-
-
 def listening(proxy):
-    return proxy.stats()["pools"][0]["listening"]
+    return proxy.stats()["perPool"][0]["listening"]
 
 
 def notify(pg, channel, payload=""):
@@ -313,10 +309,6 @@ def test_pool_of_one_connection_pins(proxies, pg):
         assert other.value(CHANNELS) == ""
 
 
-def listener_pids(pg):
-    return [row[0] for row in pg.sql("SELECT pid FROM pg_stat_activity WHERE client_port > 0 AND query LIKE '%%LISTEN pgsidecar_%%'")]
-
-
 def test_lost_listener_comes_back_and_says_so(pool, pg):
     with raw(pool) as w, raw(pool) as quiet:
         do(w, "LISTEN a")
@@ -328,8 +320,10 @@ def test_lost_listener_comes_back_and_says_so(pool, pg):
             message = w.recv()
             assert message.type == "N" and message.error["S"] == "WARNING" and "notifications may have been lost" in message.error["M"]
             notify(pg, "a", str(round_))
-            assert notified([w.recv()]) == [("a", str(round_))]
-            assert listening(pool)["losses"] == before + 1
+            messages = w.until("A")
+            assert notified(messages) == [("a", str(round_))]
+            # The connection that took its place may have been another of those terminated.
+            assert listening(pool)["losses"] >= before + len(messages)
             assert w.value(CHANNELS) == "a"
         assert quiet.value("SELECT 1") == "1"
         assert not pending(quiet)
@@ -455,10 +449,9 @@ def test_exactly_once_and_in_order_while_clients_come_and_go(proxies, pg):
                     parity = 1 if first == "odd" else 0
                     if any(n % 2 == parity for n in seen[last:]):
                         errors.append(("after UNLISTEN", first, seen[last:]))
-                    after_unlisten = seen[last - 1] if last else 0
-                    checked = [n for n in seen if n <= after_unlisten]
-                    rest = [n for n in seen if n > after_unlisten and n % 2 != parity]
-                    if rest and rest != list(range(rest[0], rest[-1] + 1, 2)):
+                    checked = [n for n in seen if n <= until]
+                    rest = [n for n in seen if n > until and n % 2 != parity]
+                    if rest != list(range(rest[0], rest[-1] + 1, 2)):
                         errors.append(("the other channel", rest))
                 else:
                     checked = seen

@@ -485,6 +485,7 @@ void ClientSession::on_server_ready() {
     if (draining_) fatal("57P01", "terminating connection due to administrator command");
     return;
   }
+  if (subscriber_) subscriber_->on_answered();
   if (subscriber_ && subscriber_->in_turn()) return subscriber_->advance();
   const std::uint32_t residue = residue_ & ~protocol::kTransaction;
   const bool ask = policy.residueCheck == conf::ResidueCheck::Always || (residue & ~kLastsOnlyInSession) != 0;

@@ -218,7 +218,7 @@ Subscriber::Verdict Subscriber::ahead(std::uint32_t residue, std::string_view sq
   unsure_ |= real_ == Real::InTransaction && (residue & protocol::kTransaction) && !only_nests(sql);
 
   const bool asks = residue & protocol::kChannels;
-  const bool changes = asks || (residue & protocol::kListen) || (outside && (residue & protocol::kFunction));
+  const bool changes = asks || (residue & (protocol::kListen | protocol::kDiscard)) || (outside && (residue & protocol::kFunction));
   if (!changes || real_ == Real::Yes) {
     if ((residue & protocol::kNotify) && own_ == 0 && real_ == Real::No && listener_.up()) {
       own_ = listener_.expect(*this);
@@ -232,6 +232,7 @@ Subscriber::Verdict Subscriber::ahead(std::uint32_t residue, std::string_view sq
   }
   if (!outside) {
     if (boundary && pipeline.status() == protocol::TxStatus::Failed) return Verdict::Go;
+    if (!asks && !(residue & protocol::kListen)) return Verdict::Go;  // DISCARD ALL isn't for transactions
     if (asks || unsure_) return refuse(simple);
     if (real_ == Real::No) {
       inject(materialise_sql());
@@ -285,7 +286,7 @@ void Subscriber::on_leased(const Notification& notification) {
     if (marker != 0 && (marker == begin_ || marker == end_)) inbox_.mark_leased(marker);
     return;
   }
-  if (real_ == Real::No && channels_.contains(notification.channel)) return;
+  if (begin_ == 0 && channels_.contains(notification.channel)) return;  // the listener delivers these
   ++client_.entry_->pool.counters().notifications;
   inbox_.from_leased(notification);
   deliver_if_idle();
