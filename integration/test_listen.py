@@ -314,7 +314,8 @@ def test_lost_listener_comes_back_and_says_so(pool, pg):
         do(w, "LISTEN a")
         for losses in range(1, 4):
             # The last that it was asked is what sets it up.
-            assert pg.sql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query ~ '^SELECT pg_catalog.set_config.*LISTEN pgsidecar_'") == [(True,)]
+            kill = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query ~ '^SELECT pg_catalog.set_config.*LISTEN pgsidecar_'"
+            harness.poll(lambda: pg.sql(kill), what="the listening backend is there")
             message = w.recv()
             assert message.type == "N" and message.error["S"] == "WARNING" and "notifications may have been lost" in message.error["M"]
             notify(pg, "a", str(losses))
@@ -344,6 +345,42 @@ def test_all_connections_lost_under_listening_clients(pool, pg):
             assert w.value(CHANNELS) == "a"
     for w in clients:
         w.sock.close()
+
+
+def test_changes_while_the_listener_is_lost(proxies, pg):
+    """Nobody holds on to what the listener needs to come back."""
+    proxy = proxies({"pool": {"max": 2, "connectionTimeoutMillis": 20000}})
+    running = threading.Event()
+    running.set()
+
+    def kill():
+        with pg.admin() as admin:
+            while running.is_set():
+                admin.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query ~ 'LISTEN' AND client_port > 0")
+                time.sleep(0.05)
+
+    def work(index):
+        rng = random.Random(index)
+        for _ in range(5):
+            try:
+                with raw(proxy) as w:
+                    for _ in range(20):
+                        w.ask(wire.query(rng.choice(["LISTEN a", "LISTEN b", "UNLISTEN a", "UNLISTEN *", "BEGIN", "COMMIT", CHANNELS, "NOTIFY b"])))
+            except (wire.Closed, ConnectionError):
+                pass  # its own connection was the one
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    try:
+        harness.threads(8, work)
+    finally:
+        running.clear()
+        killer.join()
+    with raw(proxy) as w:
+        do(w, "LISTEN a")
+        notify(pg, "a", "1")
+        assert ("a", "1") in notified(w.until("A"))
+    harness.poll(lambda: listening(proxy)["clients"] == 0 and listening(proxy)["channels"] == 0, what="all are unsubscribed")
 
 
 def test_server_restart(proxies, pg):
@@ -508,6 +545,8 @@ def test_psycopg(pool, pg):
             listener.execute("SELECT 1")
         harness.poll(lambda: listener.execute("SELECT 1") and len(seen) == 20, what="all have come")
         assert seen == [("a", str(n)) for n in range(20)]
+        for _ in range(8):  # prepared by then
+            assert listener.execute(CHANNELS).fetchone() == ("a",)
         with listener.transaction():
             listener.execute("UNLISTEN a")
         sender.execute("NOTIFY a")

@@ -242,6 +242,8 @@ Subscriber::Verdict Subscriber::ahead(std::uint32_t residue, std::string_view sq
   }
   if (!listener_.up()) {
     waiting_ = waits_for_listener_ = true;
+    // Whoever waits for the listener mustn't hold what it needs.
+    if (!listener_.has_server() && !client_.pinned_) listener_.adopt(*client_.surrender());
     return Verdict::Wait;
   }
   step_ = Step::Materialising;
@@ -312,6 +314,10 @@ bool Subscriber::begin() {
     adopted();
     return true;
   }
+  if (changed && !listener_.has_server() && rows_->empty()) {
+    mark();
+    return true;
+  }
   if (changed && (listener_.has_server() || listens())) {
     step_ = Step::Subscribing;
     if (!listener_.listen(*rows_, *this)) on_listened();
@@ -336,7 +342,8 @@ void Subscriber::on_listened() {
 
 void Subscriber::mark() {
   step_ = Step::Marking;
-  marked_ = reached_ = false;
+  marked_ = false;
+  reached_ = !listener_.has_server();
   told_ok_ = true;
   ServerConnection& server = *client_.server_;
   end_ = listener_.expect(*this);

@@ -240,7 +240,8 @@ void Worker::on_login() {
 
 void Worker::want_server(ClientSession& client) {
   PoolEntry& entry = *client.entry();
-  if (pool::Slot* slot = entry.pool.take(now())) return static_cast<ServerConnection*>(slot)->lease(client);
+  if (!entry.listener.wants())
+    if (pool::Slot* slot = entry.pool.take(now())) return static_cast<ServerConnection*>(slot)->lease(client);
   entry.pool.wait(client, now());
   kick();
   serve(entry);
