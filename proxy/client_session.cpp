@@ -409,6 +409,7 @@ void ClientSession::on_answered() {
   entry_->pool.counters().query.record(
       static_cast<std::uint64_t>(std::chrono::duration_cast<std::chrono::microseconds>(now - sent_at_).count()));
   sent_at_ = now;
+  examined_ = false;
 }
 
 void ClientSession::on_greeting_failed(const protocol::ErrorFields& error) {
@@ -488,7 +489,7 @@ void ClientSession::on_server_ready() {
   if (subscriber_) subscriber_->on_answered();
   if (subscriber_ && subscriber_->in_turn()) return subscriber_->advance();
   const std::uint32_t residue = residue_ & ~protocol::kTransaction;
-  const bool ask = policy.residueCheck == conf::ResidueCheck::Always || (residue & ~kLastsOnlyInSession) != 0;
+  const bool ask = (policy.residueCheck == conf::ResidueCheck::Always && !examined_) || (residue & ~kLastsOnlyInSession) != 0;
   if (ask && policy.residueCheck != conf::ResidueCheck::Never) {
     residue_ &= kLastsOnlyInSession;
     if (residue & kLastsOnlyInSession) pinned_ = true;
@@ -515,6 +516,7 @@ void ClientSession::on_residue(SettingsRef now, const std::string& pins, protoco
     values.insert(login_settings_->values.begin(), login_settings_->values.end());  // reset out of sight, in a function
     settings = values.size() == now->values.size() ? std::move(now) : entry_->settings.intern(std::move(values));
   }
+  examined_ = true;
   const bool shared = take_channels(certain ? std::optional(std::move(channels)) : std::nullopt);
   const bool pin = !certain || !pins.empty() || !shared || (residue_ & kLastsOnlyInSession) != 0;
   worker_.run_later(*this);

@@ -138,6 +138,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   const std::uint32_t id_;
   State state_ = State::Startup;
   bool pinned_ = false, draining_ = false, discarding_ = false, began_ = false, acquiring_ = false;
+  bool examined_ = false;  // its session, since it was last answered
   bool pass_to_server_ = false;
   bool direct_tls_ = false;  // TLS without an SSLRequest
   pool::Time sent_at_{};
