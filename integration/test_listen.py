@@ -253,6 +253,16 @@ def test_only_between_transactions(pool, pg):
         assert [m.type for m in messages] == ["C", "A", "A", "Z"]
 
 
+def test_with_every_transaction_examined(proxies, pg):
+    proxy = proxies({"pool": {"max": 3, "residueCheck": "always"}})
+    with raw(proxy) as w:
+        do(w, "LISTEN a")
+        assert notified(do(w, "NOTIFY a, '1'")) == [("a", "1")]
+        assert w.value(CHANNELS) == "a"
+        do(w, "UNLISTEN a")
+        harness.poll(lambda: proxy.stats()["activeCount"] == 0, what="its connections are free")
+
+
 def test_payload_of_any_length(pool, pg):
     with raw(pool) as w:
         do(w, "LISTEN a")
