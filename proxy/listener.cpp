@@ -233,7 +233,8 @@ Subscriber::Verdict Subscriber::ahead(std::uint32_t residue, std::string_view sq
   if (!outside) {
     if (boundary && pipeline.status() == protocol::TxStatus::Failed) return Verdict::Go;
     if (!asks && !(residue & protocol::kListen)) return Verdict::Go;  // DISCARD ALL isn't for transactions
-    if (asks || unsure_) return refuse(simple);
+    if (asks) return refuse("pg_listening_channels() in a transaction", simple);
+    if (unsure_) return refuse("LISTEN or UNLISTEN after another one and ROLLBACK TO SAVEPOINT", simple);
     if (real_ == Real::No) {
       inject(materialise_sql());
       real_ = Real::InTransaction;
@@ -254,16 +255,15 @@ Subscriber::Verdict Subscriber::ahead(std::uint32_t residue, std::string_view sq
 }
 
 // The server itself must fail, so that the client's transaction does.
-Subscriber::Verdict Subscriber::refuse(bool simple) {
-  static const std::string kSql =
-      "DO $pgsidecar$BEGIN RAISE EXCEPTION USING ERRCODE = '0A000', MESSAGE = 'pgsidecar cannot do this in the middle of a transaction"
-      " for a client that listens already', HINT = 'UNLISTEN after ROLLBACK TO SAVEPOINT and pg_listening_channels() work outside of"
-      " transactions, and with pool.mode session.'; END$pgsidecar$";
+Subscriber::Verdict Subscriber::refuse(std::string_view what, bool simple) {
+  const std::string sql = "DO $pgsidecar$BEGIN RAISE EXCEPTION USING ERRCODE = '0A000', MESSAGE = '" + std::string(what) +
+                          " is not supported in transaction mode for a client that listens already', HINT = 'It works outside of a"
+                          " transaction, and with pool.mode session.'; END$pgsidecar$";
   if (simple && !client_.server_->pipeline.unsynced()) {
-    client_.server_->ask_for(client_.id(), kSql);
+    client_.server_->ask_for(client_.id(), sql);
     return Verdict::Refused;
   }
-  client_.server_->ask_extended(kSql);
+  client_.server_->ask_extended(sql);
   return Verdict::Go;
 }
 
@@ -387,7 +387,7 @@ protocol::HandOver Subscriber::hand_over() {
   h.own = own_;
   h.end = end_;
   h.before = channels_;
-  if (rows_) h.now = std::move(*rows_);
+  if (rows_) h.now = *std::exchange(rows_, std::nullopt);
   return h;
 }
 
@@ -432,6 +432,9 @@ void Subscriber::answer(std::string bytes) {
 }
 
 void Subscriber::reset_turn() {
+  if (rows_)  // not handed over
+    for (const std::string& channel : *rows_)
+      if (!channels_.contains(channel)) listener_.unsubscribe(channel, *this);
   for (const std::uint64_t marker : {begin_, own_, end_}) listener_.forget(marker);
   begin_ = own_ = end_ = 0;
   step_ = Step::None;

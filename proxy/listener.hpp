@@ -119,7 +119,7 @@ class Subscriber {
 
   bool idle() const;
   void inject(const std::vector<std::string>& statements);
-  Verdict refuse(bool simple);
+  Verdict refuse(std::string_view what, bool simple);
   std::vector<std::string> materialise_sql();
   std::string notify_sql(std::uint64_t marker) const;
   void mark();
