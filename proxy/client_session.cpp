@@ -575,7 +575,7 @@ void ClientSession::on_server_lost(const std::string& sqlstate, const std::strin
   const bool owed = !server_->pipeline.empty() || server_->pipeline.unsynced();
   bool sync_owed = false;
   server_->pipeline.for_each([&](const Owed& o) { sync_owed |= o.request == Request::Sync && o.owner == id_; });
-  const bool unknown = server_->asking_residue() || (subscriber_ && subscriber_->in_turn());  // what it had just done to its session
+  const bool unknown = server_->asking_residue() || (subscriber_ && subscriber_->owes_ready());  // what it had just done to its session
   if (subscriber_) subscriber_->on_server_lost();
   server_ = nullptr;
   if (state_ == State::Greeting) return fatal(sqlstate, message);

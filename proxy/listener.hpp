@@ -85,6 +85,7 @@ class Subscriber {
   Verdict ahead(std::uint32_t residue, std::string_view sql, bool simple);
   bool busy() const { return in_turn() || waiting_; }  ///< what the client sends has to wait
   bool in_turn() const { return step_ != Step::None; }
+  bool owes_ready() const { return in_turn() || ready_held_; }  ///< the client waits for the end of its turn
   bool dirty() const { return step_ != Step::None || real_ != Real::No; }
   bool over() const { return step_ == Step::None && channels_.empty() && inbox_.empty(); }
   bool listens() const { return !channels_.empty(); }
