@@ -196,6 +196,9 @@ void write_pool(Json& json, const PoolSnapshot& p) {
   json.field("leases", p.counters.leases).field("waitTimeouts", p.counters.waitTimeouts);
   json.field("residueChecks", p.counters.residueChecks);
   json.field("connects", p.counters.connects).field("connectFailures", p.counters.connectFailures);
+  json.key("listening").begin('{').field("clients", std::uint64_t{p.listeningClients});
+  json.field("channels", std::uint64_t{p.listeningChannels}).field("notifications", p.counters.notifications);
+  json.field("overflows", p.counters.notificationOverflows).field("losses", p.counters.listenerLosses).end('}');
   write_quantiles(json, "wait", p.counters.wait);
   write_quantiles(json, "query", p.counters.query);
   write_quantiles(json, "transaction", p.counters.transaction);

@@ -194,6 +194,12 @@ constexpr CounterFamily kCounters[] = {
     {"pgsidecar_pool_wait_timeouts_total", "Clients that waited connectionTimeoutMillis in vain.", &PoolCounters::waitTimeouts},
     {"pgsidecar_residue_checks_total", "Times that the server was asked what a session holds.", &PoolCounters::residueChecks},
     {"pgsidecar_cancels_total", "Cancel requests forwarded.", &PoolCounters::cancels},
+    {"pgsidecar_notifications_total", "Notifications delivered to clients that the pool's listener listens for.",
+     &PoolCounters::notifications},
+    {"pgsidecar_notification_overflows_total", "Clients ended because they didn't take their notifications.",
+     &PoolCounters::notificationOverflows},
+    {"pgsidecar_listener_losses_total", "Times that the listener's connection was lost, and notifications may have been.",
+     &PoolCounters::listenerLosses},
     {"pgsidecar_prepared_cache_hits_total", "Statements that were prepared already where they were needed.", &PoolCounters::preparedHits},
     {"pgsidecar_prepared_cache_misses_total", "Statements that had to be prepared.", &PoolCounters::preparedMisses},
     {"pgsidecar_prepared_cache_evictions_total", "Statements closed on a server to make room.", &PoolCounters::preparedEvictions}};
@@ -206,6 +212,8 @@ constexpr GaugeFamily kGauges[] = {
     {"pgsidecar_pool_max_connections", "The pool's max.", &PoolSnapshot::max},
     {"pgsidecar_pool_min_connections", "The pool's min.", &PoolSnapshot::min},
     {"pgsidecar_pool_waiting_clients", "Clients waiting for a server connection.", &PoolSnapshot::clientsWaiting},
+    {"pgsidecar_listening_clients", "Clients that the pool's listener listens for.", &PoolSnapshot::listeningClients},
+    {"pgsidecar_listening_channels", "Channels that the pool's listener listens to.", &PoolSnapshot::listeningChannels},
     {"pgsidecar_pool_pinned_connections", "Server connections kept by one client beyond its transaction.", &PoolSnapshot::pinned}};
 
 struct StateLabel {

@@ -54,6 +54,7 @@ struct PoolCounters {
   std::uint64_t connects = 0, connectFailures = 0, waitTimeouts = 0, resets = 0, cancels = 0;
   std::uint64_t residueChecks = 0;  ///< the server was asked what a session holds
   PinCounts pins{};                 ///< begun, by reason
+  std::uint64_t notifications = 0, notificationOverflows = 0, listenerLosses = 0;
   std::array<std::uint64_t, static_cast<std::size_t>(CloseReason::kCount)> closed{};
   Histogram wait, query, transaction, connect;
 };
@@ -69,6 +70,7 @@ struct PoolSnapshot {
   PinCounts pinnedBy{};  // a client may have several reasons
   std::vector<StatementEffects> effects;
   std::uint64_t effectsDropped = 0;
+  std::uint32_t listeningClients = 0, listeningChannels = 0;  // served by the pool's listener
   std::uint64_t oldestWaitMicros = 0;
   std::size_t preparedStatements = 0;
   PoolCounters counters;

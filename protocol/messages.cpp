@@ -48,6 +48,10 @@ void write_notice(std::string& out, std::string_view sqlstate, std::string_view 
   write_report(out, Backend::NoticeResponse, "NOTICE", sqlstate, message, {}, hint);
 }
 
+void write_warning(std::string& out, std::string_view sqlstate, std::string_view message, std::string_view hint) {
+  write_report(out, Backend::NoticeResponse, "WARNING", sqlstate, message, {}, hint);
+}
+
 std::string_view Startup::get(std::string_view name) const {
   for (const auto& [key, value] : parameters)
     if (key == name) return value;

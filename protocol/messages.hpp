@@ -24,6 +24,7 @@ enum class Severity { Error, Fatal };
 void write_error(std::string& out, Severity severity, std::string_view sqlstate, std::string_view message, std::string_view detail = {},
                  std::string_view hint = {});
 void write_notice(std::string& out, std::string_view sqlstate, std::string_view message, std::string_view hint = {});
+void write_warning(std::string& out, std::string_view sqlstate, std::string_view message, std::string_view hint = {});
 
 /// A StartupMessage: version and parameters in order (user, database and options among them).
 struct Startup {

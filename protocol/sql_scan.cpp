@@ -197,6 +197,9 @@ class Scanner {
           else if (is(word_, "load"))
             residue_ |= kLibrary;
           break;
+        case 'n':
+          if (is(word_, "notify")) residue_ |= kNotify;
+          break;
         case 'u':
           if (is(word_, "unlisten")) residue_ |= kListen;
           break;
@@ -244,6 +247,10 @@ class Scanner {
           if (!unequal_) residue_ |= kBackendPid;
         } else if (is(word_, "pg_prepared_statements"))
           residue_ |= kPrepared;
+        else if (is(word_, "pg_notify"))
+          residue_ |= kNotify;
+        else if (is(word_, "pg_listening_channels"))
+          residue_ |= kChannels;
         else if (starts(word_, "pg_advisory_") || starts(word_, "pg_try_advisory_")) {
           if (!contains(word_, "xact")) residue_ |= kAdvisoryLock;
         }
@@ -318,7 +325,7 @@ class Scanner {
     if (is(first_, "create") && is(lead_, "on") && any(second_, {"index", "unique", "trigger", "policy", "rule", "statistics"})) return;
     // These are dealt with by themselves, wherever they stand.
     if (starts(name_, "pg_advisory_") || starts(name_, "pg_try_advisory_") ||
-        any(name_, {"set_config", "currval", "lastval", "setseed", "pg_backend_pid"}))
+        any(name_, {"set_config", "currval", "lastval", "setseed", "pg_backend_pid", "pg_listening_channels"}))
       return;
     if (name_.size() <= 40 && (schema_.empty() || is(schema_, "pg_catalog"))) {
       char lower[40];

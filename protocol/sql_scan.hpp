@@ -32,10 +32,12 @@ enum Residue : std::uint32_t {
   kDrop = 1u << 17,              ///< not residue: DROP, CLOSE; may end what was left before
   kMeaning = 1u << 18,           ///< not residue: sets, be it for the transaction, what decides how a constant in a text is read
   kPrivateStatement = 1u << 19,  ///< not of a text: a statement was prepared after kMeaning in the same transaction
+  kChannels = 1u << 20,          ///< not residue: pg_listening_channels, which tells what the session listens to
+  kNotify = 1u << 21,            ///< not residue: NOTIFY, pg_notify
   kUnreadable = 1u << 31,        ///< unterminated quote or comment and the like
 };
 /// Of no account by themselves.
-inline constexpr std::uint32_t kPassive = kTransaction | kSequenceWrite | kDrop | kMeaning;
+inline constexpr std::uint32_t kPassive = kTransaction | kSequenceWrite | kDrop | kMeaning | kChannels | kNotify;
 
 /// Whether a statement means the same whatever this setting's value: timeouts, costs, custom ones. `name` in lower case.
 bool leaves_meaning(std::string_view name);

@@ -185,6 +185,7 @@ std::size_t ClientSession::process(Bytes in) {
     to_server.clear();
   }
   send(worker_.to_client);
+  if (subscriber_) subscriber_->deliver_if_idle();
   return at;
 }
 
@@ -408,6 +409,7 @@ void ClientSession::on_answered() {
   entry_->pool.counters().query.record(
       static_cast<std::uint64_t>(std::chrono::duration_cast<std::chrono::microseconds>(now - sent_at_).count()));
   sent_at_ = now;
+  examined_ = false;
 }
 
 void ClientSession::on_greeting_failed(const protocol::ErrorFields& error) {
@@ -453,7 +455,8 @@ void ClientSession::on_lease(ServerConnection& server) {
 
 // What it sends is kept until it has a server connection whose session is known.
 bool ClientSession::held() const {
-  return state_ == State::Greeting || state_ == State::Waiting || (server_ && server_->asking_residue());
+  return state_ == State::Greeting || state_ == State::Waiting || (server_ && server_->asking_residue()) ||
+         (subscriber_ && subscriber_->busy());
 }
 
 void ClientSession::go_on() {
@@ -482,18 +485,29 @@ void ClientSession::on_server_ready() {
     if (draining_) fatal("57P01", "terminating connection due to administrator command");
     return;
   }
+  if (subscriber_) subscriber_->on_answered();
+  if (subscriber_ && subscriber_->in_turn()) return subscriber_->advance();
   pin_by_text();
   if (must_ask()) {
     residue_ = 0;
     return server_->ask_residue();
   }
   residue_ = 0;
+  if (subscriber_) {
+    if (subscriber_->begin()) return;
+    if (subscriber_->over()) subscriber_.reset();
+  }
   if (draining_ && pass_left_ == 0) return fatal("57P01", "terminating connection due to administrator command");
   if (pin_ || (pass_left_ > 0 && pass_to_server_)) return;
   release();
 }
 
 void ClientSession::release() {
+  surrender()->detach(false);
+  if (subscriber_) subscriber_->deliver_if_idle();
+}
+
+ServerConnection* ClientSession::surrender() {
   const pool::Time now = worker_.now();
   auto& counters = entry_->pool.counters();
   ++counters.transactions;
@@ -502,7 +516,7 @@ void ClientSession::release() {
   ServerConnection* server = std::exchange(server_, nullptr);
   residue_ = 0;
   transition(State::Ready);
-  server->detach(false);
+  return server;
 }
 
 void ClientSession::on_cancel() {
@@ -536,6 +550,7 @@ void ClientSession::on_wait_failed(const protocol::ErrorFields& error, bool is_f
     worker_.to_client.own([](std::string& out) { protocol::write_ready_for_query(out, protocol::TxStatus::Idle); });
   }
   send(worker_.to_client);
+  if (subscriber_) subscriber_->deliver_if_idle();
   read_on();
   if (state_ != State::Closed) wait_readable();
 }
@@ -546,7 +561,8 @@ void ClientSession::on_server_lost(const std::string& sqlstate, const std::strin
   const bool owed = !server_->pipeline.empty() || server_->pipeline.unsynced();
   bool sync_owed = false;
   server_->pipeline.for_each([&](const Owed& o) { sync_owed |= o.request == Request::Sync && o.owner == id_; });
-  const bool unknown = server_->asking_residue();  // what it had just done to its session
+  const bool unknown = server_->asking_residue() || (subscriber_ && subscriber_->owes_ready());  // what it had just done to its session
+  if (subscriber_) subscriber_->on_server_lost();
   server_ = nullptr;
   if (state_ == State::Greeting) return fatal(sqlstate, message);
   worker_.count_error(sqlstate);
@@ -582,7 +598,8 @@ void ClientSession::drain() {
   draining_ = true;
   if (state_ == State::Ready || counts_as_login() || state_ == State::Greeting || state_ == State::Waiting)
     return fatal("57P01", "terminating connection due to administrator command");
-  if (server_ && server_->pipeline.releasable() && pass_left_ == 0) fatal("57P01", "terminating connection due to administrator command");
+  if (server_ && server_->pipeline.releasable() && pass_left_ == 0 && !held())
+    fatal("57P01", "terminating connection due to administrator command");
 }
 
 void ClientSession::complain(std::string_view sqlstate, std::string_view message) {
@@ -616,7 +633,7 @@ void ClientSession::give_up_server() {
   ServerConnection* server = std::exchange(server_, nullptr);
   server->send(worker_.to_server);  // what came before counts, as it would on a direct connection
   if (pass_left_ > 0 && pass_to_server_) return server->close(pool::CloseReason::Broken);  // half a message was sent
-  server->detach(!server->pipeline.releasable() || pin_ || (residue_ & ~protocol::kPassive) != 0 ||
+  server->detach(!server->pipeline.releasable() || pin_ || (residue_ & ~protocol::kPassive) != 0 || (subscriber_ && subscriber_->dirty()) ||
                  entry_->pool.settings().mode == conf::PoolMode::Session);
 }
 
@@ -626,6 +643,7 @@ void ClientSession::close() {
   unlink();
   transition(State::Closed);
   give_up_server();
+  subscriber_.reset();
   channel_.transport.close();
   worker_.on_client_closed(*this);
 }

@@ -13,6 +13,7 @@
 #include "protocol/sql_scan.hpp"
 #include "protocol/statements.hpp"
 #include "proxy/channel.hpp"
+#include "proxy/listener.hpp"
 #include "proxy/lost_transaction.hpp"
 #include "proxy/residue.hpp"
 #include "proxy/settings.hpp"
@@ -70,6 +71,10 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   /// The client's name in the error of such a Parse.
   const std::string* pending_parse_error() const { return parse_error_ ? &*parse_error_ : nullptr; }
   void forget_pending_parse_error() { parse_error_.reset(); }
+  void on_notification(const protocol::Notification& notification);  ///< from the leased connection
+  /// Its ReadyForQuery is here, outside a transaction. True: it goes to the client later, behind the notifications before it.
+  bool keeps_ready_back() { return (subscriber_ || (residue_ & protocol::kListen)) && keeps_ready(); }
+  Subscriber* subscriber() { return subscriber_.get(); }
   void resume_reading();
   void go_on();  ///< works off what was kept while it waited, and reads again
   bool pinned() const { return pin_ != nullptr; }
@@ -89,6 +94,8 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   protocol::ClientStatements statements;
 
  private:
+  friend class Subscriber;
+
   /// Why it keeps its server connection beyond its transactions.
   struct Pin {
     std::uint32_t reasons = 0;  ///< bits of pool::PinReason
@@ -119,6 +126,10 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   bool held() const;
   void handle_tls();
   void release();
+  ServerConnection* surrender();  ///< the lease is over
+  bool keeps_ready();
+  bool take_channels(std::optional<protocol::Channels> channels);  ///< that it listens to on its server connection. False: they pin
+  bool can_share(const protocol::Channels& channels) const;
   void give_up_server();
   void complain(std::string_view sqlstate, std::string_view message);  ///< in the log
   void relay(protocol::Bytes available, std::size_t total);
@@ -131,8 +142,9 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   bool close_unserved(protocol::Bytes whole);
   bool parse_unserved(protocol::Bytes whole);
   void evict();
-  void note_residue(std::string_view sql, std::uint32_t known);
-  void note_residue(const protocol::Statement& statement);
+  std::uint32_t note_residue(std::string_view sql, std::uint32_t known);
+  std::uint32_t note_residue(const protocol::Statement& statement);
+  Subscriber::Verdict listen_ahead(std::uint32_t residue, std::string_view sql, bool simple);
   bool refuse(std::string_view sql, std::uint32_t residue, bool simple);
   void note_names(std::string_view sql, std::uint32_t residue);
   void use_sequences();
@@ -152,6 +164,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   std::uint32_t key_pid_;  // as BackendKeyData says
   State state_ = State::Startup;
   bool draining_ = false, discarding_ = false, began_ = false, acquiring_ = false;
+  bool examined_ = false;  // its session, since it was last answered
   bool pass_to_server_ = false;
   bool direct_tls_ = false;  // TLS without an SSLRequest
   pool::Time sent_at_{};
@@ -166,6 +179,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   std::vector<PendingParse> pending_;
   std::optional<std::string> parse_error_;
   std::unique_ptr<LostTransaction> lost_;
+  std::unique_ptr<Subscriber> subscriber_;  // of one that listens, or is about to
 
   struct Login;  // gone after the login
   std::unique_ptr<Login> login_;

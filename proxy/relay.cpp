@@ -135,7 +135,11 @@ std::size_t ClientSession::on_query(Bytes available, std::size_t total) {
     const std::string_view sql = reader.cstring();
     const std::uint32_t residue = protocol::scan_sql(sql, server_->conforming_strings());
     if (refuse(sql, residue, true)) return total;
-    note_residue(sql, residue);
+    switch (listen_ahead(note_residue(sql, residue), sql, true)) {
+      case Subscriber::Verdict::Wait: return 0;
+      case Subscriber::Verdict::Refused: return total;
+      case Subscriber::Verdict::Go: break;
+    }
     if (!entry_->catalog.quiet()) note_names(sql, entry_->catalog.residue_of_names(sql));
     if (residue & protocol::kPrepared) {
       const bool synced = !server_->pipeline.unsynced();
@@ -213,7 +217,7 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
   protocol::StatementRef statement =
       shared ? worker_.statements.intern(body, settings->meaning) : worker_.statements.make(body, settings->meaning);
   if (refuse(text_of(*statement), statement->residue, false)) return total;
-  note_residue(*statement);
+  if (listen_ahead(note_residue(*statement), text_of(*statement), false) == Subscriber::Verdict::Wait) return 0;
   if (statement->residue & protocol::kPrepared) adopt_named(text_of(*statement));
   if (!shared && !name.empty()) residue_ |= protocol::kPrivateStatement;
   auto& held = server_->statements;
@@ -345,8 +349,9 @@ std::size_t ClientSession::on_bind(Bytes available, std::size_t total) {
     relay(available, total);
     return available.size();
   }
-  ++entry_->pool.counters().queries;
   const auto statement = statements.find(name);
+  if (statement && subscriber_ && listen_ahead(note_residue(*statement), text_of(*statement), false) == Subscriber::Verdict::Wait) return 0;
+  ++entry_->pool.counters().queries;
   auto& held = server_->statements;
   if (!statement || name.empty()) {
     if (!statement && name.empty() && held.unnamed) {

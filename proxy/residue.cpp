@@ -8,8 +8,6 @@ using pool::PinReason;
 
 namespace {
 
-constexpr std::size_t kMostDetail = 200;
-
 constexpr const char* kResidueSql =
     "SELECT 's', name, setting FROM pg_catalog.pg_settings WHERE source OPERATOR(pg_catalog.=) 'session'"
     " UNION ALL SELECT 'l', pg_catalog.concat_ws(',', classid, objid), '' FROM pg_catalog.pg_locks"
@@ -32,7 +30,6 @@ std::string in_words(char kind) {
     case 't': return "temporary object ";
     case 'p': return "prepared statement ";
     case 'c': return "cursor ";
-    case 'n': return "listening on ";
     default: return "";
   }
 }
@@ -60,7 +57,7 @@ void Residue::add(const ResidueRow& row, std::string_view login_user) {
         prepared.push_back(row[1]);
       break;
     case 'c': pin(PinReason::HeldCursor); break;
-    case 'n': pin(PinReason::Listening); break;
+    case 'n': channels.insert(row[1]); break;
     case 'q': reasons |= pool::bit(PinReason::Sequence); break;
     default: failed = true;
   }

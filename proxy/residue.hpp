@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "pool/pins.hpp"
+#include "protocol/notifications.hpp"
 
 namespace pgsidecar::proxy {
 
@@ -17,11 +18,13 @@ namespace pgsidecar::proxy {
 using ResidueRow = std::string[3];
 
 struct Residue {
-  std::map<std::string, std::string> settings;  ///< names in lower case
-  std::uint32_t reasons = 0;                    ///< to pin; bits of pool::PinReason
-  std::string detail;                           ///< their names, the first few
-  std::vector<std::string> prepared;            ///< prepared statements of the client's that exist under its own names
-  bool failed = false;                          ///< the server couldn't say
+  static constexpr std::size_t kMostDetail = 200;  ///< characters, about
+  std::map<std::string, std::string> settings;     ///< names in lower case
+  std::uint32_t reasons = 0;                       ///< to pin; bits of pool::PinReason
+  std::string detail;                              ///< their names, the first few
+  protocol::Channels channels;                     ///< listened to
+  std::vector<std::string> prepared;               ///< prepared statements of the client's that exist under its own names
+  bool failed = false;                             ///< the server couldn't say
 
   void add(const ResidueRow& row, std::string_view login_user);
 };

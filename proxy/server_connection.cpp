@@ -22,7 +22,7 @@ namespace {
 constexpr std::uint32_t kMaxMessage = 0x40000000;
 constexpr std::size_t kMaxParsed = 1u << 20;  // of a message of the server that is looked into
 // Notes of the proxy's own queries.
-constexpr std::uint32_t kApply = 1, kResidue = 2, kReset = 3, kRestore = 4, kLearn = 5, kSurvey = 6;
+constexpr std::uint32_t kApply = 1, kResidue = 2, kReset = 3, kRestore = 4, kLearn = 5, kSurvey = 6, kListening = 7;
 
 /// Messages that are looked into and so wanted whole.
 bool wanted_whole(Backend type) {
@@ -63,6 +63,7 @@ ServerConnection::ServerConnection(Worker& worker, PoolEntry& entry, std::uint64
 
 void ServerConnection::transition(State next) {
   state_ = next;
+  if (!alive() && std::exchange(listener_, false)) entry_.listener.on_gone();
 }
 
 // --- reading and writing
@@ -187,6 +188,8 @@ std::size_t ServerConnection::process(Bytes in) {
         client_->on_server_ready();
       else
         settle();
+    } else if (ready && client_ && client_->subscriber() && pipeline.empty()) {
+      client_->subscriber()->on_answered();
     }
   }
   return at;
@@ -213,7 +216,15 @@ bool ServerConnection::on_frame(Backend type, Bytes available, std::size_t total
       return pass(to_client && client_->state() != ClientSession::State::Greeting);
     }
     case Backend::NoticeResponse: return pass(to_client && client_->state() != ClientSession::State::Greeting);
-    case Backend::NotificationResponse: return pass(client_ != nullptr && client_->state() == ClientSession::State::Active);
+    case Backend::NotificationResponse: {
+      const auto notification = protocol::parse_notification(available.subspan(kHeaderSize));
+      if (!notification) return false;
+      if (listener_)
+        entry_.listener.on_notification(*notification);
+      else if (client_)
+        client_->on_notification(*notification);
+      return true;
+    }
     default: return on_reply(type, available, total);
   }
 }
@@ -239,6 +250,7 @@ bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total
   if (type == Backend::ReadyForQuery && status == TxStatus::Idle) open_definition_ = false;
   if (ours && type == Backend::ReadyForQuery) client_->on_answered();
   bool forward = ours && owed.verdict == Verdict::Forward;
+  if (forward && type == Backend::ReadyForQuery && status == TxStatus::Idle) forward = !client_->keeps_ready_back();
   if (owed.owner == protocol::kProxy) {
     on_proxy_reply(type, owed.note, available);
     if (cancel_due_ && client_) cancel();
@@ -261,6 +273,7 @@ bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total
   } else if (type == Backend::CommandComplete && ours) {
     protocol::Reader reader(available.subspan(kHeaderSize));
     const std::string_view tag = reader.cstring();
+    if (client_->subscriber()) client_->subscriber()->on_tag(tag);
     if (tag == "DISCARD ALL" || tag == "DEALLOCATE ALL") client_->on_statements_gone();
     if (changes_results(tag)) worker_.statements.retire_all();
     if (changes_catalog(tag)) on_catalog_changed();
@@ -363,6 +376,10 @@ void ServerConnection::on_proxy_reply(Backend type, std::uint32_t note, Bytes wh
     return;
   }
   if (type != Backend::ReadyForQuery) return;
+  if (note == kListening && listener_)
+    entry_.listener.on_answer(!own_query_failed_);
+  else if (note == kListening && client_ && client_->subscriber())
+    client_->subscriber()->on_told(!own_query_failed_);
   if (note == kApply && client_ && client_->state() == ClientSession::State::Greeting && !own_query_failed_) {
     settings->welcome = parameters_;
   }
@@ -416,7 +433,7 @@ bool ServerConnection::ask_catalog() {
     if (entry_.catalog.take_late()) {
       log::info("{}@{}: functions leave something in sessions that didn't before: every server connection is replaced", entry_.user,
                 entry_.database);
-      for (const auto& [id, server] : entry_.servers) server->condemned = true;
+      for (const auto& [id, server] : entry_.servers) server->condemned |= !server->listener_;
       pool::CloseReason reason{};
       while (pool::Slot* idle = entry_.pool.outdated(now, reason)) static_cast<ServerConnection*>(idle)->close(reason);
     }
@@ -469,6 +486,50 @@ void ServerConnection::finish_residue() {
   settings = entry_.settings.intern(std::move(residue_.settings));
   if (settings->welcome.empty()) settings->welcome = parameters_;
   client_->on_residue(settings, residue_);
+}
+
+// --- listening
+
+std::string ServerConnection::listen_for_pool() {
+  client_ = nullptr;
+  listener_ = true;
+  transition(State::Leased);
+  std::string sql;
+  for (const std::string& statement : settings_statements(settings->values, {})) sql += statement + ";";
+  settings = entry_.settings.intern({});
+  return sql;
+}
+
+void ServerConnection::stop_listening() {
+  listener_ = false;
+  detach(true);
+}
+
+void ServerConnection::ask_listening(std::string_view sql) {
+  ask(kListening, sql);
+}
+
+void ServerConnection::tell_listening(std::string_view sql) {
+  Gather other;
+  std::swap(other, worker_.to_server);
+  ask(kListening, sql);
+  send(worker_.to_server);
+  std::swap(other, worker_.to_server);
+}
+
+void ServerConnection::ask_extended(const std::string& sql) {
+  statements.unnamed.reset();
+  worker_.to_server.own([&](std::string& out) {
+    using protocol::Frontend;
+    protocol::Writer writer(out);
+    const std::string_view portal = "pgsidecar_listener";
+    writer.begin(Frontend::Parse).cstring("").cstring(sql).u16(0).end();
+    writer.begin(Frontend::Bind).cstring(portal).cstring("").u16(0).u16(0).u16(0).end();
+    writer.begin(Frontend::Execute).cstring(portal).u32(0).end();
+    writer.begin(Frontend::Close).u8('P').cstring(portal).end();
+  });
+  for (const Request request : {Request::Parse, Request::Bind, Request::Execute, Request::Close})
+    pipeline.push({request, Verdict::Skip, client_->id()});
 }
 
 // --- leases
@@ -622,7 +683,7 @@ void ServerConnection::start_reset() {
 }
 
 void ServerConnection::settle() {
-  if (client_ || !alive() || !pipeline.releasable() || pass_left_ > 0 || cancels_pending > 0 || channel_->queued() > 0) return;
+  if (client_ || listener_ || !alive() || !pipeline.releasable() || pass_left_ > 0 || cancels_pending > 0 || channel_->queued() > 0) return;
   deadline = pool::Time::max();
   pool::CloseReason reason{};
   if (!settings) reason = pool::CloseReason::Broken, condemned = true;

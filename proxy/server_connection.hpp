@@ -13,6 +13,7 @@
 
 #include "pool/pool.hpp"
 #include "protocol/messages.hpp"
+#include "protocol/notifications.hpp"
 #include "protocol/pipeline.hpp"
 #include "protocol/statements.hpp"
 #include "proxy/catalog.hpp"
@@ -87,6 +88,12 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   /// Asks what the session holds, after what functions may leave in it if that isn't known.
   void ask_residue();
   bool asking_residue() const { return asking_residue_; }
+  /// From now on it is the pool's listener. Returns SQL that takes away what its session has.
+  std::string listen_for_pool();
+  void stop_listening();
+  void ask_listening(std::string_view sql);   ///< ahead of what the client sends next
+  void tell_listening(std::string_view sql);  ///< at once
+  void ask_extended(const std::string& sql);  ///< within the client's extended query; its error is the client's
   /// Returns to the pool, or closes, if it is clean and nothing is pending.
   void settle();
   /// Cancels what the client has asked for, as soon as the server is at it.
@@ -145,6 +152,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   ClientSession* client_ = nullptr;
   std::size_t pass_left_ = 0;  // of a message that is passing through
   bool pass_forward_ = false;
+  bool listener_ = false;  // the pool's
   bool asking_residue_ = false, residue_failed_ = false, own_query_failed_ = false;
   bool leased_anew_ = false, cancel_due_ = false;
   bool conforming_strings_ = true;

@@ -61,10 +61,10 @@ std::string_view text_of(const protocol::Statement& statement) {
   return std::string_view(statement.body).substr(0, statement.body.find('\0'));
 }
 
-void ClientSession::note_residue(const protocol::Statement& statement) {
+std::uint32_t ClientSession::note_residue(const protocol::Statement& statement) {
   const std::string_view sql = text_of(statement);
-  note_residue(sql, server_->conforming_strings() ? statement.residue : protocol::scan_sql(sql, false));
   if (!entry_->catalog.quiet()) note_names(sql, entry_->catalog.residue_of_names(statement, sql));
+  return note_residue(sql, server_->conforming_strings() ? statement.residue : protocol::scan_sql(sql, false));
 }
 
 /// What hangs on what a text names: triggers, defaults, rules...
@@ -74,9 +74,10 @@ void ClientSession::note_names(std::string_view sql, std::uint32_t residue) {
   server_->suspect = sql.substr(0, kMostSuspect);
 }
 
-void ClientSession::note_residue(std::string_view sql, std::uint32_t known) {
+// Returns what the text and what it calls may leave.
+std::uint32_t ClientSession::note_residue(std::string_view sql, std::uint32_t known) {
   if (settings->temporary) residue_ |= protocol::kTemporary;
-  if (known == 0) return;
+  if (known == 0) return 0;
   std::uint32_t residue = known;
   if (residue & protocol::kFunction)
     residue = (residue & ~protocol::kFunction) | entry_->catalog.residue_of_calls(protocol::called_functions(sql), worker_.now());
@@ -93,6 +94,12 @@ void ClientSession::note_residue(std::string_view sql, std::uint32_t known) {
   }
   server_->meaning_changed |= (residue & protocol::kMeaning) != 0;
   if (residue & ~kPassive) server_->suspect = sql.substr(0, kMostSuspect);
+  return residue;
+}
+
+Subscriber::Verdict ClientSession::listen_ahead(std::uint32_t residue, std::string_view sql, bool simple) {
+  if (!subscriber_ || entry_->pool.settings().residueCheck == conf::ResidueCheck::Never) return Subscriber::Verdict::Go;
+  return subscriber_->ahead(residue, sql, simple);
 }
 
 // pool.onUnsupported: error. What only the server finds out afterwards, in a function, is pinned all the same.
@@ -129,7 +136,7 @@ void ClientSession::restore_after_reset() {
 /// Whether the server is to be asked before the lease may end.
 bool ClientSession::must_ask() const {
   switch (entry_->pool.settings().residueCheck) {
-    case conf::ResidueCheck::Always: return true;
+    case conf::ResidueCheck::Always: return !examined_ || (residue_ & ~(kPassive | text_bits())) != 0;
     case conf::ResidueCheck::Never: return false;
     default: break;
   }
@@ -152,14 +159,22 @@ void ClientSession::on_residue(SettingsRef now, const Residue& found) {
     carried = settings != now;
     settings = std::move(now);
   }
+  examined_ = true;
   worker_.run_later(*this);
   std::uint32_t reasons = found.reasons | (found.failed ? pool::bit(PinReason::Unexamined) : 0);
+  std::string detail = found.detail;
+  if (!take_channels(found.failed ? std::nullopt : std::optional(found.channels))) {
+    reasons |= pool::bit(PinReason::Listening);
+    for (const std::string& channel : found.channels)
+      if (channel != entry_->listener.marker_channel() && detail.size() < Residue::kMostDetail)
+        detail += (detail.empty() ? "listening on " : ", listening on ") + channel;
+  }
   if (pin_)
     pool::for_each_reason(pin_->reasons, [&](PinReason reason) {
       if (pool::lasts(reason)) reasons |= pool::bit(reason);
     });
   if (!server_->suspect.empty()) entry_->transparency.record(protocol::normalize_sql(server_->suspect), true, carried, reasons);
-  pin(reasons, found.detail);
+  pin(reasons, std::move(detail));
 }
 
 void ClientSession::pin_by_text() {

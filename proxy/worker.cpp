@@ -248,7 +248,8 @@ void Worker::on_login() {
 
 void Worker::want_server(ClientSession& client) {
   PoolEntry& entry = *client.entry();
-  if (pool::Slot* slot = entry.pool.take(now())) return static_cast<ServerConnection*>(slot)->lease(client);
+  if (!entry.listener.wants())
+    if (pool::Slot* slot = entry.pool.take(now())) return static_cast<ServerConnection*>(slot)->lease(client);
   entry.pool.wait(client, now());
   kick();
   serve(entry);
@@ -270,6 +271,12 @@ void Worker::run_runnable() {
 }
 
 void Worker::serve(PoolEntry& entry) {
+  const bool listens = entry.listener.wants_server(now()) && entry.clients > 0 && !draining_;
+  if (listens && entry.pool.any_idle()) {
+    auto* idle = static_cast<ServerConnection*>(entry.pool.any_idle());
+    idle->unlink();
+    entry.listener.adopt(*idle);
+  }
   while (entry.pool.waiting_count() > 0 && entry.pool.any_idle()) {
     auto* server = static_cast<ServerConnection*>(entry.pool.any_idle());
     server->unlink();
@@ -298,6 +305,7 @@ void Worker::serve(PoolEntry& entry) {
     entry.replacements = wanted ? entry.replacements - now_possible : 0;
   }
   if (open == 0 && wanted && entry.pool.staying() < settings.min && entry.pool.open() < settings.max) open = 1;
+  if (open == 0 && listens && !entry.listener.has_server() && entry.connecting == 0 && entry.pool.open() < settings.max) open = 1;
   if (entry.failures > 0) open = std::min(open, entry.connecting == 0 ? 1u : 0u);  // one probes for all
   for (; open > 0; --open) open_server(entry, {});
 }
@@ -443,7 +451,9 @@ void Worker::tick() {
       if (t >= server->deadline) due.push_back(server);
     }
     for (const auto& server : due) server->on_deadline(t);
+    entry->listener.recycle();
     serve(*entry);
+    busy |= entry->listener.wants();
     busy |= entry->pool.waiting_count() > 0 || entry->connecting > 0;
     busy |= entry->clients > 0 && entry->pool.staying() < entry->pool.settings().min && !draining_;
     if (entry->pool.any_idle()) idle_check = std::min(idle_check, entry->pool.idle_check());
@@ -607,6 +617,8 @@ pool::Snapshot Worker::snapshot() {
         case ServerConnection::State::Closed: break;
       }
     }
+    p.listeningClients = static_cast<std::uint32_t>(entry->listener.clients());
+    p.listeningChannels = static_cast<std::uint32_t>(entry->listener.channels());
     p.counters = entry->pool.counters();
     p.effects = entry->transparency.rows();
     p.effectsDropped = entry->transparency.dropped();

@@ -24,6 +24,7 @@
 #include "proxy/catalog.hpp"
 #include "proxy/client_session.hpp"
 #include "proxy/control.hpp"
+#include "proxy/listener.hpp"
 #include "proxy/log.hpp"
 #include "proxy/server_connection.hpp"
 
@@ -38,6 +39,7 @@ struct PoolEntry {
   conf::Upstream upstream;
   SettingsCache settings;
   Catalog catalog{settings};
+  Listener listener{*this};
   boost::unordered_flat_map<std::uint64_t, std::shared_ptr<ServerConnection>> servers;
   std::uint32_t connecting = 0;
   std::uint32_t clients = 0;
