@@ -1,46 +1,72 @@
-"""In transaction mode a client sees what it would see on its own connection: six clients on three server connections, compared with direct ones.
-
-The notation of the cases is equality.py's."""
+"""In transaction mode a client sees what it would see on its own connection: six clients on three server connections, compared with
+direct ones. The cases are in equality/, a file for each feature, in the notation of replay.py. EQUALITY_SEED plays them in another order."""
 import os
+import pathlib
 
 import pytest
 
-import equality
 import harness
+import replay
 
 USERS = {harness.USER: harness.PASSWORD, harness.OTHER_USER: harness.OTHER_PASSWORD, "boss": "boss-secret"}
+
+ROLES = """
+CREATE ROLE boss SUPERUSER LOGIN PASSWORD 'boss-secret';
+CREATE ROLE reader; CREATE ROLE writer; GRANT reader, writer TO app;
+ALTER ROLE other SET work_mem = '7MB'; ALTER ROLE other SET app.of_role = 'role'; ALTER ROLE other SET datestyle = 'German';
+"""
 
 SETUP = """
 GRANT ALL ON SCHEMA public TO public;
 SET ROLE app;
 CREATE TABLE numbers AS SELECT i AS id, 'row ' || i AS name FROM generate_series(1, 20) AS i;
+CREATE TABLE log (who text, what text);
 CREATE FUNCTION set_inside(name text, value text) RETURNS text LANGUAGE plpgsql AS
     $$ BEGIN EXECUTE format('SET %s = %L', name, value); RETURN current_setting(name); END $$;
+CREATE FUNCTION set_from(value text) RETURNS text LANGUAGE plpgsql AS $$ BEGIN RETURN set_config('app.from', value, false); END $$;
+CREATE FUNCTION set_prepared(value text) RETURNS text LANGUAGE plpgsql AS $$ BEGIN RETURN set_config('app.prepared', value, false); END $$;
+CREATE FUNCTION set_deeper(value text) RETURNS text LANGUAGE plpgsql AS $$ BEGIN RETURN set_config('app.deep', value, false); END $$;
+CREATE FUNCTION set_deep(value text) RETURNS int LANGUAGE plpgsql AS $$ BEGIN PERFORM set_deeper(value); RETURN 1; END $$;
+CREATE FUNCTION set_and_fail(value text) RETURNS text LANGUAGE plpgsql AS
+    $$ BEGIN PERFORM set_config('app.caught', value, false); RAISE EXCEPTION 'no'; EXCEPTION WHEN raise_exception THEN RETURN 'caught'; END $$;
+CREATE FUNCTION with_own_setting() RETURNS text LANGUAGE sql SET work_mem = '77MB' AS $$ SELECT current_setting('work_mem') $$;
+CREATE FUNCTION remember(value text) RETURNS boolean LANGUAGE plpgsql AS
+    $$ BEGIN PERFORM set_config('app.remembered', value, false); RETURN true; END $$;
+CREATE FUNCTION lock_inside(key bigint) RETURNS void LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_advisory_lock(key); END $$;
+CREATE FUNCTION temp_inside(value text) RETURNS void LANGUAGE plpgsql AS
+    $$ BEGIN EXECUTE 'CREATE TEMP TABLE inside AS SELECT ' || quote_literal(value) || '::text AS v'; END $$;
+CREATE FUNCTION cursor_inside(name refcursor) RETURNS refcursor LANGUAGE plpgsql AS
+    $$ BEGIN OPEN name FOR SELECT id FROM numbers ORDER BY id; RETURN name; END $$;
+CREATE FUNCTION prepare_inside(value text) RETURNS void LANGUAGE plpgsql AS
+    $$ BEGIN EXECUTE 'PREPARE inside AS SELECT ' || quote_literal(value) || '::text'; END $$;
+CREATE FUNCTION seed_inside() RETURNS void LANGUAGE plpgsql AS $$ BEGIN PERFORM setseed(0.25); END $$;
+CREATE FUNCTION last_inside() RETURNS bigint LANGUAGE plpgsql AS $$ BEGIN RETURN lastval(); END $$;
+CREATE FUNCTION say(what text) RETURNS void LANGUAGE plpgsql AS
+    $$ BEGIN RAISE NOTICE 'notice %', what; RAISE WARNING 'warning %', what USING DETAIL = 'd', HINT = 'h', ERRCODE = '01ABC'; RAISE INFO 'info'; RAISE DEBUG 'debug'; END $$;
+CREATE FUNCTION fail(what text) RETURNS void LANGUAGE plpgsql AS
+    $$ BEGIN RAISE EXCEPTION 'failed %', what USING DETAIL = 'd', HINT = 'h', ERRCODE = 'ABCDE', COLUMN = 'c', CONSTRAINT = 'k', DATATYPE = 'y', TABLE = 't', SCHEMA = 's'; END $$;
 CREATE PROCEDURE set_and_commit(value text) LANGUAGE plpgsql AS
-    $$ BEGIN PERFORM set_config('app.inside', value, false); COMMIT; PERFORM set_config('app.lost', value, false); ROLLBACK; END $$;
-GRANT ALL ON numbers TO public;
+    $$ BEGIN PERFORM set_config('app.inside', value, false); COMMIT; PERFORM set_config('app.inside', 'lost', false); ROLLBACK; END $$;
+GRANT ALL ON ALL TABLES IN SCHEMA public TO public;
 """
 
-CASES = {
-    # ---- 1: settings
-    "SET and SHOW": ["SET work_mem = '{n}MB'", "SHOW work_mem", "SELECT current_setting('work_mem')", "RESET work_mem", "SHOW work_mem"],
-    "SET LOCAL": ["SET work_mem = '{n}MB'", "BEGIN", "SET LOCAL work_mem = '{n}1MB'", "SHOW work_mem", "COMMIT", "SHOW work_mem"],
+CASES = {f"{path.stem}: {name}": steps for path in sorted((pathlib.Path(__file__).parent / "equality").glob("*.txt"))
+         for name, steps in replay.read_cases(path).items()}
 
-    # ---- 2: the protocol's prepared statements
-    "same name, other text": ["/parse s SELECT '{me}', $1::int /sync", "/bind s {n} /describe P - /execute - /sync", "/describe S s /sync", "/close S s /sync",
-                              "/bind s {n} /execute - /sync"],
+# What differs still, and why.
+KNOWN_GAPS = {
 }
-
-KNOWN_GAPS = {}
 
 
 @pytest.fixture(scope="module")
 def server():
-    with harness.Postgres(plain=True) as server:
-        server.sql(f"CREATE ROLE boss SUPERUSER LOGIN PASSWORD '{USERS['boss']}'")
+    with harness.Postgres(plain=True, settings={"max_prepared_transactions": 20}) as server:
+        server.sql(ROLES)
         server.sql("CREATE DATABASE equal_direct")
         server.sql(SETUP, database="equal_direct")
         server.sql("CREATE DATABASE equal_pooled TEMPLATE equal_direct")
+        for database in ("equal_direct", "equal_pooled"):
+            server.sql(f"ALTER DATABASE {database} SET app.of_database = 'database'")
         yield server
 
 
@@ -52,13 +78,12 @@ def pooler(server):
     proxy.close()
 
 
-@pytest.mark.generic
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.xfail(reason=KNOWN_GAPS[n], strict=True)] if n in KNOWN_GAPS else []) for n in CASES])
 def test_as_direct(server, pooler, name):
-    lines, seed = CASES[name], f"{os.environ.get('EQUALITY_SEED', 1)} {name}"
-    direct = equality.play(lines, server.port, "equal_direct", USERS, seed)
-    pooled = equality.play(lines, pooler.port, "equal_pooled", USERS, seed)
-    found = equality.differences(lines, direct, pooled)
+    steps, seed = CASES[name], f"{os.environ.get('EQUALITY_SEED', 1)} {name}"
+    direct = replay.play(steps, server.port, "equal_direct", USERS, seed)
+    pooled = replay.play(steps, pooler.port, "equal_pooled", USERS, seed)
+    found = replay.differences(steps, direct, pooled)
     assert not found, "\n" + found
 
 

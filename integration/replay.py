@@ -17,6 +17,9 @@ from typing import NamedTuple
 import wire
 
 LETTERS = "abcdef"
+LOCKS = ("SELECT classid, objid, objsubid, mode, granted, count(*) FROM pg_locks WHERE locktype = 'advisory' AND (objid = {n} OR classid = {n}) "
+         "AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) GROUP BY 1, 2, 3, 4, 5 ORDER BY 1, 2, 3, 4")
+STATEMENTS = "SELECT name, statement, parameter_types, from_sql FROM pg_prepared_statements ORDER BY name"
 COMMANDS = re.compile(r"(?:^|\s)/(?=(?:parse|bind|describe|execute|close|query|data|done|fail|flush|sync)\b)")
 ONE_REPLY = ("parse", "bind", "describe", "execute", "close")
 
@@ -30,7 +33,20 @@ class Step(NamedTuple):
     accepts: str  # an SQLSTATE or ""
 
 
+def read_cases(path):
+    """name -> steps of a file where "== name" begins a case and each line is a step."""
+    cases = {}
+    for text in filter(None, path.read_text().splitlines()):
+        if text.startswith("== "):
+            assert text[3:] not in cases, text
+            steps = cases[text[3:]] = []
+        else:
+            steps.append(text)
+    return cases
+
+
 def own(text, index):
+    text = text.replace("{locks}", LOCKS).replace("{statements}", STATEMENTS).replace("{long}", "{me}" * 5000).replace("{newline}", "\n")
     return text.replace("{me}", LETTERS[index]).replace("{n}", str(index + 1))
 
 
