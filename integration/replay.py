@@ -4,12 +4,14 @@ A line of a case is one step: SQL (a simple query), or protocol messages, each b
     /parse NAME[:oid,...] SQL   /bind [PORTAL=]STATEMENT value...   /describe S|P NAME   /execute PORTAL [rows]   /close S|P NAME
     /query SQL   /data text   /done   /fail reason   /flush   /sync
 `-` is the empty name, NULL a null value. A step is over when all that it asks for has come; one that asks for nothing is over at once.
-{me} is the client's letter, {n} its number. The first line may be "@user=U key=value ...", startup parameters with `_` for a blank.
+{me} is the client's letter, {n} its number, {next} another client's letter; {locks} and {statements} are queries of one's own
+advisory locks and prepared statements. The first line may be "@user=U key='value' ...", startup parameters.
 "~SQLSTATE step" accepts that error instead of what a direct connection gives.
 """
 import random
 import re
 import select
+import shlex
 import struct
 import time
 from typing import NamedTuple
@@ -47,7 +49,7 @@ def read_cases(path):
 
 def own(text, index):
     text = text.replace("{locks}", LOCKS).replace("{statements}", STATEMENTS).replace("{long}", "{me}" * 5000).replace("{newline}", "\n")
-    return text.replace("{me}", LETTERS[index]).replace("{n}", str(index + 1))
+    return text.replace("{me}", LETTERS[index]).replace("{n}", str(index + 1)).replace("{next}", LETTERS[(index + 1) % len(LETTERS)])
 
 
 def unnamed(name):
@@ -94,8 +96,7 @@ def startup(lines, index):
     """The startup parameters of a case and its steps."""
     if not lines[0].startswith("@"):
         return {}, lines
-    pairs = (pair.split("=", 1) for pair in own(lines[0][1:], index).split(" "))
-    return {key: value.replace("_", " ") if key == "options" else value for key, value in pairs}, lines[1:]
+    return dict(pair.split("=", 1) for pair in shlex.split(own(lines[0][1:], index))), lines[1:]
 
 
 def neutral(text):
@@ -170,8 +171,12 @@ class Client:
 
     def read(self):
         """Takes what has come; called when something has."""
-        while self.waits and (self.wire.buffer or select.select([self.wire.sock], [], [], 0)[0]):
-            self.take(self.wire.recv())
+        try:
+            while self.waits and (self.wire.buffer or select.select([self.wire.sock], [], [], 0)[0]):
+                self.take(self.wire.recv())
+        except (wire.Closed, ConnectionResetError):
+            self.seen[-1].append("closed")
+            self.waits, self.steps = False, self.steps[:len(self.seen)]
 
     def take(self, message):
         if message.type == "S":  # in no order that means anything
@@ -232,13 +237,14 @@ def play(lines, port, database, users, seed, count=len(LETTERS)):
 
 
 def differences(lines, direct, pooled):
-    """What is told of a case that fails: for each client the first step that differs, and what it should be."""
+    """What is told of a case that fails: the first step that differs, as two of the clients saw it."""
     texts = [text for text in lines if not text.startswith("@")]
     found = []
     for index, (expected, got) in enumerate(zip(direct, pooled)):
         for text, a, b in zip(texts, expected, got):
             accepted = make_step(own(text, index)).accepts
             if a != b and not (accepted and any(f" C={accepted} " in seen for seen in b)):
-                found.append(f"client {LETTERS[index]}: {own(text, index)}\n  direct  {a}\n  proxy   {b}")
+                short = ["\n    ".join(line[:300] for line in one if line not in other) or "(other order or number)" for one, other in ((a, b), (b, a))]
+                found.append(f"client {LETTERS[index]}: {own(text, index)[:300]}\n  direct\n    {short[0]}\n  proxy\n    {short[1]}")
                 break
-    return "\n".join(found)
+    return "\n".join([f"{len(found)} of {len(direct)} clients", *found[:2]]) if found else ""
