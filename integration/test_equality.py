@@ -55,6 +55,52 @@ CASES = {f"{path.stem}: {name}": steps for path in sorted((pathlib.Path(__file__
 
 # What differs still, and why.
 KNOWN_GAPS = {
+    "prepare: Bind of an SQL statement": "Close of a statement that SQL has made isn't done",
+    "prepare: EXECUTE in a DO block": "dynamic SQL in functions doesn't find the protocol's statements: 26000",
+    "protocol: DEALLOCATE in a DO block": "dynamic SQL in functions doesn't find the protocol's statements: 26000",
+    "protocol: Close behind an error isn't done": "the statement is forgotten though the server has skipped the Close: 26000",
+    "protocol: Bind errors": "the error names the statement as the server knows it",
+    "protocol: a column more": "a statement that the server connection doesn't have yet is prepared anew: rows of a shape that wasn't described",
+    "protocol: a column more, in a transaction": "as above",
+    "protocol: a column of another type": "as above, and parameter types of the first Parse are forgotten",
+    "protocol: a table made anew": "as above",
+    "protocol: a function replaced": "as above",
+    "protocol: a statement whose table is no longer in the search_path": "the search_path of the Parse stays on the server connection when preparing fails: another client's rows",
+    "protocol: constants under DateStyle": "the ParameterStatus of settings put in for a Parse reaches the client",
+    "protocol: a temporary table in the way": "a server connection that had temporary objects doesn't plan anew",
+    "protocol: DEALLOCATE of a protocol statement": "pg_prepared_statements shows the proxy's own names",
+    "protocol: DEALLOCATE ALL in a transaction rolled back": "pg_prepared_statements shows the proxy's own names",
+    "protocol: pg_prepared_statements": "pg_prepared_statements shows the proxy's own names and what was closed",
+    "protocol: pg_prepared_statements by the protocol": "pg_prepared_statements shows the proxy's own names",
+    "protocol: counts of plans": "generic_plans and custom_plans count by server connection",
+    "settings: a custom setting of another client": "a custom setting that any client has set is known to all, as empty",
+    "settings: a custom setting rolled back": "a custom setting that was rolled back is NULL, not empty, on other server connections",
+    "settings: SESSION CHARACTERISTICS": "transaction_isolation is carried as if it were a setting: FATAL 25001",
+    "settings: UPDATE pg_settings": "the view's rule calls set_config out of sight",
+    "settings: a function that sets what it is told": "the first calls of a function, before it is known what it leaves behind",
+    "settings: a function deep below that sets": "the first calls of a function, before it is known what it leaves behind",
+    "settings: a procedure that sets and commits": "the first calls of a procedure, before it is known what it leaves behind",
+    "state: setseed in a function": "the first calls of a function, before it is known what it leaves behind",
+    "settings: a view that sets": "a function called out of sight",
+    "settings: a default that sets": "a function called out of sight",
+    "settings: a CHECK that sets": "a function called out of sight",
+    "settings: a rule that sets": "a function called out of sight",
+    "settings: a policy that sets": "a function called out of sight",
+    "settings: an operator that sets": "a function called out of sight",
+    "settings: a domain that sets": "a function called out of sight",
+    "settings: a cast that sets": "a function called out of sight",
+    "traffic: COPY FROM that calls functions": "a function called out of sight",
+    "settings: an own function with a harmless name": "taken for pg_catalog's",
+    "settings: the source of startup options": "pg_settings shows them as the session's",
+    "settings: startup parameters": "RESET goes to the server's default, not to the startup parameter",
+    "settings: a startup encoding": "RESET goes to the server's default, not to the startup parameter",
+    "settings: backslashes in strings": "the warning of a Parse comes again, or not at all, with a server connection that has the statement",
+    "settings: a library's settings before it is loaded": "a library stays loaded on the server connection",
+    "settings: a library's settings": "a setting that only a server connection without the library accepts is carried to one with it: FATAL 42501",
+    "state: temporary by search_path": "a table made in pg_temp by search_path isn't seen",
+    "state: pg_my_temp_schema": "a server connection keeps the temporary schema of an earlier client",
+    "state: set_config of the seed": "set_config of seed isn't seen",
+    "state: pg_backend_pid": "pg_backend_pid() beside set_config isn't seen",
 }
 
 
@@ -96,18 +142,19 @@ def pooler(server):
     pooler.proxy.close()
 
 
-def differences(server, pooler, name, seed):
-    steps, order = CASES[name], f"{os.environ.get('EQUALITY_SEED', 1)} {seed} {name}"
-    direct = replay.play(steps, server.port, "equal_direct", USERS, order)
-    pooled = replay.play(steps, pooler.proxy.port, "equal_pooled", USERS, order)
+def differences(server, pooler, name, order):
+    steps, seed = CASES[name], f"{os.environ.get('EQUALITY_SEED', 1)} {order} {name}"
+    direct = replay.play(steps, server.port, "equal_direct", USERS, seed)
+    pooled = replay.play(steps, pooler.proxy.port, "equal_pooled", USERS, seed)
     return replay.differences(steps, direct, pooled)
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.xfail(reason=KNOWN_GAPS[n], strict=True)] if n in KNOWN_GAPS else []) for n in CASES])
 def test_as_direct(server, pooler, name):
-    orders = 8 if name in KNOWN_GAPS else 1  # a gap may not show in every order
-    for seed in range(orders):
-        if found := differences(server, pooler, name, seed):
+    for order in range(20 if name in KNOWN_GAPS else 1):  # a gap may not show in every order, nor twice to one proxy
+        if order % 2:
+            pooler.renew()
+        if found := differences(server, pooler, name, order):
             pooler.renew()
             pytest.fail(found, pytrace=False)
 
