@@ -5,7 +5,8 @@ A line of a case is one step: SQL (a simple query), or protocol messages, each b
     /query SQL   /data text   /done   /fail reason   /flush   /sync
 `-` is the empty name, NULL a null value. A step is over when all that it asks for has come; one that asks for nothing is over at once.
 {me} is the client's letter, {n} its number, {next} another client's letter; {locks} and {statements} are queries of one's own
-advisory locks and prepared statements. The first line may be "@user=U key='value' ...", startup parameters.
+advisory locks and prepared statements. The first line may be "@user=U key='value' ...", startup parameters, and options: "together"
+gives all clients their next step at once, "learned" plays the case by one client first, so that the proxy knows its functions.
 "~SQLSTATE step" accepts that error instead of what a direct connection gives.
 """
 import random
@@ -92,11 +93,12 @@ def make_step(text):
     return Step(text, b"".join(map(encode, commands)), verbs.count("query") + verbs.count("sync"), flushed, "done" in verbs or "fail" in verbs, accepts)
 
 
-def startup(lines, index):
-    """The startup parameters of a case and its steps."""
+def startup(lines, index=0):
+    """The startup parameters of a case, its options and its steps."""
     if not lines[0].startswith("@"):
-        return {}, lines
-    return dict(pair.split("=", 1) for pair in shlex.split(own(lines[0][1:], index))), lines[1:]
+        return {}, set(), lines
+    words = shlex.split(own(lines[0][1:], index))
+    return dict(word.split("=", 1) for word in words if "=" in word), {word for word in words if "=" not in word}, lines[1:]
 
 
 def neutral(text):
@@ -145,7 +147,7 @@ class Client:
     """One client that goes through a case; `seen` has a list of lines for each step."""
 
     def __init__(self, index, lines, port, database, users):
-        parameters, lines = startup(lines, index)
+        parameters, _, lines = startup(lines, index)
         user = parameters.pop("user", "app")
         self.index, self.steps = index, [make_step(own(text, index)) for text in lines]
         self.seen, self.owed, self.replies, self.waits = [], 0, 0, False
@@ -211,6 +213,7 @@ def play(lines, port, database, users, seed, count=len(LETTERS)):
     """What each client received, step by step. Up to three at a time are given their next step, in a random order; one that has to
     wait for a server connection waits while the others go on."""
     rng = random.Random(seed)
+    together = "together" in startup(lines)[1]
     clients = []
     try:
         for index in range(count):
@@ -219,7 +222,7 @@ def play(lines, port, database, users, seed, count=len(LETTERS)):
         while running:
             assert time.monotonic() < deadline, f"no answer to {[(c.index, c.step.text) for c in running if c.waits]}"
             free = [c for c in running if not c.waits]
-            for client in rng.sample(free, min(len(free), rng.randint(1, 3))):
+            for client in rng.sample(free, len(free) if together else min(len(free), rng.randint(1, 3))):
                 client.begin()
             until = time.monotonic() + 0.02
             while waiting := [c for c in running if c.waits]:
