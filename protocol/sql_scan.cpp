@@ -243,7 +243,9 @@ class Scanner {
       case 'p':
         if (starts(word_, "pg_temp"))
           residue_ |= kTemporary;
-        else if (is(word_, "pg_backend_pid")) {
+        else if (is(word_, "pg_settings")) {
+          if (updates_) residue_ |= kSettings | kMeaning;  // its rule calls set_config
+        } else if (is(word_, "pg_backend_pid")) {
           if (!unequal_) residue_ |= kBackendPid;
         } else if (is(word_, "pg_prepared_statements"))
           residue_ |= kPrepared;
@@ -274,7 +276,7 @@ class Scanner {
         if (is(word_, "nextval")) residue_ |= kSequenceWrite;
         break;
       case 'u':
-        if (is(word_, "update")) residue_ |= kSequenceWrite;
+        if (is(word_, "update")) residue_ |= kSequenceWrite, updates_ = true;
         break;
       case 'l':
         if (is(word_, "lastval"))
@@ -442,13 +444,14 @@ class Scanner {
 
   /// set_config(name, value, is_local): harmless if the last argument is `true`; the name counts if it is one literal.
   void set_config() {
-    if (!step() || kind_ != '(') {
+    if (calls_ == kMostDepth || !step() || kind_ != '(') {
       residue_ |= kSettings | kCustomSetting;
       written_out_ = false;
       return;
     }
+    ++calls_;
     int depth = 1, tokens = 0, argument = 1;
-    bool plain_name = false, local = false;
+    bool plain_name = false, local = false, cast = true;
     std::string_view written;
     literals_ = 0;
     while (depth > 0 && step()) {
@@ -457,18 +460,22 @@ class Scanner {
       const bool ends = depth == 0 || (depth == 1 && kind_ == ',');
       if (!ends) {
         ++tokens;
+        cast &= kind_ == (tokens <= 2 ? ':' : 'w');
         local = tokens == 1 && kind_ == 'w' && is(word_, "true");
+        if (kind_ == 'w' && word_.size() >= 4) anywhere();
         continue;
       }
-      if (argument == 1 && tokens == 0 && literals_ == 1) {
+      if (argument == 1 && literals_ == 1 && (tokens == 0 || (tokens == 3 && cast))) {
         written = literal_;
         plain_name = literal_.find('.') == std::string_view::npos;
+        if (is(written, "seed")) residue_ |= kSeed;
       }
       if (argument == 1 && !any(written, {"role", "session_authorization", "search_path"}) && !leaves_meaning(lower(written)))
         residue_ |= kMeaning;
-      if (depth == 0 && argument == 3 && tokens == 1 && local) return;
+      if (depth == 0 && argument == 3 && tokens == 1 && local) return void(--calls_);
       if (depth > 0) ++argument, tokens = 0, local = false;
     }
+    --calls_;
     residue_ |= plain_name && depth == 0 ? kSettings : kSettings | kCustomSetting;
     if (plain_name) return;
     if (written.empty() || written.find('\'') != std::string_view::npos)
@@ -605,13 +612,14 @@ class Scanner {
 
   const char* p_;
   const char* end_;
-  bool conforming_, declare_ = false;
+  bool conforming_, declare_ = false, updates_ = false;
   char kind_ = 0;
   BodyScan* found_;
   PreparedNames* prepared_;
   bool awaits_name_ = false, strict_ = false;
   bool body_;      // of a function
   int depth_ = 0;  // of texts within texts
+  int calls_ = 0;  // of set_config in set_config's arguments
   bool written_out_ = true;
   std::vector<std::string> names_;  // of custom settings
   int literals_ = 0;

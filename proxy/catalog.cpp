@@ -11,7 +11,7 @@ namespace pgsidecar::proxy {
 namespace {
 
 constexpr std::size_t kMostKnown = 10000, kMostWanted = 500, kMostHanging = 10000;
-constexpr int kMostRounds = 100;
+constexpr int kMostRounds = 100, kMostFailures = 3;
 
 std::uint64_t new_version() {
   static std::atomic<std::uint64_t> last{0};
@@ -87,6 +87,18 @@ UNION SELECT word, name, '', '' FROM part JOIN pg_event_trigger AS e ON classid 
   'reassign']) AS word WHERE name = ANY ((SELECT names FROM wanted)::text[])
 UNION SELECT name, name, '', '' FROM called WHERE name = ANY ((SELECT names FROM wanted)::text[]) LIMIT )";
 
+void want(Catalog::Names& names, const std::string& name) {
+  if (names.size() < kMostWanted && std::find(names.begin(), names.end(), name) == names.end()) names.push_back(name);
+}
+
+template <class Words>
+std::uint32_t residue_of_words(const std::vector<protocol::Word>& words, const Words& known, std::uint32_t everywhere) {
+  std::uint32_t residue = everywhere;
+  for (const protocol::Word word : words)
+    if (const auto it = known.find(word); it != known.end()) residue |= it->second;
+  return residue;
+}
+
 std::string list(const std::vector<std::string>& names) {
   std::string out;
   for (const std::string& name : names) out += (out.empty() ? "" : ",") + literal(name);
@@ -95,20 +107,25 @@ std::string list(const std::vector<std::string>& names) {
 
 }  // namespace
 
-std::uint32_t Catalog::residue_of_calls(const std::vector<std::string>& names, Time now) {
+std::uint32_t Catalog::residue_of_calls(const Names& names, Time now, Names& unknown) const {
   std::uint32_t residue = 0;
   std::vector<const Known*> visited;
-  for (const std::string& name : names) residue |= walk(name, now - kGood, visited);
+  for (const std::string& name : names) residue |= walk(name, now - kGood, visited, unknown);
+  if (!surveyed_)
+    for (const std::string& name : names) want(unknown, name);  // what their bodies name isn't known
   return residue;
 }
 
-std::uint32_t Catalog::walk(const std::string& name, Time since, std::vector<const Known*>& visited) {
+std::uint32_t Catalog::walk(const std::string& name, Time since, std::vector<const Known*>& visited, Names& unknown) const {
   const auto it = known_.find(name);
   if (it == known_.end() || it->second.learned < since) {
-    want(name);
+    want(unknown, name);
     return protocol::kFunction;
   }
-  const Known& known = it->second;
+  return walk(it->second, since, visited, unknown);
+}
+
+std::uint32_t Catalog::walk(const Known& known, Time since, std::vector<const Known*>& visited, Names& unknown) const {
   if (std::find(visited.begin(), visited.end(), &known) != visited.end()) return 0;
   visited.push_back(&known);
   std::uint32_t residue = known.residue;
@@ -116,12 +133,8 @@ std::uint32_t Catalog::walk(const std::string& name, Time since, std::vector<con
     for (const protocol::Word word : known.words)
       if (const auto named = words_.find(word); named != words_.end()) residue |= named->second;
   }
-  for (const std::string& called : known.calls) residue |= walk(called, since, visited);
+  for (const std::string& called : known.calls) residue |= walk(called, since, visited, unknown);
   return residue;
-}
-
-void Catalog::want(const std::string& name) {
-  if (wanted_.size() < kMostWanted && std::find(wanted_.begin(), wanted_.end(), name) == wanted_.end()) wanted_.push_back(name);
 }
 
 std::uint32_t Catalog::residue_of_names(std::string_view sql) const {
@@ -133,6 +146,10 @@ std::uint32_t Catalog::residue_of_names(std::string_view sql) const {
   return residue;
 }
 
+std::uint32_t Catalog::residue_of_names(const std::vector<protocol::Word>& words) const {
+  return residue_of_words(words, words_, everywhere_);
+}
+
 std::uint32_t Catalog::residue_of_names(const protocol::Statement& statement, std::string_view sql) const {
   if (statement.names_version != version_) {
     statement.names_version = version_;
@@ -141,16 +158,15 @@ std::uint32_t Catalog::residue_of_names(const protocol::Statement& statement, st
   return statement.names_residue;
 }
 
-Catalog::Inquiry Catalog::take_wanted(Time now) {
-  return take_older(now - kGood);
+Catalog::Inquiry Catalog::inquire(const Names& unknown, Time now) const {
+  return older(unknown, now - kGood);
 }
 
-Catalog::Inquiry Catalog::take_older(Time since) {
-  std::erase_if(wanted_, [&](const std::string& name) {
-    const auto it = known_.find(name);
-    return it != known_.end() && it->second.learned >= since;
-  });
-  return {std::exchange(wanted_, {}), {}};
+Catalog::Inquiry Catalog::older(const Names& names, Time since) const {
+  Inquiry inquiry;
+  for (const std::string& name : names)
+    if (const auto it = known_.find(name); it == known_.end() || it->second.learned < since) inquiry.names.push_back(name);
+  return inquiry;
 }
 
 std::string Catalog::question(const Inquiry& inquiry) {
@@ -184,7 +200,7 @@ void Catalog::answer(Inquiry& inquiry, const std::string& name, std::string_view
   if (!settings_.learn(found.custom_settings)) known.residue |= protocol::kCustomSetting;
 }
 
-std::uint32_t Catalog::answered(Inquiry& inquiry, Time now, bool failed) {
+void Catalog::answered(Inquiry& inquiry, Time now, bool failed) {
   if (known_.size() > kMostKnown) known_.clear();
   for (const std::string& name : inquiry.names) {
     Known known = std::move(inquiry.found[name]);
@@ -193,7 +209,6 @@ std::uint32_t Catalog::answered(Inquiry& inquiry, Time now, bool failed) {
     if (const auto it = known_.find(name); it != known_.end() && (known.residue & ~it->second.residue) != 0) late_ = true;
     known_.insert_or_assign(name, std::move(known));
   }
-  return residue_of_calls(inquiry.names, now);
 }
 
 void Catalog::unknown() {
@@ -215,16 +230,23 @@ Survey::Survey(Catalog& catalog, Time now) : catalog_(catalog), begun_(now), cha
 }
 
 std::string Survey::next(Time now) {
-  if (failed_) return give_up(now, Catalog::kRetry, "the server can't tell");
+  if (failed_) {
+    // Something that was just dropped may have made the server fail.
+    if (++failures_ == kMostFailures) return give_up(now, Catalog::kRetry, "the server can't tell");
+    failed_ = false;
+    rounds_ = 0;
+    functions_.clear(), stateful_.clear(), hanging_.clear(), wanted_.clear();
+    expressions_ = {};
+  }
   if (functions_.size() > kMostHanging || hanging_.size() > kMostHanging || ++rounds_ > kMostRounds)
     return give_up(now, Catalog::kSurveyEvery, "there is too much");
   if (rounds_ == 1) return std::string(kSurvey) + kFunctions + std::to_string(kMostHanging + 1);
   auto stateful = reckon();
   if (rounds_ == 2) {
     // What clients call is looked up again too, so that it is known when they call it next.
-    for (const auto& [name, known] : catalog_.known_) catalog_.want(name);
+    for (const auto& [name, known] : catalog_.known_) want(wanted_, name);
   }
-  inquiry_ = catalog_.take_older(begun_);
+  inquiry_ = catalog_.older(std::exchange(wanted_, {}), begun_);
   if (!inquiry_.names.empty()) return Catalog::question(inquiry_);
   if (stateful != stateful_) {
     stateful_ = std::move(stateful);
@@ -246,7 +268,7 @@ std::string Survey::next(Time now) {
   catalog_.failing_ = false;
   catalog_.due_ = now + Catalog::kSurveyEvery;
   if (words_ != catalog_.words_ || everywhere_ != catalog_.everywhere_) {
-    catalog_.words_ = std::move(words_);
+    catalog_.words_ = words_;
     catalog_.everywhere_ = everywhere_;
     catalog_.version_ = new_version();
   }
@@ -257,10 +279,7 @@ void Survey::answer(std::string (&field)[4]) {
   if (asks_relations_) {
     hanging_.push_back({protocol::word_of_name(field[0]), std::move(field[1])});
   } else if (rounds_ == 1) {
-    if (!field[3].empty()) {
-      inquiry_.names.push_back(field[0]);
-      catalog_.answer(inquiry_, field[0], "sql", false, field[3]);
-    }
+    if (!field[3].empty()) catalog_.answer(expressions_, field[0], "sql", false, field[3]);
     functions_.push_back(std::move(field[0]));
   } else {
     catalog_.answer(inquiry_, field[0], field[1], field[2] == "t", field[3]);
@@ -270,8 +289,12 @@ void Survey::answer(std::string (&field)[4]) {
 void Survey::answered(Time now, bool failed) {
   failed_ |= failed;
   asks_relations_ = false;
-  catalog_.answered(inquiry_, now, failed);
+  if (!failed) catalog_.answered(inquiry_, now, false);
   inquiry_ = {};
+}
+
+std::uint32_t Survey::residue_of(const std::vector<protocol::Word>& words) const {
+  return residue_of_words(words, words_, everywhere_);
 }
 
 std::vector<std::string> Survey::reckon() {
@@ -280,7 +303,10 @@ std::vector<std::string> Survey::reckon() {
   std::swap(catalog_.words_, words_);  // a function's body is a text that may name things too
   const auto residue_of = [&](const std::string& function) {
     std::vector<const Catalog::Known*> visited;
-    return catalog_.walk(function, begun_, visited) & ~protocol::kPassive;
+    const auto expression = expressions_.found.find(function);
+    const std::uint32_t residue = expression == expressions_.found.end() ? catalog_.walk(function, begun_, visited, wanted_)
+                                                                         : catalog_.walk(expression->second, begun_, visited, wanted_);
+    return residue & ~protocol::kPassive;
   };
   for (bool more = true; more;) {
     more = false;

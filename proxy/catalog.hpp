@@ -26,30 +26,33 @@ class SettingsCache;
 class Catalog {
  public:
   using Time = std::chrono::steady_clock::time_point;
+  using Names = std::vector<std::string>;
 
   /// Custom settings that functions set are learned by `settings`.
   explicit Catalog(SettingsCache& settings) : settings_(settings) { unknown(); }
 
-  /// The residue of calling these and all that they call. With kFunction if it isn't known; then they will be asked for.
-  std::uint32_t residue_of_calls(const std::vector<std::string>& names, Time now);
+  /// The residue of calling these and all that they call. With kFunction if it isn't known; then `unknown` gets those to ask for.
+  std::uint32_t residue_of_calls(const Names& names, Time now, Names& unknown) const;
   /// No text leaves behind more than its statements and calls show.
   bool quiet() const { return everywhere_ == 0 && words_.empty(); }
   /// The residue of what hangs on all that a text names.
   std::uint32_t residue_of_names(std::string_view sql) const;
+  std::uint32_t residue_of_names(const std::vector<protocol::Word>& words) const;
   std::uint32_t residue_of_names(const protocol::Statement& statement, std::string_view sql) const;  ///< kept with it
 
   /// What one question is about, and what has come back so far.
   struct Inquiry;
-  /// What is to be asked for; the caller does, in one go.
-  Inquiry take_wanted(Time now);
+  /// About those of the names that aren't known by now.
+  Inquiry inquire(const Names& unknown, Time now) const;
   /// SQL that asks: rows (name, language, owned by an extension, body).
   static std::string question(const Inquiry& inquiry);
   void answer(Inquiry& inquiry, const std::string& name, std::string_view language, bool extension, std::string_view body);
-  /// All rows have come: what was asked for and has none is no function. `failed`: not all. Returns residue_of_calls.
-  std::uint32_t answered(Inquiry& inquiry, Time now, bool failed);
+  /// All rows have come: what was asked for and has none is no function. `failed`: not all.
+  void answered(Inquiry& inquiry, Time now, bool failed);
 
   /// Something was made or changed.
   void forget();
+  bool surveyed() const { return surveyed_; }       ///< what naming things may leave behind is known
   bool due(Time now) const { return now >= due_; }  ///< a survey is
   /// True once when something has been found that sessions may have been used by unseen since the last look.
   bool take_late() { return std::exchange(late_, false); }
@@ -65,14 +68,13 @@ class Catalog {
   using Words = boost::unordered_flat_map<protocol::Word, std::uint32_t>;
   static constexpr std::chrono::seconds kGood{60}, kSurveyEvery{30}, kRetry{5};
 
-  std::uint32_t walk(const std::string& name, Time since, std::vector<const Known*>& visited);
-  Inquiry take_older(Time since);
-  void want(const std::string& name);
+  std::uint32_t walk(const std::string& name, Time since, std::vector<const Known*>& visited, Names& unknown) const;
+  std::uint32_t walk(const Known& known, Time since, std::vector<const Known*>& visited, Names& unknown) const;
+  Inquiry older(const Names& names, Time since) const;
   void unknown();
 
   SettingsCache& settings_;
   protocol::StringMap<Known> known_;
-  std::vector<std::string> wanted_;
   Words words_;                   // what naming something may leave behind, if anything
   std::uint32_t everywhere_ = 0;  // what every text may
   std::uint64_t version_ = 0;     // of these two, unlike any other catalog's
@@ -96,6 +98,8 @@ class Survey {
   std::string next(Time now);
   void answer(std::string (&field)[4]);
   void answered(Time now, bool failed);
+  /// What naming these may leave behind, as it found.
+  std::uint32_t residue_of(const std::vector<protocol::Word>& words) const;
 
  private:
   struct Hanging {
@@ -110,12 +114,13 @@ class Survey {
   Catalog& catalog_;
   const Time begun_;
   const std::uint64_t changes_;
-  int rounds_ = 0;
+  int rounds_ = 0, failures_ = 0;
   bool asks_relations_ = false, failed_ = false;
+  Catalog::Names wanted_;
   std::vector<std::string> functions_;  // that hang on something
   std::vector<std::string> stateful_;   // of those, whose relations are known
   std::vector<Hanging> hanging_;
-  Catalog::Inquiry inquiry_;
+  Catalog::Inquiry inquiry_, expressions_;  // expressions_: answers of the first question, which only this one knows by their names
   Catalog::Words words_;
   std::uint32_t everywhere_ = 0;
 };

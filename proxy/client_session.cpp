@@ -487,6 +487,7 @@ void ClientSession::on_server_ready() {
   }
   if (subscriber_) subscriber_->on_answered();
   if (subscriber_ && subscriber_->in_turn()) return subscriber_->advance();
+  if (residue_ & protocol::kFunction) residue_ |= server_->residue_of_unknown();
   pin_by_text();
   if (must_ask()) {
     residue_ = 0;

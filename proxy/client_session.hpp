@@ -60,7 +60,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   void on_server_ready();
   void on_greeting_failed(const protocol::ErrorFields& error);
   void on_residue(SettingsRef settings, const Residue& found);  ///< no settings: they aren't known
-  void on_learned(std::uint32_t residue);                       ///< of functions that it has called: the session is to be looked at
+  void on_learned() { residue_ |= protocol::kFunction; }        ///< its transaction may have left something: the session is to be looked at
   bool made_temporary() const { return (residue_ & protocol::kTemporary) != 0; }  ///< its transaction may have
   void on_parse_done(bool ok);
   void on_answered();         ///< ReadyForQuery of a request of its own

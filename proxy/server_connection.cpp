@@ -247,7 +247,7 @@ bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total
   if (!reply) return false;
   const Owed& owed = reply->owed;
   const bool ours = client_ && owed.owner == client_->id();
-  if (type == Backend::ReadyForQuery && status == TxStatus::Idle) open_definition_ = false;
+  if (type == Backend::ReadyForQuery && status == TxStatus::Idle && std::exchange(open_definition_, false)) on_catalog_changed();
   if (ours && type == Backend::ReadyForQuery) client_->on_answered();
   bool forward = ours && owed.verdict == Verdict::Forward;
   if (forward && type == Backend::ReadyForQuery && status == TxStatus::Idle) forward = !client_->keeps_ready_back();
@@ -276,7 +276,7 @@ bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total
     if (client_->subscriber()) client_->subscriber()->on_tag(tag);
     if (tag == "DISCARD ALL" || tag == "DEALLOCATE ALL") client_->on_statements_gone();
     if (changes_results(tag)) worker_.statements.retire_all();
-    if (changes_catalog(tag)) on_catalog_changed();
+    open_definition_ |= changes_catalog(tag);
   }
   if (forward) worker_.to_client.add(available.data(), available.size());
   pass_left_ = total - available.size();
@@ -405,7 +405,7 @@ void ServerConnection::ask_residue() {
   asking_residue_ = true;
   if (ask_catalog()) return;
   residue_failed_ = false;
-  inquiry_ = entry_.catalog.take_wanted(worker_.now());
+  inquiry_ = entry_.catalog.inquire(unknown_calls, worker_.now());
   if (!inquiry_.names.empty()) {
     ask(kLearn, Catalog::question(inquiry_));
     return send(worker_.to_server);
@@ -422,13 +422,11 @@ bool ServerConnection::ask_catalog() {
     const conf::PoolSettings& policy = entry_.pool.settings();
     if (!entry_.catalog.due(now) || policy.mode == conf::PoolMode::Session || policy.residueCheck == conf::ResidueCheck::Never)
       return false;
-    // What an open transaction has made can't be seen yet.
-    for (const auto& [id, server] : entry_.servers)
-      if (server->open_definition_) return false;
     survey_ = std::make_unique<Survey>(entry_.catalog, now);
   }
   const std::string question = survey_->next(now);
   if (question.empty()) {
+    unknown_residue_ |= survey_->residue_of(std::exchange(unknown_names, {}));
     survey_.reset();
     if (entry_.catalog.take_late()) {
       log::info("{}@{}: functions leave something in sessions that didn't before: every server connection is replaced", entry_.user,
@@ -449,13 +447,19 @@ bool ServerConnection::ask_catalog() {
 }
 
 void ServerConnection::finish_learning() {
-  std::uint32_t residue = 0;
   if (survey_)
     survey_->answered(worker_.now(), residue_failed_);
   else
-    residue = entry_.catalog.answered(inquiry_, worker_.now(), residue_failed_);
+    entry_.catalog.answered(inquiry_, worker_.now(), residue_failed_);
   asking_residue_ = client_ && survey_ && ask_catalog();
-  if (client_ && !asking_residue_) client_->on_learned(residue);
+  if (client_ && !asking_residue_) client_->on_learned();
+}
+
+std::uint32_t ServerConnection::residue_of_unknown() {
+  if (entry_.catalog.surveyed() && !unknown_names.empty())
+    unknown_residue_ |= entry_.catalog.residue_of_names(std::exchange(unknown_names, {}));
+  const Catalog::Names names = std::exchange(unknown_calls, {});
+  return std::exchange(unknown_residue_, 0) | entry_.catalog.residue_of_calls(names, worker_.now(), unknown_calls);
 }
 
 bool ServerConnection::changes_catalog(std::string_view tag) const {
@@ -464,10 +468,9 @@ bool ServerConnection::changes_catalog(std::string_view tag) const {
 }
 
 void ServerConnection::on_catalog_changed() {
-  open_definition_ = true;
   entry_.catalog.forget();
   for (const auto& [id, server] : entry_.servers)
-    if (server->client_) server->client_->on_learned(0);  // it may be using what was made already
+    if (server->client_) server->client_->on_learned();  // it may be using what was made already
 }
 
 void ServerConnection::finish_residue() {
@@ -540,6 +543,9 @@ void ServerConnection::lease(ClientSession& client) {
   client_ = &client;
   leased_anew_ = true;
   cancel_due_ = false;
+  unknown_calls.clear();
+  unknown_names.clear();
+  unknown_residue_ = 0;
   sequences_touched = meaning_changed = false;
   suspect.clear();
   client.on_lease(*this);

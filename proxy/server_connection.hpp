@@ -54,10 +54,12 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   protocol::ServerStatements statements;
   SettingsRef settings;  ///< what its session has; null: unknown, reset before use
   std::uint32_t cancels_pending = 0;
-  std::string suspect;             ///< the last text of this lease that may have left something in the session
-  bool meaning_changed = false;    ///< in this lease, how constants are read may have been set, and the server not asked yet
-  bool sequences_touched = false;  ///< in this lease
-  bool sequences_dirty = false;    ///< the session may have values of sequences that another client took
+  Catalog::Names unknown_calls;               ///< functions that were called in this lease before it was known what they leave
+  std::vector<protocol::Word> unknown_names;  ///< words of its texts from before a survey
+  std::string suspect;                        ///< the last text of this lease that may have left something in the session
+  bool meaning_changed = false;               ///< in this lease, how constants are read may have been set, and the server not asked yet
+  bool sequences_touched = false;             ///< in this lease
+  bool sequences_dirty = false;               ///< the session may have values of sequences that another client took
   bool conforming_strings() const { return conforming_strings_; }  ///< standard_conforming_strings
 
   void lease(ClientSession& client);
@@ -87,6 +89,8 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   void resume_reading();
   /// Asks what the session holds, after what functions may leave in it if that isn't known.
   void ask_residue();
+  /// What the functions that weren't known when they were called leave behind, as far as that is known by now.
+  std::uint32_t residue_of_unknown();
   bool asking_residue() const { return asking_residue_; }
   /// From now on it is the pool's listener. Returns SQL that takes away what its session has.
   std::string listen_for_pool();
@@ -161,7 +165,8 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   Residue residue_;
   std::string login_user_;
   std::vector<std::pair<std::string, protocol::StatementRef>> adopted_;
-  bool open_definition_ = false;  // its transaction has made or altered something
+  bool open_definition_ = false;       // its transaction has made or altered something
+  std::uint32_t unknown_residue_ = 0;  // of unknown_names, as a survey found
   Catalog::Inquiry inquiry_;
   std::unique_ptr<Survey> survey_;
   protocol::ErrorFields login_error_;

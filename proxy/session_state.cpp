@@ -16,7 +16,7 @@ using protocol::kPassive;
 
 namespace {
 
-constexpr std::size_t kMostSuspect = 1000;
+constexpr std::size_t kMostSuspect = 1000, kMostWords = 10000;
 
 /// What a text alone says: nothing that the server could be asked for.
 constexpr struct {
@@ -72,6 +72,11 @@ void ClientSession::note_names(std::string_view sql, std::uint32_t residue) {
   if (residue == 0) return;
   residue_ |= residue;
   server_->suspect = sql.substr(0, kMostSuspect);
+  if (entry_->catalog.surveyed()) return;
+  auto& words = server_->unknown_names;
+  protocol::for_each_word(sql, [&](protocol::Word word) {
+    if (words.size() < kMostWords) words.push_back(word);
+  });
 }
 
 // Returns what the text and what it calls may leave.
@@ -80,7 +85,8 @@ std::uint32_t ClientSession::note_residue(std::string_view sql, std::uint32_t kn
   if (known == 0) return 0;
   std::uint32_t residue = known;
   if (residue & protocol::kFunction)
-    residue = (residue & ~protocol::kFunction) | entry_->catalog.residue_of_calls(protocol::called_functions(sql), worker_.now());
+    residue = (residue & ~protocol::kFunction) |
+              entry_->catalog.residue_of_calls(protocol::called_functions(sql), worker_.now(), server_->unknown_calls);
   if (known & protocol::kCustomSetting) {
     std::vector<std::string> names;
     if (protocol::custom_setting_names(sql, names, server_->conforming_strings()) && entry_->settings.learn(names))
@@ -144,10 +150,6 @@ bool ClientSession::must_ask() const {
   if (entry_->sequences_matter) triggers |= protocol::kSequenceWrite;
   if (pin_) triggers |= protocol::kDrop;
   return (residue_ & triggers) != 0;
-}
-
-void ClientSession::on_learned(std::uint32_t residue) {
-  residue_ |= residue | protocol::kFunction;
 }
 
 void ClientSession::on_residue(SettingsRef now, const Residue& found) {

@@ -92,11 +92,13 @@ TEST_F(CatalogTest, ABodyThatNamesSuchALeavesTheSame) {
   database.hanging = {{"inner_table", "lock"}, {"middle_table", "copy"}, {"outer_table", "copy_on"}};
   database.survey(catalog, now);
   EXPECT_EQ(catalog.residue_of_names("DELETE FROM outer_table"), kAdvisoryLock);
-  EXPECT_EQ(catalog.residue_of_calls({"calls"}, now), kFunction);
-  auto inquiry = catalog.take_wanted(now);
+  Catalog::Names unknown;
+  EXPECT_EQ(catalog.residue_of_calls({"calls"}, now, unknown), kFunction);
+  auto inquiry = catalog.inquire(unknown, now);
   EXPECT_EQ(inquiry.names, std::vector<std::string>{"calls"});
   catalog.answer(inquiry, "calls", "plpgsql", false, database.bodies["calls"]);
-  EXPECT_EQ(catalog.answered(inquiry, now, false) & ~protocol::kPassive, kAdvisoryLock);
+  catalog.answered(inquiry, now, false);
+  EXPECT_EQ(catalog.residue_of_calls(unknown, now, unknown) & ~protocol::kPassive, kAdvisoryLock);
 }
 
 TEST_F(CatalogTest, WhatHangsOnNothingCountsEverywhere) {
@@ -127,7 +129,9 @@ TEST_F(CatalogTest, ABodyIsReadAnewByTheNextSurvey) {
   database.bodies["f"] = "BEGIN PERFORM pg_advisory_lock(1); RETURN NEW; END";
   database.survey(catalog, now + seconds(30));
   EXPECT_EQ(catalog.residue_of_names("TABLE t"), kAdvisoryLock);
-  EXPECT_EQ(catalog.residue_of_calls({"f"}, now + seconds(30)), kAdvisoryLock);
+  Catalog::Names unknown;
+  EXPECT_EQ(catalog.residue_of_calls({"f"}, now + seconds(30), unknown), kAdvisoryLock);
+  EXPECT_TRUE(unknown.empty());
   database.bodies["f"] = "BEGIN RETURN NEW; END";
   database.survey(catalog, now + seconds(60));
   EXPECT_TRUE(catalog.quiet());
@@ -161,6 +165,37 @@ TEST_F(CatalogTest, AChangeMeanwhileMakesASurveyWorthless) {
   EXPECT_EQ(survey.next(now), "");
   EXPECT_FALSE(catalog.quiet());
   EXPECT_TRUE(catalog.due(now));
+}
+
+TEST_F(CatalogTest, WhatWasNamedBeforeASurveyIsJudgedByIt) {
+  database.bodies = {{"seed", "BEGIN PERFORM setseed(0.5); RETURN NEW; END"}};
+  database.hanging = {{"t", "seed"}};
+  std::vector<protocol::Word> words;
+  protocol::for_each_word("INSERT INTO t VALUES (1)", [&](protocol::Word word) { words.push_back(word); });
+  Survey survey(catalog, now);
+  std::string sql = survey.next(now);
+  catalog.forget();
+  for (; !sql.empty(); sql = survey.next(now)) {
+    database.answer(survey, sql);
+    survey.answered(now, false);
+  }
+  EXPECT_FALSE(catalog.surveyed());
+  EXPECT_EQ(survey.residue_of(words), protocol::kSeed);
+  EXPECT_EQ(survey.residue_of({}), 0u);
+  database.survey(catalog, now);
+  EXPECT_EQ(catalog.residue_of_names(words), protocol::kSeed);
+}
+
+TEST_F(CatalogTest, EachConnectionAsksForWhatItsClientCalled) {
+  database.survey(catalog, now);
+  Catalog::Names first, second;
+  catalog.residue_of_calls({"f", "g"}, now, first);
+  catalog.residue_of_calls({"f"}, now, second);
+  auto inquiry = catalog.inquire(first, now);
+  catalog.answer(inquiry, "f", "plpgsql", false, "BEGIN PERFORM setseed(0.5); END");
+  catalog.answered(inquiry, now, false);
+  EXPECT_TRUE(catalog.inquire(second, now).names.empty());
+  EXPECT_EQ(catalog.residue_of_calls(second, now, first), protocol::kSeed);
 }
 
 TEST_F(CatalogTest, FailuresAreTriedAgainSoon) {
@@ -197,11 +232,13 @@ TEST_F(CatalogTest, FunctionsThatCannotBeRead) {
               {"plpgsql", false, "BEGIN END", 0}};
   for (const auto& row : rows) {
     Catalog one(settings);
-    one.residue_of_calls({"f"}, now);
-    auto inquiry = one.take_wanted(now);
+    Catalog::Names unknown;
+    one.residue_of_calls({"f"}, now, unknown);
+    auto inquiry = one.inquire(unknown, now);
     one.answer(inquiry, "f", row.language, row.extension, row.body);
-    EXPECT_EQ(one.answered(inquiry, now, false), row.residue) << row.language;
-    EXPECT_EQ(one.residue_of_calls({"f"}, now + seconds(61)), kFunction) << "good for a minute";
+    one.answered(inquiry, now, false);
+    EXPECT_EQ(one.residue_of_calls({"f"}, now, unknown), row.residue) << row.language;
+    EXPECT_EQ(one.residue_of_calls({"f"}, now + seconds(61), unknown), kFunction) << "good for a minute";
   }
 }
 
