@@ -1,5 +1,8 @@
 #include "protocol/messages.hpp"
 
+#include <algorithm>
+#include <boost/container_hash/hash.hpp>
+
 namespace pgsidecar::protocol {
 
 std::optional<ErrorFields> parse_error(Bytes body) {
@@ -56,6 +59,26 @@ std::string_view Startup::get(std::string_view name) const {
   for (const auto& [key, value] : parameters)
     if (key == name) return value;
   return {};
+}
+
+std::size_t shape_of(Backend type, Bytes body, std::size_t seed) {
+  Reader reader(body);
+  boost::hash_combine(seed, static_cast<char>(type));
+  if (type == Backend::ParameterDescription) {
+    boost::hash_combine(seed, std::string_view(reinterpret_cast<const char*>(body.data()), body.size()));
+  } else if (type == Backend::RowDescription) {
+    for (std::uint32_t columns = reader.u16(); columns > 0 && reader.ok(); --columns) {
+      boost::hash_combine(seed, reader.cstring());
+      reader.bytes(6);  // where it comes from: table and column
+      boost::hash_combine(seed, reader.u32());
+      reader.bytes(2);  // the type's size
+      boost::hash_combine(seed, reader.u32());
+      reader.bytes(2);  // the format
+    }
+  } else if (type != Backend::NoData) {
+    return 0;
+  }
+  return std::max<std::size_t>(seed, 1);
 }
 
 std::optional<Startup> parse_startup(Bytes body) {

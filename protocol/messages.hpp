@@ -26,6 +26,10 @@ void write_error(std::string& out, Severity severity, std::string_view sqlstate,
 void write_notice(std::string& out, std::string_view sqlstate, std::string_view message, std::string_view hint = {});
 void write_warning(std::string& out, std::string_view sqlstate, std::string_view message, std::string_view hint = {});
 
+/// A number for what a message says of a statement's parameters or columns (their names, types and modifiers), 0 if it is none
+/// of ParameterDescription, RowDescription and NoData. `seed`: that of the message before.
+std::size_t shape_of(Backend type, Bytes body, std::size_t seed);
+
 /// A StartupMessage: version and parameters in order (user, database and options among them).
 struct Startup {
   std::uint32_t version = kProtocol30;

@@ -143,7 +143,7 @@ class Scanner {
     }
     if (kind_ != 'w') return;
     if (is(word_, "execute") || (n_ == 1 && any(word_, {"deallocate", "prepare"}))) awaits_name_ = true;
-    if (is(word_, "pg_prepared_statements")) prepared_->all = true;
+    if (starts(word_, "pg_prepared_statement")) prepared_->all = true;
   }
 
   /// The words that a statement begins with.
@@ -247,7 +247,7 @@ class Scanner {
           if (updates_) residue_ |= kSettings | kMeaning;  // its rule calls set_config
         } else if (is(word_, "pg_backend_pid")) {
           if (!unequal_) residue_ |= kBackendPid;
-        } else if (is(word_, "pg_prepared_statements"))
+        } else if (starts(word_, "pg_prepared_statement"))
           residue_ |= kPrepared;
         else if (is(word_, "pg_notify"))
           residue_ |= kNotify;
@@ -377,7 +377,7 @@ class Scanner {
       written_out_ = false;
       return;
     }
-    Scanner scanner(text, conforming_, found_, true);
+    Scanner scanner(text, conforming_, found_, true, prepared_);
     scanner.strict_ = strict_;
     scanner.depth_ = depth_ + 1;
     residue_ |= scanner.run() & ~(kTransaction | kUnreadable);

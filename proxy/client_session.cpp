@@ -455,7 +455,7 @@ void ClientSession::on_lease(ServerConnection& server) {
 
 // What it sends is kept until it has a server connection whose session is known.
 bool ClientSession::held() const {
-  return state_ == State::Greeting || state_ == State::Waiting || (server_ && server_->asking_residue()) ||
+  return state_ == State::Greeting || state_ == State::Waiting || (server_ && (server_->asking_residue() || server_->awaiting_shape())) ||
          (subscriber_ && subscriber_->busy());
 }
 
@@ -521,7 +521,7 @@ ServerConnection* ClientSession::surrender() {
 }
 
 void ClientSession::on_cancel() {
-  const bool kept = server_ && held() && channel_.unread.size() >= kHeaderSize;
+  const bool kept = server_ && held() && !server_->awaiting_shape() && channel_.unread.size() >= kHeaderSize;
   if (waiting() || kept) {
     unlink();
     return on_wait_failed({"ERROR", "57014", "canceling statement due to user request", {}, {}}, false);

@@ -62,12 +62,14 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   void on_residue(SettingsRef settings, const Residue& found);  ///< no settings: they aren't known
   void on_learned() { residue_ |= protocol::kFunction; }        ///< its transaction may have left something: the session is to be looked at
   bool made_temporary() const { return (residue_ & protocol::kTemporary) != 0; }  ///< its transaction may have
-  void on_parse_done(bool ok);
-  void on_answered();         ///< ReadyForQuery of a request of its own
-  void on_statements_gone();  ///< DISCARD ALL, DEALLOCATE ALL
+  void on_name_done(bool ok);                                                     ///< a Parse, or a Close of a statement
+  void on_answered();                                                             ///< ReadyForQuery of a request of its own
+  void on_statements_gone();                                                      ///< DISCARD ALL, DEALLOCATE ALL
   void on_apply_failed(const protocol::ErrorFields& error);
   /// The Parse that is next to be answered names a statement that exists already.
   bool pending_is_duplicate() const { return !pending_.empty() && !pending_.front().statement; }
+  /// Its name for a statement with this id; null: none.
+  const std::string* name_of(std::uint32_t id) const;
   /// The client's name in the error of such a Parse.
   const std::string* pending_parse_error() const { return parse_error_ ? &*parse_error_ : nullptr; }
   void forget_pending_parse_error() { parse_error_.reset(); }
@@ -103,9 +105,12 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
     pool::Time since;
   };
 
-  struct PendingParse {
+  /// A Parse or a Close that isn't answered yet.
+  struct Pending {
     std::string name;
-    protocol::StatementRef statement;
+    protocol::StatementRef statement;  ///< prepared or closed; null: the name existed already
+    bool closes = false;
+    protocol::StatementRef before{};  ///< what the name stood for before a Close that wasn't done
   };
 
   void transition(State next) { state_ = next; }
@@ -155,7 +160,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   void pin(std::uint32_t reasons, std::string detail);
   void adopt_named(std::string_view sql);
   bool sql_prepared() const;
-  void prepare(const protocol::StatementRef& statement);
+  bool prepare(const protocol::StatementRef& statement);
   void prepare_unnamed(const protocol::StatementRef& statement);
   bool rewrites() const;
 
@@ -176,7 +181,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   std::string cancel_key_;
   SettingsRef login_settings_;  // brought at its login
   std::unique_ptr<Pin> pin_;
-  std::vector<PendingParse> pending_;
+  std::vector<Pending> pending_;
   std::optional<std::string> parse_error_;
   std::unique_ptr<LostTransaction> lost_;
   std::unique_ptr<Subscriber> subscriber_;  // of one that listens, or is about to

@@ -165,7 +165,7 @@ std::size_t ClientSession::on_query(Bytes available, std::size_t total) {
 // own names. Which of them are left is asked when the transaction is over.
 void ClientSession::adopt_named(std::string_view sql) {
   auto& pipeline = server_->pipeline;
-  if (!rewrites() || statements.size() == 0 || pipeline.failed() || pipeline.status() == protocol::TxStatus::Failed) return;
+  if (!rewrites() || pipeline.failed() || pipeline.status() == protocol::TxStatus::Failed) return;
   const protocol::PreparedNames named = protocol::prepared_names(sql);
   if (named.all) {
     statements.for_each_named([&](const std::string& name, const protocol::StatementRef& s) { server_->adopt(name, s); });
@@ -241,7 +241,7 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
   };
   if (const auto existing = statements.find(name)) {
     // The server's own "already exists", with the client's name put back in (ServerConnection::on_error_response).
-    prepare(existing);
+    if (!prepare(existing)) return 0;
     forward(existing);
     pending_.push_back({std::string(name), nullptr});
     return total;
@@ -294,25 +294,30 @@ bool ClientSession::parse_unserved(Bytes whole) {
   return true;
 }
 
-void ClientSession::prepare(const protocol::StatementRef& statement) {
+// False: the request that needs it has to wait, and is then looked at anew.
+bool ClientSession::prepare(const protocol::StatementRef& statement) {
   auto& held = server_->statements;
   note_residue(*statement);
+  if (std::exchange(server_->plans_stale, false)) server_->close_shared_statements();
   if (held.touch(statement)) {
-    ++entry_->pool.counters().preparedHits;
-    return;
+    if (!server_->take_changed(*statement)) ++entry_->pool.counters().preparedHits;
+    return true;
   }
   ++entry_->pool.counters().preparedMisses;
-  // Its constants mean what they meant when the client prepared it.
+  // Its constants mean what they meant when the client prepared it. If preparing fails, the settings for it go with the transaction.
   const auto* meaning = static_cast<const Meaning*>(statement->meaning.get());
   const bool other = meaning != settings->meaning.get() && server_->pipeline.status() != protocol::TxStatus::Failed;
-  if (other) server_->run_ahead(settings_statements(settings->meaning->values, meaning->values));
+  if (other) server_->run_within(settings_statements(settings->meaning->values, meaning->values));
   worker_.to_server.own([&](std::string& out) {
     protocol::Writer(out).begin(protocol::Frontend::Parse).cstring(protocol::server_name(statement->id)).bytes(statement->body).end();
   });
   server_->pipeline.push({Request::Parse, Verdict::Skip, id_, static_cast<std::uint32_t>(statement->id)});
-  if (other) server_->run_ahead(settings_statements(meaning->values, settings->meaning->values));
+  if (other) server_->run_within(settings_statements(meaning->values, settings->meaning->values));
   held.add(statement);
   evict();
+  if (statement->shape == 0 || server_->pipeline.status() == protocol::TxStatus::Failed) return true;
+  server_->ask_shape(*statement);
+  return false;
 }
 
 void ClientSession::prepare_unnamed(const protocol::StatementRef& statement) {
@@ -351,9 +356,10 @@ std::size_t ClientSession::on_bind(Bytes available, std::size_t total) {
   }
   const auto statement = statements.find(name);
   if (statement && subscriber_ && listen_ahead(note_residue(*statement), text_of(*statement), false) == Subscriber::Verdict::Wait) return 0;
-  ++entry_->pool.counters().queries;
   auto& held = server_->statements;
+  auto& queries = entry_->pool.counters().queries;
   if (!statement || name.empty()) {
+    ++queries;
     if (!statement && name.empty() && held.unnamed) {
       worker_.to_server.own([](std::string& out) { protocol::Writer(out).begin(protocol::Frontend::Close).u8('S').cstring("").end(); });
       pipeline.push({Request::Close, Verdict::Skip, id_});
@@ -367,7 +373,18 @@ std::size_t ClientSession::on_bind(Bytes available, std::size_t total) {
     relay(available, total);
     return available.size();
   }
-  prepare(statement);
+  if (statement->residue & protocol::kPrepared) {
+    // Prepared under the client's own name, it is itself among what it may list.
+    note_residue(*statement);
+    adopt_named(text_of(*statement));
+    server_->adopt(std::string(name), statement);
+    ++queries;
+    pipeline.push({Request::Bind, Verdict::Forward, id_});
+    relay(available, total);
+    return available.size();
+  }
+  if (!prepare(statement)) return 0;
+  ++queries;
   const protocol::ServerName own_name = protocol::server_name(statement->id);
   const std::size_t consumed = kHeaderSize + portal.size() + 1 + name.size() + 1;
   worker_.to_server.own([&](std::string& out) {
@@ -391,8 +408,13 @@ std::size_t ClientSession::on_describe(Bytes available, std::size_t total) {
   const char kind = static_cast<char>(reader.u8());
   const std::string_view name = reader.cstring();
   const auto statement = kind == 'S' && reader.ok() && rewrites() && !pipeline.failed() ? statements.find(name) : nullptr;
-  if (statement && !name.empty()) {
-    prepare(statement);
+  std::uint32_t note = 0;
+  if (statement && !name.empty() && statement->residue & protocol::kPrepared) {
+    server_->adopt(std::string(name), statement);
+    relay(available, total);
+  } else if (statement && !name.empty()) {
+    if (!prepare(statement)) return 0;
+    note = static_cast<std::uint32_t>(statement->id);
     worker_.to_server.own([&](std::string& out) {
       protocol::Writer(out).begin(protocol::Frontend::Describe).u8('S').cstring(protocol::server_name(statement->id)).end();
     });
@@ -400,7 +422,7 @@ std::size_t ClientSession::on_describe(Bytes available, std::size_t total) {
     if (statement) prepare_unnamed(statement);
     relay(available, total);
   }
-  pipeline.push({Request::Describe, Verdict::Forward, id_});
+  pipeline.push({Request::Describe, Verdict::Forward, id_, note});
   return available.size();
 }
 
@@ -411,28 +433,51 @@ std::size_t ClientSession::on_close(Bytes available, std::size_t total) {
   const char kind = static_cast<char>(reader.u8());
   const std::string_view name = reader.cstring();
   if (rewrites() && kind == 'S' && reader.ok() && !pipeline.failed()) {
-    statements.erase(name);
+    // Where SQL has prepared, the server may know the name itself.
+    const bool shared = !name.empty() && available.size() == total && !sql_prepared();
     if (name.empty())
       server_->statements.unnamed.reset();
-    else if (available.size() == total) {
-      pipeline.push({Request::Close, Verdict::Inject, id_});
-      return total;
-    }
+    else
+      pending_.push_back({std::string(name), statements.find(name), true});
+    statements.erase(name);
+    if (!shared) server_->forget_adopted(name);
+    pipeline.push({Request::Close, shared ? Verdict::Inject : Verdict::Forward, id_, name.empty() ? 0 : kNamed});
+    if (shared) return total;
+  } else {
+    pipeline.push({Request::Close, Verdict::Forward, id_});
   }
-  pipeline.push({Request::Close, Verdict::Forward, id_});
   relay(available, total);
   return available.size();
 }
 
-void ClientSession::on_parse_done(bool ok) {
+void ClientSession::on_name_done(bool ok) {
   if (pending_.empty()) return;
-  const PendingParse parse = std::move(pending_.front());
+  const Pending done = std::move(pending_.front());
   pending_.erase(pending_.begin());
   if (ok) return;
-  if (!parse.statement)
-    parse_error_ = parse.name;
-  else if (statements.find(parse.name) == parse.statement)
-    statements.erase(parse.name);
+  if (done.closes) {
+    // The server has skipped it, and maybe a Parse of the same name behind it.
+    const auto again = std::find_if(pending_.begin(), pending_.end(), [&](const Pending& p) { return !p.closes && p.name == done.name; });
+    if (again != pending_.end())
+      again->before = done.statement;
+    else if (done.statement && !statements.find(done.name))
+      statements.set(done.name, done.statement);
+    return;
+  }
+  if (!done.statement) {
+    parse_error_ = done.name;
+  } else if (statements.find(done.name) == done.statement) {
+    statements.erase(done.name);
+    if (done.before) statements.set(done.name, done.before);
+  }
+}
+
+const std::string* ClientSession::name_of(std::uint32_t id) const {
+  const std::string* found = nullptr;
+  statements.for_each_named([&](const std::string& name, const protocol::StatementRef& s) {
+    if (static_cast<std::uint32_t>(s->id) == id) found = &name;
+  });
+  return found;
 }
 
 void ClientSession::on_statements_gone() {

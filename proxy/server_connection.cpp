@@ -22,6 +22,7 @@ namespace {
 constexpr std::uint32_t kMaxMessage = 0x40000000;
 constexpr std::size_t kMaxParsed = 1u << 20;  // of a message of the server that is looked into
 // Notes of the proxy's own queries.
+constexpr std::uint32_t kRaised = 0xffffffff;  // of an error that the proxy has the server raise for the client
 constexpr std::uint32_t kApply = 1, kResidue = 2, kReset = 3, kRestore = 4, kLearn = 5, kSurvey = 6, kListening = 7;
 
 /// Messages that are looked into and so wanted whole.
@@ -165,7 +166,8 @@ std::size_t ServerConnection::process(Bytes in) {
     }
     const auto type = static_cast<Backend>(left[0]);
     const Owed* front = pipeline.front();
-    const bool whole = (wanted_whole(type) || (front && front->owner == protocol::kProxy)) && total <= kMaxParsed;
+    const bool looked_into = front && (front->owner == protocol::kProxy || (front->request == Request::Describe && front->note != 0));
+    const bool whole = (wanted_whole(type) || looked_into) && total <= kMaxParsed;
     if (whole && left.size() < total) break;
     const Bytes available = left.first(std::min(total, left.size()));
     if (!on_frame(type, available, total)) {
@@ -250,6 +252,7 @@ bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total
   if (type == Backend::ReadyForQuery && status == TxStatus::Idle && std::exchange(open_definition_, false)) on_catalog_changed();
   if (ours && type == Backend::ReadyForQuery) client_->on_answered();
   bool forward = ours && owed.verdict == Verdict::Forward;
+  if (owed.request == Request::Describe && owed.note != 0) on_described(type, owed, available, total);
   if (forward && type == Backend::ReadyForQuery && status == TxStatus::Idle) forward = !client_->keeps_ready_back();
   if (owed.owner == protocol::kProxy) {
     on_proxy_reply(type, owed.note, available);
@@ -257,7 +260,13 @@ bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total
   } else if (type == Backend::ErrorResponse) {
     if (ours && owed.request == Request::Parse && client_->pending_parse_error()) {
       forward = false;
-      rename_error(available);
+      rename_error(available, *client_->pending_parse_error());
+    } else if (const std::string* name = ours && owed.request == Request::Bind ? client_->name_of(owed.note) : nullptr) {
+      forward = false;
+      rename_error(available, *name);
+    } else if (ours && owed.note == kRaised) {
+      forward = false;
+      tell_raised(available);
     } else {
       forward = ours;
     }
@@ -269,13 +278,16 @@ bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total
   } else if (type == Backend::ParseComplete) {
     if (const auto statement = owed.note != 0 && client_ ? statements.find(owed.note) : nullptr)
       statement->proven_with = client_->settings.get();
-    if (ours && owed.verdict == Verdict::Forward) client_->on_parse_done(true);
+    if (ours && owed.verdict == Verdict::Forward) client_->on_name_done(true);
+  } else if (type == Backend::CloseComplete) {
+    if (ours && owed.note == kNamed) client_->on_name_done(true);
   } else if (type == Backend::CommandComplete && ours) {
     protocol::Reader reader(available.subspan(kHeaderSize));
     const std::string_view tag = reader.cstring();
     if (client_->subscriber()) client_->subscriber()->on_tag(tag);
     if (tag == "DISCARD ALL" || tag == "DEALLOCATE ALL") client_->on_statements_gone();
     if (changes_results(tag)) worker_.statements.retire_all();
+    plans_stale |= client_->made_temporary() && (tag.starts_with("CREATE ") || tag.starts_with("SELECT "));
     open_definition_ |= changes_catalog(tag);
   }
   if (forward) worker_.to_client.add(available.data(), available.size());
@@ -285,41 +297,85 @@ bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total
   return true;
 }
 
+void ServerConnection::ask_shape(const protocol::Statement& statement) {
+  worker_.to_server.own([&](std::string& out) {
+    protocol::Writer w(out);
+    w.begin(protocol::Frontend::Describe).u8('S').cstring(protocol::server_name(statement.id)).end();
+    w.begin(protocol::Frontend::Flush).end();
+  });
+  pipeline.push({Request::Describe, Verdict::Skip, client_->id(), static_cast<std::uint32_t>(statement.id)});
+  awaiting_shape_ = true;
+}
+
+void ServerConnection::on_described(Backend type, const Owed& owed, Bytes available, std::size_t total) {
+  if (type == Backend::ParameterDescription) {
+    shape_ = available.size() == total ? protocol::shape_of(type, available.subspan(kHeaderSize), 0) : 0;
+    return;
+  }
+  if (type != Backend::RowDescription && type != Backend::NoData) return;
+  if (available.size() < total) shape_ = 0;  // too long to be looked at
+  if (shape_ != 0) shape_ = protocol::shape_of(type, available.subspan(kHeaderSize), shape_);
+  if (const auto statement = statements.find(owed.note); statement && shape_ != 0) {
+    if (statement->shape == 0) statement->shape = shape_;
+    if (statement->shape != shape_) changed_ = owed.note;
+  }
+  if (owed.verdict == Verdict::Skip) stop_awaiting_shape();
+}
+
+void ServerConnection::stop_awaiting_shape() {
+  if (std::exchange(awaiting_shape_, false) && client_) worker_.run_later(*client_);
+}
+
+bool ServerConnection::take_changed(const protocol::Statement& statement) {
+  if (changed_ != statement.id) return false;
+  changed_ = 0;
+  worker_.statements.retire(statement);
+  statements.erase(statement.id);
+  worker_.to_server.own([&](std::string& out) {
+    protocol::Writer(out).begin(protocol::Frontend::Close).u8('S').cstring(protocol::server_name(statement.id)).end();
+  });
+  pipeline.push({Request::Close, Verdict::Skip, client_->id()});
+  raise(false, "cached plan must not change result type", "");
+  return true;
+}
+
 void ServerConnection::inject() {
   while (const auto owed = pipeline.take_injection()) {
     const bool ours = client_ && owed->owner == client_->id();
     if (!ours) continue;
-    if (owed->request == Request::Parse) client_->on_parse_done(true);
+    if (owed->request == Request::Parse || owed->note == kNamed) client_->on_name_done(true);
     const auto type = owed->request == Request::Parse ? Backend::ParseComplete : Backend::CloseComplete;
     worker_.to_client.own([type](std::string& out) { protocol::Writer(out).begin(type).end(); });
   }
 }
 
 void ServerConnection::on_dropped(const Owed& owed) {
-  if (owed.request != Request::Parse || owed.owner == protocol::kProxy) return;
+  if (owed.owner == protocol::kProxy) return;
+  const bool ours = client_ && owed.owner == client_->id();
+  if (owed.request == Request::Close && owed.note == kNamed && ours) client_->on_name_done(false);
+  if (owed.request == Request::Describe && owed.verdict == Verdict::Skip && ours) stop_awaiting_shape();
+  if (owed.request != Request::Parse) return;
   if (owed.verdict == Verdict::Inject) {
-    if (client_ && owed.owner == client_->id()) client_->on_parse_done(false);
+    if (ours) client_->on_name_done(false);
     return;
   }
   if (owed.note != 0) {
     // A Parse of a name that exists already has failed because of that; what it named stays.
-    const bool duplicate = client_ && owed.verdict == Verdict::Forward && client_->pending_is_duplicate();
+    const bool duplicate = ours && owed.verdict == Verdict::Forward && client_->pending_is_duplicate();
     if (!duplicate) statements.erase(owed.note);
   } else {
     statements.unnamed.reset();
   }
-  if (owed.verdict == Verdict::Forward && client_ && owed.owner == client_->id()) client_->on_parse_done(false);
+  if (owed.verdict == Verdict::Forward && ours) client_->on_name_done(false);
 }
 
 // The server knows a client's statement under the proxy's name for it; in its error the client's own name belongs.
-void ServerConnection::rename_error(Bytes whole) {
+void ServerConnection::rename_error(Bytes whole, const std::string& name) {
   auto error = protocol::parse_error(whole.subspan(kHeaderSize));
-  if (!error) return;
-  const std::string& name = *client_->pending_parse_error();
-  if (const std::size_t open = error->message.find("\"pgsidecar_"); open != std::string::npos) {
-    const std::size_t shut = error->message.find('"', open + 1);
-    error->message.replace(open, shut == std::string::npos ? std::string::npos : shut + 1 - open, "\"" + name + "\"");
-  }
+  const std::size_t open = error ? error->message.find("\"pgsidecar_") : std::string::npos;
+  if (open == std::string::npos) return worker_.to_client.add(whole.data(), whole.size());
+  const std::size_t shut = error->message.find('"', open + 1);
+  error->message.replace(open, shut == std::string::npos ? std::string::npos : shut + 1 - open, "\"" + name + "\"");
   worker_.to_client.own([&](std::string& out) {
     protocol::write_error(out, protocol::Severity::Error, error->sqlstate, error->message, error->detail, error->hint);
   });
@@ -542,7 +598,8 @@ void ServerConnection::lease(ClientSession& client) {
   entry_.pool.lease(*this);
   client_ = &client;
   leased_anew_ = true;
-  cancel_due_ = false;
+  cancel_due_ = awaiting_shape_ = plans_stale = false;
+  changed_ = 0;
   unknown_calls.clear();
   unknown_names.clear();
   unknown_residue_ = 0;
@@ -564,14 +621,14 @@ void ServerConnection::apply_settings() {
 
 void ServerConnection::run_ahead(const std::vector<std::string>& sqls) {
   if (sqls.empty()) return;
-  if (!pipeline.unsynced()) {
-    std::string all;
-    for (const std::string& sql : sqls) all += (all.empty() ? "" : ";") + sql;
-    return ask(kApply, all);
-  }
-  // A simple query would end the client's implicit transaction.
+  if (pipeline.unsynced()) return run_within(sqls);  // a simple query would end the client's implicit transaction
+  std::string all;
+  for (const std::string& sql : sqls) all += (all.empty() ? "" : ";") + sql;
+  ask(kApply, all);
+}
+
+void ServerConnection::run_within(const std::vector<std::string>& sqls) {
   constexpr std::string_view kName = "pgsidecar_ahead";
-  const auto owe = [&](Request request) { pipeline.push({request, Verdict::Skip, protocol::kProxy, kApply}); };
   for (const std::string& sql : sqls) {
     worker_.to_server.own([&](std::string& out) {
       protocol::Writer w(out);
@@ -581,7 +638,8 @@ void ServerConnection::run_ahead(const std::vector<std::string>& sqls) {
       w.begin(protocol::Frontend::Close).u8('P').cstring(kName).end();
       w.begin(protocol::Frontend::Close).u8('S').cstring(kName).end();
     });
-    for (const Request request : {Request::Parse, Request::Bind, Request::Execute, Request::Close, Request::Close}) owe(request);
+    for (const Request request : {Request::Parse, Request::Bind, Request::Execute, Request::Close, Request::Close})
+      pipeline.push({request, Verdict::Skip, protocol::kProxy, kApply});
   }
 }
 
@@ -590,7 +648,7 @@ void ServerConnection::raise(bool simple, const std::string& message, const std:
                           ", HINT=" + literal(hint) + "; END$pgsidecar$";
   statements.unnamed.reset();
   if (simple) {
-    pipeline.push({Request::Query, Verdict::Forward, client_->id()});
+    pipeline.push({Request::Query, Verdict::Forward, client_->id(), kRaised});
     return worker_.to_server.own([&](std::string& out) { protocol::write_query(out, sql); });
   }
   worker_.to_server.own([&](std::string& out) {
@@ -599,7 +657,16 @@ void ServerConnection::raise(bool simple, const std::string& message, const std:
     w.begin(protocol::Frontend::Bind).cstring("").cstring("").u16(0).u16(0).u16(0).end();
     w.begin(protocol::Frontend::Execute).cstring("").u32(0).end();
   });
-  for (const Request request : {Request::Parse, Request::Bind, Request::Execute}) pipeline.push({request, Verdict::Skip, client_->id()});
+  for (const Request request : {Request::Parse, Request::Bind}) pipeline.push({request, Verdict::Skip, client_->id()});
+  pipeline.push({Request::Execute, Verdict::Skip, client_->id(), kRaised});
+}
+
+// Without the context of the statement that raised it.
+void ServerConnection::tell_raised(Bytes whole) {
+  if (const auto error = protocol::parse_error(whole.subspan(kHeaderSize)))
+    worker_.to_client.own([&](std::string& out) {
+      protocol::write_error(out, protocol::Severity::Error, error->sqlstate, error->message, error->detail, error->hint);
+    });
 }
 
 void ServerConnection::forget_sequences() {
@@ -630,6 +697,10 @@ void ServerConnection::close_shared_statements() {
   statements.clear();
 }
 
+void ServerConnection::forget_adopted(std::string_view name) {
+  std::erase_if(adopted_, [&](const auto& one) { return one.first == name; });
+}
+
 void ServerConnection::forget_statements() {
   statements.clear();
   adopted_.clear();
@@ -652,7 +723,7 @@ void ServerConnection::restore_settings(const Settings& login) {
 
 void ServerConnection::detach(bool dirty) {
   client_ = nullptr;
-  asking_residue_ = false;
+  asking_residue_ = awaiting_shape_ = false;
   pass_forward_ = false;
   if (!alive()) return;
   if (dirty) return start_reset();

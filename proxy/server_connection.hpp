@@ -28,6 +28,8 @@ class ClientSession;
 class Worker;
 struct PoolEntry;
 
+constexpr std::uint32_t kNamed = 1;  ///< note of a Close that is about a named statement
+
 class ServerConnection : public pool::Slot, public std::enable_shared_from_this<ServerConnection> {
  public:
   enum class State { Connecting, Idle, Leased, Resetting, Closing, Closed };
@@ -60,6 +62,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   bool meaning_changed = false;               ///< in this lease, how constants are read may have been set, and the server not asked yet
   bool sequences_touched = false;             ///< in this lease
   bool sequences_dirty = false;               ///< the session may have values of sequences that another client took
+  bool plans_stale = false;                   ///< what is prepared there may mean something else, since temporary objects have come
   bool conforming_strings() const { return conforming_strings_; }  ///< standard_conforming_strings
 
   void lease(ClientSession& client);
@@ -67,12 +70,20 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   void apply_settings();
   /// Puts statements of the proxy's own ahead of what the client sends next, whose failure ends the client.
   void run_ahead(const std::vector<std::string>& sqls);
+  /// The same as part of the client's transaction: undone if that fails.
+  void run_within(const std::vector<std::string>& sqls);
   /// Has the server itself fail in place of the client's message, so that the client's transaction does: error 0A000.
   void raise(bool simple, const std::string& message, const std::string& hint);
   /// A text is about to depend on the values of sequences that the client took in this session.
   void forget_sequences();
   /// Prepares a statement of the client's under the client's own name for it, for SQL that names it.
   void adopt(const std::string& name, const protocol::StatementRef& statement, protocol::Verdict verdict = protocol::Verdict::Skip);
+  /// Has the server describe what was just prepared, since clients were told what it looks like. The client waits until then.
+  void ask_shape(const protocol::Statement& statement);
+  bool awaiting_shape() const { return awaiting_shape_; }
+  /// It looks different; told once.
+  bool take_changed(const protocol::Statement& statement);
+  void forget_adopted(std::string_view name);
   void forget_statements();  ///< DISCARD ALL, DEALLOCATE ALL
   /// Leaves no prepared statement but those of the client's, for SQL that lists them.
   void close_shared_statements();
@@ -125,8 +136,11 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   bool on_frame(protocol::Backend type, protocol::Bytes available, std::size_t total);
   bool on_reply(protocol::Backend type, protocol::Bytes available, std::size_t total);
   void on_dropped(const protocol::Owed& owed);
+  void on_described(protocol::Backend type, const protocol::Owed& owed, protocol::Bytes available, std::size_t total);
   void on_proxy_reply(protocol::Backend type, std::uint32_t note, protocol::Bytes whole);
-  void rename_error(protocol::Bytes whole);
+  void stop_awaiting_shape();
+  void tell_raised(protocol::Bytes whole);
+  void rename_error(protocol::Bytes whole, const std::string& name);
   void apply_failed(const protocol::ErrorFields& error);
   void ask(std::uint32_t note, std::string_view sql);
   void lost(const std::string& sqlstate, const std::string& reason);
@@ -158,7 +172,9 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   bool pass_forward_ = false;
   bool listener_ = false;  // the pool's
   bool asking_residue_ = false, residue_failed_ = false, own_query_failed_ = false;
-  bool leased_anew_ = false, cancel_due_ = false;
+  bool leased_anew_ = false, cancel_due_ = false, awaiting_shape_ = false;
+  std::size_t shape_ = 0;      // as described so far
+  std::uint32_t changed_ = 0;  // the statement that was found to look different
   bool conforming_strings_ = true;
   bool retry_other_tls_ = false;  // sslmode prefer and allow
   int resets_overdue_ = 0;

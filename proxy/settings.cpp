@@ -53,6 +53,8 @@ std::string restore_sql(const Settings& login) {
 
 bool SettingsCache::learn(const std::vector<std::string>& names) {
   for (const std::string& name : names) {
+    // A library's own, which only connections that have it loaded know, and check.
+    if (name.starts_with("plpgsql.")) return false;
     if (std::find(custom_names_.begin(), custom_names_.end(), name) != custom_names_.end()) continue;
     if (custom_names_.size() >= kMaxCustomNames) return false;
     custom_names_.push_back(name);
@@ -67,6 +69,8 @@ std::string lower(std::string_view name) {
 }
 
 SettingsRef SettingsCache::intern(std::map<std::string, std::string> values) {
+  // These are set anew by each transaction, whatever pg_settings says of them.
+  for (const char* name : {"transaction_isolation", "transaction_read_only", "transaction_deferrable"}) values.erase(name);
   if (const auto it = known_.find(values); it != known_.end()) return it->second;
   if (known_.size() >= kMaxKnown) std::erase_if(known_, [](const auto& e) { return e.second.use_count() == 1; });
   if (meanings_.size() >= kMaxKnown) std::erase_if(meanings_, [](const auto& e) { return e.second.use_count() == 1; });

@@ -146,5 +146,33 @@ TEST(Reader, AnOverrunIsForGood) {
   EXPECT_FALSE(unterminated.ok());
 }
 
+TEST(Messages, ShapesOfStatements) {
+  struct Column {
+    std::string_view name;
+    std::uint32_t table, type, modifier;
+    std::uint16_t format;
+  };
+  const auto columns = [](std::initializer_list<Column> all) {
+    std::string out;
+    Writer w(out);
+    w.u16(static_cast<std::uint16_t>(all.size()));
+    for (const Column& c : all) w.cstring(c.name).u32(c.table).u16(1).u32(c.type).u16(4).u32(c.modifier).u16(c.format);
+    return out;
+  };
+  const auto shape = [](Backend type, const std::string& body, std::size_t seed = 7) { return shape_of(type, Exact(body).view(), seed); };
+  const std::size_t one = shape(Backend::RowDescription, columns({{"a", 1, 23, 0xffffffff, 0}}));
+  EXPECT_EQ(one, shape(Backend::RowDescription, columns({{"a", 2, 23, 0xffffffff, 1}}))) << "of another table, in another format";
+  EXPECT_NE(one, shape(Backend::RowDescription, columns({{"b", 1, 23, 0xffffffff, 0}})));
+  EXPECT_NE(one, shape(Backend::RowDescription, columns({{"a", 1, 20, 0xffffffff, 0}})));
+  EXPECT_NE(one, shape(Backend::RowDescription, columns({{"a", 1, 23, 8, 0}})));
+  EXPECT_NE(one, shape(Backend::RowDescription, columns({{"a", 1, 23, 0xffffffff, 0}, {"b", 1, 23, 0xffffffff, 0}})));
+  EXPECT_NE(one, shape(Backend::RowDescription, columns({{"a", 1, 23, 0xffffffff, 0}}), 8)) << "other parameters";
+  EXPECT_NE(one, shape(Backend::NoData, ""));
+  EXPECT_NE(shape(Backend::ParameterDescription, "\0\1\0\0\0\x17"s), shape(Backend::ParameterDescription, "\0\1\0\0\0\x19"s));
+  EXPECT_EQ(shape(Backend::CommandComplete, ""), 0u);
+  const std::string cut = columns({{"a", 1, 23, 0, 0}});
+  for (std::size_t n = 0; n < cut.size(); ++n) EXPECT_NE(shape(Backend::RowDescription, cut.substr(0, n)), 0u);  // no read beyond
+}
+
 }  // namespace
 }  // namespace pgsidecar::protocol

@@ -64,5 +64,18 @@ TEST(Settings, WhatDecidesATextsMeaning) {
   EXPECT_NE(cache.intern({{"datestyle", "ISO"}})->meaning, cache.intern({})->meaning);
 }
 
+TEST(Settings, WhatEachTransactionSetsAnewIsNotCarried) {
+  SettingsCache cache;
+  EXPECT_EQ(cache.intern({{"transaction_isolation", "serializable"}, {"work_mem", "1MB"}}), cache.intern({{"work_mem", "1MB"}}));
+}
+
+TEST(Settings, CustomNamesAreBounded) {
+  SettingsCache cache;
+  EXPECT_FALSE(cache.learn({"plpgsql.variable_conflict"})) << "a library checks it where it is loaded";
+  for (int i = 0; i < 64; ++i) EXPECT_TRUE(cache.learn({"app.x" + std::to_string(i)}));
+  EXPECT_TRUE(cache.learn({"app.x0"}));
+  EXPECT_FALSE(cache.learn({"app.y"}));
+}
+
 }  // namespace
 }  // namespace pgsidecar::proxy
