@@ -301,6 +301,14 @@ std::string transparency_json(const Snapshot& s, Clock::time_point now) {
       pool::for_each_reason(e.reasons, [&](pool::PinReason reason) { json.string(pool::to_string(reason)); });
       json.end(']').end('}');
     }
+    json.end(']').key("functions").begin('[');
+    for (const auto& f : p.functions) {
+      json.begin('{').field("function", f.function).key("leaves").begin('[');
+      for (const std::string& what : f.leaves) json.string(what);
+      json.end(']').end('}');
+    }
+    json.end(']').key("everyTransactionCheckedFor").begin('[');
+    for (const std::string& what : p.everyText) json.string(what);
     json.end(']').end('}');
   }
   json.end(']').end('}');

@@ -76,6 +76,18 @@ def test_transparency_counts_by_normalised_text(proxies):
     assert "secret" not in str(pool) and pool["pinningStatements"] >= 1
 
 
+def test_what_functions_leave_is_told(proxies, pg):
+    pg.sql("CREATE OR REPLACE FUNCTION told_tenant() RETURNS void LANGUAGE plpgsql AS $$BEGIN PERFORM set_config('app.tenant', 'x', false); END$$", database=DATABASE)
+    pg.sql("CREATE OR REPLACE FUNCTION told_nothing() RETURNS int LANGUAGE sql AS 'SELECT 1'", database=DATABASE)
+    proxy = proxies({"pool": {"max": 2}})
+    with raw(proxy) as a:
+        a.ask(wire.query("SELECT told_tenant(), told_nothing()"))
+        assert a.value("SHOW app.tenant") == "x"
+    (pool,) = proxy.json("/api/monitoring/transparency")[1]["pools"]
+    told = {f["function"]: f["leaves"] for f in pool["functions"]}
+    assert told["told_tenant"] == ["settings"] and "told_nothing" not in told and pool["everyTransactionCheckedFor"] == []
+
+
 def test_session_mode_tells_what_transaction_mode_would_do(proxies):
     proxy = proxies({"pool": {"max": 2, "mode": "session"}})
     with raw(proxy) as a:

@@ -62,6 +62,12 @@ struct StatementEffects {
   std::uint32_t reasons = 0;  ///< of the pins
 };
 
+/// What a function of the database's was found to leave in the session that calls it, read from its body.
+struct FunctionEffects {
+  std::string function;
+  std::vector<std::string> leaves;
+};
+
 /// The statements that needed more than a plain transaction. Bounded: when full, the least counted makes room.
 class Transparency {
  public:

@@ -70,6 +70,8 @@ struct PoolSnapshot {
   PinCounts pinnedBy{};  // a client may have several reasons
   std::vector<StatementEffects> effects;
   std::uint64_t effectsDropped = 0;
+  std::vector<FunctionEffects> functions;                     // the first 100
+  std::vector<std::string> everyText;                         // what any text may leave behind, as far as the catalogs tell
   std::uint32_t listeningClients = 0, listeningChannels = 0;  // served by the pool's listener
   std::uint64_t oldestWaitMicros = 0;
   std::size_t preparedStatements = 0;

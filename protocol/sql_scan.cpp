@@ -665,6 +665,28 @@ PreparedNames prepared_names(std::string_view sql) {
   return named;
 }
 
+std::vector<std::string> residue_names(std::uint32_t residue) {
+  constexpr struct {
+    std::uint32_t bits;
+    const char* name;
+  } kNames[] = {{kSettings | kReset, "settings"},
+                {kCustomSetting, "custom_setting"},
+                {kPrepared, "prepared_statement"},
+                {kListen, "listening"},
+                {kAdvisoryLock, "advisory_lock"},
+                {kTemporary, "temporary_object"},
+                {kCursor, "held_cursor"},
+                {kSequenceRead, "sequence"},
+                {kBackendPid, "backend_pid"},
+                {kSeed, "random_seed"},
+                {kLibrary, "library"},
+                {kCode | kFunction | kDiscard | kUnreadable, "unknown"}};
+  std::vector<std::string> names;
+  for (const auto& one : kNames)
+    if (residue & one.bits) names.emplace_back(one.name);
+  return names;
+}
+
 std::vector<std::string> called_functions(std::string_view sql) {
   BodyScan found;
   Scanner(sql, true, &found).run();

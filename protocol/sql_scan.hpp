@@ -39,6 +39,9 @@ enum Residue : std::uint32_t {
 /// Of no account by themselves.
 inline constexpr std::uint32_t kPassive = kTransaction | kSequenceWrite | kDrop | kMeaning | kChannels | kNotify;
 
+/// The names of what these bits leave behind, as operators are told; nothing for passive ones.
+std::vector<std::string> residue_names(std::uint32_t residue);
+
 /// Whether a statement means the same whatever this setting's value: timeouts, costs, custom ones. `name` in lower case.
 bool leaves_meaning(std::string_view name);
 

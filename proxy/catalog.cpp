@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <atomic>
+#include <iterator>
+#include <map>
 
 #include "proxy/log.hpp"
 #include "proxy/settings.hpp"
@@ -10,7 +12,7 @@ namespace pgsidecar::proxy {
 
 namespace {
 
-constexpr std::size_t kMostKnown = 10000, kMostWanted = 500, kMostHanging = 10000;
+constexpr std::size_t kMostKnown = 10000, kMostWanted = 500, kMostHanging = 10000, kMostTold = 100;
 constexpr int kMostRounds = 100, kMostFailures = 3;
 
 std::uint64_t new_version() {
@@ -156,6 +158,18 @@ std::uint32_t Catalog::residue_of_names(const protocol::Statement& statement, st
     statement.names_residue = residue_of_names(sql);
   }
   return statement.names_residue;
+}
+
+std::vector<pool::FunctionEffects> Catalog::effects() const {
+  std::map<std::string_view, std::uint32_t> found;
+  for (const auto& [name, known] : known_) {
+    if ((known.residue & ~protocol::kPassive) == 0) continue;
+    found.emplace(name, known.residue);
+    if (found.size() > kMostTold) found.erase(std::prev(found.end()));
+  }
+  std::vector<pool::FunctionEffects> effects;
+  for (const auto& [name, residue] : found) effects.push_back({std::string(name), protocol::residue_names(residue)});
+  return effects;
 }
 
 Catalog::Inquiry Catalog::inquire(const Names& unknown, Time now) const {

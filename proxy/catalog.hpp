@@ -15,6 +15,7 @@
 #include <utility>
 #include <vector>
 
+#include "pool/pins.hpp"
 #include "protocol/sql_scan.hpp"
 #include "protocol/statements.hpp"
 #include "protocol/words.hpp"
@@ -39,6 +40,10 @@ class Catalog {
   std::uint32_t residue_of_names(std::string_view sql) const;
   std::uint32_t residue_of_names(const std::vector<protocol::Word>& words) const;
   std::uint32_t residue_of_names(const protocol::Statement& statement, std::string_view sql) const;  ///< kept with it
+
+  /// Of functions that were asked for, those whose bodies leave something, in the order of their names; the first 100.
+  std::vector<pool::FunctionEffects> effects() const;
+  std::uint32_t everywhere() const { return everywhere_; }  ///< the residue of any text
 
   /// What one question is about, and what has come back so far.
   struct Inquiry;

@@ -622,6 +622,8 @@ pool::Snapshot Worker::snapshot() {
     p.counters = entry->pool.counters();
     p.effects = entry->transparency.rows();
     p.effectsDropped = entry->transparency.dropped();
+    p.functions = entry->catalog.effects();
+    if (settings.mode != conf::PoolMode::Session) p.everyText = protocol::residue_names(entry->catalog.everywhere());
     index[entry.get()] = s.pools.size();
     s.pools.push_back(std::move(p));
   }

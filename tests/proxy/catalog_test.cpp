@@ -219,6 +219,22 @@ TEST_F(CatalogTest, TooMuchIsUnknown) {
   EXPECT_LE(database.asked, 3);
 }
 
+TEST_F(CatalogTest, WhatIsToldIsBounded) {
+  Catalog::Names unknown;
+  for (int i = 0; i < 300; ++i) {
+    const std::string name = (i % 2 ? "locks" : "plain") + std::to_string(1000 + i);
+    catalog.residue_of_calls({name}, now, unknown);
+    auto inquiry = catalog.inquire({name}, now);
+    catalog.answer(inquiry, name, "plpgsql", false, i % 2 ? "BEGIN PERFORM pg_advisory_lock(1); PERFORM setseed(0); END" : "BEGIN END");
+    catalog.answered(inquiry, now, false);
+  }
+  const auto effects = catalog.effects();
+  ASSERT_EQ(effects.size(), 100u);
+  EXPECT_EQ(effects.front().function, "locks1001");
+  EXPECT_EQ(effects.back().function, "locks1199");
+  EXPECT_EQ(effects.front().leaves, (std::vector<std::string>{"advisory_lock", "random_seed"}));
+}
+
 TEST_F(CatalogTest, FunctionsThatCannotBeRead) {
   const struct {
     const char* language;
