@@ -28,7 +28,12 @@ class ClientSession;
 class Worker;
 struct PoolEntry;
 
-constexpr std::uint32_t kNamed = 1;  ///< note of a Close that is about a named statement
+/// Notes of replies owed that aren't a statement's id. Of a client's Close: it is about a named statement.
+constexpr std::uint32_t kNamed = 1;
+/// Of an error that the proxy has the server raise for the client.
+constexpr std::uint32_t kRaised = 0xffffffff;
+/// Of the proxy's own queries.
+constexpr std::uint32_t kApply = 1, kResidue = 2, kReset = 3, kRestore = 4, kLearn = 5, kSurvey = 6, kListening = 7;
 
 class ServerConnection : public pool::Slot, public std::enable_shared_from_this<ServerConnection> {
  public:

@@ -1,0 +1,362 @@
+// The proxy's own part in a server connection's session: what it puts ahead of the client's statements, and what it asks the
+// server for. Part of ServerConnection.
+#include <algorithm>
+#include <boost/asio/post.hpp>
+
+#include "proxy/client_session.hpp"
+#include "proxy/log.hpp"
+#include "proxy/server_connection.hpp"
+#include "proxy/worker.hpp"
+
+namespace pgsidecar::proxy {
+
+using protocol::Backend;
+using protocol::Bytes;
+using protocol::kHeaderSize;
+using protocol::Request;
+using protocol::Verdict;
+
+namespace {
+
+/// The columns of a DataRow in text; NULL is empty. False: it isn't one of so many.
+template <std::size_t N>
+bool read_row(Bytes whole, std::string (&field)[N]) {
+  protocol::Reader reader(whole.subspan(kHeaderSize));
+  if (reader.u16() != N) return false;
+  for (std::string& one : field) {
+    const std::uint32_t size = reader.u32();
+    if (size == 0xffffffff) continue;
+    const Bytes value = reader.bytes(size);
+    one.assign(reinterpret_cast<const char*>(value.data()), value.size());
+  }
+  return reader.done();
+}
+
+}  // namespace
+
+// --- ahead of the client's statements
+
+void ServerConnection::apply_settings() {
+  if (settings != client_->settings && settings) {
+    const auto statements_needed = settings_statements(settings->values, client_->settings->values);
+    settings = client_->settings;
+    run_ahead(statements_needed);
+  }
+  if (!leased_anew_) return;
+  leased_anew_ = false;
+  if (sequences_dirty && entry_.sequences_matter) forget_sequences();
+}
+
+void ServerConnection::run_ahead(const std::vector<std::string>& sqls) {
+  if (sqls.empty()) return;
+  if (pipeline.unsynced()) return run_within(sqls);  // a simple query would end the client's implicit transaction
+  std::string all;
+  for (const std::string& sql : sqls) all += (all.empty() ? "" : ";") + sql;
+  ask(kApply, all);
+}
+
+void ServerConnection::run_within(const std::vector<std::string>& sqls) {
+  constexpr std::string_view kName = "pgsidecar_ahead";
+  for (const std::string& sql : sqls) {
+    worker_.to_server.own([&](std::string& out) {
+      protocol::Writer w(out);
+      w.begin(protocol::Frontend::Parse).cstring(kName).cstring(sql).u16(0).end();
+      w.begin(protocol::Frontend::Bind).cstring(kName).cstring(kName).u16(0).u16(0).u16(0).end();
+      w.begin(protocol::Frontend::Execute).cstring(kName).u32(0).end();
+      w.begin(protocol::Frontend::Close).u8('P').cstring(kName).end();
+      w.begin(protocol::Frontend::Close).u8('S').cstring(kName).end();
+    });
+    for (const Request request : {Request::Parse, Request::Bind, Request::Execute, Request::Close, Request::Close})
+      pipeline.push({request, Verdict::Skip, protocol::kProxy, kApply});
+  }
+}
+
+void ServerConnection::raise(bool simple, const std::string& message, const std::string& hint) {
+  const std::string sql = "DO $pgsidecar$BEGIN RAISE EXCEPTION USING ERRCODE='0A000', MESSAGE=" + literal(message) +
+                          ", HINT=" + literal(hint) + "; END$pgsidecar$";
+  statements.unnamed.reset();
+  if (simple) {
+    pipeline.push({Request::Query, Verdict::Forward, client_->id(), kRaised});
+    return worker_.to_server.own([&](std::string& out) { protocol::write_query(out, sql); });
+  }
+  worker_.to_server.own([&](std::string& out) {
+    protocol::Writer w(out);
+    w.begin(protocol::Frontend::Parse).cstring("").cstring(sql).u16(0).end();
+    w.begin(protocol::Frontend::Bind).cstring("").cstring("").u16(0).u16(0).u16(0).end();
+    w.begin(protocol::Frontend::Execute).cstring("").u32(0).end();
+  });
+  for (const Request request : {Request::Parse, Request::Bind}) pipeline.push({request, Verdict::Skip, client_->id()});
+  pipeline.push({Request::Execute, Verdict::Skip, client_->id(), kRaised});
+}
+
+// Without the context of the statement that raised it.
+void ServerConnection::tell_raised(Bytes whole) {
+  if (const auto error = protocol::parse_error(whole.subspan(kHeaderSize)))
+    worker_.to_client.own([&](std::string& out) {
+      protocol::write_error(out, protocol::Severity::Error, error->sqlstate, error->message, error->detail, error->hint);
+    });
+}
+
+void ServerConnection::forget_sequences() {
+  if (!sequences_dirty || sequences_touched) return;
+  sequences_dirty = false;
+  run_ahead({"DISCARD SEQUENCES"});
+}
+
+void ServerConnection::adopt(const std::string& name, const protocol::StatementRef& statement, Verdict verdict) {
+  const auto known = std::find_if(adopted_.begin(), adopted_.end(), [&](const auto& one) { return one.first == name; });
+  if (known != adopted_.end() && verdict == Verdict::Skip) return;
+  worker_.to_server.own(
+      [&](std::string& out) { protocol::Writer(out).begin(protocol::Frontend::Parse).cstring(name).bytes(statement->body).end(); });
+  pipeline.push({Request::Parse, verdict, client_->id()});
+  if (known == adopted_.end())
+    adopted_.emplace_back(name, statement);
+  else
+    known->second = statement;
+}
+
+void ServerConnection::close_shared_statements() {
+  statements.for_each([this](const protocol::StatementRef& statement) {
+    worker_.to_server.own([&](std::string& out) {
+      protocol::Writer(out).begin(protocol::Frontend::Close).u8('S').cstring(protocol::server_name(statement->id)).end();
+    });
+    pipeline.push({Request::Close, Verdict::Skip, client_->id()});
+  });
+  statements.clear();
+}
+
+void ServerConnection::forget_adopted(std::string_view name) {
+  std::erase_if(adopted_, [&](const auto& one) { return one.first == name; });
+}
+
+void ServerConnection::forget_statements() {
+  statements.clear();
+  adopted_.clear();
+}
+
+void ServerConnection::close_adopted() {
+  if (adopted_.empty()) return;
+  worker_.to_server.own([&](std::string& out) {
+    for (const auto& [name, statement] : adopted_) protocol::Writer(out).begin(protocol::Frontend::Close).u8('S').cstring(name).end();
+    protocol::Writer(out).begin(protocol::Frontend::Sync).end();
+  });
+  for (std::size_t i = 0; i < adopted_.size(); ++i) pipeline.push({Request::Close, Verdict::Skip, protocol::kProxy, kReset});
+  pipeline.push({Request::Sync, Verdict::Skip, protocol::kProxy, kReset});
+  adopted_.clear();
+}
+
+void ServerConnection::restore_settings(const Settings& login) {
+  ask(kRestore, restore_sql(login));
+}
+
+// --- questions
+
+void ServerConnection::ask(std::uint32_t note, std::string_view sql) {
+  pipeline.push({Request::Query, Verdict::Skip, protocol::kProxy, note});
+  statements.unnamed.reset();
+  worker_.to_server.own([&](std::string& out) { protocol::write_query(out, sql); });
+}
+
+void ServerConnection::on_proxy_reply(Backend type, std::uint32_t note, Bytes whole) {
+  if (note == kResidue) {
+    if (type == Backend::DataRow) {
+      ResidueRow row;
+      if (read_row(whole, row))
+        residue_.add(row, login_user_);
+      else
+        residue_.failed = true;
+    } else if (type == Backend::ErrorResponse) {
+      const auto error = protocol::parse_error(whole.subspan(kHeaderSize));
+      // lastval() says 55000 if there is none, and 42501 if there is one that may not be seen.
+      if (error && error->sqlstate == "42501")
+        residue_.reasons |= pool::bit(pool::PinReason::Sequence);
+      else if (!error || error->sqlstate != "55000")
+        residue_.failed = true;
+    } else if (type == Backend::ReadyForQuery) {
+      finish_residue();
+    }
+    return;
+  }
+  if (note == kLearn || note == kSurvey) {
+    std::string field[4];
+    if (type == Backend::DataRow && read_row(whole, field)) {
+      if (note == kSurvey)
+        survey_->answer(field);
+      else
+        entry_.catalog.answer(inquiry_, field[0], field[1], field[2] == "t", field[3]);
+    } else if (type == Backend::DataRow || type == Backend::ErrorResponse) {
+      residue_failed_ = true;
+    } else if (type == Backend::ReadyForQuery) {
+      finish_learning();
+    }
+    return;
+  }
+  if (type == Backend::ErrorResponse) {
+    const auto error = protocol::parse_error(whole.subspan(kHeaderSize));
+    own_query_failed_ = true;
+    if (note == kApply && client_ && error) {
+      apply_failed(*error);
+    }
+    return;
+  }
+  if (type != Backend::ReadyForQuery) return;
+  if (note == kListening && listener_)
+    entry_.listener.on_answer(!own_query_failed_);
+  else if (note == kListening && client_ && client_->subscriber())
+    client_->subscriber()->on_told(!own_query_failed_);
+  if (note == kApply && client_ && client_->state() == ClientSession::State::Greeting && !own_query_failed_) {
+    settings->welcome = parameters_;
+  }
+  own_query_failed_ = false;
+}
+
+void ServerConnection::apply_failed(const protocol::ErrorFields& error) {
+  condemned = true;  // what its session holds is not known
+  settings.reset();
+  if (client_->state() == ClientSession::State::Greeting) {
+    ClientSession* client = std::exchange(client_, nullptr);
+    client->on_greeting_failed(error);
+  } else {
+    ClientSession* client = std::exchange(client_, nullptr);
+    client->on_apply_failed(error);
+  }
+  boost::asio::post(worker_.loop(), [self = shared_from_this()] {
+    if (self->alive()) self->close(pool::CloseReason::Broken);
+  });
+}
+
+void ServerConnection::ask_residue() {
+  asking_residue_ = true;
+  if (ask_catalog()) return;
+  residue_failed_ = false;
+  inquiry_ = entry_.catalog.inquire(unknown_calls, worker_.now());
+  if (!inquiry_.names.empty()) {
+    ask(kLearn, Catalog::question(inquiry_));
+    return send(worker_.to_server);
+  }
+  residue_ = {};
+  ++entry_.pool.counters().residueChecks;
+  ask(kResidue, residue_sql(entry_.settings.custom_names(), entry_.sequences_matter));
+  send(worker_.to_server);
+}
+
+bool ServerConnection::ask_catalog() {
+  const pool::Time now = worker_.now();
+  if (!survey_) {
+    const conf::PoolSettings& policy = entry_.pool.settings();
+    if (!entry_.catalog.due(now) || policy.mode == conf::PoolMode::Session || policy.residueCheck == conf::ResidueCheck::Never)
+      return false;
+    survey_ = std::make_unique<Survey>(entry_.catalog, now);
+  }
+  const std::string question = survey_->next(now);
+  if (question.empty()) {
+    unknown_residue_ |= survey_->residue_of(std::exchange(unknown_names, {}));
+    survey_.reset();
+    if (entry_.catalog.take_late()) {
+      log::info("{}@{}: functions leave something in sessions that didn't before: every server connection is replaced", entry_.user,
+                entry_.database);
+      for (const auto& [id, server] : entry_.servers) server->condemned |= !server->listener_;
+      pool::CloseReason reason{};
+      while (pool::Slot* idle = entry_.pool.outdated(now, reason)) static_cast<ServerConnection*>(idle)->close(reason);
+    }
+    return false;
+  }
+  residue_failed_ = false;
+  Gather others;
+  std::swap(others, worker_.to_server);
+  ask(kSurvey, question);
+  send(worker_.to_server);
+  std::swap(others, worker_.to_server);
+  return true;
+}
+
+void ServerConnection::finish_learning() {
+  if (survey_)
+    survey_->answered(worker_.now(), residue_failed_);
+  else
+    entry_.catalog.answered(inquiry_, worker_.now(), residue_failed_);
+  asking_residue_ = client_ && survey_ && ask_catalog();
+  if (client_ && !asking_residue_) client_->on_learned();
+}
+
+std::uint32_t ServerConnection::residue_of_unknown() {
+  if (entry_.catalog.surveyed() && !unknown_names.empty())
+    unknown_residue_ |= entry_.catalog.residue_of_names(std::exchange(unknown_names, {}));
+  const Catalog::Names names = std::exchange(unknown_calls, {});
+  return std::exchange(unknown_residue_, 0) | entry_.catalog.residue_of_calls(names, worker_.now(), unknown_calls);
+}
+
+bool ServerConnection::changes_catalog(std::string_view tag) const {
+  if (tag == "CREATE TABLE" || tag == "CREATE INDEX") return !client_->made_temporary();
+  return tag.starts_with("CREATE ") || tag.starts_with("ALTER ") || tag == "DO" || tag == "IMPORT FOREIGN SCHEMA";
+}
+
+void ServerConnection::on_catalog_changed() {
+  entry_.catalog.forget();
+  for (const auto& [id, server] : entry_.servers)
+    if (server->client_) server->client_->on_learned();  // it may be using what was made already
+}
+
+void ServerConnection::finish_residue() {
+  asking_residue_ = false;
+  if (!client_) return;
+  if (residue_.failed) {
+    settings.reset();
+    return client_->on_residue(nullptr, residue_);
+  }
+  meaning_changed = false;
+  std::erase_if(adopted_, [this](const auto& one) {
+    const bool there = std::find(residue_.prepared.begin(), residue_.prepared.end(), one.first) != residue_.prepared.end();
+    if (there) client_->statements.set(one.first, one.second);
+    return !there;
+  });
+  settings = entry_.settings.intern(std::move(residue_.settings));
+  if (settings->welcome.empty()) settings->welcome = parameters_;
+  client_->on_residue(settings, residue_);
+}
+
+// --- listening
+
+std::string ServerConnection::listen_for_pool() {
+  client_ = nullptr;
+  listener_ = true;
+  transition(State::Leased);
+  std::string sql;
+  for (const std::string& statement : settings_statements(settings->values, {})) sql += statement + ";";
+  settings = entry_.settings.intern({});
+  return sql;
+}
+
+void ServerConnection::stop_listening() {
+  listener_ = false;
+  detach(true);
+}
+
+void ServerConnection::ask_listening(std::string_view sql) {
+  ask(kListening, sql);
+}
+
+void ServerConnection::tell_listening(std::string_view sql) {
+  Gather other;
+  std::swap(other, worker_.to_server);
+  ask(kListening, sql);
+  send(worker_.to_server);
+  std::swap(other, worker_.to_server);
+}
+
+void ServerConnection::ask_extended(const std::string& sql) {
+  statements.unnamed.reset();
+  worker_.to_server.own([&](std::string& out) {
+    using protocol::Frontend;
+    protocol::Writer writer(out);
+    const std::string_view portal = "pgsidecar_listener";
+    writer.begin(Frontend::Parse).cstring("").cstring(sql).u16(0).end();
+    writer.begin(Frontend::Bind).cstring(portal).cstring("").u16(0).u16(0).u16(0).end();
+    writer.begin(Frontend::Execute).cstring(portal).u32(0).end();
+    writer.begin(Frontend::Close).u8('P').cstring(portal).end();
+  });
+  for (const Request request : {Request::Parse, Request::Bind, Request::Execute, Request::Close})
+    pipeline.push({request, Verdict::Skip, client_->id()});
+}
+
+}  // namespace pgsidecar::proxy
