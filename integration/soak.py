@@ -3,7 +3,7 @@
 Each client checks that what it reads is its own. Errors of a lost server are fine; wrong data, hangs, other errors, more server
 connections than `max`, or anything left behind at the end are not.
 
-  integration/soak.py [--seconds 120] [--clients 30] [--seed N] [--binary PATH]
+  integration/soak.py [--seconds 120] [--clients 30] [--seed N] [--kinds simple,listen,...] [--chaos kill,...] [--binary PATH]
 """
 import argparse
 import collections
@@ -104,6 +104,47 @@ class Soak:
         self.note(w.ask(wire.query("SELECT 1")))
         self.note(w.ask(wire.query(f"SELECT pg_advisory_unlock({key})")))
 
+    def function(self, rng, w, mark):
+        if any(m.type == "E" for m in self.note(w.ask(wire.query(f"SELECT soak_set('{mark}')")))):
+            return
+        for _ in range(2):
+            self.expect(w.ask(wire.query("SELECT current_setting('app.inside')")), [mark])
+
+    def temporary(self, rng, w, mark):
+        if any(m.type == "E" for m in self.note(w.ask(wire.query(f"CREATE TEMP TABLE soak_own AS SELECT '{mark}' AS a")))):
+            return
+        for _ in range(2):
+            self.expect(w.ask(wire.query("SELECT a FROM soak_own")), [mark])
+        self.note(w.ask(wire.query("DROP TABLE soak_own")))
+
+    def listen(self, rng, w, mark):
+        if any(m.type == "E" for m in self.note(w.ask(wire.query("LISTEN soak_all; LISTEN soak_%s" % mark)))):
+            return
+        heard = []
+        for token in range(3):
+            messages = self.note(w.ask(wire.query(f"NOTIFY soak_{mark}, '{mark} {token}'; NOTIFY soak_all, '{mark}'")))
+            if any(m.type == "E" for m in messages):
+                return
+            heard += [m.body[4:].split(b"\0")[:2] for m in messages if m.type == "A" or b"may have been lost" in m.body]
+            if not any(m.type == "N" for m in messages) and [f"soak_{mark}".encode(), f"{mark} {token}".encode()] not in heard:
+                self.fail(f"{mark} didn't hear its own notification {token}: {messages}")
+        own = [payload for channel, payload in heard if channel == b"soak_" + mark.encode()]
+        if any(not payload.startswith(mark.encode()) for payload in own) or len(set(own)) != len(own):
+            self.fail(f"{mark} heard {own}")
+        self.note(w.ask(wire.query("UNLISTEN *")))
+
+    def described(self, rng, w, mark):
+        """What a client was told of a statement's columns holds, whoever alters the table meanwhile."""
+        if rng.random() < 0.2:
+            self.note(w.ask(wire.query(f"SET lock_timeout = '1s'; ALTER TABLE soak_altered ALTER a TYPE {rng.choice(('int', 'bigint', 'text'))} USING 1; RESET lock_timeout")))
+        w.ask(wire.close("S", "d"), wire.SYNC)
+        told = [m.body for m in self.note(w.ask(wire.parse("SELECT a FROM soak_altered", "d"), wire.describe("S", "d"), wire.SYNC)) if m.type == "T"]
+        for _ in range(3):
+            messages = self.note(w.ask(wire.bind("d"), wire.describe("P"), wire.execute(), wire.SYNC), "0A000")
+            got = [m.body for m in messages if m.type == "T"]
+            if told and got and told != got:
+                self.fail(f"described as {told}, got {got}")
+
     def cancel(self, rng, w, mark):
         timer = threading.Timer(rng.random() * 0.3, self.send_cancel, (w.pid, w.key))
         timer.start()
@@ -151,7 +192,9 @@ class Soak:
 
     def client(self, number):
         rng = random.Random(self.options.seed * 1000 + number)
-        kinds = [self.simple, self.pipeline, self.prepared, self.transaction, self.settings, self.copy, self.lock, self.cancel, self.leave]
+        kinds = {self.simple: 10, self.pipeline: 10, self.prepared: 10, self.transaction: 10, self.settings: 6, self.copy: 4, self.lock: 2, self.cancel: 2,
+                 self.leave: 1, self.function: 4, self.temporary: 2, self.listen: 2, self.described: 3}
+        kinds = {kind: weight for kind, weight in kinds.items() if not self.options.kinds or kind.__name__ in self.options.kinds.split(",")}
         while self.running:
             mark = secrets.token_hex(6)
             try:
@@ -164,7 +207,7 @@ class Soak:
                     for _ in range(rng.randrange(1, 60)):
                         if not self.running:
                             break
-                        kind = rng.choices(kinds, (10, 10, 10, 10, 6, 4, 2, 2, 1))[0]
+                        kind = rng.choices(list(kinds), kinds.values())[0]
                         self.progress[number] = (time.monotonic(), kind.__name__)
                         kind(rng, w, mark)
                         self.done[kind.__name__] += 1
@@ -178,7 +221,9 @@ class Soak:
     def chaos(self, pg, gate):
         rng = random.Random(self.options.seed)
         kinds = {"kill": 6, "stall": 2, "cut": 2, "slice": 2, "reload": 2, "restart": 1}
-        while self.running:
+        if self.options.chaos != "all":
+            kinds = {kind: weight for kind, weight in kinds.items() if kind in self.options.chaos.split(",")}
+        while self.running and kinds:
             time.sleep(rng.uniform(0.3, 2))
             kind = rng.choices(list(kinds), kinds.values())[0]
             self.done["chaos " + kind] += 1
@@ -204,6 +249,8 @@ class Soak:
 
     def run(self):
         with harness.Postgres(max_connections=60) as pg, Gate(pg.port) as gate:
+            pg.sql("CREATE FUNCTION soak_set(mark text) RETURNS void LANGUAGE plpgsql AS $$BEGIN PERFORM set_config('app.inside', mark, false); END$$", database=DATABASE)
+            pg.sql(f"CREATE TABLE soak_altered AS SELECT 1 AS a; ALTER TABLE soak_altered OWNER TO {USER}", database=DATABASE)
             self.proxy = harness.Proxy(pg, {"pool": {"max": MAX, "min": 1, "maxUses": 500, "connectionTimeoutMillis": 20000}},
                                        url=pg.url(port=gate.port), binary=self.options.binary)
             try:
@@ -257,6 +304,8 @@ def main():
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--clients", type=int, default=30)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--kinds", default="", help="of what clients do, only these: simple,pipeline,...")
+    parser.add_argument("--chaos", default="all", help="of what happens meanwhile, only these: kill,stall,cut,slice,reload,restart, or none")
     parser.add_argument("--binary", default=harness.BINARY, type=lambda path: pathlib.Path(path).resolve())
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))

@@ -239,6 +239,34 @@ def test_own_notification_of_a_trigger(pool, pg):
         assert notified(extended(w, "INSERT INTO noticed VALUES (3)")) == [("a", "3")]
 
 
+def test_many_begin_to_listen_at_once(pool, pg):
+    """Each with settings of its own, so that each lease begins with giving the session those; who is first makes the listener."""
+    for round in range(4):
+        def client(index):
+            with raw(pool, application_name=f"client{index}") as w:
+                for turn in range(3):
+                    do(w, f"LISTEN all_of_them; LISTEN own_{index}")
+                    for token in range(3):
+                        heard = notified(do(w, f"NOTIFY own_{index}, '{turn} {token}'; NOTIFY all_of_them, '{index}'"))
+                        assert (f"own_{index}", f"{turn} {token}") in heard and ("all_of_them", str(index)) in heard
+                    do(w, "UNLISTEN *")
+
+        harness.threads(12, client)
+    harness.poll(lambda: listening(pool)["clients"] == 0, what="nobody listens")
+
+
+def test_own_notifications_while_the_listener_begins(pool, pg):
+    """The first client's connection becomes the listener's: what it does next finds that still being set up."""
+    pg.sql("CREATE TABLE IF NOT EXISTS told(a int); GRANT ALL ON told TO PUBLIC; "
+           "CREATE OR REPLACE FUNCTION tell() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN PERFORM pg_notify('c', NEW.a::text); RETURN NEW; END$$; "
+           "CREATE OR REPLACE TRIGGER tell AFTER INSERT ON told FOR EACH ROW EXECUTE FUNCTION tell()", database=DATABASE)
+    with raw(pool) as w:
+        for notifies in ("NOTIFY c, '1'; NOTIFY other", "INSERT INTO told VALUES (1)", "SELECT pg_notify('c', '1')", "BEGIN; NOTIFY c, '1'; COMMIT") * 20:
+            do(w, "LISTEN c; LISTEN d")
+            assert notified(do(w, notifies)) == [("c", "1")], notifies
+            do(w, "UNLISTEN *")
+
+
 def test_only_between_transactions(pool, pg):
     with raw(pool) as w:
         do(w, "LISTEN a")

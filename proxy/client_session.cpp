@@ -485,7 +485,7 @@ void ClientSession::on_server_ready() {
     if (draining_) fatal("57P01", "terminating connection due to administrator command");
     return;
   }
-  if (subscriber_) subscriber_->on_answered();
+  if (subscriber_ && subscriber_->on_answered()) return;
   if (subscriber_ && subscriber_->in_turn()) return subscriber_->advance();
   if (residue_ & protocol::kFunction) residue_ |= server_->residue_of_unknown();
   pin_by_text();
@@ -520,9 +520,16 @@ ServerConnection* ClientSession::surrender() {
   return server;
 }
 
+// The request that is next has to wait for what the proxy does, and the client waits for nothing else.
+bool ClientSession::keeps_request() const {
+  if (!server_ || channel_.unread.size() < kHeaderSize) return false;
+  if (server_->asking_residue()) return !subscriber_ || !subscriber_->owes_ready();
+  const auto& pipeline = server_->pipeline;
+  return subscriber_ && subscriber_->waits_for_listener() && pipeline.releasable() && !subscriber_->owes_ready();
+}
+
 void ClientSession::on_cancel() {
-  const bool kept = server_ && held() && !server_->awaiting_shape() && channel_.unread.size() >= kHeaderSize;
-  if (waiting() || kept) {
+  if (waiting() || keeps_request()) {
     unlink();
     return on_wait_failed({"ERROR", "57014", "canceling statement due to user request", {}, {}}, false);
   }
@@ -551,7 +558,10 @@ void ClientSession::on_wait_failed(const protocol::ErrorFields& error, bool is_f
     worker_.to_client.own([](std::string& out) { protocol::write_ready_for_query(out, protocol::TxStatus::Idle); });
   }
   send(worker_.to_client);
-  if (subscriber_) subscriber_->deliver_if_idle();
+  if (subscriber_) {
+    subscriber_->deliver_if_idle();
+    if (subscriber_->stop_waiting() && server_) on_server_ready();
+  }
   read_on();
   if (state_ != State::Closed) wait_readable();
 }

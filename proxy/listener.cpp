@@ -160,7 +160,7 @@ void Listener::on_answer(bool ok) {
   if (lost) log::info("{}@{}: listening again for {} clients", entry_.user, entry_.database, subscribers_.size());
   const std::vector<Subscriber*> all(subscribers_.begin(), subscribers_.end());
   for (Subscriber* one : all)
-    if (subscribers_.contains(one)) one->on_listener_up(lost);
+    if (subscribers_.contains(one)) one->on_listener_up(lost, std::find(asked_.begin(), asked_.end(), one) == asked_.end());
 }
 
 void Listener::on_gone() {
@@ -220,10 +220,13 @@ Subscriber::Verdict Subscriber::ahead(std::uint32_t residue, std::string_view sq
   const bool asks = residue & protocol::kChannels;
   const bool changes = asks || (residue & (protocol::kListen | protocol::kDiscard)) || (outside && (residue & protocol::kFunction));
   if (!changes || real_ == Real::Yes) {
-    if ((residue & protocol::kNotify) && own_ == 0 && real_ == Real::No && listener_.up()) {
-      own_ = listener_.expect(*this);
-      inject({notify_sql(own_)});
+    if (!(residue & protocol::kNotify) || own_ != 0 || real_ != Real::No || !listener_.has_server()) return Verdict::Go;
+    if (!listener_.up()) {
+      waiting_ = waits_for_listener_ = true;
+      return Verdict::Wait;
     }
+    own_ = listener_.expect(*this);
+    inject({notify_sql(own_)});
     return Verdict::Go;
   }
   if (boundary && !pipeline.empty()) {
@@ -290,10 +293,16 @@ void Subscriber::on_leased(const Notification& notification) {
   check_bound();
 }
 
-void Subscriber::on_answered() {
-  if (!waiting_ || waits_for_listener_) return;
+bool Subscriber::on_answered() {
+  if (!waiting_ || waits_for_listener_) return false;
   waiting_ = false;
   client_.worker_.run_later(client_);
+  return !ready_held_;
+}
+
+bool Subscriber::stop_waiting() {
+  waits_for_listener_ = false;
+  return std::exchange(waiting_, false);
 }
 
 void Subscriber::on_channels(std::optional<Channels> channels) {
@@ -318,12 +327,12 @@ bool Subscriber::begin() {
     if (!listener_.listen(*rows_, *this)) on_listened();
     return true;
   }
-  if (fence_ && listener_.up()) {
+  if (fence_ && listener_.has_server()) {
     rows_.reset();
-    mark();
+    step_ = Step::Subscribing;
+    if (listener_.up()) on_listened();
     return true;
   }
-  rows_.reset();
   std::string out;
   if (!inbox_.empty()) inbox_.take(own_, pids(), out);
   answer(std::move(out));
@@ -455,11 +464,15 @@ void Subscriber::on_notification(const Notification& notification) {
 void Subscriber::on_listener_gone() {
   if (step_ == Step::Marking) {
     reached_ = true;
-    finish_if_done();
+    return finish_if_done();
   }
+  if (stop_waiting()) client_.worker_.run_later(client_);
+  if (step_ != Step::Subscribing) return;
+  step_ = Step::None;
+  client_.on_server_ready();  // begins anew, maybe as the listener
 }
 
-void Subscriber::on_listener_up(bool lost) {
+void Subscriber::on_listener_up(bool lost, bool listened) {
   if (lost && listens()) {
     std::string warning;
     protocol::write_warning(warning, "01000", "notifications may have been lost: the connection that listens for this client was lost",
@@ -467,11 +480,8 @@ void Subscriber::on_listener_up(bool lost) {
     inbox_.insert(std::move(warning));
     deliver_if_idle();
   }
-  if (waits_for_listener_) {
-    waiting_ = waits_for_listener_ = false;
-    client_.worker_.run_later(client_);
-  }
-  on_listened();
+  if (waits_for_listener_ && stop_waiting()) client_.worker_.run_later(client_);
+  if (listened) on_listened();
 }
 
 bool Subscriber::idle() const {

@@ -85,6 +85,8 @@ class Subscriber {
   Verdict ahead(std::uint32_t residue, std::string_view sql, bool simple);
   bool busy() const { return in_turn() || waiting_; }  ///< what the client sends has to wait
   bool in_turn() const { return step_ != Step::None; }
+  bool waits_for_listener() const { return waits_for_listener_; }
+  bool stop_waiting();                                          ///< True: it did
   bool owes_ready() const { return in_turn() || ready_held_; }  ///< the client waits for the end of its turn
   bool dirty() const { return step_ != Step::None || real_ != Real::No; }
   bool over() const { return step_ == Step::None && channels_.empty() && inbox_.empty(); }
@@ -97,7 +99,7 @@ class Subscriber {
   void on_tag(std::string_view tag);
   void on_leased(const protocol::Notification& notification);
   void on_told(bool ok) { told_ok_ &= ok; }
-  void on_answered();  ///< it owes nothing more
+  bool on_answered();  ///< it owes nothing more. True: the client's message that waited for that is next
   void on_channels(std::optional<protocol::Channels> channels);
   bool begin();    ///< residue is known. True: the lease goes on until what begins now is over
   void advance();  ///< the next step of that
@@ -108,7 +110,7 @@ class Subscriber {
   void on_marker(std::uint64_t marker);
   void on_listened();
   void on_listener_gone();
-  void on_listener_up(bool lost);
+  void on_listener_up(bool lost, bool listened);  ///< `listened`: to all of the client's channels
   void deliver_if_idle();
 
  private:
