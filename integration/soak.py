@@ -125,9 +125,13 @@ class Soak:
             messages = self.note(w.ask(wire.query(f"NOTIFY soak_{mark}, '{mark} {token}'; NOTIFY soak_all, '{mark}'")))
             if any(m.type == "E" for m in messages):
                 return
-            heard += [m.body[4:].split(b"\0")[:2] for m in messages if m.type == "A" or b"may have been lost" in m.body]
-            if not any(m.type == "N" for m in messages) and [f"soak_{mark}".encode(), f"{mark} {token}".encode()] not in heard:
-                self.fail(f"{mark} didn't hear its own notification {token}: {messages}")
+            heard += [m.body[4:].split(b"\0")[:2] for m in messages if m.type == "A"]
+            until = time.monotonic() + 15
+            while [f"soak_{mark}".encode(), f"{mark} {token}".encode()] not in heard and not any(b"may have been lost" in m.body for m in messages):
+                if time.monotonic() > until:
+                    self.fail(f"{mark} didn't hear its own notification {token}, nor that it may have been lost: {messages}")
+                    return
+                messages += self.note(w.ask(wire.query("SELECT pg_sleep(0.1)")))
         own = [payload for channel, payload in heard if channel == b"soak_" + mark.encode()]
         if any(not payload.startswith(mark.encode()) for payload in own) or len(set(own)) != len(own):
             self.fail(f"{mark} heard {own}")
@@ -138,7 +142,7 @@ class Soak:
         if rng.random() < 0.2:
             self.note(w.ask(wire.query(f"SET lock_timeout = '1s'; ALTER TABLE soak_altered ALTER a TYPE {rng.choice(('int', 'bigint', 'text'))} USING 1; RESET lock_timeout")))
         w.ask(wire.close("S", "d"), wire.SYNC)
-        told = [m.body for m in self.note(w.ask(wire.parse("SELECT a FROM soak_altered", "d"), wire.describe("S", "d"), wire.SYNC)) if m.type == "T"]
+        told = [m.body for m in self.note(w.ask(wire.parse("SELECT a FROM soak_altered", "d"), wire.describe("S", "d"), wire.SYNC), "0A000") if m.type == "T"]
         for _ in range(3):
             messages = self.note(w.ask(wire.bind("d"), wire.describe("P"), wire.execute(), wire.SYNC), "0A000")
             got = [m.body for m in messages if m.type == "T"]

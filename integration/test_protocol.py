@@ -253,6 +253,64 @@ def test_many_statements_evict(proxies):
         assert w.value("SELECT count(*) FROM pg_prepared_statements") == "50"  # the client's own
 
 
+def test_an_eviction_that_the_server_skips(proxies):
+    """What makes room is behind an error in the pipeline: the server has the old statement still."""
+    proxy = proxies({"pool": {"max": 1, "maxPreparedStatements": 2}})
+    with raw(proxy) as w:
+        for n in (1, 2):
+            assert kinds(w.ask(wire.parse(f"SELECT {n}", f"s{n}"), wire.SYNC)) == "1Z"
+        for turn in range(3):
+            failed = w.ask(wire.parse("SELECT 1/0"), wire.bind(), wire.execute(), wire.parse(f"SELECT {turn + 3}", "s3"), wire.SYNC)
+            assert kinds(failed).endswith("EZ")
+            for n in (1, 2):
+                messages = w.ask(wire.bind(f"s{n}"), wire.execute(), wire.SYNC)
+                assert kinds(messages) == "2DCZ", [m.error for m in messages if m.type == "E"]
+        assert w.value("SELECT count(*) FROM pg_prepared_statements WHERE name LIKE 'pgsidecar%'") == "0"
+
+
+def test_described_columns_hold_on_a_server_that_prepared_before(small, pg):
+    """One server has prepared it while a column was an int; the client was told bigint by another; it is an int again."""
+    def alter(to):
+        pg.sql(f"DROP TABLE IF EXISTS turned; CREATE TABLE turned AS SELECT 1::{to} AS a; GRANT ALL ON turned TO PUBLIC", database=DATABASE)
+
+    alter("int")
+    with raw(small) as one, raw(small) as two, raw(small) as holder:
+        holder.ask(wire.query("BEGIN"))
+        assert kinds(one.ask(wire.parse("SELECT a FROM turned", "s"), wire.SYNC)) == "1Z"
+        pg.sql("ALTER TABLE turned ALTER a TYPE bigint", database=DATABASE)
+        one.ask(wire.query("BEGIN"))
+        holder.ask(wire.query("COMMIT"))
+        told = two.ask(wire.parse("SELECT a FROM turned", "s"), wire.describe("S", "s"), wire.SYNC)
+        assert kinds(told) == "1tTZ"
+        pg.sql("ALTER TABLE turned ALTER a TYPE int", database=DATABASE)
+        holder.ask(wire.query("BEGIN"))
+        one.ask(wire.query("COMMIT"))
+        for _ in range(2):
+            messages = two.ask(wire.bind("s"), wire.execute(), wire.SYNC)
+            assert kinds(messages) == "EZ" and messages[0].error["C"] == "0A000"
+        again = two.ask(wire.close("S", "s"), wire.parse("SELECT a FROM turned", "s"), wire.describe("S", "s"), wire.bind("s"), wire.execute(), wire.SYNC)
+        assert kinds(again) == "31tT2DCZ", [m.error for m in again if m.type == "E"]
+        assert again[3].body != told[2].body
+        holder.ask(wire.query("COMMIT"))
+
+
+def test_whoever_describes_is_told_the_columns_of_now(small, pg):
+    """The same text was described to another client before the table was altered past the proxy."""
+    pg.sql("DROP TABLE IF EXISTS turned; CREATE TABLE turned AS SELECT 1 AS a; GRANT ALL ON turned TO PUBLIC", database=DATABASE)
+    with raw(small) as one, raw(small) as two:
+        first = one.ask(wire.parse("SELECT a FROM turned", "s"), wire.describe("S", "s"), wire.SYNC)
+        pg.sql("ALTER TABLE turned ALTER a TYPE text", database=DATABASE)
+        one.ask(wire.query("BEGIN"))  # on the server that has it
+        second = two.ask(wire.parse("SELECT a FROM turned", "s"), wire.describe("S", "s"), wire.SYNC)
+        assert kinds(second) == "1tTZ" and first[2].body != second[2].body
+        one.ask(wire.query("COMMIT"))
+        for _ in range(4):
+            messages = two.ask(wire.bind("s"), wire.describe("P"), wire.execute(), wire.SYNC)
+            assert kinds(messages) == "2TDCZ" or messages[0].error["C"] == "0A000"
+            messages = one.ask(wire.bind("s"), wire.execute(), wire.SYNC)
+            assert kinds(messages) == "EZ" and messages[0].error["C"] == "0A000"
+
+
 def test_deallocate_and_discard(small):
     with raw(small) as w:
         for sql in ("DEALLOCATE ALL", "DISCARD ALL", "DEALLOCATE s"):

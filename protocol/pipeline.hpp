@@ -29,7 +29,7 @@ struct Owed {
   Request request = Request::Query;
   Verdict verdict = Verdict::Forward;
   OwnerId owner = kProxy;
-  std::uint32_t note = 0;  ///< the caller's own; returned with the reply
+  std::uint64_t note = 0;  ///< the caller's own; returned with the reply
 };
 
 class Pipeline {

@@ -64,13 +64,22 @@ bool ServerStatements::touch(const StatementRef& statement) {
 
 void ServerStatements::add(const StatementRef& statement) {
   if (touch(statement)) return;
-  order_.push_front(statement);
+  order_.push_front({statement});
   map_.emplace(statement->id, order_.begin());
 }
 
 StatementRef ServerStatements::find(std::uint64_t id) const {
   const auto it = map_.find(id);
-  return it == map_.end() ? nullptr : *it->second;
+  return it == map_.end() ? nullptr : it->second->statement;
+}
+
+bool ServerStatements::described(std::uint64_t id) const {
+  const auto it = map_.find(id);
+  return it != map_.end() && it->second->described;
+}
+
+void ServerStatements::set_described(std::uint64_t id) {
+  if (const auto it = map_.find(id); it != map_.end()) it->second->described = true;
 }
 
 void ServerStatements::erase(std::uint64_t id) {
@@ -88,7 +97,7 @@ void ServerStatements::clear() {
 
 StatementRef ServerStatements::evict(std::size_t limit) {
   if (order_.size() <= limit) return nullptr;
-  StatementRef last = order_.back();
+  StatementRef last = order_.back().statement;
   erase(last->id);
   return last;
 }

@@ -86,10 +86,13 @@ class ServerStatements {
   void add(const StatementRef& statement);
   StatementRef find(std::uint64_t id) const;
   void erase(std::uint64_t id);
+  /// That the server has said there what it looks like, since it was prepared.
+  bool described(std::uint64_t id) const;
+  void set_described(std::uint64_t id);
   void clear();
   template <class F>
   void for_each(F&& f) const {
-    for (const StatementRef& statement : order_) f(statement);
+    for (const Held& held : order_) f(held.statement);
   }
   /// A statement to close because more than `limit` are prepared; nullptr if none. It is forgotten.
   StatementRef evict(std::size_t limit);
@@ -97,8 +100,13 @@ class ServerStatements {
   StatementRef unnamed;  ///< what the server's unnamed statement holds, if known
 
  private:
-  std::list<StatementRef> order_;
-  boost::unordered_flat_map<std::uint64_t, std::list<StatementRef>::iterator> map_;
+  struct Held {
+    StatementRef statement;
+    bool described = false;
+  };
+
+  std::list<Held> order_;
+  boost::unordered_flat_map<std::uint64_t, std::list<Held>::iterator> map_;
 };
 
 /// The name under which a statement is prepared on servers. Written for each Bind, so it lives without the heap.

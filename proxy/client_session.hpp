@@ -61,15 +61,16 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   void on_greeting_failed(const protocol::ErrorFields& error);
   void on_residue(SettingsRef settings, const Residue& found);  ///< no settings: they aren't known
   void on_learned() { residue_ |= protocol::kFunction; }        ///< its transaction may have left something: the session is to be looked at
-  bool made_temporary() const { return (residue_ & protocol::kTemporary) != 0; }  ///< its transaction may have
-  void on_name_done(bool ok);                                                     ///< a Parse, or a Close of a statement
-  void on_answered();                                                             ///< ReadyForQuery of a request of its own
-  void on_statements_gone();                                                      ///< DISCARD ALL, DEALLOCATE ALL
+  bool made_temporary() const { return (residue_ & protocol::kTemporary) != 0; }        ///< its transaction may have
+  void on_name_done(bool ok);                                                           ///< a Parse, or a Close of a statement
+  void on_looks_different(const protocol::StatementRef& statement, std::size_t shape);  ///< than others were told, as this one was told
+  void on_answered();                                                                   ///< ReadyForQuery of a request of its own
+  void on_statements_gone();                                                            ///< DISCARD ALL, DEALLOCATE ALL
   void on_apply_failed(const protocol::ErrorFields& error);
   /// The Parse that is next to be answered names a statement that exists already.
   bool pending_is_duplicate() const { return !pending_.empty() && !pending_.front().statement; }
   /// Its name for a statement with this id; null: none.
-  const std::string* name_of(std::uint32_t id) const;
+  const std::string* name_of(std::uint64_t id) const;
   /// The client's name in the error of such a Parse.
   const std::string* pending_parse_error() const { return parse_error_ ? &*parse_error_ : nullptr; }
   void forget_pending_parse_error() { parse_error_.reset(); }
@@ -161,7 +162,8 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   void pin(std::uint32_t reasons, std::string detail);
   void adopt_named(std::string_view sql);
   bool sql_prepared() const;
-  bool prepare(const protocol::StatementRef& statement);
+  bool prepare(const protocol::StatementRef& statement, bool to_describe = false);
+  bool looks_the_same(const protocol::Statement& statement);
   void prepare_unnamed(const protocol::StatementRef& statement);
   bool rewrites() const;
 

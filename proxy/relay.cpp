@@ -233,16 +233,10 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
     fatal("53000", "too many prepared statements", "limits.maxPreparedStatementsPerClient bounds them for each client.");
     return 0;
   }
-  const auto forward = [&](const protocol::StatementRef& s) {
-    worker_.to_server.own([&](std::string& out) {
-      protocol::Writer(out).begin(protocol::Frontend::Parse).cstring(protocol::server_name(s->id)).bytes(s->body).end();
-    });
-    pipeline.push({Request::Parse, Verdict::Forward, id_, static_cast<std::uint32_t>(s->id)});
-  };
   if (const auto existing = statements.find(name)) {
     // The server's own "already exists", with the client's name put back in (ServerConnection::on_error_response).
     if (!prepare(existing)) return 0;
-    forward(existing);
+    server_->parse(*existing, Verdict::Forward);
     pending_.push_back({std::string(name), nullptr});
     return total;
   }
@@ -258,7 +252,7 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
     pipeline.push({Request::Parse, Verdict::Inject, id_});
   } else {
     ++counters.preparedMisses;
-    forward(statement);
+    server_->parse(*statement, Verdict::Forward);
     held.add(statement);
     evict();
   }
@@ -295,29 +289,49 @@ bool ClientSession::parse_unserved(Bytes whole) {
 }
 
 // False: the request that needs it has to wait, and is then looked at anew.
-bool ClientSession::prepare(const protocol::StatementRef& statement) {
+bool ClientSession::prepare(const protocol::StatementRef& statement, bool to_describe) {
   auto& held = server_->statements;
   note_residue(*statement);
   if (std::exchange(server_->plans_stale, false)) server_->close_shared_statements();
+  if (server_->take_changed(*statement)) return true;
   if (held.touch(statement)) {
-    if (!server_->take_changed(*statement)) ++entry_->pool.counters().preparedHits;
-    return true;
+    ++entry_->pool.counters().preparedHits;
+    return to_describe || looks_the_same(*statement);
   }
   ++entry_->pool.counters().preparedMisses;
   // Its constants mean what they meant when the client prepared it. If preparing fails, the settings for it go with the transaction.
   const auto* meaning = static_cast<const Meaning*>(statement->meaning.get());
   const bool other = meaning != settings->meaning.get() && server_->pipeline.status() != protocol::TxStatus::Failed;
   if (other) server_->run_within(settings_statements(settings->meaning->values, meaning->values));
-  worker_.to_server.own([&](std::string& out) {
-    protocol::Writer(out).begin(protocol::Frontend::Parse).cstring(protocol::server_name(statement->id)).bytes(statement->body).end();
-  });
-  server_->pipeline.push({Request::Parse, Verdict::Skip, id_, static_cast<std::uint32_t>(statement->id)});
+  server_->parse(*statement, Verdict::Skip);
   if (other) server_->run_within(settings_statements(meaning->values, settings->meaning->values));
   held.add(statement);
   evict();
-  if (statement->shape == 0 || server_->pipeline.status() == protocol::TxStatus::Failed) return true;
-  server_->ask_shape(*statement);
+  return to_describe || looks_the_same(*statement);
+}
+
+/// What clients were told of it holds on this connection too. False: that isn't known yet, and asked for.
+bool ClientSession::looks_the_same(const protocol::Statement& statement) {
+  if (statement.shape == 0 || server_->statements.described(statement.id)) return true;
+  if (server_->pipeline.status() == protocol::TxStatus::Failed) return true;
+  server_->ask_shape(statement);
   return false;
+}
+
+void ClientSession::on_looks_different(const protocol::StatementRef& statement, std::size_t shape) {
+  auto& cache = worker_.statements;
+  auto anew = cache.intern(statement->body, statement->meaning);
+  if (anew == statement) {
+    cache.retire(*statement);
+    anew = cache.intern(statement->body, statement->meaning);
+  }
+  if (anew->shape != 0 && anew->shape != shape) anew = cache.make(statement->body, statement->meaning);
+  anew->shape = shape;
+  std::vector<std::string> names;
+  statements.for_each_named([&](const std::string& name, const protocol::StatementRef& s) {
+    if (s == statement) names.push_back(name);
+  });
+  for (const std::string& name : names) statements.set(name, anew);
 }
 
 void ClientSession::prepare_unnamed(const protocol::StatementRef& statement) {
@@ -331,10 +345,7 @@ void ClientSession::prepare_unnamed(const protocol::StatementRef& statement) {
 void ClientSession::evict() {
   while (const auto old = server_->statements.evict(entry_->pool.settings().maxPreparedStatements)) {
     ++entry_->pool.counters().preparedEvictions;
-    worker_.to_server.own([&](std::string& out) {
-      protocol::Writer(out).begin(protocol::Frontend::Close).u8('S').cstring(protocol::server_name(old->id)).end();
-    });
-    server_->pipeline.push({Request::Close, Verdict::Skip, id_});
+    server_->close_statement(old->id);
   }
 }
 
@@ -394,7 +405,7 @@ std::size_t ClientSession::on_bind(Bytes available, std::size_t total) {
                         static_cast<std::uint32_t>(total - 1 - name.size() + own_name.size()));
     protocol::Writer(out).cstring(portal).cstring(own_name);
   });
-  pipeline.push({Request::Bind, Verdict::Forward, id_, static_cast<std::uint32_t>(statement->id)});
+  pipeline.push({Request::Bind, Verdict::Forward, id_, statement->id});
   worker_.to_server.add(available.data() + consumed, available.size() - consumed);
   pass_left_ = total - available.size();
   pass_to_server_ = true;
@@ -408,13 +419,13 @@ std::size_t ClientSession::on_describe(Bytes available, std::size_t total) {
   const char kind = static_cast<char>(reader.u8());
   const std::string_view name = reader.cstring();
   const auto statement = kind == 'S' && reader.ok() && rewrites() && !pipeline.failed() ? statements.find(name) : nullptr;
-  std::uint32_t note = 0;
+  std::uint64_t note = 0;
   if (statement && !name.empty() && statement->residue & protocol::kPrepared) {
     server_->adopt(std::string(name), statement);
     relay(available, total);
   } else if (statement && !name.empty()) {
-    if (!prepare(statement)) return 0;
-    note = static_cast<std::uint32_t>(statement->id);
+    if (!prepare(statement, true)) return 0;
+    note = statement->id;
     worker_.to_server.own([&](std::string& out) {
       protocol::Writer(out).begin(protocol::Frontend::Describe).u8('S').cstring(protocol::server_name(statement->id)).end();
     });
@@ -472,10 +483,10 @@ void ClientSession::on_name_done(bool ok) {
   }
 }
 
-const std::string* ClientSession::name_of(std::uint32_t id) const {
+const std::string* ClientSession::name_of(std::uint64_t id) const {
   const std::string* found = nullptr;
   statements.for_each_named([&](const std::string& name, const protocol::StatementRef& s) {
-    if (static_cast<std::uint32_t>(s->id) == id) found = &name;
+    if (s->id == id) found = &name;
   });
   return found;
 }

@@ -220,7 +220,8 @@ bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total
     if (!error) return false;
     worker_.count_error(error->sqlstate);
     // Whoever parses the same text anew must get a new plan, as on a connection of its own.
-    if (const Owed* front = pipeline.front(); front && front->request == Request::Bind && error->sqlstate == "0A000")
+    if (const Owed* front = pipeline.front();
+        front && error->sqlstate == "0A000" && (front->request == Request::Bind || front->request == Request::Describe))
       if (const auto statement = statements.find(front->note)) worker_.statements.retire(*statement);
     if (error->severity == "FATAL" || error->severity == "PANIC" || pipeline.empty()) {
       lost(error->sqlstate, error->message);
@@ -263,7 +264,7 @@ bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total
       statement->proven_with = client_->settings.get();
     if (ours && owed.verdict == Verdict::Forward) client_->on_name_done(true);
   } else if (type == Backend::CloseComplete) {
-    if (ours && owed.note == kNamed) client_->on_name_done(true);
+    if (ours && owed.verdict != Verdict::Skip && owed.note == kNamed) client_->on_name_done(true);
   } else if (type == Backend::CommandComplete && ours) {
     protocol::Reader reader(available.subspan(kHeaderSize));
     const std::string_view tag = reader.cstring();
@@ -298,9 +299,18 @@ void ServerConnection::on_described(Backend type, const Owed& owed, Bytes availa
   if (type != Backend::RowDescription && type != Backend::NoData) return;
   if (available.size() < total) shape_ = 0;  // too long to be looked at
   if (shape_ != 0) shape_ = protocol::shape_of(type, available.subspan(kHeaderSize), shape_);
-  if (const auto statement = statements.find(owed.note); statement && shape_ != 0) {
+  if (const auto statement = statements.find(owed.note)) {
     if (statement->shape == 0) statement->shape = shape_;
-    if (statement->shape != shape_) changed_ = owed.note;
+    if (shape_ == 0 || statement->shape == shape_) {
+      statements.set_described(owed.note);
+    } else {
+      statements.erase(owed.note);
+      unclosed_.insert(owed.note);
+      if (owed.verdict == Verdict::Skip)
+        changed_ = owed.note;
+      else if (client_ && client_->id() == owed.owner)
+        client_->on_looks_different(statement, shape_);
+    }
   }
   if (owed.verdict == Verdict::Skip) stop_awaiting_shape();
 }
@@ -313,11 +323,6 @@ bool ServerConnection::take_changed(const protocol::Statement& statement) {
   if (changed_ != statement.id) return false;
   changed_ = 0;
   worker_.statements.retire(statement);
-  statements.erase(statement.id);
-  worker_.to_server.own([&](std::string& out) {
-    protocol::Writer(out).begin(protocol::Frontend::Close).u8('S').cstring(protocol::server_name(statement.id)).end();
-  });
-  pipeline.push({Request::Close, Verdict::Skip, client_->id()});
   raise(false, "cached plan must not change result type", "");
   return true;
 }
@@ -335,7 +340,12 @@ void ServerConnection::inject() {
 void ServerConnection::on_dropped(const Owed& owed) {
   if (owed.owner == protocol::kProxy) return;
   const bool ours = client_ && owed.owner == client_->id();
-  if (owed.request == Request::Close && owed.note == kNamed && ours) client_->on_name_done(false);
+  if (owed.request == Request::Close) {
+    if (owed.verdict == Verdict::Skip && owed.note != 0)
+      unclosed_.insert(owed.note);
+    else if (owed.note == kNamed && ours)
+      client_->on_name_done(false);
+  }
   if (owed.request == Request::Describe && owed.verdict == Verdict::Skip && ours) stop_awaiting_shape();
   if (owed.request != Request::Parse) return;
   if (owed.verdict == Verdict::Inject) {
@@ -411,8 +421,7 @@ void ServerConnection::start_reset() {
   }
   ask(kReset, "ROLLBACK");
   ask(kReset, "DISCARD ALL");
-  statements.clear();
-  adopted_.clear();
+  forget_statements();
   sequences_dirty = false;
   settings = entry_.settings.intern({});
   send(worker_.to_server);

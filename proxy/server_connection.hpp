@@ -8,6 +8,7 @@
 #include <map>
 #include <memory>
 #include <optional>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -29,11 +30,11 @@ class Worker;
 struct PoolEntry;
 
 /// Notes of replies owed that aren't a statement's id. Of a client's Close: it is about a named statement.
-constexpr std::uint32_t kNamed = 1;
+constexpr std::uint64_t kNamed = 1;
 /// Of an error that the proxy has the server raise for the client.
-constexpr std::uint32_t kRaised = 0xffffffff;
+constexpr std::uint64_t kRaised = 0xffffffff;
 /// Of the proxy's own queries.
-constexpr std::uint32_t kApply = 1, kResidue = 2, kReset = 3, kRestore = 4, kLearn = 5, kSurvey = 6, kListening = 7;
+constexpr std::uint64_t kApply = 1, kResidue = 2, kReset = 3, kRestore = 4, kLearn = 5, kSurvey = 6, kListening = 7;
 
 class ServerConnection : public pool::Slot, public std::enable_shared_from_this<ServerConnection> {
  public:
@@ -81,6 +82,9 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   void raise(bool simple, const std::string& message, const std::string& hint);
   /// A text is about to depend on the values of sequences that the client took in this session.
   void forget_sequences();
+  /// Parse and Close of a statement under the proxy's name for it.
+  void parse(const protocol::Statement& statement, protocol::Verdict verdict);
+  void close_statement(std::uint64_t id);
   /// Prepares a statement of the client's under the client's own name for it, for SQL that names it.
   void adopt(const std::string& name, const protocol::StatementRef& statement, protocol::Verdict verdict = protocol::Verdict::Skip);
   /// Has the server describe what was just prepared, since clients were told what it looks like. The client waits until then.
@@ -142,12 +146,12 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   bool on_reply(protocol::Backend type, protocol::Bytes available, std::size_t total);
   void on_dropped(const protocol::Owed& owed);
   void on_described(protocol::Backend type, const protocol::Owed& owed, protocol::Bytes available, std::size_t total);
-  void on_proxy_reply(protocol::Backend type, std::uint32_t note, protocol::Bytes whole);
+  void on_proxy_reply(protocol::Backend type, std::uint64_t note, protocol::Bytes whole);
   void stop_awaiting_shape();
   void tell_raised(protocol::Bytes whole);
   void rename_error(protocol::Bytes whole, const std::string& name);
   void apply_failed(const protocol::ErrorFields& error);
-  void ask(std::uint32_t note, std::string_view sql);
+  void ask(std::uint64_t note, std::string_view sql);
   void lost(const std::string& sqlstate, const std::string& reason);
   void start_reset();
   bool changes_catalog(std::string_view tag) const;
@@ -178,8 +182,9 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   bool listener_ = false;  // the pool's
   bool asking_residue_ = false, residue_failed_ = false, own_query_failed_ = false;
   bool leased_anew_ = false, cancel_due_ = false, awaiting_shape_ = false;
-  std::size_t shape_ = 0;      // as described so far
-  std::uint32_t changed_ = 0;  // the statement that was found to look different
+  std::size_t shape_ = 0;             // as described so far
+  std::uint64_t changed_ = 0;         // the statement that was found to look different
+  std::set<std::uint64_t> unclosed_;  // statements that are forgotten and may still be prepared
   bool conforming_strings_ = true;
   bool retry_other_tls_ = false;  // sslmode prefer and allow
   int resets_overdue_ = 0;

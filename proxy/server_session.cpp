@@ -115,13 +115,23 @@ void ServerConnection::adopt(const std::string& name, const protocol::StatementR
     known->second = statement;
 }
 
-void ServerConnection::close_shared_statements() {
-  statements.for_each([this](const protocol::StatementRef& statement) {
-    worker_.to_server.own([&](std::string& out) {
-      protocol::Writer(out).begin(protocol::Frontend::Close).u8('S').cstring(protocol::server_name(statement->id)).end();
-    });
-    pipeline.push({Request::Close, Verdict::Skip, client_->id()});
+void ServerConnection::parse(const protocol::Statement& statement, Verdict verdict) {
+  if (unclosed_.erase(statement.id) > 0) close_statement(statement.id);
+  worker_.to_server.own([&](std::string& out) {
+    protocol::Writer(out).begin(protocol::Frontend::Parse).cstring(protocol::server_name(statement.id)).bytes(statement.body).end();
   });
+  pipeline.push({Request::Parse, verdict, client_->id(), statement.id});
+}
+
+void ServerConnection::close_statement(std::uint64_t id) {
+  worker_.to_server.own(
+      [&](std::string& out) { protocol::Writer(out).begin(protocol::Frontend::Close).u8('S').cstring(protocol::server_name(id)).end(); });
+  pipeline.push({Request::Close, Verdict::Skip, client_->id(), id});
+}
+
+void ServerConnection::close_shared_statements() {
+  statements.for_each([this](const protocol::StatementRef& statement) { close_statement(statement->id); });
+  for (const std::uint64_t id : std::exchange(unclosed_, {})) close_statement(id);
   statements.clear();
 }
 
@@ -131,6 +141,7 @@ void ServerConnection::forget_adopted(std::string_view name) {
 
 void ServerConnection::forget_statements() {
   statements.clear();
+  unclosed_.clear();
   adopted_.clear();
 }
 
@@ -151,13 +162,13 @@ void ServerConnection::restore_settings(const Settings& login) {
 
 // --- questions
 
-void ServerConnection::ask(std::uint32_t note, std::string_view sql) {
+void ServerConnection::ask(std::uint64_t note, std::string_view sql) {
   pipeline.push({Request::Query, Verdict::Skip, protocol::kProxy, note});
   statements.unnamed.reset();
   worker_.to_server.own([&](std::string& out) { protocol::write_query(out, sql); });
 }
 
-void ServerConnection::on_proxy_reply(Backend type, std::uint32_t note, Bytes whole) {
+void ServerConnection::on_proxy_reply(Backend type, std::uint64_t note, Bytes whole) {
   if (note == kResidue) {
     if (type == Backend::DataRow) {
       ResidueRow row;

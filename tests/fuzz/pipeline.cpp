@@ -22,7 +22,7 @@ void check(const Pipeline& pipeline) {
 
 void rubbish(Choices& choices) {
   Pipeline pipeline;
-  std::uint32_t pushed = 0, popped = 0;
+  std::uint64_t pushed = 0, popped = 0;
   while (choices.more()) {
     const std::size_t before = pipeline.size();
     switch (choices.below(8)) {
@@ -40,7 +40,7 @@ void rubbish(Choices& choices) {
       default: {
         const auto type = static_cast<Backend>("12CDEGHIKNRSTVWZcdnst3A"[choices.below(23)]);
         const Owed front = pipeline.front() ? *pipeline.front() : Owed{};
-        std::uint32_t last = 0;
+        std::uint64_t last = 0;
         const auto reply = pipeline.receive(type, static_cast<TxStatus>("ITE"[choices.below(3)]), [&](const Owed& owed) {
           require(owed.note > last, "dropped in order");
           last = owed.note;
@@ -62,7 +62,7 @@ enum class Fate : std::uint8_t { Works, Fails, Copies, CopiesAndFails };
 struct Sent {
   Request request;
   Fate fate;
-  std::uint32_t note;
+  std::uint64_t note;
   bool describes_statement = false, data = false, copy_fails = false;
 };
 
@@ -71,7 +71,7 @@ class Server {
  public:
   struct Reply {
     char type, status;
-    std::uint32_t note;
+    std::uint64_t note;
   };
   std::deque<Sent> wire;
   std::deque<Reply> replies;
@@ -106,10 +106,10 @@ class Server {
   }
 
  private:
-  void say(const char* types, std::uint32_t note) {
+  void say(const char* types, std::uint64_t note) {
     for (; *types; ++types) replies.push_back({*types, "ITE"[note % 3], note});
   }
-  void fail(std::uint32_t note, bool simple) {
+  void fail(std::uint64_t note, bool simple) {
     say("E", note);
     if (simple)
       say("Z", note);
@@ -256,7 +256,7 @@ class Conversation {
 
   Pipeline pipeline_;
   Server server_;
-  std::uint32_t sent_ = 0, copy_ = 0;
+  std::uint64_t sent_ = 0, copy_ = 0;
   bool copy_is_open_ = false, simple_copy_ = false, held_ = false;
 };
 

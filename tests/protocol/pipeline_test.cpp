@@ -15,7 +15,7 @@ struct Script {
   Pipeline pipeline;
   std::vector<Owed> dropped;
 
-  bool ask(Request request, Verdict verdict = Verdict::Forward, OwnerId owner = kA, std::uint32_t note = 0) {
+  bool ask(Request request, Verdict verdict = Verdict::Forward, OwnerId owner = kA, std::uint64_t note = 0) {
     return pipeline.push({request, verdict, owner, note});
   }
   std::optional<Pipeline::Reply> hear(char type, char status = 'I') {
@@ -300,9 +300,9 @@ TEST(Pipeline, WhatTheServerCannotSayNow) {
 TEST(Pipeline, TheRingGrowsAndWraps) {
   Script s;
   for (int round = 0; round < 50; ++round) {
-    for (int i = 0; i < 37; ++i) s.ask(Request::Query, Verdict::Forward, kA, static_cast<std::uint32_t>(i));
+    for (int i = 0; i < 37; ++i) s.ask(Request::Query, Verdict::Forward, kA, static_cast<std::uint64_t>(i));
     for (int i = 0; i < 37; ++i) {
-      EXPECT_EQ(s.hear('C')->owed.note, static_cast<std::uint32_t>(i));
+      EXPECT_EQ(s.hear('C')->owed.note, static_cast<std::uint64_t>(i));
       EXPECT_TRUE(s.all("Z"));
     }
   }

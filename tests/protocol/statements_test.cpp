@@ -65,5 +65,20 @@ TEST(ServerStatements, LeastRecentlyUsedLeaves) {
   EXPECT_FALSE(server.touch(a));
 }
 
+TEST(ServerStatements, DescribedSinceItWasPrepared) {
+  StatementCache cache;
+  ServerStatements server;
+  const auto a = cache.intern("A"), b = cache.intern("B");
+  server.add(a);
+  server.add(b);
+  server.set_described(a->id);
+  EXPECT_TRUE(server.described(a->id));
+  EXPECT_FALSE(server.described(b->id));
+  server.erase(a->id);
+  server.set_described(a->id);  // forgotten: nothing to remember it by
+  server.add(a);
+  EXPECT_FALSE(server.described(a->id));
+}
+
 }  // namespace
 }  // namespace pgsidecar::protocol
