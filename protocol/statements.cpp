@@ -21,10 +21,14 @@ StatementRef StatementCache::make(std::string_view body, const std::shared_ptr<c
   statement->id = next_id_++;
   statement->residue = scan_sql(body.substr(0, body.find('\0')));
   return {statement.release(), [this](const Statement* s) {
-            const auto it = map_.find(key(*s));
-            if (it != map_.end() && it->first.second.data() == s->body.data()) map_.erase(it);
+            retire(*s);
             delete s;
           }};
+}
+
+void StatementCache::retire(const Statement& statement) {
+  const auto it = map_.find(key(statement));
+  if (it != map_.end() && it->first.second.data() == statement.body.data()) map_.erase(it);
 }
 
 StatementRef ClientStatements::find(std::string_view name) const {

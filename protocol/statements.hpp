@@ -37,7 +37,7 @@ class StatementCache {
   /// A statement that nobody shares.
   StatementRef make(std::string_view body, const std::shared_ptr<const void>& meaning);
   /// The same body is another statement from now on, since its plan doesn't fit the tables any more.
-  void retire(const Statement& statement) { map_.erase(key(statement)); }
+  void retire(const Statement& statement);
   void retire_all() { map_.clear(); }
   std::size_t size() const { return map_.size(); }
 

@@ -320,11 +320,8 @@ bool ClientSession::looks_the_same(const protocol::Statement& statement) {
 
 void ClientSession::on_looks_different(const protocol::StatementRef& statement, std::size_t shape) {
   auto& cache = worker_.statements;
+  cache.retire(*statement);
   auto anew = cache.intern(statement->body, statement->meaning);
-  if (anew == statement) {
-    cache.retire(*statement);
-    anew = cache.intern(statement->body, statement->meaning);
-  }
   if (anew->shape != 0 && anew->shape != shape) anew = cache.make(statement->body, statement->meaning);
   anew->shape = shape;
   std::vector<std::string> names;
