@@ -44,6 +44,10 @@ def own():
         yield server
 
 
+def kinds(messages):
+    return "".join(m.type for m in messages)
+
+
 def kill_backend(pid):
     os.kill(pid, signal.SIGKILL)
 
@@ -275,6 +279,72 @@ def test_cut_connections_to_the_server(pg, proxies):
                 messages = w.until()
                 assert next(m for m in messages if m.type == "E").error["C"] in LOST
                 pg.sql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE '%%pg_sleep(30)%%' AND pid <> pg_backend_pid()")
+        recovers(proxy)
+
+
+@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize("what", ["described", "listening"])
+def test_a_request_that_waits_is_answered_once_if_its_server_is_lost(pg, proxies, what, reset):
+    """The proxy has only begun to prepare the way for it: settings, a statement, a look at its columns."""
+    with Gate(pg.port) as gate:
+        proxy = proxies({"pool": {"max": 2 if what == "described" else 3, "connectionTimeoutMillis": 10000}}, url=pg.url(port=gate.port))
+        with raw(proxy, application_name="one") as one, raw(proxy, application_name="other") as other, raw(proxy) as holder:
+            if what == "described":
+                assert "T" in kinds(one.ask(wire.parse("SELECT 'described'", "s"), wire.describe("S", "s"), wire.SYNC))
+            else:
+                one.ask(wire.query("LISTEN c"))
+            holder.ask(wire.query("BEGIN"))
+            other.ask(wire.query("SELECT 'of the other'"))  # leaves the last server with its settings
+            gate.stall()
+            one.send(*((wire.bind("s"), wire.execute(), wire.SYNC) if what == "described" else (wire.query("LISTEN d"),)))
+            time.sleep(0.1)
+            gate.cut(reset)
+            gate.resume()
+            answers = kinds(one.until()).replace("N", "")
+            assert answers in ("EZ", "2DCZ", "CZ"), answers
+            for token in "abc":
+                messages = [m for m in one.ask(wire.query(f"SELECT '{token}'")) if m.type != "N"]
+                if kinds(messages) == "EZ":  # the next connection was cut too
+                    assert messages[0].error["C"] in LOST
+                else:
+                    assert kinds(messages) == "TDCZ" and messages[1].row == [token.encode()]
+
+
+def test_pipelined_queries_end_with_their_server(pg, proxies):
+    """More than one of them is under way: as on a connection of its own, nothing can be told of the later ones."""
+    with Gate(pg.port) as gate:
+        proxy = proxies({"pool": {"max": 1, "connectionTimeoutMillis": 10000}}, url=pg.url(port=gate.port))
+        for frames in ([wire.query("SELECT 1")] * 3, [wire.parse("SELECT 1"), wire.bind(), wire.execute(), wire.SYNC] * 3):
+            with raw(proxy) as w:
+                assert w.value("SELECT 1") == "1"
+                gate.stall()
+                w.send(*frames)
+                time.sleep(0.2)
+                gate.cut()
+                gate.resume()
+                messages = [w.recv()]
+                assert messages[0].type == "E" and messages[0].error["S"] == "FATAL" and messages[0].error["C"] in LOST
+                assert w.closed() == []
+        recovers(proxy)
+
+
+def test_what_a_session_had_is_not_lost_unnoticed(proxies):
+    """The answer and the server's farewell are read in one piece, before the session was looked at."""
+    with harness.Postgres(max_connections=20, plain=True) as plain:
+        proxy = proxies({"pool": {"max": 2, "connectionTimeoutMillis": 5000}}, url=plain.url(sslmode="disable").split("?")[0] + "?sslmode=disable")
+        for sql in ("CREATE TEMP TABLE own AS SELECT pg_sleep(0.3) IS NULL AS a", "SELECT pg_advisory_lock(7), pg_sleep(0.3)", "SET work_mem = '7MB'; SELECT pg_sleep(0.3)"):
+            with raw(proxy) as w:
+                w.send(wire.query(sql))
+                pid = harness.poll(lambda: plain.sql("SELECT pid FROM pg_stat_activity WHERE state = 'active' AND query = %s", sql), what="it runs")[0][0]
+                proxy.signal(signal.SIGSTOP)
+                try:
+                    harness.poll(lambda: plain.count(f"pid = {pid} AND state = 'idle'"), what="it is done")
+                    plain.sql("SELECT pg_terminate_backend(%s)", pid)
+                    harness.poll(lambda: not plain.count(f"pid = {pid}"), what="it is gone")
+                finally:
+                    proxy.signal(signal.SIGCONT)
+                messages = w.closed()
+                assert messages[-1].type == "E" and messages[-1].error["S"] == "FATAL" and messages[-1].error["C"] == "57P01", (sql, messages)
         recovers(proxy)
 
 

@@ -410,6 +410,7 @@ void ClientSession::on_answered() {
       static_cast<std::uint64_t>(std::chrono::duration_cast<std::chrono::microseconds>(now - sent_at_).count()));
   sent_at_ = now;
   examined_ = false;
+  told_residue_ |= residue_;
 }
 
 void ClientSession::on_greeting_failed(const protocol::ErrorFields& error) {
@@ -490,10 +491,10 @@ void ClientSession::on_server_ready() {
   if (residue_ & protocol::kFunction) residue_ |= server_->residue_of_unknown();
   pin_by_text();
   if (must_ask()) {
-    residue_ = 0;
+    forget_residue();
     return server_->ask_residue();
   }
-  residue_ = 0;
+  forget_residue();
   if (subscriber_) {
     if (subscriber_->begin()) return;
     if (subscriber_->over()) subscriber_.reset();
@@ -515,7 +516,7 @@ ServerConnection* ClientSession::surrender() {
   counters.transaction.record(
       static_cast<std::uint64_t>(std::chrono::duration_cast<std::chrono::microseconds>(now - transaction_since).count()));
   ServerConnection* server = std::exchange(server_, nullptr);
-  residue_ = 0;
+  forget_residue();
   transition(State::Ready);
   return server;
 }
@@ -568,19 +569,26 @@ void ClientSession::on_wait_failed(const protocol::ErrorFields& error, bool is_f
 
 void ClientSession::on_server_lost(const std::string& sqlstate, const std::string& message, bool in_transaction) {
   if (!server_) return;
-  const bool query = server_->pipeline.front() && server_->pipeline.front()->request == Request::Query;
-  const bool owed = !server_->pipeline.empty() || server_->pipeline.unsynced();
-  bool sync_owed = false;
-  server_->pipeline.for_each([&](const Owed& o) { sync_owed |= o.request == Request::Sync && o.owner == id_; });
-  const bool unknown = server_->asking_residue() || (subscriber_ && subscriber_->owes_ready());  // what it had just done to its session
+  const auto& pipeline = server_->pipeline;
+  bool owed = pipeline.unsynced();  // an answer to the client, and how many ReadyForQuery
+  int readies = 0;
+  pipeline.for_each([&](const Owed& o) {
+    if (o.owner != id_) return;
+    owed = true;
+    const bool ends = o.request == Request::Query || o.request == Request::Sync || o.request == Request::FunctionCall;
+    readies += ends && o.verdict == Verdict::Forward;
+  });
+  const bool several = readies + pipeline.unsynced() > 1;
+  // What it had just done to its session.
+  const bool unknown = server_->asking_residue() || (subscriber_ && subscriber_->owes_ready()) || left_unknown(in_transaction);
   if (subscriber_) subscriber_->on_server_lost();
   server_ = nullptr;
   if (state_ == State::Greeting) return fatal(sqlstate, message);
   worker_.count_error(sqlstate);
   pending_.clear();
-  residue_ = 0;
+  forget_residue();
   // A session that lived on that connection, or a transaction, can't go on elsewhere.
-  if (pin_ || unknown || pass_left_ > 0 || entry_->pool.settings().mode == conf::PoolMode::Session)
+  if (pin_ || unknown || several || pass_left_ > 0 || entry_->pool.settings().mode == conf::PoolMode::Session)
     return fatal(sqlstate, message, "The server connection that held this client's transaction or session is gone.");
   transition(State::Ready);
   worker_.run_later(*this);
@@ -588,9 +596,9 @@ void ClientSession::on_server_lost(const std::string& sqlstate, const std::strin
   if (!owed) return;
   worker_.to_client.own([&](std::string& out) {
     protocol::write_error(out, protocol::Severity::Error, sqlstate, message);
-    if (query || sync_owed) protocol::write_ready_for_query(out, in_transaction ? protocol::TxStatus::Failed : protocol::TxStatus::Idle);
+    if (readies > 0) protocol::write_ready_for_query(out, in_transaction ? protocol::TxStatus::Failed : protocol::TxStatus::Idle);
   });
-  discarding_ = !query && !sync_owed;
+  discarding_ = readies == 0;
   send(worker_.to_client);
   if (draining_) return fatal("57P01", "terminating connection due to administrator command");
 }

@@ -157,6 +157,8 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   void use_sequences();
   void restore_after_reset();
   bool must_ask() const;
+  bool left_unknown(bool in_transaction) const;
+  void forget_residue() { residue_ = told_residue_ = 0; }
   void note_effects();
   void pin_by_text();
   void pin(std::uint32_t reasons, std::string detail);
@@ -176,7 +178,8 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   bool pass_to_server_ = false;
   bool direct_tls_ = false;  // TLS without an SSLRequest
   pool::Time sent_at_{};
-  std::uint32_t residue_ = 0;
+  std::uint32_t residue_ = 0;       // of its texts, since its session was last known
+  std::uint32_t told_residue_ = 0;  // of those that were answered
   std::size_t pass_left_ = 0;
   ServerConnection* server_ = nullptr;
   PoolEntry* entry_ = nullptr;

@@ -152,6 +152,14 @@ bool ClientSession::must_ask() const {
   return (residue_ & triggers) != 0;
 }
 
+/// Of the connection's sudden end: whether the client was told of something that the session then had.
+bool ClientSession::left_unknown(bool in_transaction) const {
+  constexpr std::uint32_t kRolledBack =
+      protocol::kSettings | protocol::kCustomSetting | protocol::kTemporary | protocol::kListen | protocol::kCursor;
+  const std::uint32_t counts = ~kPassive | (entry_->sequences_matter ? std::uint32_t{protocol::kSequenceWrite} : 0);
+  return (told_residue_ & counts & ~(in_transaction ? kRolledBack : 0)) != 0;
+}
+
 void ClientSession::on_residue(SettingsRef now, const Residue& found) {
   bool carried = false;
   if (now) {
