@@ -1,0 +1,262 @@
+// How a client begins: TLS, cancel, login, and what it is told at its end. Part of ClientSession.
+#include <openssl/rand.h>
+
+#include "proxy/client_session.hpp"
+#include "proxy/log.hpp"
+#include "proxy/server_connection.hpp"
+#include "proxy/tls.hpp"
+#include "proxy/worker.hpp"
+
+namespace pgsidecar::proxy {
+
+using protocol::Bytes;
+using protocol::kHeaderSize;
+
+namespace {
+
+constexpr std::size_t kMaxStartup = 10 * 1024;
+constexpr std::size_t kMaxPassword = 8 * 1024;
+
+}  // namespace
+
+/// What only a login needs.
+struct ClientSession::Login {
+  std::optional<protocol::ClientLogin> exchange;
+  protocol::Startup startup;
+  std::string user, database, peer;
+};
+
+ClientSession::ClientSession(Worker& worker, Socket socket, std::uint32_t id, std::string peer)
+    : worker_(worker), id_(id), key_pid_(id), channel_(std::move(socket)), login_(std::make_unique<Login>()) {
+  login_->peer = std::move(peer);
+  login_deadline = worker.now() + std::chrono::milliseconds(worker.config().limits.loginTimeoutMillis);
+}
+
+ClientSession::~ClientSession() = default;
+
+std::size_t ClientSession::on_startup(Bytes in) {
+  if (in.size() < 8) return 0;
+  const std::uint32_t length = protocol::load_u32(in.data());
+  if (length < 8 || length > kMaxStartup) {
+    fatal("08P01", "invalid length of startup packet");
+    return 0;
+  }
+  if (in.size() < length) return 0;
+  const Bytes body = in.subspan(4, length - 4);
+  const std::uint32_t code = protocol::load_u32(body.data());
+  const auto answer = [&](char c) { worker_.to_client.own([c](std::string& out) { out.push_back(c); }); };
+  if (code == protocol::kSslRequest) {
+    const bool tls = worker_.client_tls() && !channel_.transport.is_tls();
+    if (tls && in.size() > length) {
+      fatal("08P01", "received unencrypted data after SSL request");  // injected before the handshake
+      return 0;
+    }
+    answer(tls ? 'S' : 'N');
+    send(worker_.to_client);
+    if (tls) {
+      channel_.transport.start_tls(worker_.client_tls(), true);
+      transition(State::Tls);
+      wait_readable();
+    }
+    return length;
+  }
+  if (code == protocol::kGssEncRequest) {
+    answer('N');
+    return length;
+  }
+  if (code == protocol::kCancelRequest) {
+    protocol::Reader r(body.subspan(4));
+    const std::uint32_t pid = r.u32();
+    const Bytes key = r.rest();
+    if (r.ok()) worker_.cancel(pid, {reinterpret_cast<const char*>(key.data()), key.size()});
+    close();
+    return 0;
+  }
+  if (code >> 16 != 3) {
+    fatal("0A000", "unsupported frontend protocol " + std::to_string(code >> 16) + "." + std::to_string(code & 0xffff) +
+                       ": server supports 3.0 to 3.2");
+    return 0;
+  }
+  auto startup = protocol::parse_startup(body);
+  if (!startup) {
+    fatal("08P01", "invalid startup packet layout: expected terminator as last byte");
+    return 0;
+  }
+  begin_login(std::move(*startup));
+  return length;
+}
+
+void ClientSession::handle_tls() {
+  const IoResult result = channel_.transport.handshake();
+  if (result.status == IoStatus::WouldBlock) {
+    if (channel_.transport.wants_write())
+      wait_writable();
+    else
+      wait_readable();
+    return;
+  }
+  if (result.status != IoStatus::Ok) {
+    worker_.peer_events.warn(worker_.now(), "client {} from {}: TLS handshake failed: {}", id_, login_->peer,
+                             channel_.transport.tls_error());
+    return close();
+  }
+  if (direct_tls_ && !negotiated_alpn(channel_.transport.ssl())) {
+    complain("08P01", "received direct SSL connection request without ALPN protocol negotiation extension");
+    return close();
+  }
+  transition(State::Startup);
+  on_readable({});
+}
+
+void ClientSession::begin_login(protocol::Startup startup) {
+  Login& login = *login_;
+  login.startup = std::move(startup);
+  login.user = login.startup.get("user");
+  login.database = login.startup.get("database");
+  if (login.user.empty()) return fatal("28000", "no PostgreSQL user name specified in startup packet");
+  if (login.database.empty()) login.database = login.user;
+  const conf::Config& config = worker_.config();
+  if (worker_.draining() && !config.shutdown.acceptWhileDraining) {
+    worker_.reject(pool::RejectReason::Draining);
+    return fatal("57P03", "the database system is shutting down");
+  }
+  if (worker_.full()) return refuse_full();
+  const bool tls = channel_.transport.is_tls();
+  if (!tls && (config.tls.mode == conf::TlsMode::Require || config.tls.mode == conf::TlsMode::VerifyFull))
+    return fatal("28000", "no pg_hba.conf entry for this connection: pgsidecar requires SSL encryption (tls.mode)");
+  if (const auto replication = login.startup.get("replication");
+      !replication.empty() && replication != "false" && replication != "off" && replication != "0" && replication != "no")
+    return fatal("0A000", "replication connections are not supported through pgsidecar", "Connect to the server directly.");
+
+  std::vector<std::string> unknown;
+  for (const auto& [name, value] : login.startup.parameters)
+    if (name.starts_with("_pq_.")) unknown.push_back(name);
+  const std::uint32_t version = std::min<std::uint32_t>(login.startup.version, protocol::kProtocol32);
+  if (login.startup.version > protocol::kProtocol32 || !unknown.empty() ||
+      (login.startup.version > protocol::kProtocol30 && login.startup.version < protocol::kProtocol32)) {
+    const std::uint32_t served = version == protocol::kProtocol32 ? version : std::uint32_t{protocol::kProtocol30};
+    worker_.to_client.own([&](std::string& out) { protocol::write_negotiate_protocol_version(out, served, unknown); });
+  }
+
+  using Method = conf::AuthMethod;
+  protocol::ClientAuth method = protocol::ClientAuth::Trust;
+  switch (config.auth.method) {
+    case Method::ScramSha256: method = protocol::ClientAuth::Scram; break;
+    case Method::Md5: method = protocol::ClientAuth::Md5; break;
+    case Method::Password: method = protocol::ClientAuth::Password; break;
+    case Method::Trust: break;
+    case Method::Cert:
+      if (!tls || peer_common_name(channel_.transport.ssl()) != login.user) {
+        worker_.reject(pool::RejectReason::Auth);
+        return fatal("28000", "certificate authentication failed for user \"" + login.user + "\"");
+      }
+      break;
+  }
+  login.exchange.emplace(method, login.user, protocol::ClientSecret{worker_.secret_of(login.user), worker_.passes_password_on(login.user)},
+                         tls ? channel_binding(channel_.transport.ssl(), true) : std::string(), &worker_.scram_keys);
+  transition(State::Authenticating);
+  protocol::ClientLogin::Step step{};
+  worker_.to_client.own([&](std::string& out) { step = login.exchange->begin(out); });
+  if (step == protocol::ClientLogin::Step::Accepted) accepted();
+}
+
+void ClientSession::refuse_full() {
+  worker_.reject(pool::RejectReason::MaxClients);
+  fatal("53300", "sorry, too many clients already",
+        "pgsidecar serves at most " + std::to_string(worker_.config().limits.maxClients) + " clients (limits.maxClients).");
+}
+
+std::size_t ClientSession::on_password(Bytes in) {
+  if (in.size() < kHeaderSize) return 0;
+  const std::uint32_t length = protocol::load_u32(in.data() + 1);
+  if (length < 4 || length > kMaxPassword) {
+    fatal("08P01", "invalid password packet size");
+    return 0;
+  }
+  const std::size_t total = std::size_t{length} + 1;
+  if (in.size() < total) return 0;
+  protocol::ClientLogin::Step step{};
+  worker_.to_client.own([&](std::string& out) {
+    step = login_->exchange->on_frame(static_cast<char>(in[0]), in.subspan(kHeaderSize, total - kHeaderSize), out);
+  });
+  if (step == protocol::ClientLogin::Step::Accepted || step == protocol::ClientLogin::Step::Given) accepted();
+  if (step == protocol::ClientLogin::Step::Rejected) {
+    worker_.reject(pool::RejectReason::Auth);
+    complain("28P01", "password authentication failed");
+    send(worker_.to_client);
+    transition(State::Closing);
+    if (channel_.queued() == 0) close();
+  }
+  return total;
+}
+
+void ClientSession::accepted() {
+  std::string sqlstate, error;
+  PoolEntry* entry = worker_.find_pool(login_->database, login_->user, sqlstate, error);
+  if (!entry) {
+    worker_.reject(pool::RejectReason::UnknownDatabase);
+    return fatal(sqlstate, error);
+  }
+  if (worker_.full()) return refuse_full();  // others have come in while this one was asked for its password
+  std::map<std::string, std::string> values;
+  std::string complaint;
+  if (!settings_of(login_->startup, values, complaint)) return fatal("0A000", complaint);
+  entry_ = entry;
+  ++entry->clients;
+  for (const auto& [name, value] : values)
+    if (name.find('.') != std::string::npos) entry->settings.learn({name});
+  settings = login_settings_ = entry->settings.intern(std::move(values));
+  transition(State::Greeting);
+  worker_.on_login();
+  if (const std::string& given = login_->exchange->given_password(); !given.empty()) return worker_.verify(*this, given);
+  begin_session();
+}
+
+void ClientSession::verified() {
+  if (state_ != State::Greeting) return;
+  worker_.to_client.own([](std::string& out) { protocol::ClientLogin::confirm(out); });
+  begin_session();
+  send(worker_.to_client);
+}
+
+void ClientSession::refused(const protocol::ErrorFields& error) {
+  if (error.sqlstate.starts_with("28")) worker_.reject(pool::RejectReason::Auth);
+  fatal(error.sqlstate, error.message, error.hint, error.detail);
+}
+
+void ClientSession::begin_session() {
+  login_deadline = pool::Time::max();
+  entry_->settings.derive_welcome(*settings);
+  if (!settings->welcome.empty() && rewrites()) return greet();
+  worker_.want_server(*this);  // in session mode it is told the server's own pid
+}
+
+void ClientSession::greet() {
+  const bool long_key = login_->startup.version >= protocol::kProtocol32;
+  cancel_key_.resize(long_key ? 32 : 4);
+  RAND_bytes(reinterpret_cast<unsigned char*>(cancel_key_.data()), static_cast<int>(cancel_key_.size()));
+  if (!rewrites() && server_) key_pid_ = server_->pid();
+  worker_.to_client.own([&](std::string& out) {
+    for (const auto& [name, value] : settings->welcome) protocol::write_parameter_status(out, name, value);
+    protocol::write_backend_key_data(out, key_pid_, cancel_key_);
+    protocol::write_ready_for_query(out, protocol::TxStatus::Idle);
+  });
+  log::debug("client {}: user {} database {} from {} logged in", id_, login_->user, login_->database, login_->peer);
+  login_.reset();
+  transition(server_ ? State::Active : State::Ready);
+  send(worker_.to_client);
+}
+
+void ClientSession::on_greeting_failed(const protocol::ErrorFields& error) {
+  fatal(error.sqlstate, error.message, error.hint, error.detail);
+}
+
+void ClientSession::complain(std::string_view sqlstate, std::string_view message) {
+  if (login_)
+    worker_.peer_events.warn(worker_.now(), "client {} ({}@{} from {}): {} {}", id_, login_->user, login_->database, login_->peer, sqlstate,
+                             message);
+  else
+    worker_.peer_events.warn(worker_.now(), "client {} ({}@{}): {} {}", id_, entry_->user, entry_->database, sqlstate, message);
+}
+
+}  // namespace pgsidecar::proxy
