@@ -310,6 +310,23 @@ def test_a_request_that_waits_is_answered_once_if_its_server_is_lost(pg, proxies
                     assert kinds(messages) == "TDCZ" and messages[1].row == [token.encode()]
 
 
+def test_a_statement_whose_parse_was_lost_can_be_prepared_again(pg, proxies):
+    with Gate(pg.port) as gate:
+        proxy = proxies({"pool": {"max": 1, "connectionTimeoutMillis": 10000}}, url=pg.url(port=gate.port))
+        with raw(proxy) as w:
+            assert kinds(w.ask(wire.parse("SELECT 'kept'", "kept"), wire.SYNC)) == "1Z"
+            gate.stall()
+            w.send(wire.parse("SELECT 'lost'", "lost"), wire.close("S", "kept"), wire.SYNC)
+            time.sleep(0.1)
+            gate.cut()
+            gate.resume()
+            assert kinds(w.until()) == "EZ"
+            assert kinds(w.ask(wire.parse("SELECT 'lost'", "lost"), wire.SYNC)) == "1Z"
+            for name in ("kept", "lost"):
+                messages = w.ask(wire.bind(name), wire.execute(), wire.SYNC)
+                assert kinds(messages) == "2DCZ" and messages[1].row == [name.encode()]
+
+
 def test_pipelined_queries_end_with_their_server(pg, proxies):
     """More than one of them is under way: as on a connection of its own, nothing can be told of the later ones."""
     with Gate(pg.port) as gate:

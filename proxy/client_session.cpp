@@ -347,7 +347,8 @@ void ClientSession::on_server_lost(const std::string& sqlstate, const std::strin
   server_ = nullptr;
   if (state_ == State::Greeting) return fatal(sqlstate, message);
   worker_.count_error(sqlstate);
-  pending_.clear();
+  while (!pending_.empty()) on_name_done(false);
+  parse_error_.reset();
   forget_residue();
   // A session that lived on that connection, or a transaction, can't go on elsewhere.
   if (pin_ || unknown || several || pass_left_ > 0 || entry_->pool.settings().mode == conf::PoolMode::Session)
