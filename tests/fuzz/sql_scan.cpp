@@ -21,7 +21,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
     require(scan_sql(text + "\n;", conforming) == residue, "an empty statement behind changes nothing");
     require((scan_sql(text + "\n;SET x = 1", conforming) & kSettings) != 0, "a statement behind is seen");
   }
-  if (text.find('$') == std::string::npos) {  // tags know case
+  if (text.find_first_of("$\\\"") == std::string::npos) {  // tags, escapes and quoted names know case
     std::string upper = text;
     std::transform(upper.begin(), upper.end(), upper.begin(), [](char c) { return c >= 'a' && c <= 'z' ? static_cast<char>(c - 32) : c; });
     require(scan_sql(upper, conforming) == residue, "case changes nothing");
