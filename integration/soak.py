@@ -59,7 +59,7 @@ class Soak:
         number, token = rng.randrange(5), secrets.token_hex(8)
         name = f"s{number}"
         w.ask(wire.close("S", name), wire.SYNC)
-        if any(m.type == "E" for m in self.note(w.ask(wire.parse(f"SELECT $1::text, {number}", name), wire.SYNC))):
+        if self.failed(w.ask(wire.parse(f"SELECT $1::text, {number}", name), wire.SYNC)):
             return
         self.expect(w.ask(wire.bind(name, [token.encode()]), wire.execute(), wire.SYNC), [token, str(number)])
 
@@ -75,7 +75,7 @@ class Soak:
 
     def settings(self, rng, w, mark):
         name, value = rng.choice((("app.mark", mark), ("work_mem", f"{rng.randrange(64, 1000)}kB"), ("application_name", mark)))
-        if any(m.type == "E" for m in self.note(w.ask(wire.query(f"SET {name} TO '{value}'")))):
+        if self.failed(w.ask(wire.query(f"SET {name} TO '{value}'"))):
             return
         for _ in range(3):
             self.expect(w.ask(wire.query(f"SELECT current_setting('{name}') = '{value}'")), ["t"], pinned=True)
@@ -105,20 +105,20 @@ class Soak:
         self.note(w.ask(wire.query(f"SELECT pg_advisory_unlock({key})")))
 
     def function(self, rng, w, mark):
-        if any(m.type == "E" for m in self.note(w.ask(wire.query(f"SELECT soak_set('{mark}')")))):
+        if self.failed(w.ask(wire.query(f"SELECT soak_set('{mark}')"))):
             return
         for _ in range(2):
             self.expect(w.ask(wire.query("SELECT current_setting('app.inside')")), [mark])
 
     def temporary(self, rng, w, mark):
-        if any(m.type == "E" for m in self.note(w.ask(wire.query(f"CREATE TEMP TABLE soak_own AS SELECT '{mark}' AS a")))):
+        if self.failed(w.ask(wire.query(f"CREATE TEMP TABLE soak_own AS SELECT '{mark}' AS a"))):
             return
         for _ in range(2):
             self.expect(w.ask(wire.query("SELECT a FROM soak_own")), [mark])
         self.note(w.ask(wire.query("DROP TABLE soak_own")))
 
     def listen(self, rng, w, mark):
-        if any(m.type == "E" for m in self.note(w.ask(wire.query("LISTEN soak_all; LISTEN soak_%s" % mark)))):
+        if self.failed(w.ask(wire.query(f"LISTEN soak_all; LISTEN soak_{mark}"))):
             return
         heard = []
         for token in range(3):
@@ -142,12 +142,63 @@ class Soak:
         if rng.random() < 0.2:
             self.note(w.ask(wire.query(f"SET lock_timeout = '1s'; ALTER TABLE soak_altered ALTER a TYPE {rng.choice(('int', 'bigint', 'text'))} USING 1; RESET lock_timeout")))
         w.ask(wire.close("S", "d"), wire.SYNC)
-        told = [m.body for m in self.note(w.ask(wire.parse("SELECT a FROM soak_altered", "d"), wire.describe("S", "d"), wire.SYNC), "0A000") if m.type == "T"]
+        messages = self.note(w.ask(wire.parse("SELECT a FROM soak_altered", "d"), wire.describe("S", "d"), wire.SYNC), "0A000")
+        if any(m.type == "E" for m in messages):
+            return
+        told = [m.body for m in messages if m.type == "T"]
         for _ in range(3):
             messages = self.note(w.ask(wire.bind("d"), wire.describe("P"), wire.execute(), wire.SYNC), "0A000")
             got = [m.body for m in messages if m.type == "T"]
-            if told and got and told != got:
+            if got and told != got:
                 self.fail(f"described as {told}, got {got}")
+
+    def executed(self, rng, w, mark):
+        """SQL's PREPARE and EXECUTE, and EXECUTE of what the protocol prepared."""
+        if self.failed(w.ask(wire.query(f"PREPARE by_sql (text) AS SELECT '{mark}', $1"))):
+            return
+        for token in "ab":
+            self.expect(w.ask(wire.query(f"EXECUTE by_sql('{token}')")), [mark, token])
+        if self.failed(w.ask(wire.query("DEALLOCATE by_sql"))) or self.failed(w.ask(wire.close("S", "p"), wire.parse(f"SELECT '{mark}', 'p'", "p"), wire.SYNC)):
+            return
+        self.expect(w.ask(wire.query("EXECUTE p")), [mark, "p"])
+        self.expect(w.ask(wire.bind("p"), wire.execute(), wire.SYNC), [mark, "p"])
+
+    def cursor(self, rng, w, mark):
+        if self.failed(w.ask(wire.query(f"DECLARE held CURSOR WITH HOLD FOR SELECT '{mark}', g::text FROM generate_series(1, 5) g"))):
+            return
+        for number in "123":
+            self.expect(w.ask(wire.query("FETCH held")), [mark, number])
+        self.note(w.ask(wire.query("CLOSE held")))
+
+    def sequence(self, rng, w, mark):
+        messages = self.note(w.ask(wire.query("SELECT nextval('soak_sequence')")))
+        rows = [m.row for m in messages if m.type == "D"]
+        for question in ("SELECT currval('soak_sequence')", "SELECT lastval()"):
+            messages = self.note(w.ask(wire.query(question)), "55000")
+            if rows and [m.row for m in messages if m.type == "D"] not in (rows, []):
+                self.fail(f"{mark} took {rows}, then {messages}")
+
+    def discard(self, rng, w, mark):
+        if self.failed(w.ask(wire.query(f"SET app.mark TO '{mark}'; SET work_mem = '1234kB'; LISTEN soak_all"))):
+            return
+        self.note(w.ask(wire.query("SAVEPOINT none; ROLLBACK TO none" if rng.random() < 0.2 else "SELECT 1")), "25P01", "3B001")
+        if self.failed(w.ask(wire.query("DISCARD ALL"))):
+            return
+        self.expect(w.ask(wire.query("SELECT coalesce(current_setting('app.mark', true), ''), current_setting('work_mem'), count(c)::text FROM pg_listening_channels() c")),
+                    ["", "4MB", "0"])
+
+    def savepoint(self, rng, w, mark):
+        """What is rolled back to a savepoint doesn't count, what is committed does."""
+        sql = f"BEGIN; SET app.mark TO '{mark} 1'; SAVEPOINT s; SET app.mark TO '{mark} 2'; {rng.choice(('ROLLBACK TO', 'RELEASE'))} s"
+        kept = "1" if "ROLLBACK" in sql else "2"
+        if self.failed(w.ask(wire.query(sql))):
+            self.note(w.ask(wire.query("ROLLBACK")))
+            return
+        self.expect(w.ask(wire.parse("SELECT current_setting('app.mark')"), wire.bind(), wire.execute(), wire.SYNC), [f"{mark} {kept}"])
+        if not any(m.type == "C" and m.tag == "COMMIT" for m in self.note(w.ask(wire.query("COMMIT")))):
+            return  # it was lost, or cancelled
+        self.expect(w.ask(wire.query("SELECT current_setting('app.mark')")), [f"{mark} {kept}"])
+        self.note(w.ask(wire.query("RESET app.mark")))
 
     def cancel(self, rng, w, mark):
         timer = threading.Timer(rng.random() * 0.3, self.send_cancel, (w.pid, w.key))
@@ -182,6 +233,9 @@ class Soak:
                     self.fail(f"unexpected in {sys._getframe(1).f_code.co_name} ({''.join(m.type for m in messages)}): {error}")
         return messages
 
+    def failed(self, messages):
+        return any(m.type == "E" for m in self.note(messages))
+
     def until_ready(self, w):
         return self.note(w.until())
 
@@ -197,7 +251,8 @@ class Soak:
     def client(self, number):
         rng = random.Random(self.options.seed * 1000 + number)
         kinds = {self.simple: 10, self.pipeline: 10, self.prepared: 10, self.transaction: 10, self.settings: 6, self.copy: 4, self.lock: 2, self.cancel: 2,
-                 self.leave: 1, self.function: 4, self.temporary: 2, self.listen: 2, self.described: 3}
+                 self.leave: 1, self.function: 4, self.temporary: 2, self.listen: 2, self.described: 3, self.executed: 2,
+                 self.cursor: 1, self.sequence: 2, self.discard: 2, self.savepoint: 3}
         kinds = {kind: weight for kind, weight in kinds.items() if not self.options.kinds or kind.__name__ in self.options.kinds.split(",")}
         while self.running:
             mark = secrets.token_hex(6)
@@ -254,6 +309,7 @@ class Soak:
     def run(self):
         with harness.Postgres(max_connections=60) as pg, Gate(pg.port) as gate:
             pg.sql("CREATE FUNCTION soak_set(mark text) RETURNS void LANGUAGE plpgsql AS $$BEGIN PERFORM set_config('app.inside', mark, false); END$$", database=DATABASE)
+            pg.sql("CREATE SEQUENCE soak_sequence; GRANT ALL ON SEQUENCE soak_sequence TO PUBLIC", database=DATABASE)
             pg.sql(f"CREATE TABLE soak_altered AS SELECT 1 AS a; ALTER TABLE soak_altered OWNER TO {USER}", database=DATABASE)
             self.proxy = harness.Proxy(pg, {"pool": {"max": MAX, "min": 1, "maxUses": 500, "connectionTimeoutMillis": 20000}},
                                        url=pg.url(port=gate.port), binary=self.options.binary)

@@ -193,6 +193,7 @@ def test_currval_is_ones_own_or_an_error(proxies, pg):
         assert (a.value("SELECT currval('counted')"), b.value("SELECT currval('counted')")) == (mine, other)
         assert (a.value("SELECT lastval()"), b.value("SELECT lastval()")) == (mine, other)
         await_reasons(proxy, "sequence", "sequence")
+        assert {pin["statement"] for pin in pins(proxy)} == {"SELECT nextval(?)"}
         for w in (a, b):
             assert not errors(w.ask(wire.query("DISCARD SEQUENCES")))
         await_reasons(proxy)
