@@ -67,7 +67,6 @@ KNOWN_GAPS = {
     "settings: a custom setting rolled back": "a custom setting that was rolled back is NULL, not empty, on other server connections",
     "settings: the source of startup options": "pg_settings shows them as the session's",
     "settings: startup parameters": "RESET tells the server's default first, then the startup parameter",
-    "settings: a startup encoding": "as above",
     "settings: backslashes in strings": "the warning of a Parse comes again, or not at all, with a server connection that has the statement",
     "settings: a library's settings before it is loaded": "PL/pgSQL is loaded with its first use on a server connection, not in a client's session",
     "settings: a library's settings": "as above",

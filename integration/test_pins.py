@@ -242,3 +242,17 @@ def test_on_unsupported_error_refuses_by_name(proxies, sql):
         assert errors(a.ask(wire.bind("named"), wire.execute(), wire.SYNC)) == ["26000"]
         assert pins(proxy) == []
         assert a.value("SELECT count(temp) FROM (SELECT 1 AS temp) AS x") == "1"
+
+
+def test_reset_is_over_when_the_client_hears_of_it(proxies):
+    """What it brought at its login has come back by then, and its next transaction begins with a known session."""
+    proxy = proxies({"pool": {"max": 2}})
+    with raw(proxy, application_name="mine", options="-c work_mem=3MB") as w:
+        for turn in range(20):
+            messages = w.ask(wire.query("RESET ALL"))
+            assert not errors(messages) and messages[-1].type == "Z" and w.parameters["application_name"] == "mine"
+            assert not errors(w.ask(wire.query("BEGIN")))
+            assert not errors(w.ask(wire.parse(f"SELECT 'constant {turn}'", f"s{turn}"), wire.SYNC))
+            assert w.value("SHOW work_mem") == "3MB"
+            assert not errors(w.ask(wire.query("COMMIT")))
+            assert not pins(proxy)

@@ -342,7 +342,8 @@ void ClientSession::on_server_lost(const std::string& sqlstate, const std::strin
   });
   const bool several = readies + pipeline.unsynced() > 1;
   // What it had just done to its session.
-  const bool unknown = server_->asking_residue() || (subscriber_ && subscriber_->owes_ready()) || left_unknown(in_transaction);
+  const bool unknown =
+      server_->asking_residue() || server_->restoring() || (subscriber_ && subscriber_->owes_ready()) || left_unknown(in_transaction);
   if (subscriber_) subscriber_->on_server_lost();
   server_ = nullptr;
   if (state_ == State::Greeting) return fatal(sqlstate, message);

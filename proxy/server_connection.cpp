@@ -237,7 +237,12 @@ bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total
   if (ours && type == Backend::ReadyForQuery) client_->on_answered();
   bool forward = ours && owed.verdict == Verdict::Forward;
   if (owed.request == Request::Describe && owed.note != 0) on_described(type, owed, available, total);
-  if (forward && type == Backend::ReadyForQuery && status == TxStatus::Idle) forward = !client_->keeps_ready_back();
+  if (forward && type == Backend::ReadyForQuery) {
+    // What the client brought at its login comes back first, so that its next statement isn't in the way of the look at its session.
+    const Owed* next = pipeline.front();
+    restoring_ = next && next->owner == protocol::kProxy && next->note == kRestore;
+    forward = !restoring_ && (status != TxStatus::Idle || !client_->keeps_ready_back());
+  }
   if (owed.owner == protocol::kProxy) {
     on_proxy_reply(type, owed.note, available);
     if (cancel_due_ && client_) cancel();
@@ -381,7 +386,7 @@ void ServerConnection::lease(ClientSession& client) {
   entry_.pool.lease(*this);
   client_ = &client;
   leased_anew_ = true;
-  cancel_due_ = awaiting_shape_ = plans_stale = false;
+  cancel_due_ = awaiting_shape_ = restoring_ = plans_stale = false;
   changed_ = 0;
   unknown_calls.clear();
   unknown_names.clear();

@@ -98,6 +98,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   void close_shared_statements();
   /// After a RESET of the client's: what it brought at its login comes back, as on a connection of its own.
   void restore_settings(const Settings& login);
+  bool restoring() const { return restoring_; }  ///< the client gets its ReadyForQuery behind that
   /// Sends what the worker has gathered for this connection. A failure is dealt with in the next turn.
   void send(Gather& gather);
   /// Takes the client away. `dirty`: what the session holds is unknown, or a transaction is open: rolled back and reset first.
@@ -181,7 +182,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   bool pass_forward_ = false;
   bool listener_ = false;  // the pool's
   bool asking_residue_ = false, residue_failed_ = false, own_query_failed_ = false;
-  bool leased_anew_ = false, cancel_due_ = false, awaiting_shape_ = false;
+  bool leased_anew_ = false, cancel_due_ = false, awaiting_shape_ = false, restoring_ = false;
   std::size_t shape_ = 0;             // as described so far
   std::uint64_t changed_ = 0;         // the statement that was found to look different
   std::set<std::uint64_t> unclosed_;  // statements that are forgotten and may still be prepared

@@ -215,6 +215,11 @@ void ServerConnection::on_proxy_reply(Backend type, std::uint64_t note, Bytes wh
     entry_.listener.on_answer(!own_query_failed_);
   else if (note == kListening && client_ && client_->subscriber())
     client_->subscriber()->on_told(!own_query_failed_);
+  if (note == kRestore && std::exchange(restoring_, false) && client_) {
+    const protocol::TxStatus status = pipeline.status();
+    if (status != protocol::TxStatus::Idle || !client_->keeps_ready_back())
+      worker_.to_client.own([&](std::string& out) { protocol::write_ready_for_query(out, status); });
+  }
   if (note == kApply && client_ && client_->state() == ClientSession::State::Greeting && !own_query_failed_) {
     settings->welcome = parameters_;
   }
