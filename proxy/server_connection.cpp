@@ -292,7 +292,7 @@ void ServerConnection::ask_shape(const protocol::Statement& statement) {
     w.begin(protocol::Frontend::Describe).u8('S').cstring(protocol::server_name(statement.id)).end();
     w.begin(protocol::Frontend::Flush).end();
   });
-  pipeline.push({Request::Describe, Verdict::Skip, client_->id(), static_cast<std::uint32_t>(statement.id)});
+  pipeline.push({Request::Describe, Verdict::Skip, client_->id(), statement.id});
   awaiting_shape_ = true;
 }
 

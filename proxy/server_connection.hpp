@@ -32,7 +32,7 @@ struct PoolEntry;
 /// Notes of replies owed that aren't a statement's id. Of a client's Close: it is about a named statement.
 constexpr std::uint64_t kNamed = 1;
 /// Of an error that the proxy has the server raise for the client.
-constexpr std::uint64_t kRaised = 0xffffffff;
+constexpr std::uint64_t kRaised = ~std::uint64_t{0};
 /// Of the proxy's own queries.
 constexpr std::uint64_t kApply = 1, kResidue = 2, kReset = 3, kRestore = 4, kLearn = 5, kSurvey = 6, kListening = 7;
 
