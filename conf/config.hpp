@@ -45,6 +45,13 @@ struct PoolSettings {
   OnUnsupported onUnsupported = OnUnsupported::Pin;  ///< what a statement gets that needs a server connection of its own
   bool noticePins = false;                           ///< a client that is pinned is told so by a NOTICE
   std::uint32_t maxPreparedStatements = 500;         ///< per server connection; least recently used leaves
+  // Limits on clients; 0: none.
+  std::uint32_t queryTimeoutMillis = 0;               ///< from a request to its last answer, a wait included: 57014
+  std::uint32_t clientIdleTimeoutMillis = 0;          ///< outside a transaction: 57P05, and the client leaves
+  std::uint32_t maxTransactionMillis = 0;             ///< from its lease on: 25P04, and the client leaves
+  std::uint32_t idleInTransactionWarnMillis = 30000;  ///< then it is logged and listed as a leak
+  std::uint32_t idleInTransactionTimeoutMillis = 0;   ///< 25P03, and the client leaves
+  bool noticeLeaks = false;                           ///< a client is told of its leak by a NOTICE
 
   friend bool operator==(const PoolSettings&, const PoolSettings&) = default;
 };

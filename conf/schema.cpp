@@ -158,6 +158,13 @@ std::vector<Key<PoolSettings>> make_pool_keys() {
       {"noticePins", [](P& p, const std::string& t) { p.noticePins = parse_bool(t); },
        [](const P& p) { return std::string(p.noticePins ? "true" : "false"); }},
       number_key("maxPreparedStatements", &P::maxPreparedStatements, 1u),
+      number_key("queryTimeoutMillis", &P::queryTimeoutMillis),
+      number_key("clientIdleTimeoutMillis", &P::clientIdleTimeoutMillis),
+      number_key("maxTransactionMillis", &P::maxTransactionMillis),
+      number_key("idleInTransactionWarnMillis", &P::idleInTransactionWarnMillis),
+      number_key("idleInTransactionTimeoutMillis", &P::idleInTransactionTimeoutMillis),
+      {"noticeLeaks", [](P& p, const std::string& t) { p.noticeLeaks = parse_bool(t); },
+       [](const P& p) { return std::string(p.noticeLeaks ? "true" : "false"); }},
   };
 }
 

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "pool/activity.hpp"
 #include "pool/pins.hpp"
 
 namespace pgsidecar::pool {
@@ -91,6 +92,11 @@ struct Snapshot {
   std::map<std::string, std::uint64_t> errorsByClass;  // SQLSTATE's first two characters, from servers and our own
   std::vector<PoolSnapshot> pools;
   std::vector<PinSnapshot> pins;  // oldest first
+
+  // Only in a detailed snapshot.
+  std::vector<ClientRow> clientRows;  // oldest first
+  std::vector<ServerRow> serverRows;  // oldest first
+  std::vector<LeakRow> leaks;         // oldest transaction first
 
   // The database, seen passively: from connects and traffic.
   enum class Database { Unknown, Up, Down };
