@@ -1,6 +1,8 @@
 #include "protocol/normalize.hpp"
 
-#include <cctype>
+#include <algorithm>
+#include <array>
+#include <cstring>
 
 namespace pgsidecar::protocol {
 
@@ -8,35 +10,75 @@ namespace {
 
 constexpr std::string_view kEllipsis = "...";
 
-bool is_word(char c) {
-  return std::isalnum(static_cast<unsigned char>(c)) || c == '_' || c == '$' || static_cast<unsigned char>(c) >= 0x80;
+enum CharClass : std::uint8_t { kOther = 0, kBlank = 1, kDigit = 2, kWord = 4 };
+
+constexpr std::array<std::uint8_t, 256> kClasses = [] {
+  std::array<std::uint8_t, 256> table{};
+  for (const char c : {' ', '\t', '\r', '\n', '\v', '\f'}) table[static_cast<unsigned char>(c)] = kBlank;
+  for (unsigned c = 'a'; c <= 'z'; ++c) table[c] = table[c - 32] = kWord;
+  for (unsigned c = '0'; c <= '9'; ++c) table[c] = kWord | kDigit;
+  for (unsigned c = 0x80; c < 256; ++c) table[c] = kWord;
+  table['_'] = table['$'] = kWord;
+  return table;
+}();
+
+bool is(char c, CharClass what) {
+  return (kClasses[static_cast<unsigned char>(c)] & what) != 0;
 }
 
-/// Where the token at the front ends. `literal`: it stands for a value. Empty input isn't given.
-std::size_t token(std::string_view s, bool& literal, bool& blank) {
-  const auto to = [&](std::size_t at) { return at == std::string_view::npos ? s.size() : at; };
-  const auto quoted = [&](std::size_t from, char quote, bool escapes) {
-    for (std::size_t i = from; i < s.size(); ++i) {
-      if (escapes && s[i] == '\\')
-        ++i;
-      else if (s[i] == quote) {
-        if (i + 1 >= s.size() || s[i + 1] != quote) return i + 1;
-        ++i;
-      }
+std::size_t quoted(std::string_view s, std::size_t from, char quote, bool escapes) {
+  for (std::size_t i = from; i < s.size(); ++i) {
+    if (escapes && s[i] == '\\')
+      ++i;
+    else if (s[i] == quote) {
+      if (i + 1 >= s.size() || s[i + 1] != quote) return i + 1;
+      ++i;
     }
-    return s.size();
+  }
+  return s.size();
+}
+
+struct Token {
+  enum class Kind : std::uint8_t { Blank, Literal, Parameter, Other };
+  Kind kind = Kind::Other;
+  std::size_t size = 0;
+  bool is_value() const { return kind == Kind::Literal || kind == Kind::Parameter; }
+};
+
+/// The token at the front. Empty input isn't given.
+Token token(std::string_view s) {
+  using Kind = Token::Kind;
+  const auto words = [&](std::size_t i) {
+    while (i < s.size() && is(s[i], kWord)) ++i;
+    return i;
   };
   const char c = s[0];
-  if (std::isspace(static_cast<unsigned char>(c))) {
-    blank = true;
-    return to(s.find_first_not_of(" \t\r\n\v\f"));
+  if (is(c, kBlank)) {
+    std::size_t i = 1;
+    while (i < s.size() && is(s[i], kBlank)) ++i;
+    return {Kind::Blank, i};
   }
-  if (s.starts_with("--")) {
-    blank = true;
-    return to(s.find_first_of("\r\n"));
+  if (is(c, kDigit)) {
+    std::size_t i = 1;
+    while (i < s.size() && (is(s[i], kWord) || s[i] == '.' || ((s[i] == '+' || s[i] == '-') && (s[i - 1] | 32) == 'e' && s[1] != 'x'))) ++i;
+    return {Kind::Literal, i};
   }
-  if (s.starts_with("/*")) {
-    blank = true;
+  const char next = s.size() > 1 ? s[1] : '\0';
+  if (next == '\'' && std::string_view("eEbBxXnN").find(c) != std::string_view::npos)
+    return {Kind::Literal, quoted(s, 2, '\'', c == 'e' || c == 'E')};
+  if (c == '$') {
+    if (is(next, kDigit)) return {Kind::Parameter, words(1)};
+    const std::size_t tag_end = s.find('$', 1);
+    if (tag_end == std::string_view::npos || words(1) < tag_end) return {Kind::Other, 1};
+    const std::string_view tag = s.substr(0, tag_end + 1);
+    const std::size_t close = s.find(tag, tag_end + 1);
+    return {Kind::Literal, close == std::string_view::npos ? s.size() : close + tag.size()};
+  }
+  if (is(c, kWord)) return {Kind::Other, words(1)};
+  if (c == '\'') return {Kind::Literal, quoted(s, 1, '\'', false)};
+  if (c == '"') return {Kind::Other, quoted(s, 1, '"', false)};
+  if (c == '-' && next == '-') return {Kind::Blank, std::min(s.find_first_of("\r\n"), s.size())};
+  if (c == '/' && next == '*') {
     std::size_t i = 2;
     for (int depth = 1; i < s.size() && depth > 0; ++i) {
       if (s.substr(i, 2) == "/*")
@@ -44,64 +86,143 @@ std::size_t token(std::string_view s, bool& literal, bool& blank) {
       else if (s.substr(i, 2) == "*/")
         --depth, ++i;
     }
-    return i;
+    return {Kind::Blank, std::min(i, s.size())};
   }
-  if (c == '"') return quoted(1, '"', false);
-  if (c == '\'') {
-    literal = true;
-    return quoted(1, '\'', false);
+  return {Kind::Other, 1};
+}
+
+std::size_t blanks(std::string_view s) {
+  std::size_t at = 0;
+  while (at < s.size()) {
+    const Token t = token(s.substr(at));
+    if (t.kind != Token::Kind::Blank) break;
+    at += t.size;
   }
-  if (s.size() > 1 && s[1] == '\'' && std::string_view("eEbBxXnN").find(c) != std::string_view::npos) {
-    literal = true;
-    return quoted(2, '\'', c == 'e' || c == 'E');
+  return at;
+}
+
+/// How far a list of values goes on: ", value" any number of times.
+std::size_t more_values(std::string_view s) {
+  std::size_t end = 0;
+  for (;;) {
+    std::size_t at = end + blanks(s.substr(end));
+    if (at >= s.size() || s[at] != ',') return end;
+    ++at;
+    at += blanks(s.substr(at));
+    if (at >= s.size()) return end;
+    const Token t = token(s.substr(at));
+    if (!t.is_value()) return end;
+    end = at + t.size;
   }
-  if (c == '$' && (s.size() < 2 || !std::isdigit(static_cast<unsigned char>(s[1])))) {
-    const std::size_t tag_end = s.find('$', 1);
-    if (tag_end == std::string_view::npos) return 1;
-    for (std::size_t i = 1; i < tag_end; ++i)
-      if (!is_word(s[i])) return 1;
-    literal = true;
-    const std::string_view tag = s.substr(0, tag_end + 1);
-    const std::size_t close = s.find(tag, tag_end + 1);
-    return close == std::string_view::npos ? s.size() : close + tag.size();
+}
+
+/// How far a list of rows of values goes on: ", (values)" any number of times.
+std::size_t more_rows(std::string_view s) {
+  std::size_t end = 0;
+  for (;;) {
+    std::size_t at = end + blanks(s.substr(end));
+    if (at >= s.size() || s[at] != ',') return end;
+    ++at;
+    at += blanks(s.substr(at));
+    if (at >= s.size() || s[at] != '(') return end;
+    ++at;
+    at += blanks(s.substr(at));
+    if (at >= s.size()) return end;
+    const Token t = token(s.substr(at));
+    if (!t.is_value()) return end;
+    at += t.size;
+    at += more_values(s.substr(at));
+    at += blanks(s.substr(at));
+    if (at >= s.size() || s[at] != ')') return end;
+    end = at + 1;
   }
-  if (std::isdigit(static_cast<unsigned char>(c))) {
-    literal = true;
-    std::size_t i = 1;
-    while (i < s.size() && (is_word(s[i]) || s[i] == '.')) ++i;
-    return i;
+}
+
+/// Gives the normalised text piece by piece to `sink(gap, piece)`: whether a blank goes before it. Until it returns false.
+template <class Sink>
+void normalize(std::string_view sql, Sink&& sink) {
+  bool gap = false, first = true, row = false;  // row: in parentheses that hold values only
+  char before = '\0';
+  while (!sql.empty()) {
+    const Token t = token(sql);
+    const std::string_view text = sql.substr(0, t.size);
+    sql.remove_prefix(t.size);
+    if (t.kind == Token::Kind::Blank) {
+      gap = !first;
+      continue;
+    }
+    if (!sink(gap, t.kind == Token::Kind::Literal ? std::string_view("?") : text)) return;
+    gap = first = false;
+    if (t.is_value()) {
+      row = before == '(';
+      if (const std::size_t more = more_values(sql)) {
+        sql.remove_prefix(more);
+        if (!sink(false, ", ...")) return;
+      }
+    } else if (text == ")" && row) {
+      row = false;
+      if (const std::size_t more = more_rows(sql)) {
+        sql.remove_prefix(more);
+        if (!sink(false, ", ...")) return;
+      }
+    } else {
+      row = false;
+    }
+    before = text.back();
   }
-  std::size_t i = 1;
-  if (is_word(c))
-    while (i < s.size() && is_word(s[i])) ++i;
-  return i;
 }
 
 }  // namespace
 
 std::string normalize_sql(std::string_view sql, std::size_t limit) {
   std::string out;
-  bool gap = false;
-  while (!sql.empty()) {
-    bool literal = false, blank = false;
-    const std::size_t size = token(sql, literal, blank);
-    const std::string_view text = literal ? std::string_view("?") : sql.substr(0, size);
-    sql.remove_prefix(size);
-    if (blank) {
-      gap = !out.empty();
-      continue;
-    }
-    if (out.size() + gap + text.size() + kEllipsis.size() > limit) return out += kEllipsis;
-    if (literal && (out.ends_with("?,") || out.ends_with("?, "))) {  // one stands for a list of them
-      out.resize(out.rfind('?') + 1);
-      gap = false;
-      continue;
+  normalize(sql, [&](bool gap, std::string_view text) {
+    if (out.size() + gap + text.size() + kEllipsis.size() > limit) {
+      out += kEllipsis;
+      return false;
     }
     if (gap) out += ' ';
-    gap = false;
     out += text;
-  }
+    return true;
+  });
   return out;
+}
+
+std::uint64_t fingerprint_sql(std::string_view sql) {
+  constexpr std::uint64_t kMultiplier = 0x9e3779b97f4a7c15;
+  std::uint64_t hash = kMultiplier;
+  const auto mix = [&](std::uint64_t word) {
+    hash = (hash ^ word) * kMultiplier;
+    hash ^= hash >> 29;
+  };
+  normalize(sql, [&](bool gap, std::string_view text) {
+    mix(text.size() * 2 + gap);
+    std::size_t at = 0;
+    for (; at + 8 <= text.size(); at += 8) {
+      std::uint64_t word = 0;
+      std::memcpy(&word, text.data() + at, 8);
+      mix(word);
+    }
+    if (at < text.size()) {
+      std::uint64_t word = 0;
+      std::memcpy(&word, text.data() + at, text.size() - at);
+      mix(word);
+    }
+    return true;
+  });
+  return hash;
+}
+
+std::string_view comment_tags(std::string_view sql) {
+  while (!sql.empty() && (is(sql.back(), kBlank) || sql.back() == ';' || sql.back() == '\0')) sql.remove_suffix(1);
+  if (sql.size() >= 4 && sql.ends_with("*/")) {
+    const std::size_t begin = sql.rfind("/*", sql.size() - 4);
+    if (begin != std::string_view::npos) return sql.substr(begin + 2, sql.size() - begin - 4);
+  }
+  while (!sql.empty() && is(sql.front(), kBlank)) sql.remove_prefix(1);
+  if (!sql.starts_with("/*")) return {};
+  const std::size_t end = sql.find("*/", 2);
+  return end == std::string_view::npos ? std::string_view() : sql.substr(2, end - 2);
 }
 
 }  // namespace pgsidecar::protocol
