@@ -11,6 +11,11 @@
 
 namespace pgsidecar::conf {
 
+/// host:port, with an IPv6 address in brackets.
+inline std::string print_address(const std::string& host, unsigned port) {
+  return (host.find(':') == std::string::npos ? host : "[" + host + "]") + ":" + std::to_string(port);
+}
+
 /// One address to listen on. `port` 0 takes a free one (printed at start).
 struct Listen {
   enum class Kind { Tcp, Unix };
@@ -118,6 +123,7 @@ struct Admin {
 struct Log {
   std::string level = "info";  ///< trace debug info warn error off
   LogFormat format = LogFormat::Text;
+  std::uint32_t slowQueryMillis = 0;  ///< statements that took so long are logged, the wait and the client's reading included; 0: none
   friend bool operator==(const Log&, const Log&) = default;
 };
 

@@ -88,8 +88,7 @@ Listen parse_listen(const std::string& text, std::uint16_t default_port) {
 
 std::string print_listen(const Listen& listen) {
   if (listen.kind == Listen::Kind::Unix) return "unix:" + listen.directory + ":" + std::to_string(listen.port);
-  const bool v6 = listen.host.find(':') != std::string::npos;
-  return (v6 ? "[" + listen.host + "]" : listen.host) + ":" + std::to_string(listen.port);
+  return print_address(listen.host, listen.port);
 }
 
 std::vector<std::string> split_list(const std::string& text) {
@@ -228,6 +227,7 @@ std::vector<Key<Config>> make_config_keys() {
                   },
                   [](const Config& c) { return c.log.level; }});
   keys.push_back(inner_name("log.format", &Config::log, &Log::format, kFormats, true));
+  keys.push_back(inner_number("log.slowQueryMillis", &Config::log, &Log::slowQueryMillis));
   keys.push_back(inner_number("shutdown.timeoutMillis", &Config::shutdown, &Shutdown::timeoutMillis));
   keys.push_back(inner_bool("shutdown.acceptWhileDraining", &Config::shutdown, &Shutdown::acceptWhileDraining));
   return keys;

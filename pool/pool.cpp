@@ -57,6 +57,14 @@ std::chrono::milliseconds Pool::idle_check() const {
   return idle.count() == 0 ? lifetime : lifetime.count() == 0 ? idle : std::min(idle, lifetime);
 }
 
+std::chrono::milliseconds Pool::limit_check() const {
+  std::chrono::milliseconds least = std::chrono::hours(1);
+  for (const std::uint32_t limit : {settings_.queryTimeoutMillis, settings_.clientIdleTimeoutMillis, settings_.maxTransactionMillis,
+                                    settings_.idleInTransactionWarnMillis, settings_.idleInTransactionTimeoutMillis})
+    if (limit != 0) least = std::min(least, std::chrono::milliseconds(limit));
+  return least;
+}
+
 Slot* Pool::outdated(Time now, CloseReason& reason) {
   if (idle_.empty()) return nullptr;
   const auto idle_limit = std::chrono::milliseconds(settings_.idleTimeoutMillis);

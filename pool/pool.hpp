@@ -12,8 +12,6 @@
 
 namespace pgsidecar::pool {
 
-using Clock = std::chrono::steady_clock;
-using Time = Clock::time_point;
 using Hook = boost::intrusive::list_base_hook<boost::intrusive::link_mode<boost::intrusive::auto_unlink>>;
 
 struct Permits {
@@ -94,6 +92,8 @@ class Pool {
   std::uint32_t wanted(std::uint32_t connecting) const;
   /// After what time an idle connection may be outdated.
   std::chrono::milliseconds idle_check() const;
+  /// After what time a client may have reached one of its limits.
+  std::chrono::milliseconds limit_check() const;
   Slot* any_idle() { return idle_.empty() ? nullptr : &idle_.front(); }
 
  private:

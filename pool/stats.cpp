@@ -6,22 +6,24 @@
 
 namespace pgsidecar::pool {
 
-// Values below 16 have a bucket each; above, the four bits after the leading one choose among 16 buckets of
-// their power of two. What is longer than 2^36 microseconds (19 hours) counts in the last bucket.
-std::size_t Histogram::index(std::uint64_t micros) {
-  if (micros < 16) return static_cast<std::size_t>(micros);
+// Values below kSteps have a bucket each; above, the kBits bits after the leading one choose among the buckets of their power of two.
+template <unsigned kBits, class Count>
+std::size_t LogHistogram<kBits, Count>::index(std::uint64_t micros) {
+  if (micros < kSteps) return static_cast<std::size_t>(micros);
   const unsigned exponent = static_cast<unsigned>(std::bit_width(micros)) - 1;
-  const std::size_t i = (exponent - 3u) * std::size_t{16} + ((micros >> (exponent - 4)) & 15u);
+  const std::size_t i = (exponent - kBits + 1) * kSteps + ((micros >> (exponent - kBits)) & (kSteps - 1));
   return std::min(i, kBuckets - 1);
 }
 
-std::uint64_t Histogram::upper(std::size_t index) {
-  if (index < 16) return index;
-  const std::size_t shift = index / 16 - 1;
-  return ((std::uint64_t{16} + index % 16 + 1) << shift) - 1;
+template <unsigned kBits, class Count>
+std::uint64_t LogHistogram<kBits, Count>::upper(std::size_t index) {
+  if (index < kSteps) return index;
+  const std::size_t shift = index / kSteps - 1;
+  return ((std::uint64_t{kSteps} + index % kSteps + 1) << shift) - 1;
 }
 
-double Histogram::quantile(double q) const {
+template <unsigned kBits, class Count>
+double LogHistogram<kBits, Count>::quantile(double q) const {
   // The buckets' own sum, so that a rank always ends in a bucket.
   std::uint64_t total = 0;
   for (const auto n : counts_) total += n;
@@ -45,19 +47,38 @@ double Histogram::quantile(double q) const {
   return static_cast<double>(max_);
 }
 
-std::uint64_t Histogram::count_at_most(std::uint64_t micros) const {
+template <unsigned kBits, class Count>
+std::uint64_t LogHistogram<kBits, Count>::count_at_most(std::uint64_t micros) const {
   if (micros >= max_) return count_;
   std::uint64_t n = 0;
   for (std::size_t i = 0, last = index(micros); i <= last; ++i) n += counts_[i];
   return n;
 }
 
-void Histogram::merge(const Histogram& other) {
+template <unsigned kBits, class Count>
+void LogHistogram<kBits, Count>::merge(const LogHistogram& other) {
   for (std::size_t i = 0; i < kBuckets; ++i) counts_[i] += other.counts_[i];
   count_ += other.count_;
   sum_ += other.sum_;
   max_ = std::max(max_, other.max_);
 }
+
+template <unsigned kBits, class Count>
+LogHistogram<kBits, Count> LogHistogram<kBits, Count>::since(const LogHistogram& earlier) const {
+  LogHistogram out;
+  std::size_t last = 0;
+  for (std::size_t i = 0; i < kBuckets; ++i) {
+    out.counts_[i] = counts_[i] - earlier.counts_[i];
+    if (out.counts_[i] != 0) last = i;
+  }
+  out.count_ = count_ - earlier.count_;
+  out.sum_ = sum_ - earlier.sum_;
+  if (out.count_ > 0) out.max_ = max_ > earlier.max_ ? max_ : upper(last);
+  return out;
+}
+
+template class LogHistogram<4, std::uint64_t>;
+template class LogHistogram<3, std::uint32_t>;
 
 const char* to_string(CloseReason reason) {
   switch (reason) {

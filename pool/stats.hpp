@@ -3,6 +3,7 @@
 #pragma once
 
 #include <array>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <map>
@@ -14,10 +15,16 @@
 
 namespace pgsidecar::pool {
 
-/// Durations in microseconds in log-linear buckets (16 a power of two: a quantile is at most 6 % off).
-class Histogram {
+using Clock = std::chrono::steady_clock;
+using Time = Clock::time_point;
+
+/// Durations in microseconds in log-linear buckets: 2^kBits a power of two, so that a quantile is at most 1/2^kBits off. What is
+/// longer than 2^36 microseconds (19 hours) counts in the last bucket.
+template <unsigned kBits, class Count>
+class LogHistogram {
  public:
-  static constexpr std::size_t kBuckets = std::size_t{16} * 33;
+  static constexpr std::size_t kSteps = std::size_t{1} << kBits;
+  static constexpr std::size_t kBuckets = kSteps * (37 - kBits);
 
   void record(std::uint64_t micros) {
     ++counts_[index(micros)];
@@ -32,15 +39,19 @@ class Histogram {
   double quantile(double q) const;
   /// How many records lie at or below `micros`, to a bucket's exactness (for Prometheus' cumulative buckets).
   std::uint64_t count_at_most(std::uint64_t micros) const;
-  void merge(const Histogram& other);
+  void merge(const LogHistogram& other);
+  /// What was recorded since `earlier`, a copy of this one then. Its greatest value is known to a bucket's exactness.
+  LogHistogram since(const LogHistogram& earlier) const;
 
  private:
   static std::size_t index(std::uint64_t micros);
   static std::uint64_t upper(std::size_t index);
 
-  std::array<std::uint64_t, kBuckets> counts_{};
+  std::array<Count, kBuckets> counts_{};
   std::uint64_t count_ = 0, sum_ = 0, max_ = 0;
 };
+using Histogram = LogHistogram<4, std::uint64_t>;         // 4.2 KB
+using CompactHistogram = LogHistogram<3, std::uint32_t>;  // 1.1 KB
 
 enum class CloseReason { Idle, MaxUses, Lifetime, Error, AdminShutdown, Tls, Broken, Reload, Drain, kCount };
 enum class RejectReason { MaxClients, Auth, Timeout, Draining, Protocol, UnknownDatabase, kCount };
@@ -53,6 +64,8 @@ struct PoolCounters {
   std::uint64_t clientBytesReceived = 0, clientBytesSent = 0, serverBytesReceived = 0, serverBytesSent = 0;
   std::uint64_t preparedHits = 0, preparedMisses = 0, preparedEvictions = 0;
   std::uint64_t connects = 0, connectFailures = 0, waitTimeouts = 0, resets = 0, cancels = 0;
+  std::uint64_t leaks = 0;          ///< transactions that were idle for longer than idleInTransactionWarnMillis
+  std::uint64_t limitsReached = 0;  ///< requests cancelled and clients closed by a limit of the pool's
   std::uint64_t residueChecks = 0;  ///< the server was asked what a session holds
   PinCounts pins{};                 ///< begun, by reason
   std::uint64_t notifications = 0, notificationOverflows = 0, listenerLosses = 0;
@@ -68,7 +81,8 @@ struct PoolSnapshot {
   std::uint32_t clientsActive = 0, clientsIdle = 0, clientsWaiting = 0;  // logged in; sum = this pool's clients
   std::uint32_t serversActive = 0, serversIdle = 0, serversLogin = 0, serversReset = 0, serversClosing = 0;
   std::uint32_t pinned = 0;
-  PinCounts pinnedBy{};  // a client may have several reasons
+  std::uint32_t leaking = 0;  // transactions idle for longer than idleInTransactionWarnMillis
+  PinCounts pinnedBy{};       // a client may have several reasons
   std::vector<StatementEffects> effects;
   std::uint64_t effectsDropped = 0;
   std::vector<FunctionEffects> functions;                     // the first 100
@@ -82,6 +96,24 @@ struct PoolSnapshot {
   std::uint32_t total() const { return serversActive + serversIdle + serversLogin + serversReset + serversClosing; }
 };
 
+/// One statement's record.
+struct StatementRow {
+  static constexpr std::size_t kErrors = 8;  ///< SQLSTATEs told apart; what comes after counts in errorCount alone
+  struct Error {
+    std::array<char, 5> sqlstate{};
+    std::uint64_t count = 0;
+  };
+  std::string database, user;  ///< filled in copies
+  std::string text, tags;
+  std::uint64_t id = 0;  ///< of this record
+  std::uint64_t calls = 0, errorCount = 0, rows = 0, bytes = 0, leftIdle = 0;
+  std::uint64_t waitMicros = 0, serverMicros = 0, clientMicros = 0;
+  CompactHistogram time;  ///< of whole executions
+  std::array<Error, kErrors> errors{};
+  Time first{}, last{};
+  std::uint64_t firstMicrosAgo = 0, lastMicrosAgo = 0;  ///< filled in copies
+};
+
 /// The whole proxy as it is now.
 struct Snapshot {
   bool draining = false;
@@ -93,10 +125,13 @@ struct Snapshot {
   std::vector<PoolSnapshot> pools;
   std::vector<PinSnapshot> pins;  // oldest first
 
-  // Only in a detailed snapshot.
+  // Only in detailed snapshots: Rows has the first three, Statements the others.
+  enum class Detail { None, Rows, Statements };
   std::vector<ClientRow> clientRows;  // oldest first
   std::vector<ServerRow> serverRows;  // oldest first
   std::vector<LeakRow> leaks;         // oldest transaction first
+  std::vector<StatementRow> statements;
+  std::uint64_t statementsEvicted = 0, statementsMicros = 0;  // for how long they have been counted
 
   // The database, seen passively: from connects and traffic.
   enum class Database { Unknown, Up, Down };

@@ -23,6 +23,7 @@ struct Statement {
   std::shared_ptr<const void> meaning;  ///< compared only; statements with other meanings are others
   std::uint64_t id = 0;
   std::uint32_t residue = 0;                  ///< scan_sql of the text
+  mutable std::uint64_t fingerprint = 0;      ///< of the normalised text; 0: not computed yet
   mutable const void* proven_with = nullptr;  ///< the settings of a session in which a server has accepted it
   mutable std::size_t shape = 0;              ///< of its parameters and columns, as a client was told; 0: none was
   mutable std::uint64_t names_version = 0;    ///< of the catalog by which the next was judged

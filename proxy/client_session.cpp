@@ -109,7 +109,10 @@ void ClientSession::send(Gather& gather) {
     boost::asio::post(worker_.loop(), [self = shared_from_this()] { self->close(); });
     return;
   }
-  if (channel_.queued() > 0) wait_writable();
+  if (channel_.queued() > 0) {
+    if (unread_since_ == pool::Time{}) unread_since_ = worker_.now();
+    wait_writable();
+  }
 }
 
 void ClientSession::wait_writable() {
@@ -121,6 +124,7 @@ void ClientSession::wait_writable() {
     if (self->state_ == State::Tls) return self->handle_tls();
     if (!self->channel_.flush(self->worker_.tls_scratch())) return self->close();
     if (self->channel_.queued() > 0) return self->wait_writable();
+    self->on_taken();
     if (self->state_ == State::Closing) return self->close();
     if (self->server_) self->server_->resume_reading();
     self->on_readable({});
@@ -177,6 +181,15 @@ void ClientSession::on_answered() {
   entry_->pool.counters().query.record(
       static_cast<std::uint64_t>(std::chrono::duration_cast<std::chrono::microseconds>(now - sent_at_).count()));
   sent_at_ = now;
+  in_request_ = false;
+  server_->running.leaking = server_->running.overdue = false;
+  if (server_->pipeline.status() == protocol::TxStatus::Idle) {
+    auto& counters = entry_->pool.counters();
+    ++counters.transactions;
+    counters.transaction.record(
+        static_cast<std::uint64_t>(std::chrono::duration_cast<std::chrono::microseconds>(now - transaction_since).count()));
+    server_->running.first = 0;
+  }
   examined_ = false;
   told_residue_ |= residue_;
 }
@@ -186,6 +199,7 @@ bool ClientSession::rewrites() const {
 }
 
 bool ClientSession::acquire() {
+  begin_request();
   request_since = worker_.now();
   transition(State::Waiting);
   acquiring_ = true;
@@ -209,8 +223,8 @@ void ClientSession::on_lease(ServerConnection& server) {
   }
   const pool::Time now = worker_.now();
   if (request_since == pool::Time{}) request_since = now;
-  entry_->pool.counters().wait.record(
-      static_cast<std::uint64_t>(std::chrono::duration_cast<std::chrono::microseconds>(now - request_since).count()));
+  wait_micros_ = static_cast<std::uint64_t>(std::chrono::duration_cast<std::chrono::microseconds>(now - request_since).count());
+  entry_->pool.counters().wait.record(wait_micros_);
   transaction_since = now;
   transition(State::Active);
   if (!acquiring_) worker_.run_later(*this);
@@ -272,11 +286,6 @@ void ClientSession::release() {
 }
 
 ServerConnection* ClientSession::surrender() {
-  const pool::Time now = worker_.now();
-  auto& counters = entry_->pool.counters();
-  ++counters.transactions;
-  counters.transaction.record(
-      static_cast<std::uint64_t>(std::chrono::duration_cast<std::chrono::microseconds>(now - transaction_since).count()));
   ServerConnection* server = std::exchange(server_, nullptr);
   forget_residue();
   transition(State::Ready);
@@ -302,6 +311,7 @@ void ClientSession::on_cancel() {
 void ClientSession::on_wait_failed(const protocol::ErrorFields& error, bool is_fatal) {
   if (state_ == State::Greeting || is_fatal) return fatal(error.sqlstate, error.message, error.hint, error.detail);
   if (!server_) transition(State::Ready);
+  in_request_ = false;
   worker_.count_error(error.sqlstate);
   // The request that waited is answered with an error; of an extended one, all up to Sync goes unanswered, as on a server.
   const char type = channel_.unread.empty() ? 'Q' : channel_.unread[0];
@@ -351,6 +361,7 @@ void ClientSession::on_server_lost(const std::string& sqlstate, const std::strin
   while (!pending_.empty()) on_name_done(false);
   parse_error_.reset();
   forget_residue();
+  in_request_ = false;
   // A session that lived on that connection, or a transaction, can't go on elsewhere.
   if (pin_ || unknown || several || pass_left_ > 0 || entry_->pool.settings().mode == conf::PoolMode::Session)
     return fatal(sqlstate, message, "The server connection that held this client's transaction or session is gone.");

@@ -7,7 +7,9 @@
 #include <string>
 #include <vector>
 
+#include "pool/activity.hpp"
 #include "pool/pool.hpp"
+#include "pool/statement_stats.hpp"
 #include "protocol/login.hpp"
 #include "protocol/pipeline.hpp"
 #include "protocol/sql_scan.hpp"
@@ -89,6 +91,16 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   pool::Time login_deadline = pool::Time::max();
   pool::Time request_since{}, transaction_since{};
 
+  /// Enforces the pool's limits on it. Returns when to look again.
+  pool::Time check_limits(pool::Time now);
+  void tell_query_timeout();  ///< in place of the server's answer to the cancel request
+  std::optional<pool::LeakRow> leak() const;
+  pool::ClientRow row();
+  std::uint64_t request() const { return request_; }  ///< the id of its last; 0: none yet
+  /// How long the execution that is over waited for a server connection, and for the client to read. In microseconds.
+  std::pair<std::uint64_t, std::uint64_t> take_delays(pool::Time now, pool::StatementHandle statement);
+  std::string peer();
+
   void drain();  ///< leaves at the next transaction boundary, at once if there is none open
   void fatal(std::string_view sqlstate, std::string_view message, std::string_view hint = {}, std::string_view detail = {});
   void close();
@@ -115,10 +127,19 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   };
 
   void transition(State next) { state_ = next; }
+  void begin_request();
+  void begin_execution();
+  pool::StatementHandle note_statement(std::uint64_t fingerprint, std::string_view sql);
+  pool::StatementHandle note_statement(const protocol::Statement& statement);
+  void note_bind(std::string_view portal, const protocol::StatementRef& statement);
+  pool::StatementHandle statement_of(protocol::Bytes execute) const;
+  void end_by_limit(std::string_view sqlstate, std::string_view message, std::string_view key, std::uint32_t millis);
+  void tell_leak(pool::Time now);
   void wait_readable();
   void on_readable(const boost::system::error_code& ec);
   void wait_writable();
-  void read_on();  ///< works off what is unread
+  void on_taken();  ///< the client has read all that was there for it
+  void read_on();   ///< works off what is unread
   std::size_t process(protocol::Bytes in);
   std::size_t on_startup(protocol::Bytes in);
   void begin_login(protocol::Startup startup);
@@ -177,9 +198,14 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   bool examined_ = false;  // its session, since it was last answered
   bool pass_to_server_ = false;
   bool direct_tls_ = false;  // TLS without an SSLRequest
-  pool::Time sent_at_{};
-  std::uint32_t residue_ = 0;       // of its texts, since its session was last known
-  std::uint32_t told_residue_ = 0;  // of those that were answered
+  bool in_request_ = false;
+  pool::Time connected_at_, sent_at_{};
+  pool::Time unread_since_{};  // the client doesn't take what is there for it
+  std::uint64_t request_ = 0;
+  std::uint64_t wait_micros_ = 0, reading_micros_ = 0;  // of the execution that is running
+  pool::StatementHandle executed_ = 0;                  // the last that is over
+  std::uint32_t residue_ = 0;                           // of its texts, since its session was last known
+  std::uint32_t told_residue_ = 0;                      // of those that were answered
   std::size_t pass_left_ = 0;
   ServerConnection* server_ = nullptr;
   PoolEntry* entry_ = nullptr;

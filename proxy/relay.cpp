@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "protocol/normalize.hpp"
 #include "protocol/sql_scan.hpp"
 #include "proxy/client_session.hpp"
 #include "proxy/server_connection.hpp"
@@ -94,7 +95,7 @@ std::size_t ClientSession::on_request(char type, Bytes available, std::size_t to
     if (available.size() == total && type == 'P' && parse_unserved(available)) return total;
     if (!acquire()) return 0;
   }
-  if (server_->pipeline.empty()) sent_at_ = worker_.now();
+  if (server_->pipeline.empty()) begin_execution();
   server_->apply_settings();
   switch (type) {
     case 'Q': return on_query(available, total);
@@ -102,7 +103,7 @@ std::size_t ClientSession::on_request(char type, Bytes available, std::size_t to
     case 'B': return on_bind(available, total);
     case 'D': return on_describe(available, total);
     case 'C': return on_close(available, total);
-    case 'E': server_->pipeline.push({Request::Execute, Verdict::Forward, id_}); break;
+    case 'E': server_->pipeline.push({Request::Execute, Verdict::Forward, id_, statement_of(available)}); break;
     case 'F':
       if (available.size() < std::min(total, kHeaderSize + 4)) return 0;
       if (!is_large_object(protocol::Reader(available.subspan(kHeaderSize)).u32())) residue_ |= protocol::kUnreadable;
@@ -130,9 +131,11 @@ void ClientSession::relay(Bytes available, std::size_t total) {
 std::size_t ClientSession::on_query(Bytes available, std::size_t total) {
   const bool too_large = total > worker_.config().limits.maxParseBytes;
   if (available.size() < total && !too_large && rewrites()) return 0;
+  pool::StatementHandle statement = pool::kNoStatement;
   if (available.size() == total && !too_large) {
     protocol::Reader reader(available.subspan(kHeaderSize));
     const std::string_view sql = reader.cstring();
+    statement = note_statement(protocol::fingerprint_sql(sql), sql);
     const std::uint32_t residue = protocol::scan_sql(sql, server_->conforming_strings());
     if (refuse(sql, residue, true)) return total;
     switch (listen_ahead(note_residue(sql, residue), sql, true)) {
@@ -155,7 +158,7 @@ std::size_t ClientSession::on_query(Bytes available, std::size_t total) {
   statements.clear_unnamed();
   server_->statements.unnamed.reset();
   ++entry_->pool.counters().queries;
-  server_->pipeline.push({Request::Query, Verdict::Forward, id_});
+  server_->pipeline.push({Request::Query, Verdict::Forward, id_, statement});
   relay(available, total);
   restore_after_reset();
   return available.size();
@@ -185,9 +188,12 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
   if (!rewrites()) {
     if (available.size() == total) {
       protocol::Reader reader(available.subspan(kHeaderSize));
-      reader.cstring();
-      const std::string_view sql = reader.cstring();
-      note_residue(sql, protocol::scan_sql(sql, server_->conforming_strings()));
+      const std::string_view name = reader.cstring();
+      const Bytes body = reader.rest();
+      const auto statement = worker_.statements.intern({reinterpret_cast<const char*>(body.data()), body.size()}, settings->meaning);
+      statements.set(name, statement);  // for the statistics
+      server_->running.named = note_statement(*statement);
+      note_residue(text_of(*statement), protocol::scan_sql(text_of(*statement), server_->conforming_strings()));
     }
     server_->pipeline.push({Request::Parse, Verdict::Forward, id_});
     relay(available, total);
@@ -216,6 +222,7 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
   const bool shared = !server_->meaning_changed || !may_hold_constants(body);
   protocol::StatementRef statement =
       shared ? worker_.statements.intern(body, settings->meaning) : worker_.statements.make(body, settings->meaning);
+  server_->running.named = note_statement(*statement);
   if (refuse(text_of(*statement), statement->residue, false)) return total;
   if (listen_ahead(note_residue(*statement), text_of(*statement), false) == Subscriber::Verdict::Wait) return 0;
   if (statement->residue & protocol::kPrepared) adopt_named(text_of(*statement));
@@ -348,14 +355,15 @@ void ClientSession::evict() {
 
 std::size_t ClientSession::on_bind(Bytes available, std::size_t total) {
   auto& pipeline = server_->pipeline;
+  protocol::Reader reader(available.subspan(kHeaderSize));
+  const std::string_view portal = reader.cstring();
+  const std::string_view name = reader.cstring();
   if (!rewrites() || pipeline.failed()) {
+    if (reader.ok()) note_bind(portal, statements.find(name));
     pipeline.push({Request::Bind, Verdict::Forward, id_});
     relay(available, total);
     return available.size();
   }
-  protocol::Reader reader(available.subspan(kHeaderSize));
-  const std::string_view portal = reader.cstring();
-  const std::string_view name = reader.cstring();
   if (!reader.ok()) {
     if (available.size() < total && available.size() < kMaxNames) return 0;
     pipeline.push({Request::Bind, Verdict::Forward, id_});
@@ -364,6 +372,7 @@ std::size_t ClientSession::on_bind(Bytes available, std::size_t total) {
   }
   const auto statement = statements.find(name);
   if (statement && subscriber_ && listen_ahead(note_residue(*statement), text_of(*statement), false) == Subscriber::Verdict::Wait) return 0;
+  note_bind(portal, statement);
   auto& held = server_->statements;
   auto& queries = entry_->pool.counters().queries;
   if (!statement || name.empty()) {

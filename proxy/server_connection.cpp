@@ -40,6 +40,11 @@ bool changes_results(std::string_view tag) {
   return tag.starts_with("ALTER ") || tag.starts_with("DROP ") || tag == "CREATE VIEW" || tag == "CREATE FUNCTION";
 }
 
+bool is_canceled(Bytes error) {
+  const auto fields = protocol::parse_error(error.subspan(kHeaderSize));
+  return fields && fields->sqlstate == "57014";
+}
+
 }  // namespace
 
 ServerConnection::ServerConnection(Worker& worker, PoolEntry& entry, std::uint64_t id)
@@ -234,8 +239,9 @@ bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total
   const Owed& owed = reply->owed;
   const bool ours = client_ && owed.owner == client_->id();
   if (type == Backend::ReadyForQuery && status == TxStatus::Idle && std::exchange(open_definition_, false)) on_catalog_changed();
-  if (ours && type == Backend::ReadyForQuery) client_->on_answered();
   bool forward = ours && owed.verdict == Verdict::Forward;
+  if (ours) note_answer(type, owed, available, total);
+  if (ours && type == Backend::ReadyForQuery) client_->on_answered();
   if (owed.request == Request::Describe && owed.note != 0) on_described(type, owed, available, total);
   if (forward && type == Backend::ReadyForQuery) {
     // What the client brought at its login comes back first, so that its next statement isn't in the way of the look at its session.
@@ -253,6 +259,9 @@ bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total
     } else if (const std::string* name = ours && owed.request == Request::Bind ? client_->name_of(owed.note) : nullptr) {
       forward = false;
       rename_error(available, *name);
+    } else if (ours && running.overdue && is_canceled(available)) {
+      forward = false;
+      client_->tell_query_timeout();
     } else if (ours && owed.note == kRaised) {
       forward = false;
       tell_raised(available);
@@ -393,6 +402,10 @@ void ServerConnection::lease(ClientSession& client) {
   unknown_residue_ = 0;
   sequences_touched = meaning_changed = false;
   suspect.clear();
+  running.first = running.last = running.named = running.portal = 0;
+  running.portals.clear();
+  running.leaking = running.overdue = false;
+  worker_.arm_tick(entry_.pool.limit_check());
   client.on_lease(*this);
 }
 

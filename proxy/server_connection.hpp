@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "pool/pool.hpp"
+#include "pool/statement_stats.hpp"
 #include "protocol/messages.hpp"
 #include "protocol/notifications.hpp"
 #include "protocol/pipeline.hpp"
@@ -48,6 +49,20 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
     std::string password;
   };
 
+  /// What it executes for its client, for the statistics.
+  struct Running {
+    pool::Time since{};  ///< from when on the next answer is waited for
+    std::uint64_t rows = 0, bytes = 0;
+    std::string sqlstate, tags;
+    pool::StatementHandle first = 0, last = 0;                           ///< of the transaction
+    pool::StatementHandle named = 0;                                     ///< what the last Parse or Bind was about
+    pool::StatementHandle portal = 0;                                    ///< the unnamed portal's
+    std::vector<std::pair<std::string, pool::StatementHandle>> portals;  ///< the named ones', at most kMostPortals
+    bool leaking = false;                                                ///< told of, since it was last answered
+    bool overdue = false;                                                ///< cancelled by pool.queryTimeoutMillis
+  };
+  static constexpr std::size_t kMostPortals = 64;
+
   void connect(std::optional<Login> login = {});  ///< starts; ends in Worker::on_connected or on_connect_failed
   State state() const { return state_; }
   std::uint64_t id() const { return id_; }
@@ -60,6 +75,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
 
   protocol::Pipeline pipeline;
   protocol::ServerStatements statements;
+  Running running;
   SettingsRef settings;  ///< what its session has; null: unknown, reset before use
   std::uint32_t cancels_pending = 0;
   Catalog::Names unknown_calls;               ///< functions that were called in this lease before it was known what they leave
@@ -126,6 +142,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   /// Asks the server to cancel what it is doing for this connection, which isn't leased again before it has answered.
   void send_cancel();
   const std::optional<Login>& login() const { return login_; }
+  pool::ServerRow row();
   void on_deadline(pool::Time now);
   pool::Time deadline = pool::Time::max();
 
@@ -145,6 +162,8 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   std::size_t process(protocol::Bytes in);
   bool on_frame(protocol::Backend type, protocol::Bytes available, std::size_t total);
   bool on_reply(protocol::Backend type, protocol::Bytes available, std::size_t total);
+  void note_answer(protocol::Backend type, const protocol::Owed& owed, protocol::Bytes available, std::size_t total);
+  void finish_execution(pool::StatementHandle statement);
   void on_dropped(const protocol::Owed& owed);
   void on_described(protocol::Backend type, const protocol::Owed& owed, protocol::Bytes available, std::size_t total);
   void on_proxy_reply(protocol::Backend type, std::uint64_t note, protocol::Bytes whole);

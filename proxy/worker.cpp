@@ -36,14 +36,6 @@ bool is_answer(std::string_view sqlstate) {
   return !sqlstate.starts_with("08") && !sqlstate.starts_with("57P");
 }
 
-const char* mode_name(conf::PoolMode mode) {
-  switch (mode) {
-    case conf::PoolMode::Session: return "session";
-    case conf::PoolMode::Statement: return "statement";
-    default: return "transaction";
-  }
-}
-
 }  // namespace
 
 Worker::Worker(asio::io_context& data, Control& control, std::shared_ptr<const conf::Config> config)
@@ -219,6 +211,7 @@ PoolEntry* Worker::find_pool(const std::string& database, const std::string& use
   if (const auto it = pools_.find(key); it != pools_.end()) return it->second.get();
   auto entry = std::make_unique<PoolEntry>(database, user, plan->settings, std::move(plan->upstream));
   entry->passes_password_on = passes_password_on(user);
+  entry->number = static_cast<std::uint32_t>(pools_.size()) + 1;
   return pools_.emplace(std::move(key), std::move(entry)).first->second.get();
 }
 
@@ -459,11 +452,14 @@ void Worker::tick() {
     if (entry->pool.any_idle()) idle_check = std::min(idle_check, entry->pool.idle_check());
   }
   std::vector<std::shared_ptr<ClientSession>> due;
-  for (auto& [id, client] : clients_)
+  for (auto& [id, client] : clients_) {
+    if (const pool::Time at = client->check_limits(t); at != pool::Time::max())
+      idle_check = std::min(idle_check, std::chrono::ceil<milliseconds>(at - t));
     if (client->login_deadline != pool::Time::max()) {
       busy = true;
       if (t >= client->login_deadline) due.push_back(client);
     }
+  }
   for (const auto& client : due) client->on_deadline(t);
   if (draining_ && t >= drain_until_ && exit_code_ == 0) {
     exit_code_ = 3;
@@ -574,78 +570,6 @@ void Worker::probe(std::function<void()> done) {
       done();
     });
   });
-}
-
-pool::Snapshot Worker::snapshot() {
-  const pool::Time t = now();
-  pool::Snapshot s;
-  s.draining = draining_;
-  s.started = started_;
-  s.uptimeMicros = micros(t - started_at_);
-  s.maxClients = config_->limits.maxClients;
-  s.rejected = rejected_;
-  s.errorsByClass.insert(errors_.begin(), errors_.end());
-  s.database = database_;
-  s.databaseError = database_error_;
-  s.databaseVersion = database_version_;
-  s.databaseLatencyMicros = database_latency_;
-  s.databaseProbed = database_probed_;
-  if (database_seen_ != pool::Time{}) s.databaseSeenMicrosAgo = micros(t - database_seen_);
-  std::map<const PoolEntry*, std::size_t> index;
-  for (const auto& [key, entry] : pools_) {
-    pool::PoolSnapshot p;
-    const conf::PoolSettings& settings = entry->pool.settings();
-    p.database = entry->database;
-    p.user = entry->user;
-    p.max = settings.max;
-    p.min = settings.min;
-    p.idleTimeoutMillis = settings.idleTimeoutMillis;
-    p.connectionTimeoutMillis = settings.connectionTimeoutMillis;
-    p.maxUses = settings.maxUses;
-    p.mode = mode_name(settings.mode);
-    p.lastError = entry->last_failure.message;
-    p.clientsWaiting = static_cast<std::uint32_t>(entry->pool.waiting_count());
-    if (p.clientsWaiting > 0) p.oldestWaitMicros = micros(t - entry->pool.oldest_wait());
-    for (const auto& [id, server] : entry->servers) {
-      p.preparedStatements += server->statements.size();
-      switch (server->state()) {
-        case ServerConnection::State::Connecting: ++p.serversLogin; break;
-        case ServerConnection::State::Idle: ++p.serversIdle; break;
-        case ServerConnection::State::Leased: ++p.serversActive; break;
-        case ServerConnection::State::Resetting: ++p.serversReset; break;
-        case ServerConnection::State::Closing: ++p.serversClosing; break;
-        case ServerConnection::State::Closed: break;
-      }
-    }
-    p.listeningClients = static_cast<std::uint32_t>(entry->listener.clients());
-    p.listeningChannels = static_cast<std::uint32_t>(entry->listener.channels());
-    p.counters = entry->pool.counters();
-    p.effects = entry->transparency.rows();
-    p.effectsDropped = entry->transparency.dropped();
-    p.functions = entry->catalog.effects();
-    if (settings.mode != conf::PoolMode::Session) p.everyText = protocol::residue_names(entry->catalog.everywhere());
-    index[entry.get()] = s.pools.size();
-    s.pools.push_back(std::move(p));
-  }
-  for (const auto& [id, client] : clients_) {
-    if (!client->entry()) {
-      ++s.clientsLogin;
-      continue;
-    }
-    ++s.clients;
-    pool::PoolSnapshot& p = s.pools[index[client->entry()]];
-    if (client->state() == ClientSession::State::Active)
-      ++p.clientsActive;
-    else if (client->state() == ClientSession::State::Ready)
-      ++p.clientsIdle;
-    if (auto pin = client->pin_snapshot()) {
-      ++p.pinned;
-      pool::for_each_reason(pin->reasons, [&](pool::PinReason reason) { ++p.pinnedBy[static_cast<std::size_t>(reason)]; });
-      s.pins.push_back(std::move(*pin));
-    }
-  }
-  std::sort(s.pins.begin(), s.pins.end(), [](const auto& a, const auto& b) { return a.micros > b.micros; });
-  return s;
 }
 
 }  // namespace pgsidecar::proxy

@@ -18,6 +18,7 @@
 
 #include "conf/config.hpp"
 #include "pool/pool.hpp"
+#include "pool/statement_stats.hpp"
 #include "pool/stats.hpp"
 #include "protocol/login.hpp"
 #include "protocol/scram.hpp"
@@ -35,6 +36,7 @@ struct PoolEntry {
   PoolEntry(std::string database_name, std::string user_name, const conf::PoolSettings& policy, conf::Upstream from)
       : database(std::move(database_name)), user(std::move(user_name)), pool(policy), upstream(std::move(from)) {}
   std::string database, user;
+  std::uint32_t number = 0;  // from 1
   pool::Pool pool;
   conf::Upstream upstream;
   SettingsCache settings;
@@ -78,7 +80,9 @@ class Worker {
   void reload(std::shared_ptr<const conf::Config> config);
   void drain();                                   ///< as at SIGTERM
   std::function<void(int exit_code)> on_stopped;  ///< nothing is left
-  pool::Snapshot snapshot();
+  /// What a snapshot holds besides counts: who is connected; what the statements cost.
+  using Detail = pool::Snapshot::Detail;
+  pool::Snapshot snapshot(Detail detail = Detail::None);
   void probe(std::function<void()> done);
 
   /// One handler's run on the loop. Clients that got a lease in it go on at its end, before the loop waits again.
@@ -107,7 +111,9 @@ class Worker {
   std::minstd_rand& random_engine() { return random_; }
   double random() { return std::uniform_real_distribution<>(0, 1)(random_); }
 
-  log::PeerEvents peer_events;
+  log::PeerEvents peer_events, slow_events, leak_events;
+  pool::StatementStats statement_stats{pool::Clock::now()};
+  std::uint64_t next_request() { return ++last_request_; }
   Gather to_client, to_server;  // of the turn that is running
   protocol::StatementCache statements;
   protocol::ScramKeyCache scram_keys;
@@ -177,7 +183,7 @@ class Worker {
   std::vector<std::shared_ptr<ClientSession>> runnable_, running_;
   int turns_ = 0;
   pool::Time turn_began_{};
-  std::uint64_t next_server_ = 1;
+  std::uint64_t next_server_ = 1, last_request_ = 0;
   bool draining_ = false, started_ = false, stopped_ = false, had_client_ = false;
   pool::Time drain_until_ = pool::Time::max(), idle_since_ = pool::Time::max(), started_at_;
   std::array<std::uint64_t, static_cast<std::size_t>(pool::RejectReason::kCount)> rejected_{};

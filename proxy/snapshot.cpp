@@ -1,0 +1,215 @@
+// What the data loop tells of itself: the snapshot that the control loop renders. Part of Worker, ClientSession and ServerConnection.
+#include <algorithm>
+#include <boost/asio/ip/tcp.hpp>
+#include <cstring>
+
+#include "proxy/client_session.hpp"
+#include "proxy/server_connection.hpp"
+#include "proxy/worker.hpp"
+
+namespace pgsidecar::proxy {
+
+namespace {
+
+std::uint64_t micros(pool::Clock::duration d) {
+  return static_cast<std::uint64_t>(std::max<std::int64_t>(0, std::chrono::duration_cast<std::chrono::microseconds>(d).count()));
+}
+
+const char* mode_name(conf::PoolMode mode) {
+  switch (mode) {
+    case conf::PoolMode::Session: return "session";
+    case conf::PoolMode::Statement: return "statement";
+    default: return "transaction";
+  }
+}
+
+template <class Endpoint>
+std::string shown(const Endpoint& endpoint) {
+  if (endpoint.protocol().family() == AF_UNIX) return "unix socket";
+  boost::asio::ip::tcp::endpoint tcp;
+  if (endpoint.size() > tcp.capacity()) return {};
+  std::memcpy(tcp.data(), endpoint.data(), endpoint.size());
+  return conf::print_address(tcp.address().to_string(), tcp.port());
+}
+
+const char* state_of(const protocol::Pipeline& pipeline, const char* idle) {
+  if (!pipeline.empty()) return "active";
+  return pipeline.status() == protocol::TxStatus::Idle ? idle : "idle in transaction";
+}
+
+}  // namespace
+
+std::string ClientSession::peer() {
+  boost::system::error_code ec;
+  const auto endpoint = channel_.transport.socket().remote_endpoint(ec);
+  return ec ? std::string() : shown(endpoint);
+}
+
+pool::ClientRow ClientSession::row() {
+  const pool::Time now = worker_.now();
+  pool::ClientRow row;
+  row.id = id_;
+  row.peer = peer();
+  row.tls = channel_.transport.is_tls();
+  row.connectedMicros = micros(now - connected_at_);
+  row.request = request_;
+  pool::Time begun = std::max(sent_at_, connected_at_);
+  switch (state_) {
+    case State::Ready: row.state = "idle"; break;
+    case State::Waiting:
+      row.state = "waiting";
+      begun = request_since;
+      break;
+    case State::Active: row.state = state_of(server_->pipeline, "idle"); break;
+    case State::Closing:
+    case State::Closed: row.state = "closing"; break;
+    default: row.state = "login";
+  }
+  row.stateMicros = micros(now - begun);
+  if (!entry_) return row;
+  row.database = entry_->database;
+  row.user = entry_->user;
+  row.application = application();
+  row.preparedStatements = statements.size();
+  if (pin_) row.pinReasons = pin_->reasons;
+  if (!server_) return row;
+  row.server = server_->id();
+  row.serverPid = server_->pid();
+  row.statement = worker_.statement_stats.text(server_->running.last);
+  if (server_->pipeline.status() != protocol::TxStatus::Idle || in_request_) row.transactionMicros = micros(now - transaction_since);
+  return row;
+}
+
+pool::ServerRow ServerConnection::row() {
+  const pool::Time now = worker_.now();
+  pool::ServerRow row;
+  row.id = id_;
+  row.pid = pid_;
+  row.database = entry_.database;
+  row.user = entry_.user;
+  row.uses = uses;
+  row.useLimit = use_limit;
+  row.preparedStatements = statements.size();
+  row.connectedMicros = connected == pool::Time{} ? 0 : micros(now - connected);
+  if (channel_ && state_ != State::Connecting) {
+    row.address = target_.host.is_unix() ? target_.host.name : conf::print_address(target_.host.name, target_.host.port);
+    row.tls = channel_->transport.is_tls();
+    boost::system::error_code ec;
+    const auto local = channel_->transport.socket().local_endpoint(ec);
+    if (!ec) row.local = shown(local);
+  }
+  pool::Time begun = std::max(idle_since, connected);
+  switch (state_) {
+    case State::Connecting: row.state = "login"; break;
+    case State::Idle: row.state = "idle"; break;
+    case State::Leased:
+      row.state = listener_ ? "listening" : state_of(pipeline, "active");
+      begun = std::max(begun, running.since);
+      break;
+    case State::Resetting: row.state = "reset"; break;
+    default: row.state = "closing";
+  }
+  row.stateMicros = begun == pool::Time{} ? 0 : micros(now - begun);
+  if (client_) {
+    row.client = client_->id();
+    row.application = client_->application();
+    row.statement = worker_.statement_stats.text(running.last);
+  }
+  return row;
+}
+
+pool::Snapshot Worker::snapshot(Detail detail) {
+  const pool::Time t = now();
+  pool::Snapshot s;
+  s.draining = draining_;
+  s.started = started_;
+  s.uptimeMicros = micros(t - started_at_);
+  s.maxClients = config_->limits.maxClients;
+  s.rejected = rejected_;
+  s.errorsByClass.insert(errors_.begin(), errors_.end());
+  s.database = database_;
+  s.databaseError = database_error_;
+  s.databaseVersion = database_version_;
+  s.databaseLatencyMicros = database_latency_;
+  s.databaseProbed = database_probed_;
+  if (database_seen_ != pool::Time{}) s.databaseSeenMicrosAgo = micros(t - database_seen_);
+  std::map<const PoolEntry*, std::size_t> index;
+  for (const auto& [key, entry] : pools_) {
+    pool::PoolSnapshot p;
+    const conf::PoolSettings& settings = entry->pool.settings();
+    p.database = entry->database;
+    p.user = entry->user;
+    p.max = settings.max;
+    p.min = settings.min;
+    p.idleTimeoutMillis = settings.idleTimeoutMillis;
+    p.connectionTimeoutMillis = settings.connectionTimeoutMillis;
+    p.maxUses = settings.maxUses;
+    p.mode = mode_name(settings.mode);
+    p.lastError = entry->last_failure.message;
+    p.clientsWaiting = static_cast<std::uint32_t>(entry->pool.waiting_count());
+    if (p.clientsWaiting > 0) p.oldestWaitMicros = micros(t - entry->pool.oldest_wait());
+    for (const auto& [id, server] : entry->servers) {
+      p.preparedStatements += server->statements.size();
+      p.leaking += server->running.leaking;
+      if (detail == Detail::Rows) s.serverRows.push_back(server->row());
+      switch (server->state()) {
+        case ServerConnection::State::Connecting: ++p.serversLogin; break;
+        case ServerConnection::State::Idle: ++p.serversIdle; break;
+        case ServerConnection::State::Leased: ++p.serversActive; break;
+        case ServerConnection::State::Resetting: ++p.serversReset; break;
+        case ServerConnection::State::Closing: ++p.serversClosing; break;
+        case ServerConnection::State::Closed: break;
+      }
+    }
+    p.listeningClients = static_cast<std::uint32_t>(entry->listener.clients());
+    p.listeningChannels = static_cast<std::uint32_t>(entry->listener.channels());
+    p.counters = entry->pool.counters();
+    p.effects = entry->transparency.rows();
+    p.effectsDropped = entry->transparency.dropped();
+    p.functions = entry->catalog.effects();
+    if (settings.mode != conf::PoolMode::Session) p.everyText = protocol::residue_names(entry->catalog.everywhere());
+    index[entry.get()] = s.pools.size();
+    s.pools.push_back(std::move(p));
+  }
+  for (const auto& [id, client] : clients_) {
+    if (detail == Detail::Rows) {
+      s.clientRows.push_back(client->row());
+      if (auto leak = client->leak()) s.leaks.push_back(std::move(*leak));
+    }
+    if (!client->entry()) {
+      ++s.clientsLogin;
+      continue;
+    }
+    ++s.clients;
+    pool::PoolSnapshot& p = s.pools[index[client->entry()]];
+    if (client->state() == ClientSession::State::Active)
+      ++p.clientsActive;
+    else if (client->state() == ClientSession::State::Ready)
+      ++p.clientsIdle;
+    if (auto pin = client->pin_snapshot()) {
+      ++p.pinned;
+      pool::for_each_reason(pin->reasons, [&](pool::PinReason reason) { ++p.pinnedBy[static_cast<std::size_t>(reason)]; });
+      s.pins.push_back(std::move(*pin));
+    }
+  }
+  std::sort(s.pins.begin(), s.pins.end(), [](const auto& a, const auto& b) { return a.micros > b.micros; });
+  std::sort(s.clientRows.begin(), s.clientRows.end(), [](const auto& a, const auto& b) { return a.connectedMicros > b.connectedMicros; });
+  std::sort(s.serverRows.begin(), s.serverRows.end(), [](const auto& a, const auto& b) { return a.id < b.id; });
+  std::sort(s.leaks.begin(), s.leaks.end(), [](const auto& a, const auto& b) { return a.ageMicros > b.ageMicros; });
+  if (detail == Detail::Statements) {
+    auto report = statement_stats.report();
+    s.statementsEvicted = report.evicted;
+    s.statementsMicros = micros(t - report.since);
+    std::map<std::uint32_t, const PoolEntry*> by_number;
+    for (const auto& [key, entry] : pools_) by_number[entry->number] = entry.get();
+    for (auto& [number, row] : report.rows) {
+      if (const PoolEntry* entry = by_number[number]) row.database = entry->database, row.user = entry->user;
+      row.firstMicrosAgo = micros(t - row.first);
+      row.lastMicrosAgo = micros(t - row.last);
+      s.statements.push_back(std::move(row));
+    }
+  }
+  return s;
+}
+
+}  // namespace pgsidecar::proxy
