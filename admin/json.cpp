@@ -1,90 +1,14 @@
-// The JSON documents of render.hpp, by a small writer.
+// The JSON documents of render.hpp.
+#include "admin/json.hpp"
+
 #include <algorithm>
 #include <array>
 #include <cmath>
 #include <ctime>
-#include <utility>
 
 #include "admin/render.hpp"
 
 namespace pgsidecar::admin {
-namespace {
-
-using pool::PoolSnapshot;
-using pool::Snapshot;
-using Database = Snapshot::Database;
-
-class Json {
- public:
-  Json& key(std::string_view name) {
-    comma();
-    quote(name);
-    out_ += ':';
-    after_key_ = true;
-    return *this;
-  }
-  Json& begin(char bracket) {
-    comma();
-    out_ += bracket;
-    first_ = true;
-    return *this;
-  }
-  Json& end(char bracket) {
-    out_ += bracket;
-    first_ = false;
-    return *this;
-  }
-  Json& string(std::string_view value) {
-    comma();
-    quote(value);
-    return *this;
-  }
-  Json& raw(std::string_view value) {
-    comma();
-    out_ += value;
-    return *this;
-  }
-  Json& field(std::string_view name, std::string_view value) { return key(name).string(value); }
-  Json& field(std::string_view name, const char* value) { return key(name).string(value); }
-  Json& field(std::string_view name, double value) { return key(name).raw(number(value)); }
-  Json& field(std::string_view name, std::uint64_t value) { return key(name).raw(std::to_string(value)); }
-  Json& field(std::string_view name, bool value) { return key(name).raw(value ? "true" : "false"); }
-  Json& null(std::string_view name) { return key(name).raw("null"); }
-  template <class T>
-  Json& field(std::string_view name, const std::optional<T>& value) {
-    return value ? field(name, *value) : null(name);
-  }
-  std::string take() {
-    out_ += '\n';
-    return std::move(out_);
-  }
-
- private:
-  void comma() {
-    if (!first_ && !after_key_) out_ += ',';
-    first_ = after_key_ = false;
-  }
-  void quote(std::string_view text) {
-    static constexpr char kHex[] = "0123456789abcdef";
-    out_ += '"';
-    for (const char c : to_utf8(text)) {
-      if (c == '"' || c == '\\') {
-        out_ += '\\';
-        out_ += c;
-      } else if (static_cast<unsigned char>(c) < 0x20) {
-        out_ += "\\u00";
-        out_ += kHex[(c >> 4) & 15];
-        out_ += kHex[c & 15];
-      } else {
-        out_ += c;
-      }
-    }
-    out_ += '"';
-  }
-
-  std::string out_;
-  bool first_ = true, after_key_ = false;
-};
 
 double millis(double micros) {
   return std::round(micros) / 1000;
@@ -106,6 +30,12 @@ std::string iso8601(Clock::time_point time) {
   const std::string fraction = std::to_string(1000 + ms % 1000);
   return std::string(text.data(), n) + fraction.substr(1) + "Z";
 }
+
+namespace {
+
+using pool::PoolSnapshot;
+using pool::Snapshot;
+using Database = Snapshot::Database;
 
 const char* status_of(Database database) {
   return database == Database::Up ? "up" : database == Database::Down ? "down" : "unknown";
@@ -193,6 +123,8 @@ void write_pool(Json& json, const PoolSnapshot& p) {
   json.field("oldestWaitMs", millis(p.oldestWaitMicros));
   json.field("preparedStatements", std::uint64_t{p.preparedStatements});
   json.field("transactions", p.counters.transactions).field("queries", p.counters.queries);
+  json.field("leakingCount", std::uint64_t{p.leaking}).field("leaks", p.counters.leaks);
+  json.field("limitsReached", p.counters.limitsReached);
   json.field("leases", p.counters.leases).field("waitTimeouts", p.counters.waitTimeouts);
   json.field("residueChecks", p.counters.residueChecks);
   json.field("connects", p.counters.connects).field("connectFailures", p.counters.connectFailures);
@@ -261,6 +193,14 @@ std::string pool_stats_json(const Snapshot& s, Clock::time_point now) {
   write_quantiles(json, "query", query);
   write_quantiles(json, "transaction", transaction);
   json.key("perPool").begin('[');
+  for (const auto& p : s.pools) write_pool(json, p);
+  json.end(']').end('}');
+  return json.take();
+}
+
+std::string pools_json(const Snapshot& s, Clock::time_point now) {
+  Json json;
+  json.begin('{').field("timestamp", iso8601(now)).key("pools").begin('[');
   for (const auto& p : s.pools) write_pool(json, p);
   json.end(']').end('}');
   return json.take();

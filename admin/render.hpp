@@ -49,6 +49,16 @@ std::string compute_health_json(const pool::Snapshot& snapshot, const Process& p
 std::string pins_json(const pool::Snapshot& snapshot, Clock::time_point now);
 /// What the statements of each pool meant for their sessions, and whether transaction mode suits them.
 std::string transparency_json(const pool::Snapshot& snapshot, Clock::time_point now);
+/// The documents of a snapshot with rows: who is connected, and which transactions are left idle.
+std::string clients_json(const pool::Snapshot& snapshot, Clock::time_point now);
+std::string servers_json(const pool::Snapshot& snapshot, Clock::time_point now);
+std::string leaks_json(const pool::Snapshot& snapshot, Clock::time_point now);
+/// The pools alone, as in pool-stats.
+std::string pools_json(const pool::Snapshot& snapshot, Clock::time_point now);
+/// Of a snapshot with statements: the first `limit` by total, mean, wait, errors or calls.
+std::string statements_json(const pool::Snapshot& snapshot, std::string_view order, std::size_t limit, Clock::time_point now);
+bool is_statement_order(std::string_view order);
+std::string config_json(std::string_view redacted_yaml, Clock::time_point now);
 /// `hint` says what to do; left out if empty.
 std::string error_json(std::string_view error, std::string_view hint = {});
 

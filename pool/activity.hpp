@@ -50,4 +50,11 @@ struct LeakRow {
   std::string firstStatement, lastStatement;    ///< of the transaction, normalised
 };
 
+/// What an operator may have the data loop do.
+struct Command {
+  enum class Kind { CancelClient, CloseClient, CloseServer, ResetStatements };
+  Kind kind{};
+  std::uint64_t id = 0;  ///< of the client or server
+};
+
 }  // namespace pgsidecar::pool

@@ -31,7 +31,7 @@ inline constexpr StatementHandle kNoStatement = 0;
 
 class StatementStats {
  public:
-  static constexpr std::size_t kMost = 1000;      ///< records, of at most about 3.5 KB each
+  static constexpr std::size_t kMost = kMostStatements;      ///< records, of at most about 3.5 KB each
   static constexpr std::size_t kMostText = 1024;  ///< bytes of a text
   static constexpr std::size_t kMostTags = 256;
 

@@ -96,6 +96,9 @@ struct PoolSnapshot {
   std::uint32_t total() const { return serversActive + serversIdle + serversLogin + serversReset + serversClosing; }
 };
 
+/// How many statements are told apart.
+constexpr std::size_t kMostStatements = 1000;
+
 /// One statement's record.
 struct StatementRow {
   static constexpr std::size_t kErrors = 8;  ///< SQLSTATEs told apart; what comes after counts in errorCount alone
