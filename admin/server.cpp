@@ -23,6 +23,7 @@
 
 #include "admin/access.hpp"
 #include "admin/render.hpp"
+#include "admin/routes.hpp"
 
 namespace pgsidecar::admin {
 namespace {
@@ -43,37 +44,6 @@ constexpr auto kSnapshotTime = 1s;  // a data loop that is silent for so long is
 constexpr auto kProbeTime = 10s;    // longer than connectionTimeoutMillis' default
 constexpr auto kRecheckTime = 1s;   // between probes of a database that is known to be down
 constexpr auto kLingerTime = 1s;    // so that an answer to an unread request isn't lost to a reset
-
-enum class Route { Index, Health, Live, Ready, Startup, PoolStats, ComputeHealth, Pins, Transparency, Metrics, Reload, Drain, Quit };
-
-struct Endpoint {
-  std::string_view path;
-  Route route;
-  std::string_view about;  // for the index; empty: an alias
-
-  bool names_clients() const { return route == Route::Pins || route == Route::Transparency; }
-  bool changes() const { return route == Route::Reload || route == Route::Drain || route == Route::Quit; }
-};
-constexpr Endpoint kEndpoints[] = {
-    {"/", Route::Index, "this list"},
-    {"/health", Route::Health, "everything at a glance; 503 if unhealthy"},
-    {"/health/live", Route::Live, "200 as long as the process works, also while draining"},
-    {"/health/ready", Route::Ready, "503 while draining or while the database is known to be down"},
-    {"/health/startup", Route::Startup, "200 once listening"},
-    {"/api/monitoring/pool-stats", Route::PoolStats, "the pools: counts, utilization, wait and query times"},
-    {"/api/monitoring/compute-health", Route::ComputeHealth, "process and database; ?probe=1 asks the database now"},
-    {"/api/monitoring/pins", Route::Pins, "clients that keep their server connection: why, since when, what ends it"},
-    {"/api/monitoring/transparency", Route::Transparency, "which statements were carried, checked or pinned; is transaction mode safe?"},
-    {"/metrics", Route::Metrics, "Prometheus text, or OpenMetrics if Accept asks"},
-    {"/api/admin/reload", Route::Reload, "reads the configuration again"},
-    {"/api/admin/drain", Route::Drain, "finishes what is active, then ends"},
-    {"/quitquitquit", Route::Quit, "ends the process (if admin.quitquitquit is on)"},
-    {"/healthz", Route::Health, {}},
-    {"/livez", Route::Live, {}},
-    {"/liveness", Route::Live, {}},
-    {"/readyz", Route::Ready, {}},
-    {"/readiness", Route::Ready, {}},
-    {"/startup", Route::Startup, {}}};
 
 constexpr const char* kJson = "application/json";
 constexpr const char* kText = "text/plain; charset=utf-8";
@@ -97,19 +67,7 @@ Answer failure(unsigned status, std::string_view error, std::string_view hint = 
   return answer;
 }
 
-std::string index_text() {
-  std::string text = "pgsidecar " PGSIDECAR_VERSION "\n\n";
-  for (const auto& e : kEndpoints) {
-    if (e.about.empty()) continue;
-    std::string line = e.changes() ? "POST " : "GET  ";
-    line += e.path;
-    line.resize(std::max<std::size_t>(line.size() + 2, 40), ' ');
-    text.append(line).append(e.about).append("\n");
-  }
-  return text;
-}
-
-// One request's wait for a snapshot. The frame of the request owns it; callbacks hold it weakly, so that a
+// One request's wait for the data loop. The frame of the request owns it; callbacks hold it weakly, so that a
 // late answer finds nothing.
 struct Wait {
   explicit Wait(asio::io_context& control) : timer(control) {}
@@ -120,8 +78,22 @@ struct Wait {
   }
   asio::steady_timer timer;
   SnapshotPtr snapshot;
+  std::string error;  // of a command
   bool answered = false;
 };
+
+// What is asked of the data loop: a snapshot of some detail, or one after a probe of the database.
+enum class Question : std::size_t { Counts, Rows, Statements, Probe, kCount };
+
+Question question_of(Route route) {
+  switch (route) {
+    case Route::Clients:
+    case Route::Servers:
+    case Route::Leaks: return Question::Rows;
+    case Route::Queries: return Question::Statements;
+    default: return Question::Counts;
+  }
+}
 
 // Requests that come while a snapshot is being made share it: the data loop is asked once at a time.
 struct Fetch {
@@ -144,16 +116,6 @@ std::string_view view(boost::beast::string_view s) {
   return {s.data(), s.size()};
 }
 
-bool wants_probe(std::string_view query) {
-  while (!query.empty()) {
-    const auto end = std::min(query.find('&'), query.size());
-    const auto part = query.substr(0, end);
-    if (part == "probe=1" || part == "probe=true" || part == "probe") return true;
-    query.remove_prefix(std::min(end + 1, query.size()));
-  }
-  return false;
-}
-
 }  // namespace
 
 class Server::Impl : public std::enable_shared_from_this<Impl> {
@@ -169,16 +131,17 @@ class Server::Impl : public std::enable_shared_from_this<Impl> {
   asio::awaitable<void> accept_loop(std::shared_ptr<Impl> self);
   asio::awaitable<void> serve(std::shared_ptr<Impl> self, std::shared_ptr<Session> session);
   asio::awaitable<Answer> answer(const Session& session, const Request& request);
-  asio::awaitable<SnapshotPtr> fetch(bool probe);
+  asio::awaitable<SnapshotPtr> fetch(Question question);
+  asio::awaitable<Answer> command(Route route, std::uint64_t id);
   asio::awaitable<void> write(Session& session, const Answer& answer, unsigned version, bool head, bool keep_alive, error_code& ec);
   asio::awaitable<void> linger(Session& session);
 
   void admit(tcp::socket socket);
   bool make_room();
   void refuse(tcp::socket& socket);
-  void ask(bool probe, const std::shared_ptr<Wait>& wait);
+  void ask(Question question, const std::shared_ptr<Wait>& wait);
   void recheck(const pool::Snapshot& snapshot);
-  void answered(bool probe, std::uint64_t number, const SnapshotPtr& snapshot);
+  void answered(Question question, std::uint64_t number, const SnapshotPtr& snapshot);
   std::optional<Answer> refuse(const Session& session, const Request& request) const;
   Answer change(const Endpoint& endpoint);
 
@@ -190,7 +153,7 @@ class Server::Impl : public std::enable_shared_from_this<Impl> {
   std::uint16_t port_ = 0;
   bool stopped_ = false;
   std::list<std::shared_ptr<Session>> sessions_;
-  Fetch snapshot_, probe_;
+  std::array<Fetch, static_cast<std::size_t>(Question::kCount)> fetches_;
   std::chrono::steady_clock::time_point rechecked_{};
   std::uint64_t next_number_ = 1;
   LabelSets labels_;
@@ -240,8 +203,8 @@ void Server::Impl::stop() {
   error_code ec;
   acceptor_.close(ec);
   pause_.cancel();
-  for (auto* fetch : {&snapshot_, &probe_})
-    for (const auto& weak : std::exchange(fetch->waits, {}))
+  for (auto& fetch : fetches_)
+    for (const auto& weak : std::exchange(fetch.waits, {}))
       if (const auto wait = weak.lock()) wait->finish(nullptr);
   for (const auto& session : sessions_)
     if (session->state == Session::State::Reading) session->stream.close();
@@ -402,8 +365,9 @@ asio::awaitable<void> Server::Impl::linger(Session& session) {
   while (!ec) co_await session.stream.async_read_some(buffer, asio::redirect_error(asio::use_awaitable, ec));
 }
 
-void Server::Impl::ask(bool probe, const std::shared_ptr<Wait>& wait) {
-  auto& fetch = probe ? probe_ : snapshot_;
+void Server::Impl::ask(Question question, const std::shared_ptr<Wait>& wait) {
+  auto& fetch = fetches_[static_cast<std::size_t>(question)];
+  const bool probe = question == Question::Probe;
   const auto now = std::chrono::steady_clock::now();
   fetch.waits.push_back(wait);
   const auto limit = probe ? kProbeTime : kSnapshotTime;
@@ -412,9 +376,16 @@ void Server::Impl::ask(bool probe, const std::shared_ptr<Wait>& wait) {
   const auto number = next_number_++;
   fetch.number = number;
   fetch.asked = now;
-  (probe ? callbacks_.probe : callbacks_.snapshot)([weak = weak_from_this(), probe, number](const SnapshotPtr& snapshot) {
-    if (const auto self = weak.lock()) self->answered(probe, number, snapshot);
-  });
+  SnapshotReceiver receive = [weak = weak_from_this(), question, number](const SnapshotPtr& snapshot) {
+    if (const auto self = weak.lock()) self->answered(question, number, snapshot);
+  };
+  using Detail = pool::Snapshot::Detail;
+  switch (question) {
+    case Question::Probe: return callbacks_.probe(std::move(receive));
+    case Question::Rows: return callbacks_.snapshot(Detail::Rows, std::move(receive));
+    case Question::Statements: return callbacks_.snapshot(Detail::Statements, std::move(receive));
+    default: return callbacks_.snapshot(Detail::None, std::move(receive));
+  }
 }
 
 // Whoever takes an unready proxy's traffic away takes the connects away too that would show the database to be back: it is
@@ -424,21 +395,22 @@ void Server::Impl::recheck(const pool::Snapshot& snapshot) {
   if (snapshot.database != pool::Snapshot::Database::Down || snapshot.draining || !callbacks_.probe) return;
   if (rechecked_.time_since_epoch().count() != 0 && now - rechecked_ < kRecheckTime) return;
   rechecked_ = now;
-  ask(true, std::make_shared<Wait>(control_));
+  ask(Question::Probe, std::make_shared<Wait>(control_));
 }
 
-void Server::Impl::answered(bool probe, std::uint64_t number, const SnapshotPtr& snapshot) {
-  auto& fetch = probe ? probe_ : snapshot_;
+void Server::Impl::answered(Question question, std::uint64_t number, const SnapshotPtr& snapshot) {
+  auto& fetch = fetches_[static_cast<std::size_t>(question)];
   if (fetch.number == number) fetch.number = 0;
   for (const auto& weak : std::exchange(fetch.waits, {}))
     if (const auto wait = weak.lock()) wait->finish(snapshot);
 }
 
-asio::awaitable<SnapshotPtr> Server::Impl::fetch(bool probe) {
-  if (stopped_ || !(probe ? callbacks_.probe : callbacks_.snapshot)) co_return nullptr;
+asio::awaitable<SnapshotPtr> Server::Impl::fetch(Question question) {
+  const bool probe = question == Question::Probe;
+  if (stopped_ || (probe ? !callbacks_.probe : !callbacks_.snapshot)) co_return nullptr;
   const auto wait = std::make_shared<Wait>(control_);
   wait->timer.expires_after(probe ? std::chrono::milliseconds(kProbeTime) : std::chrono::milliseconds(kSnapshotTime));
-  ask(probe, wait);
+  ask(question, wait);
   if (!wait->answered) {
     error_code ec;
     co_await wait->timer.async_wait(asio::redirect_error(asio::use_awaitable, ec));
@@ -474,14 +446,42 @@ Answer Server::Impl::change(const Endpoint& endpoint) {
   return reply;
 }
 
+asio::awaitable<Answer> Server::Impl::command(Route route, std::uint64_t id) {
+  if (stopped_ || !callbacks_.command) co_return failure(503, "shutting down");
+  using Kind = pool::Command::Kind;
+  pool::Command command;
+  command.kind = route == Route::CancelClient  ? Kind::CancelClient
+                 : route == Route::CloseClient ? Kind::CloseClient
+                 : route == Route::CloseServer ? Kind::CloseServer
+                                               : Kind::ResetStatements;
+  command.id = id;
+  const auto wait = std::make_shared<Wait>(control_);
+  wait->timer.expires_after(kSnapshotTime);
+  std::function<void(std::string)> done = [weak = std::weak_ptr(wait)](std::string error) {
+    if (const auto waiting = weak.lock()) {
+      waiting->error = std::move(error);
+      waiting->finish(nullptr);
+    }
+  };
+  callbacks_.command(command, std::move(done));
+  error_code ec;
+  if (!wait->answered) co_await wait->timer.async_wait(asio::redirect_error(asio::use_awaitable, ec));
+  if (!wait->answered) co_return failure(503, "the data loop did not answer within 1 s");
+  if (!wait->error.empty()) co_return failure(404, wait->error, "the lists of clients and servers have the ids");
+  Answer reply;
+  reply.body = "{\"ok\":true}\n";
+  co_return reply;
+}
+
 asio::awaitable<Answer> Server::Impl::answer(const Session& session, const Request& request) {
   const std::string_view target = view(request.target());
-  const auto question = std::min(target.find('?'), target.size());
-  std::string_view path = target.substr(0, question);
+  const auto mark = std::min(target.find('?'), target.size());
+  const std::string_view query = target.substr(std::min(mark + 1, target.size()));
+  std::string_view path = target.substr(0, mark);
   if (path.size() > 1 && path.ends_with('/')) path.remove_suffix(1);
-  const auto* endpoint = std::find_if(std::begin(kEndpoints), std::end(kEndpoints), [&](const Endpoint& e) { return e.path == path; });
-  if (endpoint == std::end(kEndpoints))
-    co_return failure(404, "no such endpoint: " + std::string(path.substr(0, 200)), "GET / lists the endpoints");
+  const auto match = find_endpoint(path);
+  if (!match) co_return failure(404, "no such endpoint: " + std::string(path.substr(0, 200)), "GET / lists the endpoints");
+  const Endpoint* endpoint = match->endpoint;
   if (endpoint->route == Route::Quit && !settings_.quitquitquit)
     co_return failure(404, "/quitquitquit is off", "admin.quitquitquit: true turns it on");
 
@@ -494,17 +494,37 @@ asio::awaitable<Answer> Server::Impl::answer(const Session& session, const Reque
   }
   if (endpoint->changes() || endpoint->names_clients())
     if (auto refusal = refuse(session, request)) co_return std::move(*refusal);
+  const Route route = endpoint->route;
+  if (route >= Route::CancelClient && route <= Route::ResetQueries) {
+    Answer done = co_await command(route, match->id);
+    co_return done;
+  }
   if (endpoint->changes()) co_return change(*endpoint);
 
   Answer reply;
-  const Route route = endpoint->route;
+  const auto now = Clock::now();
   if (route == Route::Index) {
     reply.type = kText;
     reply.body = index_text();
     co_return reply;
   }
-  const bool probe = route == Route::ComputeHealth && wants_probe(target.substr(question).substr(question < target.size()));
-  const SnapshotPtr snapshot = co_await fetch(probe);
+  const auto order = parameter(query, "sort").value_or("total");
+  const auto limit = number_parameter(query, "limit", 50, 1, pool::kMostStatements);
+  if (route == Route::Queries && (!is_statement_order(order) || !limit))
+    co_return failure(400, "sort is one of total, mean, wait, errors, calls; limit a number from 1 to 1000");
+  if (route == Route::History) {
+    const auto window = number_parameter(query, "window", 300, 1, 86400), step = number_parameter(query, "step", 1, 1, 60);
+    if (!window || !step) co_return failure(400, "window is a number of seconds from 1 to 86400, step one from 1 to 60");
+    reply.body = callbacks_.history(*window, *step);
+    co_return reply;
+  }
+  if (route == Route::Config) {
+    reply.body = config_json(callbacks_.config(), now);
+    co_return reply;
+  }
+  const auto asked = route == Route::ComputeHealth ? parameter(query, "probe") : std::nullopt;
+  const bool probe = asked && (asked->empty() || *asked == "1" || *asked == "true");
+  const SnapshotPtr snapshot = co_await fetch(probe ? Question::Probe : question_of(route));
   if (!snapshot) {
     if (stopped_) co_return failure(503, "shutting down");
     if (probe) co_return failure(503, "the database was not probed within 10 s");
@@ -514,7 +534,6 @@ asio::awaitable<Answer> Server::Impl::answer(const Session& session, const Reque
     co_return dead;
   }
 
-  const auto now = Clock::now();
   switch (route) {
     case Route::Health:
       recheck(*snapshot);
@@ -532,6 +551,11 @@ asio::awaitable<Answer> Server::Impl::answer(const Session& session, const Reque
       reply.body = snapshot->started ? "{\"started\":true}\n" : "{\"started\":false,\"reason\":\"not listening yet\"}\n";
       break;
     case Route::PoolStats: reply.body = pool_stats_json(*snapshot, now); break;
+    case Route::Pools: reply.body = pools_json(*snapshot, now); break;
+    case Route::Clients: reply.body = clients_json(*snapshot, now); break;
+    case Route::Servers: reply.body = servers_json(*snapshot, now); break;
+    case Route::Leaks: reply.body = leaks_json(*snapshot, now); break;
+    case Route::Queries: reply.body = statements_json(*snapshot, order, *limit, now); break;
     case Route::Pins: reply.body = pins_json(*snapshot, now); break;
     case Route::Transparency: reply.body = transparency_json(*snapshot, now); break;
     case Route::ComputeHealth: reply.body = compute_health_json(*snapshot, read_process(), now); break;

@@ -22,10 +22,14 @@ class Server {
 
   /// Called on the control loop; the receivers they are given must be called back there, at once or later.
   struct Callbacks {
-    std::function<void(SnapshotReceiver)> snapshot;
+    std::function<void(pool::Snapshot::Detail, SnapshotReceiver)> snapshot;
     std::function<void(SnapshotReceiver)> probe;  ///< asks the database first
     /// reload, drain or quit; returns empty on success or an error text.
     std::function<std::string(std::string_view action)> act;
+    /// Done on the data loop; `done` gets empty or why it couldn't be, on the control loop.
+    std::function<void(const pool::Command&, std::function<void(std::string error)> done)> command;
+    std::function<std::string(std::uint32_t window, std::uint32_t step)> history;  ///< a document
+    std::function<std::string()> config;                                           ///< YAML, redacted
   };
 
   Server(boost::asio::io_context& control, const conf::Admin& settings, Callbacks callbacks);

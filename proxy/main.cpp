@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "admin/client.hpp"
+#include "admin/history.hpp"
 #include "admin/server.hpp"
 #include "conf/load.hpp"
 #include "proxy/log.hpp"
@@ -94,7 +95,15 @@ int run(const Arguments& arguments, std::shared_ptr<const conf::Config> config, 
   proxy::log::start(config->log);
   proxy::Supervisor supervisor(arguments.config, config, env);
   admin::Server::Callbacks callbacks;
-  callbacks.snapshot = [&](proxy::Supervisor::SnapshotDone done) { supervisor.snapshot(std::move(done)); };
+  callbacks.snapshot = [&](pool::Snapshot::Detail detail, proxy::Supervisor::SnapshotDone done) {
+    supervisor.snapshot(detail, std::move(done));
+  };
+  callbacks.command = [&](const pool::Command& command, std::function<void(std::string)> done) {
+    supervisor.command(command, std::move(done));
+  };
+  admin::History history;
+  callbacks.history = [&](std::uint32_t window, std::uint32_t step) { return history.json(window, step, admin::Clock::now()); };
+  callbacks.config = [&] { return conf::to_redacted_yaml(supervisor.config()); };
   callbacks.probe = [&](proxy::Supervisor::SnapshotDone done) { supervisor.probe(std::move(done)); };
   callbacks.act = [&](std::string_view action) -> std::string {
     if (action == "reload") return supervisor.reload();

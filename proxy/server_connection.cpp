@@ -516,6 +516,20 @@ void ServerConnection::lost(const std::string& sqlstate, const std::string& reas
   closed();
 }
 
+void ServerConnection::close_by_operator() {
+  if (!alive()) return;
+  const auto self = shared_from_this();
+  if (!pipeline.empty()) send_cancel();  // the server counts it until it has noticed
+  if (ClientSession* client = std::exchange(client_, nullptr)) {
+    client->send(worker_.to_client);
+    if (pass_left_ > 0 && pass_forward_)
+      client->close();  // an error would be read as the rest of a message
+    else
+      client->on_server_lost("57P01", "terminating connection due to administrator command", pipeline.status() != TxStatus::Idle);
+  }
+  close(pool::CloseReason::AdminShutdown);
+}
+
 void ServerConnection::close(pool::CloseReason reason) {
   if (state_ == State::Closed || state_ == State::Closing) return;
   unlink();

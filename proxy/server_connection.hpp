@@ -121,8 +121,9 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   void detach(bool dirty);
   /// Sends Terminate and waits for the server to close its end.
   void close(pool::CloseReason reason);
-  void abandon();  ///< lets go of what belongs to the pool and the worker, at their end
-  void inject();   ///< replies of the proxy's own whose turn has come
+  void close_by_operator();  ///< whatever it is doing; its client gets 57P01
+  void abandon();            ///< lets go of what belongs to the pool and the worker, at their end
+  void inject();             ///< replies of the proxy's own whose turn has come
   void resume_reading();
   /// Asks what the session holds, after what functions may leave in it if that isn't known.
   void ask_residue();

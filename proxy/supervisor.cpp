@@ -36,15 +36,17 @@ Supervisor::Supervisor(std::string config_path, std::shared_ptr<const conf::Conf
   std::signal(SIGPIPE, SIG_IGN);
 }
 
-void Supervisor::snapshot(SnapshotDone done) {
-  asio::post(data_loop_, [this, done = std::move(done)]() mutable {
-    auto copy = std::make_shared<const pool::Snapshot>(worker_.snapshot());
+void Supervisor::snapshot(pool::Snapshot::Detail detail, SnapshotDone done) {
+  asio::post(data_loop_, [this, detail, done = std::move(done)]() mutable {
+    auto copy = std::make_shared<const pool::Snapshot>(worker_.snapshot(detail));
     asio::post(control_loop_, [copy = std::move(copy), done = std::move(done)] { done(copy); });
   });
 }
 
 void Supervisor::probe(SnapshotDone done) {
-  asio::post(data_loop_, [this, done = std::move(done)]() mutable { worker_.probe([this, done = std::move(done)] { snapshot(done); }); });
+  asio::post(data_loop_, [this, done = std::move(done)]() mutable {
+    worker_.probe([this, done = std::move(done)] { snapshot(pool::Snapshot::Detail::None, done); });
+  });
 }
 
 std::string Supervisor::reload() {
@@ -63,6 +65,13 @@ std::string Supervisor::reload() {
     log::error("reload: nothing is changed: {}", e.what());
     return e.what();
   }
+}
+
+void Supervisor::command(const pool::Command& command, std::function<void(std::string error)> done) {
+  asio::post(data_loop_, [this, command, done = std::move(done)]() mutable {
+    std::string error = worker_.execute(command);
+    asio::post(control_loop_, [error = std::move(error), done = std::move(done)] { done(error); });
+  });
 }
 
 void Supervisor::drain() {

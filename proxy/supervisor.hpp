@@ -23,11 +23,14 @@ class Supervisor {
 
   /// Copies the statistics on the data loop and hands them over on the control loop.
   using SnapshotDone = std::function<void(std::shared_ptr<const pool::Snapshot>)>;
-  void snapshot(SnapshotDone done);
+  void snapshot(pool::Snapshot::Detail detail, SnapshotDone done);
   void probe(SnapshotDone done);
   /// Reload from the same file: empty, or why nothing was changed. On the control loop.
   std::string reload();
   void drain();
+  /// Has the data loop do it; `done` gets empty or why it couldn't, on the control loop.
+  void command(const pool::Command& command, std::function<void(std::string error)> done);
+  const conf::Config& config() const { return *config_; }  ///< on the control loop
 
   /// Listens, then runs until stopped. `listening` is called once the clients' port is open. Returns the exit code.
   int run(const std::function<void()>& listening, const std::function<void()>& stopping);

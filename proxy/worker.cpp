@@ -391,6 +391,30 @@ void Worker::cancel(std::uint32_t pid, std::string_view key) {
   it->second->on_cancel();
 }
 
+std::string Worker::execute(const pool::Command& command) {
+  using Kind = pool::Command::Kind;
+  if (command.kind == Kind::ResetStatements) return statement_stats.reset(now()), std::string();
+  if (command.kind == Kind::CloseServer) {
+    for (auto& [key, entry] : pools_)
+      if (const auto it = entry->servers.find(command.id); it != entry->servers.end()) {
+        const auto server = it->second;
+        log::info("server {} (pid {}): closed by an operator", server->id(), server->pid());
+        server->close_by_operator();
+        return {};
+      }
+    return "no server connection has the id " + std::to_string(command.id);
+  }
+  const auto it = clients_.find(static_cast<std::uint32_t>(command.id));
+  if (it == clients_.end() || it->first != command.id) return "no client has the id " + std::to_string(command.id);
+  const auto client = it->second;
+  log::info("client {}: {} by an operator", client->id(), command.kind == Kind::CancelClient ? "cancelled" : "closed");
+  if (command.kind == Kind::CancelClient)
+    client->on_cancel();
+  else
+    client->fatal("57P01", "terminating connection due to administrator command");
+  return {};
+}
+
 // --- time
 
 void Worker::kick() {

@@ -84,6 +84,7 @@ class Worker {
   using Detail = pool::Snapshot::Detail;
   pool::Snapshot snapshot(Detail detail = Detail::None);
   void probe(std::function<void()> done);
+  std::string execute(const pool::Command& command);  ///< empty, or why it couldn't be done
 
   /// One handler's run on the loop. Clients that got a lease in it go on at its end, before the loop waits again.
   class Turn {

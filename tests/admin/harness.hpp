@@ -218,7 +218,7 @@ class AdminServer {
  private:
   Server::Callbacks callbacks() {
     Server::Callbacks c;
-    c.snapshot = [this](Server::SnapshotReceiver receiver) {
+    c.snapshot = [this](pool::Snapshot::Detail, Server::SnapshotReceiver receiver) {
       if (holding_)
         held_.push_back(std::move(receiver));
       else
@@ -236,6 +236,12 @@ class AdminServer {
       actions_.emplace_back(action);
       return action_error_;
     };
+    c.command = [this](const pool::Command& command, const std::function<void(std::string)>& done) {
+      actions_.push_back(std::to_string(static_cast<int>(command.kind)) + ":" + std::to_string(command.id));
+      done(action_error_);
+    };
+    c.history = [](std::uint32_t window, std::uint32_t step) { return std::to_string(window) + "/" + std::to_string(step); };
+    c.config = [] { return std::string("pool:\n  max: 15\n"); };
     return c;
   }
 
