@@ -31,8 +31,8 @@ inline constexpr StatementHandle kNoStatement = 0;
 
 class StatementStats {
  public:
-  static constexpr std::size_t kMost = kMostStatements;      ///< records, of at most about 3.5 KB each
-  static constexpr std::size_t kMostText = 1024;  ///< bytes of a text
+  static constexpr std::size_t kMost = kMostStatements;  ///< records, of at most about 3.5 KB each
+  static constexpr std::size_t kMostText = 1024;         ///< bytes of a text
   static constexpr std::size_t kMostTags = 256;
 
   /// The record of a statement in a pool (numbered from 1). `sql` is read only if there is none yet. Allocates nothing for one that is
