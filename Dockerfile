@@ -1,7 +1,7 @@
 # Built in one stage; the image has the binary, the libraries it needs, CA certificates, and no shell.
 FROM debian:bookworm-slim AS build
 RUN apt-get update && apt-get install -y --no-install-recommends \
-      ca-certificates cmake g++ libboost1.81-dev libspdlog-dev libssl-dev libyaml-cpp-dev ninja-build \
+      ca-certificates cmake g++ libboost1.81-dev libjs-chart.js libspdlog-dev libssl-dev libyaml-cpp-dev ninja-build python3 \
     && rm -rf /var/lib/apt/lists/*
 WORKDIR /src
 COPY . .

@@ -89,21 +89,25 @@ Refusal refusal_of(const conf::Admin& settings, const Caller& caller) {
   return refusal;
 }
 
-bool prefers_open_metrics(std::string_view accept) {
-  double open = 0, text = 0;
-  while (!accept.empty()) {
-    const auto end = std::min(accept.find(','), accept.size());
-    const std::string part = lower(accept.substr(0, end));
-    accept.remove_prefix(std::min(end + 1, accept.size()));
-    const std::string_view type = trim(std::string_view(part).substr(0, part.find(';')));
+double quality(std::string_view list, std::string_view name) {
+  double best = 0;
+  while (!list.empty()) {
+    const auto end = std::min(list.find(','), list.size());
+    const std::string part = lower(list.substr(0, end));
+    list.remove_prefix(std::min(end + 1, list.size()));
+    if (trim(std::string_view(part).substr(0, part.find(';'))) != name) continue;
     double q = 1;
     if (const auto at = part.find("q="); at != std::string::npos && at > 0 && (part[at - 1] == ';' || part[at - 1] == ' ')) {
       if (std::from_chars(part.data() + at + 2, part.data() + part.size(), q).ec != std::errc()) q = 0;
     }
-    if (type == "application/openmetrics-text") open = std::max(open, q);
-    if (type == "text/plain") text = std::max(text, q);
+    best = std::max(best, q);
   }
-  return open > 0 && open >= text;
+  return best;
+}
+
+bool prefers_open_metrics(std::string_view accept) {
+  const double open = quality(accept, "application/openmetrics-text");
+  return open > 0 && open >= quality(accept, "text/plain");
 }
 
 }  // namespace pgsidecar::admin

@@ -26,6 +26,9 @@ struct Refusal {
 /// request from another site is refused.
 Refusal refusal_of(const conf::Admin& settings, const Caller& caller);
 
+/// The weight that an Accept or Accept-Encoding header gives to a name in lower case; 0 if it doesn't have it.
+double quality(std::string_view list, std::string_view name);
+
 /// Whether an Accept header prefers OpenMetrics to the plain text format.
 bool prefers_open_metrics(std::string_view accept);
 

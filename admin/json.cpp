@@ -206,6 +206,14 @@ std::string pools_json(const Snapshot& s, Clock::time_point now) {
   return json.take();
 }
 
+std::string sample_json(const Snapshot& s, const Process& process, Clock::time_point now) {
+  const auto line = [](std::string document) {
+    document.pop_back();  // its newline
+    return document;
+  };
+  return "{\"health\":" + line(health_json(s, process, now)) + ",\"stats\":" + line(pool_stats_json(s, now)) + ",\"alerts\":[]}";
+}
+
 std::string pins_json(const Snapshot& s, Clock::time_point now) {
   Json json;
   json.begin('{').field("timestamp", iso8601(now)).key("pins").begin('[');

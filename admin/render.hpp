@@ -45,6 +45,8 @@ std::string health_json(const pool::Snapshot& snapshot, const Process& process, 
 std::string ready_json(const pool::Snapshot& snapshot);
 std::string pool_stats_json(const pool::Snapshot& snapshot, Clock::time_point now);
 std::string compute_health_json(const pool::Snapshot& snapshot, const Process& process, Clock::time_point now);
+/// health and pool-stats in one document on one line, for the page.
+std::string sample_json(const pool::Snapshot& snapshot, const Process& process, Clock::time_point now);
 /// The pinned clients: why, after which statement, since when, what ends it.
 std::string pins_json(const pool::Snapshot& snapshot, Clock::time_point now);
 /// What the statements of each pool meant for their sessions, and whether transaction mode suits them.

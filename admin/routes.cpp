@@ -10,7 +10,7 @@ namespace {
 constexpr std::string_view kId = "{id}";
 
 constexpr Endpoint kEndpoints[] = {
-    {"/", Route::Index, "this list"},
+    {"/", Route::Index, "this list; a browser gets the page"},
     {"/health", Route::Health, "everything at a glance; 503 if unhealthy"},
     {"/health/live", Route::Live, "200 as long as the process works, also while draining"},
     {"/health/ready", Route::Ready, "503 while draining or while the database is known to be down"},
@@ -20,6 +20,7 @@ constexpr Endpoint kEndpoints[] = {
     {"/api/monitoring/pools", Route::Pools, "each pool alone"},
     {"/api/monitoring/compute-health", Route::ComputeHealth, "process and database; ?probe=1 asks the database now"},
     {"/api/monitoring/history", Route::History, "?window=300&step=1, seconds: the last minutes, hours, day"},
+    {"/api/monitoring/stream", Route::Stream, "health and pool-stats every second, as server-sent events"},
     {"/api/monitoring/clients", Route::Clients, "who is connected, what each does, since when"},
     {"/api/monitoring/servers", Route::Servers, "server connections, and who holds them"},
     {"/api/monitoring/queries", Route::Queries, "statements: ?sort=total|mean|wait|errors|calls&limit=50"},

@@ -22,8 +22,10 @@
 #include <vector>
 
 #include "admin/access.hpp"
+#include "admin/page.hpp"
 #include "admin/render.hpp"
 #include "admin/routes.hpp"
+#include "admin/stream.hpp"
 
 namespace pgsidecar::admin {
 namespace {
@@ -43,11 +45,15 @@ constexpr auto kRequestTime = 5s;   // from the first wait for a request to its 
 constexpr auto kSnapshotTime = 1s;  // a data loop that is silent for so long isn't alive
 constexpr auto kProbeTime = 10s;    // longer than connectionTimeoutMillis' default
 constexpr auto kRecheckTime = 1s;   // between probes of a database that is known to be down
+constexpr auto kSampleTime = 1s;    // between samples for the page
 constexpr auto kLingerTime = 1s;    // so that an answer to an unread request isn't lost to a reset
 
 constexpr const char* kJson = "application/json";
+constexpr const char* kHtml = "text/html; charset=utf-8";
+constexpr const char* kEvents = "text/event-stream";
 constexpr const char* kText = "text/plain; charset=utf-8";
 constexpr const char* kPrometheus = "text/plain; version=0.0.4; charset=utf-8";
+constexpr const char* kSilent = R"({"error":"the data loop did not answer within 1 s"})";
 constexpr const char* kOpenMetrics = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
 using Request = http::request<http::string_body>;
@@ -58,6 +64,8 @@ struct Answer {
   std::string body;
   const char* allow = nullptr;
   bool bearer = false;  // asks for a token
+  bool stream = false;  // Stream answers instead
+  Headers headers;      // besides
 };
 
 Answer failure(unsigned status, std::string_view error, std::string_view hint = {}) {
@@ -104,7 +112,7 @@ struct Fetch {
 
 // `since` says when the silence began of a client that sends no request, or doesn't take its answer.
 struct Session {
-  enum class State { Reading, Answering, Writing };
+  enum class State { Reading, Answering, Writing, Streaming };
   explicit Session(tcp::socket socket) : stream(std::move(socket)) {}
   beast::tcp_stream stream;
   asio::ip::address peer, local;
@@ -121,7 +129,13 @@ std::string_view view(boost::beast::string_view s) {
 class Server::Impl : public std::enable_shared_from_this<Impl> {
  public:
   Impl(asio::io_context& control, const conf::Admin& settings, Callbacks callbacks)
-      : control_(control), settings_(settings), callbacks_(std::move(callbacks)), acceptor_(control), pause_(control) {}
+      : control_(control),
+        settings_(settings),
+        callbacks_(std::move(callbacks)),
+        acceptor_(control),
+        pause_(control),
+        stream_(control),
+        sample_due_(control) {}
 
   void listen();
   std::uint16_t port() const { return port_; }
@@ -135,6 +149,8 @@ class Server::Impl : public std::enable_shared_from_this<Impl> {
   asio::awaitable<Answer> command(Route route, std::uint64_t id);
   asio::awaitable<void> write(Session& session, const Answer& answer, unsigned version, bool head, bool keep_alive, error_code& ec);
   asio::awaitable<void> linger(Session& session);
+  asio::awaitable<void> stream(Session& session);
+  asio::awaitable<void> sample(std::shared_ptr<Impl> self);
 
   void admit(tcp::socket socket);
   bool make_room();
@@ -157,6 +173,9 @@ class Server::Impl : public std::enable_shared_from_this<Impl> {
   std::chrono::steady_clock::time_point rechecked_{};
   std::uint64_t next_number_ = 1;
   LabelSets labels_;
+  Stream stream_;
+  asio::steady_timer sample_due_;
+  bool sampling_ = false;
 };
 
 void Server::Impl::listen() {
@@ -203,6 +222,8 @@ void Server::Impl::stop() {
   error_code ec;
   acceptor_.close(ec);
   pause_.cancel();
+  stream_.stop();
+  sample_due_.cancel();
   for (auto& fetch : fetches_)
     for (const auto& weak : std::exchange(fetch.waits, {}))
       if (const auto wait = weak.lock()) wait->finish(nullptr);
@@ -318,6 +339,10 @@ asio::awaitable<void> Server::Impl::serve(std::shared_ptr<Impl> self, std::share
         break;
     }
     keep_alive = keep_alive && !stopped_;
+    if (reply.stream && !head) {
+      co_await this->stream(*session);
+      break;
+    }
     session->state = Session::State::Writing;
     session->since = std::chrono::steady_clock::now();
     co_await write(*session, reply, version, head, keep_alive, ec);
@@ -338,10 +363,11 @@ asio::awaitable<void> Server::Impl::write(Session& session, const Answer& answer
     response.set(http::field::content_type, answer.type);
     response.set(http::field::cache_control, "no-store");
     response.set("X-Content-Type-Options", "nosniff");
+    for (const auto& [name, value] : answer.headers) response.set(name, value);
     if (answer.allow) response.set(http::field::allow, answer.allow);
     if (answer.bearer) response.set(http::field::www_authenticate, "Bearer");
     response.keep_alive(keep_alive);
-    response.content_length(answer.body.size());
+    if (answer.status != 304 && !answer.stream) response.content_length(answer.body.size());
   };
   session.stream.expires_after(kRequestTime);
   if (head) {
@@ -363,6 +389,32 @@ asio::awaitable<void> Server::Impl::linger(Session& session) {
   const auto buffer = asio::buffer(scratch);
   session.stream.expires_after(kLingerTime);
   while (!ec) co_await session.stream.async_read_some(buffer, asio::redirect_error(asio::use_awaitable, ec));
+}
+
+asio::awaitable<void> Server::Impl::stream(Session& session) {
+  session.state = Session::State::Streaming;
+  if (!std::exchange(sampling_, true)) asio::co_spawn(control_, sample(shared_from_this()), asio::detached);
+  co_await stream_.serve(session.stream);
+}
+
+// As long as somebody reads the stream.
+asio::awaitable<void> Server::Impl::sample([[maybe_unused]] std::shared_ptr<Impl> self) {
+  auto next = std::chrono::steady_clock::now();
+  do {
+    const SnapshotPtr snapshot = co_await fetch(Question::Counts);
+    if (snapshot) {
+      recheck(*snapshot);
+      stream_.publish("sample", sample_json(*snapshot, read_process(), Clock::now()));
+    } else {
+      stream_.publish("silent", kSilent);
+    }
+    next = std::max(next + kSampleTime, std::chrono::steady_clock::now());
+    if (stopped_) break;
+    sample_due_.expires_at(next);
+    error_code ec;
+    co_await sample_due_.async_wait(asio::redirect_error(asio::use_awaitable, ec));
+  } while (!stopped_ && !stream_.empty());
+  sampling_ = false;
 }
 
 void Server::Impl::ask(Question question, const std::shared_ptr<Wait>& wait) {
@@ -503,9 +555,24 @@ asio::awaitable<Answer> Server::Impl::answer(const Session& session, const Reque
 
   Answer reply;
   const auto now = Clock::now();
+  if (route == Route::Index && wants_page(view(request[http::field::accept]))) {
+    PageAnswer page = page_answer(view(request[http::field::accept_encoding]), view(request[http::field::if_none_match]));
+    reply.status = page.status;
+    reply.type = kHtml;
+    reply.body = std::move(page.body);
+    reply.headers = std::move(page.headers);
+    co_return reply;
+  }
   if (route == Route::Index) {
+    reply.headers = {{"Vary", "Accept"}};
     reply.type = kText;
     reply.body = index_text();
+    co_return reply;
+  }
+  if (route == Route::Stream) {
+    if (stopped_ || stream_.full()) co_return failure(503, "too many streams", "at most 8 pages are kept up to date at a time");
+    reply.type = kEvents;
+    reply.stream = true;
     co_return reply;
   }
   const auto order = parameter(query, "sort").value_or("total");

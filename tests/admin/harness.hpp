@@ -112,6 +112,16 @@ class Connection {
       if (!more(deadline)) return r;
     }
   }
+  // All up to and with `end`; empty if the peer closed or `limit` passed before.
+  std::string read_until(std::string_view end, std::chrono::milliseconds limit) {
+    const auto deadline = std::chrono::steady_clock::now() + limit;
+    std::size_t at;
+    while ((at = buffer_.find(end)) == std::string::npos)
+      if (!more(deadline)) return {};
+    std::string text = buffer_.substr(0, at + end.size());
+    buffer_.erase(0, text.size());
+    return text;
+  }
   bool closes_within(std::chrono::milliseconds limit) {
     const auto deadline = std::chrono::steady_clock::now() + limit;
     while (more(deadline)) buffer_.clear();
@@ -201,6 +211,12 @@ class AdminServer {
   void refuse_actions(std::string error) {
     on_control([&] { action_error_ = std::move(error); });
   }
+  // How often a snapshot was asked for.
+  int snapshots() {
+    int n = 0;
+    on_control([&] { n = snapshots_; });
+    return n;
+  }
   int probes() {
     int n = 0;
     on_control([&] { n = probes_; });
@@ -219,6 +235,7 @@ class AdminServer {
   Server::Callbacks callbacks() {
     Server::Callbacks c;
     c.snapshot = [this](pool::Snapshot::Detail, Server::SnapshotReceiver receiver) {
+      ++snapshots_;
       if (holding_)
         held_.push_back(std::move(receiver));
       else
@@ -249,7 +266,7 @@ class AdminServer {
   asio::executor_work_guard<asio::io_context::executor_type> work_{control_.get_executor()};
   pool::Snapshot snapshot_ = sample();
   bool holding_ = false;
-  int probes_ = 0;
+  int snapshots_ = 0, probes_ = 0;
   std::vector<Server::SnapshotReceiver> held_;
   std::vector<std::string> actions_;
   std::string action_error_;
