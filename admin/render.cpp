@@ -10,7 +10,10 @@
 #include <cmath>
 #include <filesystem>
 #include <fstream>
+#include <span>
 #include <vector>
+
+#include "admin/exposition.hpp"
 
 namespace pgsidecar::admin {
 
@@ -105,88 +108,62 @@ const char* health_status(const Snapshot& s) {
   return "healthy";
 }
 
-bool LabelSets::admit(const std::string& database, const std::string& user) {
-  const auto set = std::make_pair(database, user);
-  if (shown_.contains(set)) return true;
-  if (shown_.size() >= kLimit) return false;
-  shown_.insert(set);
+namespace {
+
+constexpr const char* kOther = "other";
+
+template <class Set, class Value>
+bool admit_to(Set& shown, const Value& value) {
+  if (shown.contains(value)) return true;
+  if (shown.size() >= LabelSets::kLimit) return false;
+  shown.insert(value);
   return true;
 }
 
-namespace {
+}  // namespace
 
-class Writer {
- public:
-  explicit Writer(Exposition format) : open_metrics_(format == Exposition::OpenMetrics) {}
-
-  void family(std::string_view name, std::string_view type, std::string_view help) {
-    name_ = name;
-    if (open_metrics_ && type == "counter" && name.ends_with("_total")) name.remove_suffix(6);
-    for (const auto& [word, text] : {std::pair{"# HELP ", help}, std::pair{"# TYPE ", type}})
-      out_.append(word).append(name).append(" ").append(text).append("\n");
-  }
-  void sample(std::string_view labels, std::string_view value, std::string_view suffix = {}) {
-    out_.append(name_).append(suffix);
-    if (!labels.empty()) out_.append("{").append(labels).append("}");
-    out_.append(" ").append(value).append("\n");
-  }
-  void sample(std::string_view labels, std::uint64_t value) { sample(labels, std::to_string(value)); }
-  void sample(std::string_view labels, double value) { sample(labels, number(value)); }
-  void one(std::string_view name, std::string_view type, std::string_view help, auto value) {
-    family(name, type, help);
-    sample({}, value);
-  }
-  std::string take() {
-    if (open_metrics_) out_ += "# EOF\n";
-    return std::move(out_);
-  }
-
- private:
-  std::string out_, name_;
-  bool open_metrics_;
-};
-
-std::string label(std::string_view name, std::string_view value) {
-  std::string out(name);
-  out += "=\"";
-  for (const char c : to_utf8(value)) {
-    if (c == '\n') {
-      out += "\\n";
-      continue;
-    }
-    if (c == '"' || c == '\\') out += '\\';
-    out += c;
-  }
-  return out += '"';
+// Whose own name is that of the sum is part of it, so that no series comes twice.
+bool LabelSets::admit(const std::string& database, const std::string& user) {
+  return (database != kOther || user != kOther) && admit_to(pools_, std::make_pair(database, user));
 }
+
+bool LabelSets::admit(const std::string& database) {
+  return database != kOther && admit_to(databases_, database);
+}
+
+namespace {
 
 // Bounds in microseconds, with the text that OpenMetrics asks for.
 struct Bound {
   std::uint64_t micros;
   const char* le;
 };
-constexpr Bound kBounds[] = {{100, "0.0001"},  {250, "0.00025"}, {500, "0.0005"},  {1000, "0.001"},   {2500, "0.0025"}, {5000, "0.005"},
-                             {10000, "0.01"},  {25000, "0.025"}, {50000, "0.05"},  {100000, "0.1"},   {250000, "0.25"}, {500000, "0.5"},
-                             {1000000, "1.0"}, {2500000, "2.5"}, {5000000, "5.0"}, {10000000, "10.0"}};
+constexpr Bound kWaitBounds[] = {{100, "0.0001"},  {250, "0.00025"}, {500, "0.0005"},  {1000, "0.001"},   {2500, "0.0025"}, {5000, "0.005"},
+                                 {10000, "0.01"},  {25000, "0.025"}, {50000, "0.05"},  {100000, "0.1"},   {250000, "0.25"}, {500000, "0.5"},
+                                 {1000000, "1.0"}, {2500000, "2.5"}, {5000000, "5.0"}, {10000000, "10.0"}};
+constexpr std::span kQueryBounds = std::span(kWaitBounds).subspan(1);
+constexpr Bound kConnectBounds[] = {{1000, "0.001"},  {5000, "0.005"}, {10000, "0.01"},  {25000, "0.025"}, {50000, "0.05"}, {100000, "0.1"},
+                                    {250000, "0.25"}, {500000, "0.5"}, {1000000, "1.0"}, {2500000, "2.5"}, {5000000, "5.0"}};
 
 struct HistogramFamily {
   const char *name, *help;
   pool::Histogram PoolCounters::*member;
-  std::uint64_t from, to;  // the bounds used, in microseconds
+  std::span<const Bound> bounds;
 };
 constexpr HistogramFamily kHistograms[] = {
-    {"pgsidecar_pool_wait_seconds", "How long clients waited for a server connection.", &PoolCounters::wait, 100, 10000000},
-    {"pgsidecar_query_seconds", "Time from a query's first byte to its ReadyForQuery.", &PoolCounters::query, 250, 10000000},
-    {"pgsidecar_transaction_seconds", "Time from a transaction's begin to its end.", &PoolCounters::transaction, 250, 10000000},
-    {"pgsidecar_server_connect_seconds", "Time to connect and log in to the server.", &PoolCounters::connect, 1000, 5000000}};
+    {"pgsidecar_pool_wait_seconds", "How long clients waited for a server connection.", &PoolCounters::wait, kWaitBounds},
+    {"pgsidecar_query_seconds", "Time from a request's relay to its ReadyForQuery, the wait for a connection left out.",
+     &PoolCounters::query, kQueryBounds},
+    {"pgsidecar_transaction_seconds", "Time from a transaction's first request to its end.", &PoolCounters::transaction, kQueryBounds},
+    {"pgsidecar_server_connect_seconds", "Time to connect and log in to the server.", &PoolCounters::connect, kConnectBounds}};
 
 struct CounterFamily {
   const char *name, *help;
   std::uint64_t PoolCounters::*member;
 };
 constexpr CounterFamily kCounters[] = {
-    {"pgsidecar_queries_total", "Queries relayed.", &PoolCounters::queries},
-    {"pgsidecar_transactions_total", "Transactions relayed.", &PoolCounters::transactions},
+    {"pgsidecar_queries_total", "Queries relayed: simple ones, and of the extended protocol each Bind.", &PoolCounters::queries},
+    {"pgsidecar_transactions_total", "Transactions ended, a statement outside of one included.", &PoolCounters::transactions},
     {"pgsidecar_server_assignments_total", "Leases: times that a server connection was given to a client.", &PoolCounters::leases},
     {"pgsidecar_server_connects_total", "Server connections opened.", &PoolCounters::connects},
     {"pgsidecar_server_connect_failures_total", "Server connections that could not be opened.", &PoolCounters::connectFailures},
@@ -202,7 +179,10 @@ constexpr CounterFamily kCounters[] = {
      &PoolCounters::listenerLosses},
     {"pgsidecar_prepared_cache_hits_total", "Statements that were prepared already where they were needed.", &PoolCounters::preparedHits},
     {"pgsidecar_prepared_cache_misses_total", "Statements that had to be prepared.", &PoolCounters::preparedMisses},
-    {"pgsidecar_prepared_cache_evictions_total", "Statements closed on a server to make room.", &PoolCounters::preparedEvictions}};
+    {"pgsidecar_prepared_cache_evictions_total", "Statements closed on a server to make room.", &PoolCounters::preparedEvictions},
+    {"pgsidecar_client_parses_total", "Named statements that clients prepared.", &PoolCounters::clientParses},
+    {"pgsidecar_server_parses_total", "Named statements prepared on servers.", &PoolCounters::serverParses},
+    {"pgsidecar_binds_total", "Named statements bound.", &PoolCounters::binds}};
 
 struct GaugeFamily {
   const char *name, *help;
@@ -235,6 +215,8 @@ void add(PoolSnapshot& to, const PoolSnapshot& p) {
   for (const auto& state : kServerStates) to.*state.member += p.*state.member;
   to.oldestWaitMicros = std::max(to.oldestWaitMicros, p.oldestWaitMicros);
   to.preparedStatements += p.preparedStatements;
+  to.cancelling += p.cancelling;
+  to.beingCancelled += p.beingCancelled;
   for (const auto& c : kCounters) to.counters.*c.member += p.counters.*c.member;
   for (const auto& h : kHistograms) (to.counters.*h.member).merge(p.counters.*h.member);
   for (std::size_t i = 0; i < to.pinnedBy.size(); ++i) {
@@ -247,29 +229,24 @@ void add(PoolSnapshot& to, const PoolSnapshot& p) {
   to.counters.serverBytesSent += p.counters.serverBytesSent;
 }
 
-struct Row {
-  std::string labels;
-  const PoolSnapshot* pool;
-};
-
-void write_pools(Writer& out, const std::vector<Row>& rows) {
+void write_pools(Writer& out, const std::vector<PoolRow>& rows) {
   for (const auto& g : kGauges) {
-    out.family(g.name, "gauge", g.help);
+    out.family(g.name, MetricType::Gauge, g.help);
     for (const auto& row : rows) out.sample(row.labels, std::uint64_t{row.pool->*g.member});
   }
-  out.family("pgsidecar_pool_oldest_wait_seconds", "gauge", "How long the first client in the queue has waited.");
+  out.family("pgsidecar_pool_oldest_wait_seconds", MetricType::Gauge, "How long the first client in the queue has waited.");
   for (const auto& row : rows) out.sample(row.labels, seconds(row.pool->oldestWaitMicros));
-  out.family("pgsidecar_server_connections", "gauge", "Server connections by state; draining ones are being closed.");
+  out.family("pgsidecar_server_connections", MetricType::Gauge, "Server connections by state; draining ones are being closed.");
   for (const auto& row : rows)
     for (const auto& s : kServerStates) out.sample(row.labels + "," + label("state", s.state), std::uint64_t{row.pool->*s.member});
-  out.family("pgsidecar_prepared_statements", "gauge", "Statements prepared on server connections.");
+  out.family("pgsidecar_prepared_statements", MetricType::Gauge, "Statements prepared on server connections.");
   for (const auto& row : rows) out.sample(row.labels, std::uint64_t{row.pool->preparedStatements});
   for (const auto& c : kCounters) {
-    out.family(c.name, "counter", c.help);
+    out.family(c.name, MetricType::Counter, c.help);
     for (const auto& row : rows) out.sample(row.labels, row.pool->counters.*c.member);
   }
   const auto bytes = [&](const char* name, const char* help, auto client, auto server) {
-    out.family(name, "counter", help);
+    out.family(name, MetricType::Counter, help);
     for (const auto& row : rows) {
       out.sample(row.labels + "," + label("side", "client"), row.pool->counters.*client);
       out.sample(row.labels + "," + label("side", "server"), row.pool->counters.*server);
@@ -279,22 +256,21 @@ void write_pools(Writer& out, const std::vector<Row>& rows) {
         &PoolCounters::serverBytesReceived);
   bytes("pgsidecar_sent_bytes_total", "Bytes sent to clients and to servers.", &PoolCounters::clientBytesSent,
         &PoolCounters::serverBytesSent);
-  const auto by_reason = [&](const char* name, const char* type, const char* help, auto value) {
+  const auto by_reason = [&](const char* name, MetricType type, const char* help, auto value) {
     out.family(name, type, help);
     for (const auto& row : rows)
       for (std::size_t i = 0; i < row.pool->pinnedBy.size(); ++i)
         out.sample(row.labels + "," + label("reason", to_string(static_cast<pool::PinReason>(i))), value(*row.pool)[i]);
   };
-  by_reason("pgsidecar_pins_total", "counter", "Pins begun, by reason.", [](const PoolSnapshot& p) { return p.counters.pins; });
-  by_reason("pgsidecar_pinned_clients", "gauge", "Clients pinned now, by reason.", [](const PoolSnapshot& p) { return p.pinnedBy; });
+  by_reason("pgsidecar_pins_total", MetricType::Counter, "Pins begun, by reason.", [](const PoolSnapshot& p) { return p.counters.pins; });
+  by_reason("pgsidecar_pinned_clients", MetricType::Gauge, "Clients pinned now, by reason.",
+            [](const PoolSnapshot& p) { return p.pinnedBy; });
   for (const auto& h : kHistograms) {
-    out.family(h.name, "histogram", h.help);
+    out.family(h.name, MetricType::Histogram, h.help);
     for (const auto& row : rows) {
       const auto& histogram = row.pool->counters.*h.member;
-      for (const auto& bound : kBounds) {
-        if (bound.micros < h.from || bound.micros > h.to) continue;
+      for (const auto& bound : h.bounds)
         out.sample(row.labels + ",le=\"" + bound.le + "\"", std::to_string(histogram.count_at_most(bound.micros)), "_bucket");
-      }
       out.sample(row.labels + ",le=\"+Inf\"", std::to_string(histogram.count()), "_bucket");
       out.sample(row.labels, number(seconds(histogram.sum_micros())), "_sum");
       out.sample(row.labels, std::to_string(histogram.count()), "_count");
@@ -305,52 +281,55 @@ void write_pools(Writer& out, const std::vector<Row>& rows) {
 }  // namespace
 
 std::string metrics(const Snapshot& s, const Process& process, LabelSets& labels, Exposition format) {
-  std::vector<Row> rows;
+  std::vector<PoolRow> rows;
   PoolSnapshot other;
   bool others = false;
   for (const auto& p : s.pools) {
     if (labels.admit(p.database, p.user))
-      rows.push_back({label("database", p.database) + "," + label("user", p.user), &p});
+      rows.emplace_back(p.database, p.user, &p);
     else
       add(other, p), others = true;
   }
-  if (others) rows.push_back({"database=\"other\",user=\"other\"", &other});
+  if (others) rows.emplace_back(kOther, kOther, &other);
 
   Writer out(format);
-  out.family("pgsidecar_build_info", "gauge", "What this is; always 1.");
+  out.family("pgsidecar_build_info", MetricType::Info, "What this is; always 1.");
   out.sample(label("version", PGSIDECAR_VERSION) + "," + label("openssl", OpenSSL_version(OPENSSL_VERSION_STRING)), std::uint64_t{1});
-  out.one("pgsidecar_draining", "gauge", "1 while shutting down.", std::uint64_t{s.draining});
-  if (s.database != Database::Unknown)
-    out.one("pgsidecar_health_up", "gauge", "1 if the database answered last, 0 if it failed.", std::uint64_t{s.database == Database::Up});
-  if (s.databaseLatencyMicros != 0)
-    out.one("pgsidecar_backend_latency_seconds", "gauge", "Latency of the last connect or probe.", seconds(s.databaseLatencyMicros));
+  out.one("pgsidecar_draining", MetricType::Gauge, "1 while shutting down.", std::uint64_t{s.draining});
+  out.family("pgsidecar_health_up", MetricType::Gauge, "1 if the server answered last, 0 if it failed; none before the first connect.");
+  for (const auto& [name, upstream] : s.upstreams)
+    if (upstream.state != Database::Unknown) out.sample(label("upstream", name), std::uint64_t{upstream.state == Database::Up});
+  out.family("pgsidecar_backend_latency_seconds", MetricType::Gauge, "What the last connect or probe took.");
+  for (const auto& [name, upstream] : s.upstreams)
+    if (upstream.latencyMicros != 0) out.sample(label("upstream", name), seconds(upstream.latencyMicros));
 
-  out.family("pgsidecar_client_connections", "gauge", "Client connections by state; those still logging in have no pool yet.");
+  out.family("pgsidecar_client_connections", MetricType::Gauge, "Client connections by state; those still logging in have no pool yet.");
   for (const auto& row : rows)
     for (const auto& state : kClientStates)
       out.sample(row.labels + "," + label("state", state.state), std::uint64_t{row.pool->*state.member});
-  out.sample("database=\"\",user=\"\",state=\"login\"", std::uint64_t{s.clientsLogin});
-  out.one("pgsidecar_client_connections_max", "gauge", "limits.maxClients.", std::uint64_t{s.maxClients});
+  out.sample(label("state", "login"), std::uint64_t{s.clientsLogin});
+  out.one("pgsidecar_client_connections_max", MetricType::Gauge, "limits.maxClients.", std::uint64_t{s.maxClients});
   write_pools(out, rows);
 
-  out.family("pgsidecar_server_closed_total", "counter", "Server connections closed, by reason.");
+  out.family("pgsidecar_server_closed_total", MetricType::Counter, "Server connections closed, by reason.");
   for (std::size_t i = 0; i < static_cast<std::size_t>(pool::CloseReason::kCount); ++i) {
     std::uint64_t n = 0;
     for (const auto& p : s.pools) n += p.counters.closed[i];
     out.sample(label("reason", to_string(static_cast<pool::CloseReason>(i))), n);
   }
-  out.family("pgsidecar_client_rejected_total", "counter", "Clients refused, by reason.");
+  out.family("pgsidecar_client_rejected_total", MetricType::Counter, "Clients refused, by reason.");
   for (std::size_t i = 0; i < s.rejected.size(); ++i)
     out.sample(label("reason", to_string(static_cast<pool::RejectReason>(i))), s.rejected[i]);
-  out.family("pgsidecar_errors_total", "counter", "Errors sent to clients, by the SQLSTATE's class.");
+  out.family("pgsidecar_errors_total", MetricType::Counter, "Errors sent to clients, by the SQLSTATE's class.");
   for (const auto& [sqlstate_class, n] : s.errorsByClass) out.sample(label("sqlstate_class", sqlstate_class), n);
 
-  out.one("process_cpu_seconds_total", "counter", "User and system CPU time.", process.cpuUserSeconds + process.cpuSystemSeconds);
-  out.one("process_resident_memory_bytes", "gauge", "Resident memory.", process.residentBytes);
-  out.one("process_virtual_memory_bytes", "gauge", "Virtual memory.", process.virtualBytes);
-  out.one("process_open_fds", "gauge", "Open file descriptors.", process.openFds);
-  out.one("process_max_fds", "gauge", "The limit of open file descriptors.", process.maxFds);
-  out.one("process_start_time_seconds", "gauge", "Start of the process since the epoch.", process.startTimeSeconds);
+  out.one("process_cpu_seconds_total", MetricType::Counter, "User and system CPU time.", process.cpuUserSeconds + process.cpuSystemSeconds);
+  out.one("process_resident_memory_bytes", MetricType::Gauge, "Resident memory.", process.residentBytes);
+  out.one("process_virtual_memory_bytes", MetricType::Gauge, "Virtual memory.", process.virtualBytes);
+  out.one("process_open_fds", MetricType::Gauge, "Open file descriptors.", process.openFds);
+  out.one("process_max_fds", MetricType::Gauge, "The limit of open file descriptors.", process.maxFds);
+  out.one("process_start_time_seconds", MetricType::Gauge, "Start of the process since the epoch.", process.startTimeSeconds);
+  if (s.pgbouncerCompatible) write_pgbouncer(out, s, rows, labels);
   return out.take();
 }
 

@@ -1,6 +1,6 @@
 // What the admin port shows: a snapshot and the process's own numbers as JSON (camelCase) and as Prometheus
 // series. Decides names, units and health's verdicts; holds no state but which label sets have been shown.
-// Called by server.cpp. The JSON documents are in json.cpp, the rest in render.cpp.
+// Called by server.cpp. The JSON documents are in json.cpp, PgBouncer's series in pgbouncer_metrics.cpp, the rest in render.cpp.
 #pragma once
 
 #include <chrono>
@@ -70,9 +70,11 @@ class LabelSets {
  public:
   static constexpr std::size_t kLimit = 64;
   bool admit(const std::string& database, const std::string& user);
+  bool admit(const std::string& database);  ///< for series by database alone; counted apart
 
  private:
-  std::set<std::pair<std::string, std::string>> shown_;
+  std::set<std::pair<std::string, std::string>> pools_;
+  std::set<std::string> databases_;
 };
 
 using conf::to_utf8;  // names come from clients; JSON and the exposition must stay valid

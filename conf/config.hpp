@@ -127,6 +127,11 @@ struct Log {
   friend bool operator==(const Log&, const Log&) = default;
 };
 
+struct Metrics {
+  bool pgbouncerCompatible = false;  ///< /metrics has the series of PgBouncer's exporter besides
+  friend bool operator==(const Metrics&, const Metrics&) = default;
+};
+
 struct Shutdown {
   std::uint32_t timeoutMillis = 30000;
   bool acceptWhileDraining = false;
@@ -144,6 +149,7 @@ struct Config {
   Limits limits;
   Admin admin;
   Log log;
+  Metrics metrics;
   Shutdown shutdown;
 
   friend bool operator==(const Config&, const Config&) = default;

@@ -228,6 +228,7 @@ std::vector<Key<Config>> make_config_keys() {
                   [](const Config& c) { return c.log.level; }});
   keys.push_back(inner_name("log.format", &Config::log, &Log::format, kFormats, true));
   keys.push_back(inner_number("log.slowQueryMillis", &Config::log, &Log::slowQueryMillis));
+  keys.push_back(inner_bool("metrics.pgbouncerCompatible", &Config::metrics, &Metrics::pgbouncerCompatible));
   keys.push_back(inner_number("shutdown.timeoutMillis", &Config::shutdown, &Shutdown::timeoutMillis));
   keys.push_back(inner_bool("shutdown.acceptWhileDraining", &Config::shutdown, &Shutdown::acceptWhileDraining));
   return keys;

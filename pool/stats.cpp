@@ -104,6 +104,9 @@ const char* to_string(RejectReason reason) {
     case RejectReason::Draining: return "draining";
     case RejectReason::Protocol: return "protocol";
     case RejectReason::UnknownDatabase: return "unknown_database";
+    case RejectReason::Tls: return "tls";
+    case RejectReason::Unsupported: return "unsupported";
+    case RejectReason::Server: return "server";
     case RejectReason::kCount: break;
   }
   return "unknown";

@@ -54,7 +54,9 @@ using Histogram = LogHistogram<4, std::uint64_t>;         // 4.2 KB
 using CompactHistogram = LogHistogram<3, std::uint32_t>;  // 1.1 KB
 
 enum class CloseReason { Idle, MaxUses, Lifetime, Error, AdminShutdown, Tls, Broken, Reload, Drain, kCount };
-enum class RejectReason { MaxClients, Auth, Timeout, Draining, Protocol, UnknownDatabase, kCount };
+/// Tls: none where it is required, or its handshake failed. Unsupported: what it asks for isn't served. Server: none to greet it with
+/// could be had, or the server refused what the client brought.
+enum class RejectReason { MaxClients, Auth, Timeout, Draining, Protocol, UnknownDatabase, Tls, Unsupported, Server, kCount };
 const char* to_string(CloseReason);
 const char* to_string(RejectReason);
 
@@ -63,6 +65,7 @@ struct PoolCounters {
   std::uint64_t transactions = 0, queries = 0, leases = 0;
   std::uint64_t clientBytesReceived = 0, clientBytesSent = 0, serverBytesReceived = 0, serverBytesSent = 0;
   std::uint64_t preparedHits = 0, preparedMisses = 0, preparedEvictions = 0;
+  std::uint64_t clientParses = 0, serverParses = 0, binds = 0;  ///< of named statements, as PgBouncer counts them
   std::uint64_t connects = 0, connectFailures = 0, waitTimeouts = 0, resets = 0, cancels = 0;
   std::uint64_t leaks = 0;          ///< transactions that were idle for longer than idleInTransactionWarnMillis
   std::uint64_t limitsReached = 0;  ///< requests cancelled and clients closed by a limit of the pool's
@@ -80,6 +83,8 @@ struct PoolSnapshot {
   std::string mode;                                                      // transaction | session | statement
   std::uint32_t clientsActive = 0, clientsIdle = 0, clientsWaiting = 0;  // logged in; sum = this pool's clients
   std::uint32_t serversActive = 0, serversIdle = 0, serversLogin = 0, serversReset = 0, serversClosing = 0;
+  std::uint32_t cancelling = 0;      // server connections with a cancel request on its way
+  std::uint32_t beingCancelled = 0;  // of those, the ones that nobody has leased: they are idle once it has been answered
   std::uint32_t pinned = 0;
   std::uint32_t leaking = 0;  // transactions idle for longer than idleInTransactionWarnMillis
   PinCounts pinnedBy{};       // a client may have several reasons
@@ -117,6 +122,15 @@ struct StatementRow {
   std::uint64_t firstMicrosAgo = 0, lastMicrosAgo = 0;  ///< filled in copies
 };
 
+/// A database as clients know it, and where its server connections go.
+struct DatabaseSnapshot {
+  std::string name;
+  std::string host, port, database;  ///< the server's, as configured: of several hosts their names and ports, joined by commas
+  std::string forceUser;             ///< the server's user for the upstream URL's; empty: the same
+  std::string mode;                  ///< transaction | session | statement
+  std::uint32_t max = 0;
+};
+
 /// The whole proxy as it is now.
 struct Snapshot {
   bool draining = false;
@@ -126,7 +140,11 @@ struct Snapshot {
   std::array<std::uint64_t, static_cast<std::size_t>(RejectReason::kCount)> rejected{};
   std::map<std::string, std::uint64_t> errorsByClass;  // SQLSTATE's first two characters, from servers and our own
   std::vector<PoolSnapshot> pools;
-  std::vector<PinSnapshot> pins;  // oldest first
+  std::vector<PinSnapshot> pins;            // oldest first
+  std::vector<DatabaseSnapshot> databases;  // configured or in use, by name
+  std::uint32_t users = 0;                  // configured or in use
+  std::uint32_t poolMax = 0;                // pool.max of the configuration
+  bool pgbouncerCompatible = false;         // metrics.pgbouncerCompatible
 
   // Only in detailed snapshots: Rows has the first three, Statements the others.
   enum class Detail { None, Rows, Statements };
@@ -144,6 +162,13 @@ struct Snapshot {
   bool databaseProbed = false;              // the latency is a probe's
   std::string databaseError;                // the server's own text of the last failure
   std::string databaseVersion;
+
+  /// The same of each server, or group of servers, that a database may be on.
+  struct Upstream {
+    Database state = Database::Unknown;
+    std::uint64_t latencyMicros = 0;
+  };
+  std::map<std::string, Upstream> upstreams;  // by host:port, of several hosts joined by commas
 };
 
 }  // namespace pgsidecar::pool

@@ -73,6 +73,7 @@ std::size_t ClientSession::on_startup(Bytes in) {
     return 0;
   }
   if (code >> 16 != 3) {
+    worker_.reject(pool::RejectReason::Unsupported);
     fatal("0A000", "unsupported frontend protocol " + std::to_string(code >> 16) + "." + std::to_string(code & 0xffff) +
                        ": server supports 3.0 to 3.2");
     return 0;
@@ -96,11 +97,13 @@ void ClientSession::handle_tls() {
     return;
   }
   if (result.status != IoStatus::Ok) {
+    worker_.reject(pool::RejectReason::Tls);
     worker_.peer_events.warn(worker_.now(), "client {} from {}: TLS handshake failed: {}", id_, login_->peer,
                              channel_.transport.tls_error());
     return close();
   }
   if (direct_tls_ && !negotiated_alpn(channel_.transport.ssl())) {
+    worker_.reject(pool::RejectReason::Tls);
     complain("08P01", "received direct SSL connection request without ALPN protocol negotiation extension");
     return close();
   }
@@ -113,7 +116,10 @@ void ClientSession::begin_login(protocol::Startup startup) {
   login.startup = std::move(startup);
   login.user = login.startup.get("user");
   login.database = login.startup.get("database");
-  if (login.user.empty()) return fatal("28000", "no PostgreSQL user name specified in startup packet");
+  if (login.user.empty()) {
+    worker_.reject(pool::RejectReason::Auth);
+    return fatal("28000", "no PostgreSQL user name specified in startup packet");
+  }
   if (login.database.empty()) login.database = login.user;
   const conf::Config& config = worker_.config();
   if (worker_.draining() && !config.shutdown.acceptWhileDraining) {
@@ -122,11 +128,15 @@ void ClientSession::begin_login(protocol::Startup startup) {
   }
   if (worker_.full()) return refuse_full();
   const bool tls = channel_.transport.is_tls();
-  if (!tls && (config.tls.mode == conf::TlsMode::Require || config.tls.mode == conf::TlsMode::VerifyFull))
+  if (!tls && (config.tls.mode == conf::TlsMode::Require || config.tls.mode == conf::TlsMode::VerifyFull)) {
+    worker_.reject(pool::RejectReason::Tls);
     return fatal("28000", "no pg_hba.conf entry for this connection: pgsidecar requires SSL encryption (tls.mode)");
+  }
   if (const auto replication = login.startup.get("replication");
-      !replication.empty() && replication != "false" && replication != "off" && replication != "0" && replication != "no")
+      !replication.empty() && replication != "false" && replication != "off" && replication != "0" && replication != "no") {
+    worker_.reject(pool::RejectReason::Unsupported);
     return fatal("0A000", "replication connections are not supported through pgsidecar", "Connect to the server directly.");
+  }
 
   std::vector<std::string> unknown;
   for (const auto& [name, value] : login.startup.parameters)
@@ -194,13 +204,16 @@ void ClientSession::accepted() {
   std::string sqlstate, error;
   PoolEntry* entry = worker_.find_pool(login_->database, login_->user, sqlstate, error);
   if (!entry) {
-    worker_.reject(pool::RejectReason::UnknownDatabase);
+    worker_.reject(sqlstate.starts_with("28") ? pool::RejectReason::Auth : pool::RejectReason::UnknownDatabase);
     return fatal(sqlstate, error);
   }
   if (worker_.full()) return refuse_full();  // others have come in while this one was asked for its password
   std::map<std::string, std::string> values;
   std::string complaint;
-  if (!settings_of(login_->startup, values, complaint)) return fatal("0A000", complaint);
+  if (!settings_of(login_->startup, values, complaint)) {
+    worker_.reject(pool::RejectReason::Unsupported);
+    return fatal("0A000", complaint);
+  }
   entry_ = entry;
   ++entry->clients;
   for (const auto& [name, value] : values)
@@ -220,7 +233,7 @@ void ClientSession::verified() {
 }
 
 void ClientSession::refused(const protocol::ErrorFields& error) {
-  if (error.sqlstate.starts_with("28")) worker_.reject(pool::RejectReason::Auth);
+  worker_.reject(error.sqlstate.starts_with("28") ? pool::RejectReason::Auth : pool::RejectReason::Server);
   fatal(error.sqlstate, error.message, error.hint, error.detail);
 }
 
@@ -248,6 +261,7 @@ void ClientSession::greet() {
 }
 
 void ClientSession::on_greeting_failed(const protocol::ErrorFields& error) {
+  worker_.reject(pool::RejectReason::Server);
   fatal(error.sqlstate, error.message, error.hint, error.detail);
 }
 

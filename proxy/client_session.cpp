@@ -60,7 +60,10 @@ void ClientSession::on_readable(const boost::system::error_code& ec) {
     if (::recv(channel_.transport.socket().native_handle(), &first, 1, MSG_PEEK | MSG_DONTWAIT) == 1) {
       began_ = true;
       if (first == 0x16) {
-        if (!worker_.client_tls()) return close();
+        if (!worker_.client_tls()) {
+          worker_.reject(pool::RejectReason::Tls);
+          return close();
+        }
         channel_.transport.start_tls(worker_.client_tls(), true);
         direct_tls_ = true;
         transition(State::Tls);
@@ -178,16 +181,18 @@ std::size_t ClientSession::process(Bytes in) {
 
 void ClientSession::on_answered() {
   const pool::Time now = worker_.now();
-  entry_->pool.counters().query.record(
-      static_cast<std::uint64_t>(std::chrono::duration_cast<std::chrono::microseconds>(now - sent_at_).count()));
+  const auto micros_since = [now](pool::Time begun) {
+    return static_cast<std::uint64_t>(std::chrono::duration_cast<std::chrono::microseconds>(now - begun).count());
+  };
+  auto& counters = entry_->pool.counters();
+  counters.query.record(micros_since(sent_at_));
   sent_at_ = now;
   in_request_ = false;
   server_->running.leaking = server_->running.overdue = false;
   if (server_->pipeline.status() == protocol::TxStatus::Idle) {
-    auto& counters = entry_->pool.counters();
     ++counters.transactions;
-    counters.transaction.record(
-        static_cast<std::uint64_t>(std::chrono::duration_cast<std::chrono::microseconds>(now - transaction_since).count()));
+    counters.transaction.record(micros_since(transaction_since));
+    transaction_since = now;  // what is in the pipeline behind it is another one
     server_->running.first = 0;
   }
   examined_ = false;
@@ -309,7 +314,8 @@ void ClientSession::on_cancel() {
 }
 
 void ClientSession::on_wait_failed(const protocol::ErrorFields& error, bool is_fatal) {
-  if (state_ == State::Greeting || is_fatal) return fatal(error.sqlstate, error.message, error.hint, error.detail);
+  if (state_ == State::Greeting) return on_greeting_failed(error);
+  if (is_fatal) return fatal(error.sqlstate, error.message, error.hint, error.detail);
   if (!server_) transition(State::Ready);
   in_request_ = false;
   worker_.count_error(error.sqlstate);
@@ -356,7 +362,7 @@ void ClientSession::on_server_lost(const std::string& sqlstate, const std::strin
       server_->asking_residue() || server_->restoring() || (subscriber_ && subscriber_->owes_ready()) || left_unknown(in_transaction);
   if (subscriber_) subscriber_->on_server_lost();
   server_ = nullptr;
-  if (state_ == State::Greeting) return fatal(sqlstate, message);
+  if (state_ == State::Greeting) return on_greeting_failed({"FATAL", sqlstate, message, {}, {}});
   worker_.count_error(sqlstate);
   while (!pending_.empty()) on_name_done(false);
   parse_error_.reset();

@@ -207,7 +207,7 @@ awaitable<void> ServerConnection::run_connect(std::shared_ptr<ServerConnection> 
   }
   const auto micros = std::chrono::duration_cast<std::chrono::microseconds>(worker_.now() - begun).count();
   entry_.pool.counters().connect.record(static_cast<std::uint64_t>(micros));
-  worker_.database_took(worker_.now() - begun, false);
+  worker_.database_took(worker_.upstream_of(entry_.database), worker_.now() - begun, false);
   ++entry_.pool.counters().connects;
   conforming_strings_ = parameters_["standard_conforming_strings"] != "off";
   settings = entry_.settings.intern({});

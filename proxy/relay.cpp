@@ -254,6 +254,7 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
     return total;
   }
   auto& counters = entry_->pool.counters();
+  ++counters.clientParses;
   if (held.touch(statement)) {
     ++counters.preparedHits;
     pipeline.push({Request::Parse, Verdict::Inject, id_});
@@ -290,6 +291,7 @@ bool ClientSession::parse_unserved(Bytes whole) {
   protocol::StatementRef statement =
       worker_.statements.intern({reinterpret_cast<const char*>(body.data()), body.size()}, settings->meaning);
   if (statement->proven_with != settings.get() || statements.find(name)) return false;
+  ++entry_->pool.counters().clientParses;
   statements.set(name, std::move(statement));
   worker_.to_client.own([](std::string& out) { protocol::Writer(out).begin(protocol::Backend::ParseComplete).end(); });
   return true;
@@ -402,6 +404,7 @@ std::size_t ClientSession::on_bind(Bytes available, std::size_t total) {
   }
   if (!prepare(statement)) return 0;
   ++queries;
+  ++entry_->pool.counters().binds;
   const protocol::ServerName own_name = protocol::server_name(statement->id);
   const std::size_t consumed = kHeaderSize + portal.size() + 1 + name.size() + 1;
   worker_.to_server.own([&](std::string& out) {

@@ -116,6 +116,7 @@ void ServerConnection::adopt(const std::string& name, const protocol::StatementR
 }
 
 void ServerConnection::parse(const protocol::Statement& statement, Verdict verdict) {
+  ++entry_.pool.counters().serverParses;
   if (unclosed_.erase(statement.id) > 0) close_statement(statement.id);
   worker_.to_server.own([&](std::string& out) {
     protocol::Writer(out).begin(protocol::Frontend::Parse).cstring(protocol::server_name(statement.id)).bytes(statement.body).end();

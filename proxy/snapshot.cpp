@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <boost/asio/ip/tcp.hpp>
 #include <cstring>
+#include <set>
 
 #include "proxy/client_session.hpp"
 #include "proxy/server_connection.hpp"
@@ -35,6 +36,13 @@ std::string shown(const Endpoint& endpoint) {
 const char* state_of(const protocol::Pipeline& pipeline, const char* idle) {
   if (!pipeline.empty()) return "active";
   return pipeline.status() == protocol::TxStatus::Idle ? idle : "idle in transaction";
+}
+
+template <class Shown>
+std::string join_hosts(const conf::ConnectParams& params, Shown shown_as) {
+  std::string out;
+  for (const conf::Host& host : params.hosts) out += (out.empty() ? "" : ",") + shown_as(host);
+  return out;
 }
 
 }  // namespace
@@ -118,6 +126,30 @@ pool::ServerRow ServerConnection::row() {
   return row;
 }
 
+std::string Worker::name_of(const conf::ConnectParams& upstream) {
+  return join_hosts(upstream, [](const conf::Host& host) { return conf::print_address(host.name, host.port); });
+}
+
+Worker::DatabaseEntry Worker::describe(const std::string& name) const {
+  DatabaseEntry entry;
+  entry.shown.name = name;
+  const auto plan = plan_database(name);
+  if (!plan) return entry;
+  entry.shown.mode = mode_name(plan->settings.mode);
+  entry.shown.max = plan->settings.max;
+  try {
+    const conf::ConnectParams params = conf::resolve_upstream(plan->upstream, control_.environment());
+    entry.upstream = name_of(params);
+    entry.shown.host = join_hosts(params, [](const conf::Host& host) { return host.name; });
+    entry.shown.port = join_hosts(params, [](const conf::Host& host) { return std::to_string(host.port); });
+    entry.shown.database = params.dbname;
+    if (params.user != upstream_.user) entry.shown.forceUser = params.user;
+  } catch (const conf::ConfigError&) {
+    // A secret can't be read now. Whoever connects is told so; what is shown here stays empty.
+  }
+  return entry;
+}
+
 pool::Snapshot Worker::snapshot(Detail detail) {
   const pool::Time t = now();
   pool::Snapshot s;
@@ -133,12 +165,20 @@ pool::Snapshot Worker::snapshot(Detail detail) {
   s.databaseLatencyMicros = database_latency_;
   s.databaseProbed = database_probed_;
   if (database_seen_ != pool::Time{}) s.databaseSeenMicrosAgo = micros(t - database_seen_);
+  for (const auto& [name, entry] : databases_) s.databases.push_back(entry.shown);
+  s.upstreams = upstreams_;
+  s.poolMax = config_->pool.max;
+  s.pgbouncerCompatible = config_->metrics.pgbouncerCompatible;
+  std::set<std::string_view> users{upstream_.user};
+  for (const auto& [name, user] : config_->users)
+    if (name != "*") users.insert(name);
   std::map<const PoolEntry*, std::size_t> index;
   for (const auto& [key, entry] : pools_) {
     pool::PoolSnapshot p;
     const conf::PoolSettings& settings = entry->pool.settings();
     p.database = entry->database;
     p.user = entry->user;
+    users.insert(entry->user);
     p.max = settings.max;
     p.min = settings.min;
     p.idleTimeoutMillis = settings.idleTimeoutMillis;
@@ -150,6 +190,8 @@ pool::Snapshot Worker::snapshot(Detail detail) {
     if (p.clientsWaiting > 0) p.oldestWaitMicros = micros(t - entry->pool.oldest_wait());
     for (const auto& [id, server] : entry->servers) {
       p.preparedStatements += server->statements.size();
+      p.cancelling += server->cancels_pending > 0;
+      p.beingCancelled += server->cancels_pending > 0 && !server->client();
       p.leaking += server->running.leaking;
       if (detail == Detail::Rows) s.serverRows.push_back(server->row());
       switch (server->state()) {
@@ -192,6 +234,7 @@ pool::Snapshot Worker::snapshot(Detail detail) {
       s.pins.push_back(std::move(*pin));
     }
   }
+  s.users = static_cast<std::uint32_t>(users.size());
   std::sort(s.pins.begin(), s.pins.end(), [](const auto& a, const auto& b) { return a.micros > b.micros; });
   std::sort(s.clientRows.begin(), s.clientRows.end(), [](const auto& a, const auto& b) { return a.connectedMicros > b.connectedMicros; });
   std::sort(s.serverRows.begin(), s.serverRows.end(), [](const auto& a, const auto& b) { return a.id < b.id; });

@@ -53,10 +53,14 @@ void Worker::use_config() {
   client_tls_ = config_->tls.mode == conf::TlsMode::Disable ? SslContext() : make_server_context(config_->tls);
   upstream_ = conf::resolve_upstream(config_->upstream, control_.environment());
   for (const std::string& warning : upstream_.warnings) log::warn("upstream: {}", warning);
+  if (config_->databases.empty()) databases_[upstream_.dbname] = describe(upstream_.dbname);
+  for (const auto& [name, database] : config_->databases)
+    if (name != "*") databases_[name] = describe(name);
 }
 
 void Worker::reload(std::shared_ptr<const conf::Config> config) {
   config_ = std::move(config);
+  auto before = std::exchange(databases_, {});
   use_config();
   // A pool that the configuration doesn't name any more keeps its settings until its clients have left.
   for (auto& [key, entry] : pools_) {
@@ -65,11 +69,17 @@ void Worker::reload(std::shared_ptr<const conf::Config> config) {
     entry->catalog.forget();
     entry->retry_at = {};
     std::string sqlstate, error;
-    if (auto plan = plan_pool(entry->database, entry->user, sqlstate, error)) {
+    auto plan = plan_pool(entry->database, entry->user, sqlstate, error);
+    if (!databases_.contains(entry->database))
+      databases_[entry->database] = plan ? describe(entry->database) : std::move(before[entry->database]);
+    if (plan) {
       entry->pool.set_settings(plan->settings);
       entry->upstream = std::move(plan->upstream);
     }
   }
+  std::erase_if(upstreams_, [this](const auto& upstream) {
+    return std::none_of(databases_.begin(), databases_.end(), [&](const auto& one) { return one.second.upstream == upstream.first; });
+  });
   kick();
 }
 
@@ -177,15 +187,22 @@ std::optional<std::string> Worker::secret_of(const std::string& user) {
   return std::nullopt;
 }
 
+std::optional<Worker::PoolPlan> Worker::plan_database(const std::string& database) const {
+  if (const auto it = config_->databases.find(database); it != config_->databases.end())
+    return PoolPlan{it->second.pool, it->second.upstream};
+  if (const auto any = config_->databases.find("*"); any != config_->databases.end()) {
+    PoolPlan plan{any->second.pool, any->second.upstream};
+    plan.upstream.keys["dbname"] = database;
+    return plan;
+  }
+  if (database == upstream_.dbname) return PoolPlan{config_->pool, config_->upstream};
+  return std::nullopt;
+}
+
 std::optional<Worker::PoolPlan> Worker::plan_pool(const std::string& database, const std::string& user, std::string& sqlstate,
                                                   std::string& error) const {
-  PoolPlan plan{config_->pool, config_->upstream};
-  if (const auto it = config_->databases.find(database); it != config_->databases.end()) {
-    plan = {it->second.pool, it->second.upstream};
-  } else if (const auto any = config_->databases.find("*"); any != config_->databases.end()) {
-    plan = {any->second.pool, any->second.upstream};
-    plan.upstream.keys["dbname"] = database;
-  } else if (database != upstream_.dbname) {
+  auto plan = plan_database(database);
+  if (!plan) {
     sqlstate = "3D000";
     error = "database \"" + database + "\" does not exist";
     return std::nullopt;
@@ -197,10 +214,10 @@ std::optional<Worker::PoolPlan> Worker::plan_pool(const std::string& database, c
       error = "role \"" + user + "\" does not exist";
       return std::nullopt;
     }
-    plan.upstream.keys["user"] = user;
-    plan.upstream.keys["password"] = named != config_->users.end() && named->second.password ? *named->second.password : "";
+    plan->upstream.keys["user"] = user;
+    plan->upstream.keys["password"] = named != config_->users.end() && named->second.password ? *named->second.password : "";
   }
-  if (named != config_->users.end() && named->second.pool) plan.settings = *named->second.pool;
+  if (named != config_->users.end() && named->second.pool) plan->settings = *named->second.pool;
   return plan;
 }
 
@@ -212,6 +229,7 @@ PoolEntry* Worker::find_pool(const std::string& database, const std::string& use
   auto entry = std::make_unique<PoolEntry>(database, user, plan->settings, std::move(plan->upstream));
   entry->passes_password_on = passes_password_on(user);
   entry->number = static_cast<std::uint32_t>(pools_.size()) + 1;
+  if (!databases_.contains(database)) databases_[database] = describe(database);
   return pools_.emplace(std::move(key), std::move(entry)).first->second.get();
 }
 
@@ -316,7 +334,7 @@ void Worker::on_connected(ServerConnection& server) {
   entry.failures = 0;
   entry.retry_at = {};
   entry.last_failure = {};
-  database_seen(true);
+  database_seen(upstream_of(entry.database), true);
   if (server.login()) {
     entry.given_password = server.login()->password;
     if (const auto client = server.login()->client.lock()) client->verified();
@@ -343,9 +361,9 @@ void Worker::on_connect_failed(ServerConnection& server, const protocol::ErrorFi
   entry.retry_at = now() + milliseconds(static_cast<int>(seconds * 1000));
   log::warn("{}@{}: cannot connect: {} {}", entry.user, entry.database, error.sqlstate, error.message);
   if (is_answer(error.sqlstate))
-    database_seen(true);
+    database_seen(upstream_of(entry.database), true);
   else
-    database_seen(false, error.message);
+    database_seen(upstream_of(entry.database), false, error.message);
   entry.servers.erase(server.id());
   if (is_permanent(error.sqlstate)) {
     while (pool::Waiter* waiter = entry.pool.next_waiter()) static_cast<ClientSession*>(waiter)->on_wait_failed(error, true);
@@ -562,14 +580,14 @@ void Worker::count_error(std::string_view sqlstate) {
     errors_.emplace(klass, 1);
 }
 
-void Worker::database_seen(bool up, std::string error) {
-  database_ = up ? pool::Snapshot::Database::Up : pool::Snapshot::Database::Down;
+void Worker::database_seen(const std::string& upstream, bool up, std::string error) {
+  database_ = upstreams_[upstream].state = up ? pool::Snapshot::Database::Up : pool::Snapshot::Database::Down;
   database_error_ = std::move(error);
   if (up) database_seen_ = now();
 }
 
-void Worker::database_took(pool::Clock::duration time, bool probed) {
-  database_latency_ = std::max<std::uint64_t>(1, micros(time));
+void Worker::database_took(const std::string& upstream, pool::Clock::duration time, bool probed) {
+  database_latency_ = upstreams_[upstream].latencyMicros = std::max<std::uint64_t>(1, micros(time));
   database_probed_ = probed;
 }
 
@@ -577,7 +595,7 @@ void Worker::probe(std::function<void()> done) {
   // A connect is the probe: it needs no client, no query, and says what a client would hear.
   control_.resolve(config_->upstream, [this, done = std::move(done)](const std::shared_ptr<const Upstream>& found) {
     if (!found->error.empty() || found->targets.empty()) {
-      database_seen(false, found->error);
+      database_seen(name_of(upstream_), false, found->error);
       return done();
     }
     auto socket = std::make_shared<Socket>(data_.get_executor());
@@ -589,8 +607,8 @@ void Worker::probe(std::function<void()> done) {
     const pool::Time begun = now();
     socket->async_connect(found->targets.front().endpoint, [this, socket, timer, begun, done](const boost::system::error_code& ec) {
       timer->cancel();
-      database_seen(!ec, ec ? ec.message() : std::string());
-      if (!ec) database_took(now() - begun, true);
+      database_seen(name_of(upstream_), !ec, ec ? ec.message() : std::string());
+      if (!ec) database_took(name_of(upstream_), now() - begun, true);
       done();
     });
   });

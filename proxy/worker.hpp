@@ -140,8 +140,10 @@ class Worker {
   void cancel(std::uint32_t pid, std::string_view key);
   void reject(pool::RejectReason reason) { ++rejected_[static_cast<std::size_t>(reason)]; }
   void count_error(std::string_view sqlstate);
-  void database_seen(bool up, std::string error = {});
-  void database_took(pool::Clock::duration time, bool probed);  ///< a connect
+  /// What a connect to an upstream has shown; by its name as upstream_of() has it.
+  void database_seen(const std::string& upstream, bool up, std::string error = {});
+  void database_took(const std::string& upstream, pool::Clock::duration time, bool probed);
+  const std::string& upstream_of(const std::string& database) { return databases_[database].upstream; }
   void arm_tick(std::chrono::milliseconds after);
   void kick();  ///< deadlines are near: the tick runs soon
   bool draining() const { return draining_; }
@@ -154,6 +156,14 @@ class Worker {
     conf::PoolSettings settings;
     conf::Upstream upstream;
   };
+  /// A database and the name of its upstream: host:port, of several hosts joined by commas.
+  struct DatabaseEntry {
+    pool::DatabaseSnapshot shown;
+    std::string upstream;
+  };
+  static std::string name_of(const conf::ConnectParams& upstream);
+  DatabaseEntry describe(const std::string& name) const;
+  std::optional<PoolPlan> plan_database(const std::string& database) const;
   std::optional<PoolPlan> plan_pool(const std::string& database, const std::string& user, std::string& sqlstate, std::string& error) const;
   void open_server(PoolEntry& entry, std::optional<ServerConnection::Login> login);
   template <class Acceptor>
@@ -179,6 +189,7 @@ class Worker {
   std::vector<std::function<void()>> close_listeners_;
   SslContext client_tls_;
   conf::ConnectParams upstream_;  // the global upstream as read at start or reload
+  std::map<std::string, DatabaseEntry> databases_;
   std::uint32_t logging_in_ = 0, logged_in_ = 0;
   std::vector<std::function<void()>> paused_;  // accepting goes on when fewer clients are logging in
   std::vector<std::shared_ptr<ClientSession>> runnable_, running_;
@@ -194,6 +205,7 @@ class Worker {
   pool::Time database_seen_{};
   std::uint64_t database_latency_ = 0;
   bool database_probed_ = false;  // the latency is a probe's
+  std::map<std::string, pool::Snapshot::Upstream> upstreams_;
   pool::Time farewell_at_{};
   int exit_code_ = 0;
 };

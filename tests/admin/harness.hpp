@@ -71,6 +71,7 @@ inline pool::Snapshot sample() {
   s.databaseLatencyMicros = 1250;
   s.databaseSeenMicrosAgo = 3000000;
   s.databaseVersion = "16.4";
+  s.upstreams["db.example.com:5432"] = {s.database, s.databaseLatencyMicros};
   s.errorsByClass["42"] = 5;
   s.rejected[0] = 2;
   s.pools.push_back(sample_pool("app", "alice"));
