@@ -26,7 +26,11 @@ History::History() {
   for (const Resolution& r : kRings) rings_.push_back({r.step, std::vector<Step>(r.slots), {}, {}});
 }
 
-void History::add(const pool::Snapshot& s, const Process& process, Clock::time_point now) {
+void History::add(const Sample& taken) {
+  if (!taken.snapshot) return;
+  const pool::Snapshot& s = *taken.snapshot;
+  const Clock::time_point now = taken.at;
+  if (taken.rested) rest(now - std::chrono::seconds(1));
   Totals totals;
   Step sample;
   for (const auto& p : s.pools) {
@@ -42,9 +46,9 @@ void History::add(const pool::Snapshot& s, const Process& process, Clock::time_p
     sample.max += static_cast<float>(p.max);
   }
   for (const auto& [sqlstate_class, n] : s.errorsByClass) totals.errors += n;
-  totals.cpuSeconds = process.cpuUserSeconds + process.cpuSystemSeconds;
+  totals.cpuSeconds = taken.process.cpuUserSeconds + taken.process.cpuSystemSeconds;
   sample.clients = static_cast<float>(s.clients);
-  sample.memoryMb = static_cast<float>(megabytes(process.residentBytes));
+  sample.memoryMb = static_cast<float>(megabytes(taken.process.residentBytes));
   if (!last_) {  // what came before isn't this second's
     last_ = totals;
     last_at_ = now - std::chrono::seconds(1);
@@ -57,8 +61,26 @@ void History::add(const pool::Snapshot& s, const Process& process, Clock::time_p
   sample.cpuSeconds = static_cast<float>(totals.cpuSeconds - last_->cpuSeconds);
   const pool::Histogram wait = totals.wait.since(last_->wait), query = totals.query.since(last_->query);
   for (Ring& ring : rings_) add_to(ring, sample, wait, query, epoch_seconds(now));
+  last_step_ = sample;
   last_ = std::move(totals);
   last_at_ = now;
+}
+
+void History::rest(Clock::time_point until) {
+  const std::int64_t begin = epoch_seconds(last_at_) + 1, end = epoch_seconds(until) + 1;
+  if (!last_ || begin >= end) return;
+  Step nothing = last_step_;
+  nothing.transactions = nothing.queries = nothing.errors = nothing.cpuSeconds = 0;
+  for (Ring& ring : rings_) {
+    const std::int64_t step = ring.step, reach = step * static_cast<std::int64_t>(ring.slots.size());
+    for (std::int64_t from = std::max(begin, end - reach); from < end;) {
+      const std::int64_t to = std::min(end, (from / step + 1) * step);
+      nothing.seconds = static_cast<float>(to - from);
+      add_to(ring, nothing, {}, {}, from);
+      from = to;
+    }
+  }
+  last_at_ = until;
 }
 
 void History::add_to(Ring& ring, const Step& sample, const pool::Histogram& wait, const pool::Histogram& query, std::int64_t second) {

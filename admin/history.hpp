@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "admin/render.hpp"
+#include "admin/monitor.hpp"
 #include "pool/stats.hpp"
 
 namespace pgsidecar::admin {
@@ -17,9 +17,11 @@ class History {
  public:
   History();
 
-  /// A sample, at about one a second. After a gap the counters' increase counts for the second in which it was seen, and the seconds
-  /// between have no data.
-  void add(const pool::Snapshot& snapshot, const Process& process, Clock::time_point now);
+  /// A sample, at about one a second. After a gap the counters' increase counts for the second in which it was seen; the seconds
+  /// between have no data, or if nothing happened in them, the gauges as they were.
+  void add(const Sample& sample);
+  /// Nothing has happened since the last sample.
+  void rest(Clock::time_point until);
 
   /// The last `window` seconds in steps of at least `step` seconds, by the finest ring that reaches so far. Times are the ends of steps.
   std::string json(std::uint32_t window, std::uint32_t step, Clock::time_point now) const;
@@ -49,6 +51,7 @@ class History {
 
   std::vector<Ring> rings_;
   std::optional<Totals> last_;
+  Step last_step_;
   Clock::time_point last_at_{};
 };
 

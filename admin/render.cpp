@@ -86,10 +86,14 @@ Process read_process() {
   rlimit files{};
   getrlimit(RLIMIT_NOFILE, &files);
   p.maxFds = files.rlim_cur;
-  std::error_code ec;
-  for (std::filesystem::directory_iterator it("/proc/self/fd", ec), end; !ec && it != end; it.increment(ec)) ++p.openFds;
-  if (p.openFds > 0) --p.openFds;  // the listing's own
   return p;
+}
+
+std::uint64_t count_open_files() {
+  std::uint64_t count = 0;
+  std::error_code ec;
+  for (std::filesystem::directory_iterator it("/proc/self/fd", ec), end; !ec && it != end; it.increment(ec)) ++count;
+  return count > 0 ? count - 1 : 0;  // without the listing's own
 }
 
 Readiness readiness(const Snapshot& s) {
@@ -326,7 +330,7 @@ std::string metrics(const Snapshot& s, const Process& process, LabelSets& labels
   out.one("process_cpu_seconds_total", MetricType::Counter, "User and system CPU time.", process.cpuUserSeconds + process.cpuSystemSeconds);
   out.one("process_resident_memory_bytes", MetricType::Gauge, "Resident memory.", process.residentBytes);
   out.one("process_virtual_memory_bytes", MetricType::Gauge, "Virtual memory.", process.virtualBytes);
-  out.one("process_open_fds", MetricType::Gauge, "Open file descriptors.", process.openFds);
+  out.one("process_open_fds", MetricType::Gauge, "Open file descriptors.", count_open_files());
   out.one("process_max_fds", MetricType::Gauge, "The limit of open file descriptors.", process.maxFds);
   out.one("process_start_time_seconds", MetricType::Gauge, "Start of the process since the epoch.", process.startTimeSeconds);
   if (s.pgbouncerCompatible) write_pgbouncer(out, s, rows, labels);

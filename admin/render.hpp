@@ -23,9 +23,10 @@ struct Process {
   std::optional<std::uint64_t> memoryLimitBytes;  ///< the cgroup's, if there is one
   double cpuUserSeconds = 0, cpuSystemSeconds = 0;
   double startTimeSeconds = 0;  ///< since the epoch
-  std::uint64_t openFds = 0, maxFds = 0;
+  std::uint64_t maxFds = 0;
 };
 Process read_process();
+std::uint64_t count_open_files();  ///< takes its time if they are many
 
 using Clock = std::chrono::system_clock;
 

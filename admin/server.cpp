@@ -45,7 +45,6 @@ constexpr auto kRequestTime = 5s;   // from the first wait for a request to its 
 constexpr auto kSnapshotTime = 1s;  // a data loop that is silent for so long isn't alive
 constexpr auto kProbeTime = 10s;    // longer than connectionTimeoutMillis' default
 constexpr auto kRecheckTime = 1s;   // between probes of a database that is known to be down
-constexpr auto kSampleTime = 1s;    // between samples for the page
 constexpr auto kLingerTime = 1s;    // so that an answer to an unread request isn't lost to a reset
 
 constexpr const char* kJson = "application/json";
@@ -129,16 +128,11 @@ std::string_view view(boost::beast::string_view s) {
 class Server::Impl : public std::enable_shared_from_this<Impl> {
  public:
   Impl(asio::io_context& control, const conf::Admin& settings, Callbacks callbacks)
-      : control_(control),
-        settings_(settings),
-        callbacks_(std::move(callbacks)),
-        acceptor_(control),
-        pause_(control),
-        stream_(control),
-        sample_due_(control) {}
+      : control_(control), settings_(settings), callbacks_(std::move(callbacks)), acceptor_(control), pause_(control), stream_(control) {}
 
   void listen();
   std::uint16_t port() const { return port_; }
+  std::chrono::seconds publish(const Sample& sample);
   void stop();
 
  private:
@@ -150,7 +144,6 @@ class Server::Impl : public std::enable_shared_from_this<Impl> {
   asio::awaitable<void> write(Session& session, const Answer& answer, unsigned version, bool head, bool keep_alive, error_code& ec);
   asio::awaitable<void> linger(Session& session);
   asio::awaitable<void> stream(Session& session);
-  asio::awaitable<void> sample(std::shared_ptr<Impl> self);
 
   void admit(tcp::socket socket);
   bool make_room();
@@ -174,8 +167,6 @@ class Server::Impl : public std::enable_shared_from_this<Impl> {
   std::uint64_t next_number_ = 1;
   LabelSets labels_;
   Stream stream_;
-  asio::steady_timer sample_due_;
-  bool sampling_ = false;
 };
 
 void Server::Impl::listen() {
@@ -223,7 +214,6 @@ void Server::Impl::stop() {
   acceptor_.close(ec);
   pause_.cancel();
   stream_.stop();
-  sample_due_.cancel();
   for (auto& fetch : fetches_)
     for (const auto& weak : std::exchange(fetch.waits, {}))
       if (const auto wait = weak.lock()) wait->finish(nullptr);
@@ -393,28 +383,19 @@ asio::awaitable<void> Server::Impl::linger(Session& session) {
 
 asio::awaitable<void> Server::Impl::stream(Session& session) {
   session.state = Session::State::Streaming;
-  if (!std::exchange(sampling_, true)) asio::co_spawn(control_, sample(shared_from_this()), asio::detached);
+  if (callbacks_.wake) asio::post(control_, callbacks_.wake);  // once it is among the readers
   co_await stream_.serve(session.stream);
 }
 
-// As long as somebody reads the stream.
-asio::awaitable<void> Server::Impl::sample([[maybe_unused]] std::shared_ptr<Impl> self) {
-  auto next = std::chrono::steady_clock::now();
-  do {
-    const SnapshotPtr snapshot = co_await fetch(Question::Counts);
-    if (snapshot) {
-      recheck(*snapshot);
-      stream_.publish("sample", sample_json(*snapshot, read_process(), Clock::now()));
-    } else {
-      stream_.publish("silent", kSilent);
-    }
-    next = std::max(next + kSampleTime, std::chrono::steady_clock::now());
-    if (stopped_) break;
-    sample_due_.expires_at(next);
-    error_code ec;
-    co_await sample_due_.async_wait(asio::redirect_error(asio::use_awaitable, ec));
-  } while (!stopped_ && !stream_.empty());
-  sampling_ = false;
+std::chrono::seconds Server::Impl::publish(const Sample& sample) {
+  if (stopped_ || stream_.empty()) return Monitor::kNever;
+  if (sample.snapshot) {
+    recheck(*sample.snapshot);
+    stream_.publish("sample", sample_json(*sample.snapshot, sample.process, sample.at));
+  } else {
+    stream_.publish("silent", kSilent);
+  }
+  return 1s;
 }
 
 void Server::Impl::ask(Question question, const std::shared_ptr<Wait>& wait) {
@@ -645,6 +626,9 @@ void Server::listen() {
 }
 std::uint16_t Server::port() const {
   return impl_->port();
+}
+std::chrono::seconds Server::publish(const Sample& sample) {
+  return impl_->publish(sample);
 }
 void Server::stop() {
   impl_->stop();

@@ -11,6 +11,7 @@
 #include <string>
 #include <string_view>
 
+#include "admin/monitor.hpp"
 #include "conf/config.hpp"
 #include "pool/stats.hpp"
 
@@ -30,6 +31,7 @@ class Server {
     std::function<void(const pool::Command&, std::function<void(std::string error)> done)> command;
     std::function<std::string(std::uint32_t window, std::uint32_t step)> history;  ///< a document
     std::function<std::string()> config;                                           ///< YAML, redacted
+    std::function<void()> wake;                                                    ///< samples are needed: publish() is to be called
   };
 
   Server(boost::asio::io_context& control, const conf::Admin& settings, Callbacks callbacks);
@@ -42,6 +44,8 @@ class Server {
   void listen();
   /// The port listened on; 0 before listen().
   std::uint16_t port() const;
+  /// Tells those who read the stream. Returns when the next sample is needed, as Monitor::Reader does.
+  std::chrono::seconds publish(const Sample& sample);
   /// Closes the listener and idle connections. A request in progress still gets its answer; callbacks aren't
   /// called again.
   void stop();

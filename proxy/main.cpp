@@ -11,6 +11,7 @@
 
 #include "admin/client.hpp"
 #include "admin/history.hpp"
+#include "admin/monitor.hpp"
 #include "admin/server.hpp"
 #include "conf/load.hpp"
 #include "proxy/log.hpp"
@@ -102,7 +103,15 @@ int run(const Arguments& arguments, std::shared_ptr<const conf::Config> config, 
     supervisor.command(command, std::move(done));
   };
   admin::History history;
-  callbacks.history = [&](std::uint32_t window, std::uint32_t step) { return history.json(window, step, admin::Clock::now()); };
+  admin::Monitor monitor(supervisor.control_loop(), [&](proxy::Supervisor::SnapshotDone done, std::function<void()> happened) {
+    supervisor.watch(std::move(done), std::move(happened));
+  });
+  callbacks.wake = [&] { monitor.wake(); };
+  callbacks.history = [&](std::uint32_t window, std::uint32_t step) {
+    const auto now = admin::Clock::now();
+    if (monitor.resting()) history.rest(now);
+    return history.json(window, step, now);
+  };
   callbacks.config = [&] { return conf::to_redacted_yaml(supervisor.config()); };
   callbacks.probe = [&](proxy::Supervisor::SnapshotDone done) { supervisor.probe(std::move(done)); };
   callbacks.act = [&](std::string_view action) -> std::string {
@@ -112,11 +121,20 @@ int run(const Arguments& arguments, std::shared_ptr<const conf::Config> config, 
   };
   admin::Server server(supervisor.control_loop(), config->admin, std::move(callbacks));
   if (config->admin.enabled) server.listen();
+  monitor.add([&](const admin::Sample& sample) {
+    history.add(sample);
+    return admin::Monitor::kNever;
+  });
+  monitor.add([&](const admin::Sample& sample) { return server.publish(sample); });
   return supervisor.run(
       [&] {
         if (config->admin.enabled) proxy::log::info("admin at http://{}:{}", config->admin.listen.host, server.port());
+        monitor.start();
       },
-      [&] { server.stop(); });
+      [&] {
+        server.stop();
+        monitor.stop();
+      });
 }
 
 }  // namespace

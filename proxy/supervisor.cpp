@@ -49,6 +49,13 @@ void Supervisor::probe(SnapshotDone done) {
   });
 }
 
+void Supervisor::watch(SnapshotDone done, std::function<void()> happened) {
+  asio::post(data_loop_, [this, happened = std::move(happened)]() mutable {
+    worker_.watch([this, happened = std::move(happened)]() mutable { asio::post(control_loop_, std::move(happened)); });
+  });
+  snapshot(pool::Snapshot::Detail::None, std::move(done));
+}
+
 std::string Supervisor::reload() {
   try {
     auto next = std::make_shared<const conf::Config>(conf::load(config_path_, env_));

@@ -25,6 +25,8 @@ class Supervisor {
   using SnapshotDone = std::function<void(std::shared_ptr<const pool::Snapshot>)>;
   void snapshot(pool::Snapshot::Detail detail, SnapshotDone done);
   void probe(SnapshotDone done);
+  /// A snapshot without details; `happened` is called once, on the control loop, when anything happens after it was taken.
+  void watch(SnapshotDone done, std::function<void()> happened);
   /// Reload from the same file: empty, or why nothing was changed. On the control loop.
   std::string reload();
   void drain();

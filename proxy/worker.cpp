@@ -451,6 +451,7 @@ void Worker::arm_tick(milliseconds after) {
 
 void Worker::tick() {
   tick_at_ = pool::Time::max();
+  stir();
   const pool::Time t = now();
   bool busy = draining_;
   milliseconds idle_check = std::chrono::hours(1);
@@ -584,6 +585,7 @@ void Worker::database_seen(const std::string& upstream, bool up, std::string err
   database_ = upstreams_[upstream].state = up ? pool::Snapshot::Database::Up : pool::Snapshot::Database::Down;
   database_error_ = std::move(error);
   if (up) database_seen_ = now();
+  stir();
 }
 
 void Worker::database_took(const std::string& upstream, pool::Clock::duration time, bool probed) {

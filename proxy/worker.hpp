@@ -83,6 +83,7 @@ class Worker {
   /// What a snapshot holds besides counts: who is connected; what the statements cost.
   using Detail = pool::Snapshot::Detail;
   pool::Snapshot snapshot(Detail detail = Detail::None);
+  void watch(std::function<void()> happened) { watcher_ = std::move(happened); }  ///< called once, when anything happens
   void probe(std::function<void()> done);
   std::string execute(const pool::Command& command);  ///< empty, or why it couldn't be done
 
@@ -90,7 +91,9 @@ class Worker {
   class Turn {
    public:
     explicit Turn(Worker& worker) : worker_(worker) {
-      if (worker_.turns_++ == 0) worker_.turn_began_ = pool::Clock::now();
+      if (worker_.turns_++ > 0) return;
+      worker_.turn_began_ = pool::Clock::now();
+      worker_.stir();
     }
     Turn(const Turn&) = delete;
     Turn& operator=(const Turn&) = delete;
@@ -165,6 +168,9 @@ class Worker {
   DatabaseEntry describe(const std::string& name) const;
   std::optional<PoolPlan> plan_database(const std::string& database) const;
   std::optional<PoolPlan> plan_pool(const std::string& database, const std::string& user, std::string& sqlstate, std::string& error) const;
+  void stir() {
+    if (watcher_) std::exchange(watcher_, nullptr)();
+  }
   void open_server(PoolEntry& entry, std::optional<ServerConnection::Login> login);
   template <class Acceptor>
   void accept(std::shared_ptr<Acceptor> acceptor);
@@ -206,6 +212,7 @@ class Worker {
   std::uint64_t database_latency_ = 0;
   bool database_probed_ = false;  // the latency is a probe's
   std::map<std::string, pool::Snapshot::Upstream> upstreams_;
+  std::function<void()> watcher_;
   pool::Time farewell_at_{};
   int exit_code_ = 0;
 };

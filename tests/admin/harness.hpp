@@ -20,6 +20,7 @@
 #include <thread>
 #include <vector>
 
+#include "admin/monitor.hpp"
 #include "admin/server.hpp"
 
 namespace pgsidecar::admin::test {
@@ -161,10 +162,12 @@ class AdminServer {
  public:
   explicit AdminServer(const conf::Admin& admin = settings()) : server_(control_, admin, callbacks()) {
     server_.listen();
+    monitor_.add([this](const Sample& sample) { return server_.publish(sample); });
+    monitor_.start();
     thread_ = std::thread([this] { control_.run(); });
   }
   ~AdminServer() {
-    on_control([this] { server_.stop(); });
+    stop();
     held_.clear();
     work_.reset();
     thread_.join();
@@ -202,7 +205,10 @@ class AdminServer {
     return n;
   }
   void stop() {
-    on_control([this] { server_.stop(); });
+    on_control([this] {
+      server_.stop();
+      monitor_.stop();
+    });
   }
   std::vector<std::string> actions() {
     std::vector<std::string> copy;
@@ -233,15 +239,16 @@ class AdminServer {
   Response post(std::string_view path) { return request("POST", path, "Host: localhost\r\nContent-Length: 0\r\n"); }
 
  private:
+  void take(Server::SnapshotReceiver receiver) {
+    ++snapshots_;
+    if (holding_)
+      held_.push_back(std::move(receiver));
+    else
+      receiver(std::make_shared<pool::Snapshot>(snapshot_));
+  }
   Server::Callbacks callbacks() {
     Server::Callbacks c;
-    c.snapshot = [this](pool::Snapshot::Detail, Server::SnapshotReceiver receiver) {
-      ++snapshots_;
-      if (holding_)
-        held_.push_back(std::move(receiver));
-      else
-        receiver(std::make_shared<pool::Snapshot>(snapshot_));
-    };
+    c.snapshot = [this](pool::Snapshot::Detail, Server::SnapshotReceiver receiver) { take(std::move(receiver)); };
     c.probe = [this](Server::SnapshotReceiver receiver) {
       ++probes_;
       asio::post(control_, [this, receiver = std::move(receiver)] {
@@ -260,6 +267,7 @@ class AdminServer {
     };
     c.history = [](std::uint32_t window, std::uint32_t step) { return std::to_string(window) + "/" + std::to_string(step); };
     c.config = [] { return std::string("pool:\n  max: 15\n"); };
+    c.wake = [this] { monitor_.wake(); };
     return c;
   }
 
@@ -272,6 +280,7 @@ class AdminServer {
   std::vector<std::string> actions_;
   std::string action_error_;
   Server server_;
+  Monitor monitor_{control_, [this](Server::SnapshotReceiver done, const std::function<void()>&) { take(std::move(done)); }};
   std::thread thread_;
 };
 
