@@ -26,6 +26,7 @@
 #include "admin/render.hpp"
 #include "admin/routes.hpp"
 #include "admin/stream.hpp"
+#include "conf/listen.hpp"
 
 namespace pgsidecar::admin {
 namespace {
@@ -128,7 +129,7 @@ std::string_view view(boost::beast::string_view s) {
 class Server::Impl : public std::enable_shared_from_this<Impl> {
  public:
   Impl(asio::io_context& control, const conf::Admin& settings, Callbacks callbacks)
-      : control_(control), settings_(settings), callbacks_(std::move(callbacks)), acceptor_(control), pause_(control), stream_(control) {}
+      : control_(control), settings_(settings), callbacks_(std::move(callbacks)), stream_(control) {}
 
   void listen();
   std::uint16_t port() const { return port_; }
@@ -136,7 +137,7 @@ class Server::Impl : public std::enable_shared_from_this<Impl> {
   void stop();
 
  private:
-  asio::awaitable<void> accept_loop(std::shared_ptr<Impl> self);
+  asio::awaitable<void> accept_loop(std::shared_ptr<Impl> self, tcp::acceptor& acceptor);
   asio::awaitable<void> serve(std::shared_ptr<Impl> self, std::shared_ptr<Session> session);
   asio::awaitable<Answer> answer(const Session& session, const Request& request);
   asio::awaitable<SnapshotPtr> fetch(Question question);
@@ -157,8 +158,7 @@ class Server::Impl : public std::enable_shared_from_this<Impl> {
   asio::io_context& control_;
   const conf::Admin settings_;
   const Callbacks callbacks_;
-  tcp::acceptor acceptor_;
-  asio::steady_timer pause_;  // after an accept that failed, e.g. for want of descriptors
+  std::list<tcp::acceptor> acceptors_;
   std::uint16_t port_ = 0;
   bool stopped_ = false;
   std::list<std::shared_ptr<Session>> sessions_;
@@ -172,47 +172,30 @@ class Server::Impl : public std::enable_shared_from_this<Impl> {
 void Server::Impl::listen() {
   if (!settings_.enabled) return;
   const auto& where = settings_.listen;
-  const std::string shown =
-      (where.host.find(':') == std::string::npos ? where.host : "[" + where.host + "]") + ":" + std::to_string(where.port);
+  const std::string shown = conf::print_address(where.host, where.port);
   const auto fail = [&](const std::string& why) {
     throw std::runtime_error("admin.listen: " + shown + ": " + why +
                              "; choose another address by admin.listen or PGSIDECAR_ADMIN_LISTEN (off: no admin port)");
   };
   if (where.kind != conf::Listen::Kind::Tcp) fail("the admin port can't be a unix socket");
 
-  error_code ec;
-  tcp::endpoint endpoint(tcp::v4(), where.port);
-  if (!where.host.empty() && where.host != "*") {
-    auto address = asio::ip::make_address(where.host, ec);
-    if (ec) {
-      tcp::resolver resolver(control_);
-      const auto found = resolver.resolve(where.host, std::to_string(where.port), tcp::resolver::passive, ec);
-      if (ec || found.empty()) fail("can't resolve the name: " + ec.message());
-      address = found.begin()->endpoint().address();
+  try {
+    for (const conf::Listening& one : conf::open_listeners(where, 128)) {
+      acceptors_.emplace_back(control_).assign(one.family == AF_INET6 ? tcp::v6() : tcp::v4(), one.fd);
+      port_ = acceptors_.back().local_endpoint().port();
+      asio::co_spawn(control_, accept_loop(shared_from_this(), acceptors_.back()), asio::detached);
     }
-    endpoint.address(address);
+  } catch (const std::system_error& e) {
+    fail(e.code().value() == EADDRINUSE ? "the port is already in use, often by the application itself" : e.code().message());
+  } catch (const std::runtime_error& e) {
+    fail("can't resolve the name: " + std::string(e.what()));
   }
-  const auto check = [&] {
-    if (ec == asio::error::address_in_use) fail("the port is already in use, often by the application itself");
-    if (ec) fail(ec.message());
-  };
-  acceptor_.open(endpoint.protocol(), ec);
-  check();
-  acceptor_.set_option(tcp::acceptor::reuse_address(true), ec);
-  check();
-  acceptor_.bind(endpoint, ec);
-  check();
-  acceptor_.listen(128, ec);
-  check();
-  port_ = acceptor_.local_endpoint().port();
-  asio::co_spawn(control_, accept_loop(shared_from_this()), asio::detached);
 }
 
 void Server::Impl::stop() {
   stopped_ = true;
   error_code ec;
-  acceptor_.close(ec);
-  pause_.cancel();
+  for (auto& acceptor : acceptors_) acceptor.close(ec);
   stream_.stop();
   for (auto& fetch : fetches_)
     for (const auto& weak : std::exchange(fetch.waits, {}))
@@ -221,18 +204,19 @@ void Server::Impl::stop() {
     if (session->state == Session::State::Reading) session->stream.close();
 }
 
-asio::awaitable<void> Server::Impl::accept_loop([[maybe_unused]] std::shared_ptr<Impl> self) {
+asio::awaitable<void> Server::Impl::accept_loop([[maybe_unused]] std::shared_ptr<Impl> self, tcp::acceptor& acceptor) {
+  asio::steady_timer pause(control_);  // after an accept that failed, e.g. for want of descriptors
   while (!stopped_) {
     tcp::socket socket(control_);
     error_code ec;
-    co_await acceptor_.async_accept(socket, asio::redirect_error(asio::use_awaitable, ec));
+    co_await acceptor.async_accept(socket, asio::redirect_error(asio::use_awaitable, ec));
     if (stopped_) break;
     if (!ec) {
       admit(std::move(socket));
       continue;
     }
-    pause_.expires_after(100ms);
-    co_await pause_.async_wait(asio::redirect_error(asio::use_awaitable, ec));
+    pause.expires_after(100ms);
+    co_await pause.async_wait(asio::redirect_error(asio::use_awaitable, ec));
   }
 }
 

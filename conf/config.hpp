@@ -20,7 +20,7 @@ inline std::string print_address(const std::string& host, unsigned port) {
 struct Listen {
   enum class Kind { Tcp, Unix };
   Kind kind = Kind::Tcp;
-  std::string host;  ///< Tcp: IPv4, IPv6 or a name
+  std::string host;  ///< Tcp: IPv4, IPv6, a name, or * for every address of both
   std::uint16_t port = 0;
   std::string directory;  ///< Unix: the socket is directory/.s.PGSQL.port
 
@@ -34,7 +34,8 @@ enum class AuthMethod { ScramSha256, Md5, Password, Trust, Cert };
 enum class TlsMode { Disable, Allow, Require, VerifyFull };
 enum class LogFormat { Text, Json };
 
-/// `pool:`; also below a database or a user, where only the keys given there differ from the outer ones.
+/// `pool:`; also below a database or a user, where only the keys given there differ from the outer ones: a user's count before a
+/// database's, and those before the global ones.
 struct PoolSettings {
   PoolMode mode = PoolMode::Transaction;
   std::uint32_t max = 15;  ///< per (database, user); connections being opened and closed included
@@ -86,7 +87,7 @@ struct User {
   /// Plain text, `md5...` or `SCRAM-SHA-256$...` (pg_authid's forms), `${...}` not yet expanded; absent: the
   /// upstream URL's password if the name is the URL's user.
   std::optional<std::string> password;
-  std::optional<PoolSettings> pool;
+  std::map<std::string, std::string> pool;  ///< keys of PoolSettings that differ from the database's, with their values
 
   friend bool operator==(const User&, const User&) = default;
 };

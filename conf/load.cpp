@@ -247,13 +247,15 @@ class Reader {
 
   void user(const std::string& name, const YAML::Node& node) {
     const std::string path = "users." + name;
-    User user{name, std::nullopt, std::nullopt};
+    User user{name, std::nullopt, {}};
     each(node, path, [&](const std::string& key, const YAML::Node& value) {
       if (key == "password") {
         user.password = scalar(value, path + ".password", false);
       } else if (key == "pool") {
-        user.pool = config_.pool;
-        pool(value, path + ".pool", *user.pool);
+        PoolSettings given;
+        pool(value, path + ".pool", given);
+        for (const auto& one : pool_keys())
+          if (value.IsMap() && value[std::string(one.path)]) user.pool[std::string(one.path)] = one.get(given);
       } else {
         mistake(value, path + "." + key, "unknown key" + did_you_mean(key, {"password", "pool"}));
       }
@@ -324,8 +326,10 @@ class Reader {
     check_pool("pool", config_.pool);
     if (config_.pool.min > config_.pool.max) return;  // told once
     for (const auto& [name, database] : config_.databases) check_pool("databases." + name + ".pool", database.pool);
-    for (const auto& [name, user] : config_.users)
-      if (user.pool) check_pool("users." + name + ".pool", *user.pool);
+    for (const auto& [name, user] : config_.users) {
+      check_pool("users." + name + ".pool", overlay(config_.pool, user.pool));
+      for (const auto& [of, database] : config_.databases) check_pool("users." + name + ".pool", overlay(database.pool, user.pool));
+    }
   }
 
   static constexpr const char* kDefaultUrl = "${DATABASE_URL}";
@@ -509,16 +513,19 @@ std::string to_redacted_yaml(const Config& config) {
     for (const auto& [name, user] : config.users) {
       out << YAML::Key << name << YAML::Value << YAML::BeginMap;
       if (user.password) out << YAML::Key << "password" << YAML::Value << "***";
-      if (user.pool) {
-        out << YAML::Key << "pool" << YAML::Value;
-        pool(*user.pool);
-      }
+      if (!user.pool.empty()) out << YAML::Key << "pool" << YAML::Value << user.pool;
       out << YAML::EndMap;
     }
     out << YAML::EndMap;
   }
   out << YAML::EndMap;
   return std::string(out.c_str()) + "\n";
+}
+
+PoolSettings overlay(PoolSettings settings, const std::map<std::string, std::string>& keys) {
+  for (const auto& key : pool_keys())
+    if (const auto it = keys.find(std::string(key.path)); it != keys.end()) key.set(settings, it->second);
+  return settings;
 }
 
 Changes compare(const Config& before, const Config& after) {

@@ -2,6 +2,7 @@
 // All mistakes are collected and reported together, each with file and line. Called at start, by `check` and on reload.
 #pragma once
 
+#include <map>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -40,6 +41,9 @@ std::string expand(std::string_view text, const Environment& env);
 /// What to connect to, with secrets expanded now. `user` and `password`, if given, and `database`, if the section is
 /// "*", replace the string's. Throws ConfigError.
 ConnectParams resolve_upstream(const Upstream& upstream, const Environment& env);
+
+/// A database's settings with a user's keys over them.
+PoolSettings overlay(PoolSettings settings, const std::map<std::string, std::string>& keys);
 
 /// The effective configuration as YAML with every secret replaced by "***" (for `check` and the API).
 std::string to_redacted_yaml(const Config& config);

@@ -81,7 +81,7 @@ Listen parse_listen(const std::string& text, std::uint16_t default_port) {
     listen.host = listen.host.substr(1, listen.host.size() - 2);
   else if (listen.host.find(':') != std::string::npos)
     throw std::invalid_argument("\"" + text + "\": an IPv6 address is written [address]:port");
-  if (listen.host.empty() || listen.host == "*") listen.host = "0.0.0.0";
+  if (listen.host.empty()) listen.host = "*";
   listen.port = parse_number<std::uint16_t>(text.substr(colon + 1));
   return listen;
 }

@@ -87,6 +87,8 @@ def test_host_name_is_verified(proxies, pg):
     ("options", "-c statement_timeout=4321", "statement_timeout"),
     ("options", r"-c search_path=pg_catalog,\ public -c work_mem=5MB", "work_mem"),
     ("options", "--lock-timeout=77ms", "lock_timeout"),
+    ("options", "-eS 512", "work_mem"),
+    ("options", "-e -S512", "DateStyle"),
     ("client_encoding", "LATIN1", "client_encoding"),
     ("DateStyle", "German, DMY", "DateStyle"),
     ("TimeZone", "Asia/Tokyo", "TimeZone"),
@@ -161,6 +163,9 @@ def test_backslashes_in_strings_are_read_as_the_server_reads_them(proxies):
     {"client_encoding": "NOSUCH"},
     {"nosuchparameter": "1"},
     {"options": "-c shared_buffers=1GB"},
+    {"options": "-N 5"},
+    {"options": "-S lots"},
+    {"options": "-O"},
 ])
 def test_bad_startup_parameter_fails_the_login_as_directly(proxy, pg, parameters):
     direct = wire_error(pg.port, True, USER, PASSWORD, DATABASE, **parameters)
@@ -555,3 +560,29 @@ def test_reset_out_of_sight_goes_back_to_the_startup_value(proxy, sql):
         w.ask(wire.query("SET work_mem = '9MB'"))
         w.ask(wire.query(sql))
         assert re.fullmatch("3MB|3072kB", w.value("SHOW work_mem"))
+
+
+def test_every_address_of_a_listen_key_is_listened_on(proxies, pg):
+    port, admin = harness.free_port(), harness.free_port()
+    proxy = proxies({"listen": [f"*:{port}"], "admin": {"listen": f"*:{admin}"}}, wait=False)
+    for host in ("127.0.0.1", "::1"):
+        harness.poll(lambda: not connect_error(host, port) and not connect_error(host, admin), what=f"it listens on {host}")
+        with wire.Wire(port, host) as w:
+            assert w.login(USER, PASSWORD, DATABASE) is None
+    assert f"listening on 0.0.0.0:{port}" in proxy.log_text() and f"listening on [::]:{port}" in proxy.log_text()
+
+
+def test_ipv4_and_ipv6_are_apart(proxies, pg):
+    port = harness.free_port()
+    proxies({"listen": [f"[::]:{port}"]}, wait=False)
+    harness.poll(lambda: not connect_error("::1", port), what="it listens")
+    assert connect_error("127.0.0.1", port)
+    proxies({"listen": [f"0.0.0.0:{port}"]}, wait=False)
+    harness.poll(lambda: not connect_error("127.0.0.1", port), what="the other listens beside it")
+
+
+def connect_error(host, port):
+    try:
+        socket.create_connection((host, port), 5).close()
+    except OSError as error:
+        return error

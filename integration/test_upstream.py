@@ -12,6 +12,7 @@ import pytest
 
 import harness
 import wire
+from gate import Gate
 from harness import DATABASE, OTHER_DATABASE, OTHER_PASSWORD, OTHER_USER, PASSWORD, USER
 
 HOW = ("SELECT concat_ws(' ', ssl, version, client_dn, nullif(current_setting('application_name'), ''), current_setting('work_mem')) "
@@ -199,6 +200,9 @@ def test_hosts_are_tried_in_turn(through, pg):
     assert "t TLS" in through({"host": "no-such-host.invalid,127.0.0.1", "port": str(pg.port), **keys})
     code, text = through({"host": "127.0.0.1,no-such-host.invalid", "port": str(dead), **keys})
     assert code == "08006" and ("refused" in text or "translate" in text)
+    # As libpq does, all hosts are told and not the last one alone.
+    code, text = through({"host": "127.0.0.1,127.0.0.2", "port": f"{dead},{harness.free_port()}", **keys})
+    assert code == "08006" and re.fullmatch(r'(connection to server at "127.0.0.[12]", port \d+ failed: Connection refused\n?){2}', text), text
 
 
 @pytest.mark.parametrize("attrs,primary,read_only", [
@@ -211,6 +215,36 @@ def test_target_session_attrs(through, pg, attrs, primary, read_only):
         finally:
             pg.sql(f"ALTER ROLE {USER} RESET default_transaction_read_only")
         assert isinstance(got, str) if fits else "target_session_attrs" in got[1], (setting, got)
+
+
+class OldServer(Gate):
+    """Leaves out what servers before PostgreSQL 14 don't report."""
+
+    def _relay(self, source, target, pair, seen):
+        if seen is not None:
+            return super()._relay(source, target, pair, seen)
+        try:
+            stream = source.makefile("rb")
+            while head := stream.read(5):
+                message = head + stream.read(int.from_bytes(head[1:], "big") - 4)
+                if not message[5:].startswith((b"in_hot_standby", b"default_transaction_read_only")):
+                    target.sendall(message)
+        except OSError:
+            pass
+        target.close()
+
+
+@pytest.mark.parametrize("attrs,primary,read_only", [
+    ("any", True, True), ("read-write", True, False), ("read-only", False, True), ("primary", True, True), ("standby", False, False), ("prefer-standby", True, True)])
+def test_target_session_attrs_of_a_server_that_does_not_report_them(through, pg, attrs, primary, read_only):
+    with hba(pg, f"hostnossl all {USER} 127.0.0.1/32 scram-sha-256"), OldServer(pg.port) as old:
+        for fits, setting in ((primary, "off"), (read_only, "on")):
+            pg.sql(f"ALTER ROLE {USER} SET default_transaction_read_only = {setting}")
+            try:
+                got = through(url(pg, f"sslmode=disable&target_session_attrs={attrs}", port=old.port))
+            finally:
+                pg.sql(f"ALTER ROLE {USER} RESET default_transaction_read_only")
+            assert got == "f 4MB" if fits else "target_session_attrs" in got[1], (setting, got)
 
 
 def test_unix_socket_upstream(through, pg):

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <boost/container_hash/hash.hpp>
+#include <utility>
 
 namespace pgsidecar::protocol {
 
@@ -131,6 +132,31 @@ void write_negotiate_protocol_version(std::string& out, std::uint32_t version, c
   writer.end();
 }
 
+namespace {
+
+/// The server's command-line switches that a client may bring, and what they set. PostgreSQL documentation, reference of postgres.
+struct Switch {
+  char letter;
+  const char* setting;
+  const char* value;  // null: the switch's argument
+};
+constexpr Switch kSwitches[] = {{'B', "shared_buffers", nullptr},
+                                {'e', "datestyle", "euro"},
+                                {'F', "fsync", "false"},
+                                {'h', "listen_addresses", nullptr},
+                                {'i', "listen_addresses", "*"},
+                                {'k', "unix_socket_directories", nullptr},
+                                {'l', "ssl", "true"},
+                                {'N', "max_connections", nullptr},
+                                {'O', "allow_system_table_mods", "true"},
+                                {'P', "ignore_system_indexes", "true"},
+                                {'p', "port", nullptr},
+                                {'S', "work_mem", nullptr},
+                                {'s', "log_statement_stats", "true"},
+                                {'W', "post_auth_delay", nullptr}};
+
+}  // namespace
+
 std::optional<std::vector<std::pair<std::string, std::string>>> parse_options(std::string_view options) {
   std::vector<std::string> words;
   for (std::size_t i = 0; i < options.size();) {
@@ -147,22 +173,40 @@ std::optional<std::vector<std::pair<std::string, std::string>>> parse_options(st
     words.push_back(std::move(word));
   }
   std::vector<std::pair<std::string, std::string>> settings;
+  const auto assign = [&](std::string_view text) {
+    const std::size_t equals = text.find('=');
+    if (equals == std::string_view::npos || equals == 0) return false;
+    std::string name(text.substr(0, equals));
+    std::replace(name.begin(), name.end(), '-', '_');  // as the server does
+    settings.emplace_back(std::move(name), text.substr(equals + 1));
+    return true;
+  };
   for (std::size_t i = 0; i < words.size(); ++i) {
     std::string_view word = words[i];
-    if (word == "-c") {
-      if (++i == words.size()) return std::nullopt;
-      word = words[i];
-    } else if (word.starts_with("-c") || word.starts_with("--")) {
-      word.remove_prefix(2);
-    } else {
-      return std::nullopt;
+    if (word.starts_with("--")) {
+      if (!assign(word.substr(2))) return std::nullopt;
+      continue;
     }
-    const std::size_t equals = word.find('=');
-    if (equals == std::string_view::npos || equals == 0) return std::nullopt;
-    std::string name(word.substr(0, equals));
-    for (char& c : name)
-      if (c == '-') c = '_';  // as the server does
-    settings.emplace_back(std::move(name), word.substr(equals + 1));
+    if (word.size() < 2 || word[0] != '-') return std::nullopt;
+    for (word.remove_prefix(1); !word.empty();) {  // as getopt does: letters in a row, the last of them with an argument
+      const char letter = word[0];
+      word.remove_prefix(1);
+      const auto known = std::find_if(std::begin(kSwitches), std::end(kSwitches), [=](const Switch& s) { return s.letter == letter; });
+      if (letter != 'c' && known == std::end(kSwitches)) return std::nullopt;
+      if (letter != 'c' && known->value) {
+        settings.emplace_back(known->setting, known->value);
+        continue;
+      }
+      if (word.empty()) {
+        if (++i == words.size()) return std::nullopt;
+        word = words[i];
+      }
+      const std::string_view argument = std::exchange(word, {});
+      if (letter != 'c')
+        settings.emplace_back(known->setting, argument);
+      else if (!assign(argument))
+        return std::nullopt;
+    }
   }
   return settings;
 }

@@ -133,23 +133,27 @@ bool is_final(const std::string& sqlstate) {
   return !sqlstate.starts_with("08") && sqlstate != "57P03" && sqlstate != "53300";
 }
 
-bool session_fits(const std::map<std::string, std::string>& parameters, conf::TargetSessionAttrs wanted) {
-  const auto is_on = [&](const char* name) {
-    const auto it = parameters.find(name);
-    return it != parameters.end() && it->second == "on";
-  };
-  const bool standby = is_on("in_hot_standby");
-  const bool read_only = standby || is_on("default_transaction_read_only");
+/// Of the message at the front; 0: its header isn't complete.
+std::size_t frame_size(const std::string& in) {
+  if (in.size() < protocol::kHeaderSize) return 0;
+  return std::size_t{protocol::load_u32(reinterpret_cast<const std::uint8_t*>(in.data()) + 1)} + 1;
+}
+
+protocol::Bytes frame_body(const std::string& in, std::size_t total) {
+  return {reinterpret_cast<const std::uint8_t*>(in.data()) + protocol::kHeaderSize, total - protocol::kHeaderSize};
+}
+
+}  // namespace
+
+bool ServerConnection::SessionState::fits(conf::TargetSessionAttrs wanted) const {
   switch (wanted) {
-    case conf::TargetSessionAttrs::ReadWrite: return !read_only;
-    case conf::TargetSessionAttrs::ReadOnly: return read_only;
+    case conf::TargetSessionAttrs::ReadWrite: return !standby && !read_only;
+    case conf::TargetSessionAttrs::ReadOnly: return standby || read_only;
     case conf::TargetSessionAttrs::Primary: return !standby;
     case conf::TargetSessionAttrs::Standby: return standby;
     default: return true;
   }
 }
-
-}  // namespace
 
 void ServerConnection::connect(std::optional<Login> login) {
   login_ = std::move(login);
@@ -176,7 +180,7 @@ awaitable<void> ServerConnection::run_connect(std::shared_ptr<ServerConnection> 
     fail_connect(unresolved);
     co_return;
   }
-  std::string error;
+  std::string error, failures;  // of the last attempt; of all hosts
   const bool prefer_standby = upstream->params.targetSessionAttrs == conf::TargetSessionAttrs::PreferStandby;
   std::vector<Target> targets = upstream->targets;
   if (upstream->params.loadBalanceHosts) std::shuffle(targets.begin(), targets.end(), worker_.random_engine());
@@ -197,11 +201,12 @@ awaitable<void> ServerConnection::run_connect(std::shared_ptr<ServerConnection> 
         tls = !tls;
       }
       if (error.empty() || is_final(login_error_.sqlstate)) break;
+      failures += (failures.empty() ? "" : "\n") + error;
     }
     if (error.empty() || is_final(login_error_.sqlstate)) break;
   }
   if (!error.empty()) {
-    login_error_.message = std::move(error);
+    login_error_.message = is_final(login_error_.sqlstate) ? std::move(error) : std::move(failures);
     fail_connect(login_error_);
     co_return;
   }
@@ -246,7 +251,11 @@ awaitable<std::string> ServerConnection::log_in(std::shared_ptr<const Upstream> 
       failure = co_await exchange_login(params, target.host);
       if (login_error_.sqlstate != "08006") co_return failure;  // the server's own words
     }
-    if (failure.empty() && !session_fits(parameters_, wanted)) failure = "session is not as target_session_attrs asks";
+    if (failure.empty() && wanted != conf::TargetSessionAttrs::Any) {
+      SessionState session;
+      failure = co_await find_session(session);
+      if (failure.empty() && !session.fits(wanted)) failure = "session is not as target_session_attrs asks";
+    }
   } catch (const boost::system::system_error& e) {
     failure = e.code().message();
   }
@@ -257,6 +266,64 @@ awaitable<std::string> ServerConnection::log_in(std::shared_ptr<const Upstream> 
     co_return failure;
   }
   co_return failed_to(target) + failure;
+}
+
+/// Reads until channel_->unread holds a whole message. Empty, or why there is none.
+awaitable<std::string> ServerConnection::receive_frame() {
+  Transport& transport = channel_->transport;
+  std::string& in = channel_->unread;
+  for (;;) {
+    if (const std::size_t total = frame_size(in)) {
+      if (total > 64 * 1024 || total < protocol::kHeaderSize) {
+        login_error_.sqlstate = "08P01";
+        co_return std::string("received an invalid message from the server during login");
+      }
+      if (in.size() >= total) co_return std::string();
+    }
+    if (!channel_->flush(worker_.tls_scratch())) co_return std::string("connection broken");
+    const IoResult got = transport.read(worker_.scratch());
+    if (got.status == IoStatus::WouldBlock) {
+      co_await transport.socket().async_wait(channel_->queued() > 0 || transport.wants_write() ? Socket::wait_write : Socket::wait_read,
+                                             use_awaitable);
+      continue;
+    }
+    if (got.status != IoStatus::Ok) co_return std::string("server closed the connection unexpectedly");
+    in.append(reinterpret_cast<const char*>(worker_.scratch().data()), got.bytes);
+  }
+}
+
+/// Whether the session is on a standby and whether it may only read: reported at the login since PostgreSQL 14, before it has to be
+/// asked for (libpq does the same). Empty, or why it isn't known.
+awaitable<std::string> ServerConnection::ask_session(std::string sql, bool& is_on) {
+  Gather gather;
+  gather.own([&](std::string& out) { protocol::write_query(out, sql); });
+  if (!channel_->send(gather, worker_.tls_scratch())) co_return std::string("connection broken");
+  std::string error;
+  for (std::string& in = channel_->unread;;) {
+    std::string failure = co_await receive_frame();
+    if (!failure.empty()) co_return failure;
+    const std::size_t total = frame_size(in);
+    const auto type = static_cast<protocol::Backend>(in[0]);
+    const std::string_view value(in.data() + protocol::kHeaderSize, total - protocol::kHeaderSize);
+    if (type == protocol::Backend::DataRow) is_on = value.ends_with("on") || value.ends_with("t");
+    if (type == protocol::Backend::ErrorResponse) error = "cannot ask the server for its state: \"" + sql + "\" failed";
+    in.erase(0, total);
+    if (type == protocol::Backend::ReadyForQuery) co_return error;
+  }
+}
+
+awaitable<std::string> ServerConnection::find_session(SessionState& session) {
+  const auto reported = [this](const char* name, bool& is_on) {
+    const auto it = parameters_.find(name);
+    if (it != parameters_.end()) is_on = it->second == "on";
+    return it != parameters_.end();
+  };
+  std::string failure;
+  if (!reported("in_hot_standby", session.standby))
+    failure = co_await ask_session("SELECT pg_catalog.pg_is_in_recovery()", session.standby);
+  if (failure.empty() && !reported("default_transaction_read_only", session.read_only))
+    failure = co_await ask_session("SHOW transaction_read_only", session.read_only);
+  co_return failure;
 }
 
 awaitable<std::string> ServerConnection::exchange_login(const conf::ConnectParams& params, const conf::Host& host) {
@@ -282,39 +349,20 @@ awaitable<std::string> ServerConnection::exchange_login(const conf::ConnectParam
   if (!channel_->send(gather, worker_.tls_scratch())) co_return std::string("connection broken");
   using Step = protocol::ServerLogin::Step;
   Step step = Step::NeedFrame;
-  std::string in;
+  std::string& in = channel_->unread;
   while (step == Step::NeedFrame) {
-    if (in.size() >= protocol::kHeaderSize) {
-      const auto* bytes = reinterpret_cast<const std::uint8_t*>(in.data());
-      const std::size_t total = std::size_t{protocol::load_u32(bytes + 1)} + 1;
-      if (total > 64 * 1024 || total < protocol::kHeaderSize) {
-        login_error_.sqlstate = "08P01";
-        co_return std::string("received an invalid message from the server during login");
-      }
-      if (in.size() >= total) {
-        const protocol::Bytes body(bytes + protocol::kHeaderSize, total - protocol::kHeaderSize);
-        gather.own([&](std::string& out) { step = login.on_frame(in[0], body, out); });
-        in.erase(0, total);
-        if (!gather.empty() && !channel_->send(gather, worker_.tls_scratch())) co_return std::string("connection broken");
-        continue;
-      }
-    }
-    if (!channel_->flush(worker_.tls_scratch())) co_return std::string("connection broken");
-    const IoResult got = transport.read(worker_.scratch());
-    if (got.status == IoStatus::WouldBlock) {
-      co_await transport.socket().async_wait(channel_->queued() > 0 || transport.wants_write() ? Socket::wait_write : Socket::wait_read,
-                                             use_awaitable);
-      continue;
-    }
-    if (got.status != IoStatus::Ok) co_return std::string("server closed the connection unexpectedly");
-    in.append(reinterpret_cast<const char*>(worker_.scratch().data()), got.bytes);
+    std::string failure = co_await receive_frame();
+    if (!failure.empty()) co_return failure;
+    const std::size_t total = frame_size(in);
+    gather.own([&](std::string& out) { step = login.on_frame(in[0], frame_body(in, total), out); });
+    in.erase(0, total);
+    if (!gather.empty() && !channel_->send(gather, worker_.tls_scratch())) co_return std::string("connection broken");
   }
   if (step == Step::Failed) {
     login_error_ = login.error();
     retry_other_tls_ = login_error_.sqlstate.starts_with("28");
     co_return login_error_.message;
   }
-  channel_->unread = std::move(in);
   pid_ = login.pid();
   cancel_key_ = login.key();
   parameters_ = login.parameters();

@@ -153,6 +153,14 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   boost::asio::awaitable<std::string> log_in(std::shared_ptr<const Upstream> upstream, Target target, bool tls,
                                              conf::TargetSessionAttrs wanted);
   boost::asio::awaitable<std::string> exchange_login(const conf::ConnectParams& params, const conf::Host& host);
+  boost::asio::awaitable<std::string> receive_frame();
+  /// What target_session_attrs asks about.
+  struct SessionState {
+    bool standby = false, read_only = false;
+    bool fits(conf::TargetSessionAttrs wanted) const;
+  };
+  boost::asio::awaitable<std::string> find_session(SessionState& session);
+  boost::asio::awaitable<std::string> ask_session(std::string sql, bool& is_on);
   boost::asio::awaitable<void> run_cancel(std::shared_ptr<ServerConnection> self);
   void fail_connect(const protocol::ErrorFields& error);
 

@@ -10,6 +10,8 @@
 #include <boost/asio/post.hpp>
 #include <utility>
 
+#include "conf/listen.hpp"
+#include "conf/load.hpp"
 #include "proxy/log.hpp"
 
 namespace pgsidecar::proxy {
@@ -101,7 +103,7 @@ void Worker::accept(std::shared_ptr<Acceptor> acceptor) {
         if constexpr (std::is_same_v<typename Acceptor::protocol_type, asio::ip::tcp>) {
           boost::system::error_code ignored;
           const auto remote = socket.remote_endpoint(ignored);
-          peer = remote.address().to_string() + ":" + std::to_string(remote.port());
+          peer = conf::print_address(remote.address().to_string(), remote.port());
           const int one = 1;
           ::setsockopt(socket.native_handle(), IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
           ::setsockopt(socket.native_handle(), SOL_SOCKET, SO_KEEPALIVE, &one, sizeof one);
@@ -125,7 +127,7 @@ void Worker::listen() {
   using Local = asio::basic_socket_acceptor<asio::local::stream_protocol, asio::io_context::executor_type>;
   for (const conf::Listen& where : config_->listen) {
     const std::string text =
-        where.kind == conf::Listen::Kind::Unix ? "unix:" + where.directory : where.host + ":" + std::to_string(where.port);
+        where.kind == conf::Listen::Kind::Unix ? "unix:" + where.directory : conf::print_address(where.host, where.port);
     try {
       if (where.kind == conf::Listen::Kind::Unix) {
         const std::string path = where.directory + "/.s.PGSQL." + std::to_string(where.port);
@@ -145,27 +147,20 @@ void Worker::listen() {
         log::info("listening on {}", path);
         continue;
       }
-      asio::ip::tcp::endpoint endpoint;
-      boost::system::error_code not_literal;
-      const auto address = asio::ip::make_address(where.host, not_literal);
-      if (not_literal) {
-        asio::ip::tcp::resolver resolver(data_);
-        endpoint = *resolver.resolve(where.host, std::to_string(where.port)).begin();
-      } else {
-        endpoint = {address, where.port};
+      for (const conf::Listening& one : conf::open_listeners(where, 1024)) {
+        auto acceptor = std::make_shared<Tcp>(data_.get_executor());
+        acceptor->assign(one.family == AF_INET6 ? asio::ip::tcp::v6() : asio::ip::tcp::v4(), one.fd);
+        close_listeners_.push_back([acceptor] {
+          boost::system::error_code ignored;
+          acceptor->close(ignored);
+        });
+        log::info("listening on {}", one.address);
+        accept(acceptor);
       }
-      auto acceptor = std::make_shared<Tcp>(data_.get_executor(), endpoint.protocol());
-      acceptor->set_option(Tcp::reuse_address(true));
-      acceptor->bind(endpoint);
-      acceptor->listen(1024);
-      close_listeners_.push_back([acceptor] {
-        boost::system::error_code ignored;
-        acceptor->close(ignored);
-      });
-      log::info("listening on {}:{}", where.host, acceptor->local_endpoint().port());
-      accept(acceptor);
-    } catch (const boost::system::system_error& e) {
-      throw std::runtime_error("cannot listen on " + text + ": " + e.code().message() + " (change `listen` or PGSIDECAR_LISTEN)");
+    } catch (const std::runtime_error& e) {
+      const auto* system = dynamic_cast<const std::system_error*>(&e);
+      throw std::runtime_error("cannot listen on " + text + ": " + (system ? system->code().message() : e.what()) +
+                               " (change `listen` or PGSIDECAR_LISTEN)");
     }
   }
   started_ = true;
@@ -217,7 +212,7 @@ std::optional<Worker::PoolPlan> Worker::plan_pool(const std::string& database, c
     plan->upstream.keys["user"] = user;
     plan->upstream.keys["password"] = named != config_->users.end() && named->second.password ? *named->second.password : "";
   }
-  if (named != config_->users.end() && named->second.pool) plan->settings = *named->second.pool;
+  if (named != config_->users.end()) plan->settings = conf::overlay(std::move(plan->settings), named->second.pool);
   return plan;
 }
 

@@ -201,7 +201,10 @@ TEST(Load, SectionsTakeWhatTheyLeaveOutFromTheGlobalOnes) {
   EXPECT_EQ(config.databases.at("a").pool.max, 4u);
   EXPECT_EQ(config.databases.at("a").pool.maxUses, 9u);
   EXPECT_EQ(config.databases.at("a").upstream.keys.at("dbname"), "a");
-  EXPECT_EQ(config.users.at("x").pool->maxUses, 9u);
+  const PoolSettings settings = overlay(config.databases.at("a").pool, config.users.at("x").pool);
+  EXPECT_EQ(settings.max, 4u) << "the database's";
+  EXPECT_EQ(settings.min, 0u) << "the user's";
+  EXPECT_EQ(settings.maxUses, 9u);
 }
 
 TEST(Load, TheEnvironmentReachesTheSections) {
@@ -211,7 +214,7 @@ TEST(Load, TheEnvironmentReachesTheSections) {
   const Config config =
       load_text("upstream: {url: postgresql://u@h/d}\npool: {max: 20}\ndatabases: {a: {}}\nusers: {u: {pool: {min: 1}}}\n", "x", env);
   EXPECT_EQ(config.databases.at("a").pool.max, 4u);
-  EXPECT_EQ(config.users.at("u").pool->max, 4u);
+  EXPECT_EQ(overlay(config.pool, config.users.at("u").pool).max, 4u);
   const ConnectParams p = resolve_upstream(config.databases.at("a").upstream, env);
   EXPECT_EQ(p.hosts[0].name, "other");
   EXPECT_EQ(p.dbname, "a");
