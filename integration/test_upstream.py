@@ -1,5 +1,8 @@
 """The server's side: what a connection string says, and how pgsidecar logs in."""
+import base64
 import contextlib
+import hashlib
+import hmac
 import re
 import shutil
 import signal
@@ -7,6 +10,7 @@ import socket
 import ssl
 import subprocess
 import threading
+import time
 
 import pytest
 
@@ -189,6 +193,33 @@ def test_sni_alpn_and_resumption(proxies, pg, direct):
         assert len(front.seen) >= 3
         assert {s[:2] for s in front.seen} == {("localhost", "postgresql" if direct else None)}
         assert not front.seen[0][2] and front.seen[-1][2], "a later session is resumed"
+
+
+def verifier(password, iterations, salt=b"sixteen bytes of"):
+    """What pg_authid has of a password."""
+    salted = hashlib.pbkdf2_hmac("sha256", password.encode(), salt, iterations)
+    stored = hashlib.sha256(hmac.digest(salted, b"Client Key", "sha256")).digest()
+    encode = lambda data: base64.b64encode(data).decode()
+    return f"SCRAM-SHA-256${iterations}:{encode(salt)}${encode(stored)}:{encode(hmac.digest(salted, b'Server Key', 'sha256'))}"
+
+
+def test_others_are_served_while_keys_are_derived(proxies, pg):
+    pg.sql(f"CREATE ROLE slow_login LOGIN PASSWORD '{verifier('slow', 3_000_000)}'")
+    try:
+        proxy = proxies({"users": {USER: {}, "slow_login": {"password": "slow"}}, "pool": {"connectionTimeoutMillis": 60000}})
+        with proxy.connect() as busy:
+            login = threading.Thread(target=lambda: proxy.connect(user="slow_login", password="slow").close(), daemon=True)
+            began = last = time.monotonic()
+            longest = 0
+            login.start()
+            while login.is_alive():
+                busy.execute("SELECT 1")
+                longest, last = max(longest, time.monotonic() - last), time.monotonic()
+            assert longest < (last - began) / 2, "what takes the login's time doesn't take the others'"
+        with proxy.connect(user="slow_login", password="slow") as slow:
+            assert slow.execute("SELECT current_user").fetchone() == ("slow_login",)
+    finally:
+        pg.sql("DROP ROLE slow_login")
 
 
 # ---- connection strings

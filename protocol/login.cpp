@@ -103,7 +103,7 @@ ClientLogin::Step ClientLogin::on_frame(char type, Bytes body, std::string& out)
     right = equal(md5_secret(given, user_), secret);
   } else if (const auto verifier = parse_verifier(secret)) {
     ScramKeyCache once;
-    const ScramKeys keys = (cache_ ? *cache_ : once).derive(given, verifier->salt, verifier->iterations);
+    const ScramKeys keys = (cache_ ? *cache_ : once).derive({std::string(given), verifier->salt, verifier->iterations});
     right = keys.server_key == verifier->server_key;
   } else {
     right = equal(given, secret) && !secret.empty();
@@ -161,6 +161,14 @@ ServerLogin::ServerLogin(ServerCredentials credentials, Startup startup, ScramKe
 ServerLogin::Step ServerLogin::begin(std::string& out) {
   write_startup(out, startup_);
   return Step::NeedFrame;
+}
+
+std::optional<ScramDerivation> ServerLogin::derivation(char type, Bytes body) const {
+  Reader reader(body);
+  if (type != static_cast<char>(Backend::Authentication) || reader.u32() != kSaslContinue || !scram_ || !cache_) return std::nullopt;
+  const Bytes message = reader.rest();
+  auto from = scram_->derivation({reinterpret_cast<const char*>(message.data()), message.size()});
+  return from && !cache_->knows(*from) ? std::move(from) : std::nullopt;
 }
 
 ServerLogin::Step ServerLogin::fail(std::string sqlstate, std::string message) {

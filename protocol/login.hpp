@@ -70,6 +70,8 @@ class ServerLogin {
 
   enum class Step { NeedFrame, Ready, Failed };
   Step begin(std::string& out);  ///< appends the StartupMessage
+  /// Keys that on_frame() is going to derive from this message. It needn't if they are in the cache by then.
+  std::optional<ScramDerivation> derivation(char type, Bytes body) const;
   Step on_frame(char type, Bytes body, std::string& out);
 
   // After Ready:

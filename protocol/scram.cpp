@@ -109,29 +109,35 @@ std::optional<ScramVerifier> parse_verifier(std::string_view text) {
   return v;
 }
 
-namespace {
-
-ScramKeys derive_keys(std::string_view password, std::string_view salt, std::uint32_t iterations) {
+ScramKeys derive_keys(const ScramDerivation& from) {
   ScramKey salted;
-  PKCS5_PBKDF2_HMAC(password.data(), static_cast<int>(password.size()), data(salt), static_cast<int>(salt.size()),
-                    static_cast<int>(iterations), EVP_sha256(), static_cast<int>(salted.size()), salted.data());
+  PKCS5_PBKDF2_HMAC(from.password.data(), static_cast<int>(from.password.size()), data(std::string_view(from.salt)),
+                    static_cast<int>(from.salt.size()), static_cast<int>(from.iterations), EVP_sha256(), static_cast<int>(salted.size()),
+                    salted.data());
   const ScramKeys keys{hmac_sha256(view(salted), "Client Key"), hmac_sha256(view(salted), "Server Key")};
   OPENSSL_cleanse(salted.data(), salted.size());
   return keys;
 }
 
-}  // namespace
-
 ScramKeyCache::ScramKeyCache() : secret_(random_bytes(32)) {}
 
-ScramKeys ScramKeyCache::derive(std::string_view password, std::string_view salt, std::uint32_t iterations) {
-  std::string what = std::to_string(iterations) + ":" + base64_encode(salt) + ":";
-  what += password;
-  const std::string key(view(hmac_sha256(secret_, what)));
+std::string ScramKeyCache::key_of(const ScramDerivation& from) const {
+  std::string what = std::to_string(from.iterations) + ":" + base64_encode(from.salt) + ":" + from.password;
+  std::string key(view(hmac_sha256(secret_, what)));
   OPENSSL_cleanse(what.data(), what.size());
-  if (const auto it = keys_.find(key); it != keys_.end()) return it->second;
+  return key;
+}
+
+ScramKeys ScramKeyCache::derive(const ScramDerivation& from) {
+  if (const auto it = keys_.find(key_of(from)); it != keys_.end()) return it->second;
+  const ScramKeys keys = derive_keys(from);
+  add(from, keys);
+  return keys;
+}
+
+void ScramKeyCache::add(const ScramDerivation& from, const ScramKeys& keys) {
   if (keys_.size() >= kMaxCached) keys_.clear();
-  return keys_.emplace(key, derive_keys(password, salt, iterations)).first->second;
+  keys_.emplace(key_of(from), keys);
 }
 
 ScramVerifier ScramKeyCache::verifier(std::string_view user, std::optional<std::string_view> password) {
@@ -142,7 +148,7 @@ ScramVerifier ScramKeyCache::verifier(std::string_view user, std::optional<std::
     v.server_key = v.stored_key;
     return v;
   }
-  const ScramKeys keys = derive(*password, v.salt, v.iterations);
+  const ScramKeys keys = derive({std::string(*password), v.salt, v.iterations});
   v.stored_key = sha256(view(keys.client_key));
   v.server_key = keys.server_key;
   return v;
@@ -210,25 +216,33 @@ std::string ScramClient::first() {
   return gs2_header_ + client_bare_;
 }
 
-std::optional<std::string> ScramClient::on_first(std::string_view server_first, std::string& error) {
-  error = "malformed SCRAM message from the server";
+std::optional<ScramDerivation> ScramClient::derivation(std::string_view server_first) const {
   if (server_first.size() > kMaxMessage) return std::nullopt;
-  std::string_view rest = server_first;
-  const auto nonce = attribute(rest, 'r');
-  const auto salt_text = attribute(rest, 's');
-  const auto count = attribute(rest, 'i');
+  const auto nonce = attribute(server_first, 'r');
+  const auto salt_text = attribute(server_first, 's');
+  const auto count = attribute(server_first, 'i');
   if (!nonce || !salt_text || !count || !nonce->starts_with(nonce_) || nonce->size() == nonce_.size()) return std::nullopt;
   const auto salt = base64_decode(*salt_text);
   std::uint32_t iterations = 0;
   const auto [end, ec] = std::from_chars(count->data(), count->data() + count->size(), iterations);
   if (!salt || salt->empty() || ec != std::errc() || end != count->data() + count->size() || iterations == 0 || iterations > kMaxIterations)
     return std::nullopt;
-  const ScramKeys keys = cache_ ? cache_->derive(password_, *salt, iterations) : derive_keys(password_, *salt, iterations);
-  const std::string without_proof = "c=" + base64_encode(gs2_header_ + binding_) + ",r=" + std::string(*nonce);
+  return ScramDerivation{password_, *salt, iterations};
+}
+
+std::optional<std::string> ScramClient::on_first(std::string_view server_first, std::string& error) {
+  const auto from = derivation(server_first);
+  if (!from) {
+    error = "malformed SCRAM message from the server";
+    return std::nullopt;
+  }
+  const ScramKeys keys = cache_ ? cache_->derive(*from) : derive_keys(*from);
+  std::string_view rest = server_first;
+  const std::string_view nonce = *attribute(rest, 'r');
+  const std::string without_proof = "c=" + base64_encode(gs2_header_ + binding_) + ",r=" + std::string(nonce);
   const std::string auth = client_bare_ + "," + std::string(server_first) + "," + without_proof;
   const ScramKey proof = keys.client_key ^ hmac_sha256(view(sha256(view(keys.client_key))), auth);
   server_signature_ = hmac_sha256(view(keys.server_key), auth);
-  error.clear();
   return without_proof + ",p=" + base64_encode(view(proof));
 }
 

@@ -26,17 +26,28 @@ struct ScramKeys {
   ScramKey client_key{}, server_key{};
 };
 
-/// Keys derived before: a derivation costs about a millisecond. Bounded; keyed by a digest, so that it holds no password.
+/// What keys are derived from by PBKDF2: about a millisecond for PostgreSQL's 4096 iterations, seconds for the most that are allowed.
+struct ScramDerivation {
+  std::string password, salt;
+  std::uint32_t iterations = 0;
+};
+ScramKeys derive_keys(const ScramDerivation& from);
+
+/// Keys derived before. Bounded; keyed by a digest, so that it holds no password.
 /// Also the salts of verifiers made here, so that one password has one verifier for the process's life.
 class ScramKeyCache {
  public:
   ScramKeyCache();
-  ScramKeys derive(std::string_view password, std::string_view salt, std::uint32_t iterations);
+  ScramKeys derive(const ScramDerivation& from);
+  bool knows(const ScramDerivation& from) const { return keys_.contains(key_of(from)); }
+  void add(const ScramDerivation& from, const ScramKeys& keys);
   /// A verifier for a password in plain text, or a mock for a user that doesn't exist (`password` nullopt): its salt is
   /// always the same for a name, so that asking twice tells nothing.
   ScramVerifier verifier(std::string_view user, std::optional<std::string_view> password);
 
  private:
+  std::string key_of(const ScramDerivation& from) const;
+
   std::string secret_;  // random, of this process
   std::unordered_map<std::string, ScramKeys> keys_;
 };
@@ -63,6 +74,8 @@ class ScramClient {
   ScramClient(std::string password, std::string channel_binding, bool plus, bool server_offers_plus, ScramKeyCache* cache,
               std::string nonce = {});
   std::string first();
+  /// What on_first() will derive keys from; nullopt: the message is malformed.
+  std::optional<ScramDerivation> derivation(std::string_view server_first) const;
   std::optional<std::string> on_first(std::string_view server_first, std::string& error);
   bool on_final(std::string_view server_final);
 

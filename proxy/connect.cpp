@@ -50,7 +50,9 @@ class TimeLimit {
       if (stopped) return;
       state->expired = true;
       boost::system::error_code ignored;
-      if (state->socket) state->socket->cancel(ignored);
+      if (!state->socket) return;
+      state->socket->cancel(ignored);
+      state->socket->shutdown(Socket::shutdown_both, ignored);  // so that no later wait is forever
     });
   }
   ~TimeLimit() { state_->socket = nullptr; }
@@ -326,6 +328,18 @@ awaitable<std::string> ServerConnection::find_session(SessionState& session) {
   co_return failure;
 }
 
+/// The data loop goes on meanwhile.
+awaitable<void> ServerConnection::derive(protocol::ScramDerivation from) {
+  asio::steady_timer derived(worker_.loop(), asio::steady_timer::time_point::max());
+  std::function<void(const protocol::ScramKeys&)> done = [this, &from, &derived](const protocol::ScramKeys& keys) {
+    worker_.scram_keys.add(from, keys);
+    derived.cancel();
+  };
+  worker_.control().derive(from, std::move(done));
+  boost::system::error_code ec;
+  co_await derived.async_wait(asio::redirect_error(use_awaitable, ec));
+}
+
 awaitable<std::string> ServerConnection::exchange_login(const conf::ConnectParams& params, const conf::Host& host) {
   Transport& transport = channel_->transport;
   protocol::ServerCredentials credentials;
@@ -354,6 +368,7 @@ awaitable<std::string> ServerConnection::exchange_login(const conf::ConnectParam
     std::string failure = co_await receive_frame();
     if (!failure.empty()) co_return failure;
     const std::size_t total = frame_size(in);
+    if (const auto from = login.derivation(in[0], frame_body(in, total))) co_await derive(*from);
     gather.own([&](std::string& out) { step = login.on_frame(in[0], frame_body(in, total), out); });
     in.erase(0, total);
     if (!gather.empty() && !channel_->send(gather, worker_.tls_scratch())) co_return std::string("connection broken");

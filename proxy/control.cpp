@@ -33,6 +33,13 @@ void Control::resolve(conf::Upstream upstream, Done done) {
   });
 }
 
+void Control::derive(protocol::ScramDerivation from, std::function<void(const protocol::ScramKeys&)> done) {
+  if (!deriver_) deriver_.emplace(1);
+  asio::post(*deriver_, [this, from = std::move(from), done = std::move(done)]() mutable {
+    asio::post(data_, [keys = protocol::derive_keys(from), done = std::move(done)] { done(keys); });
+  });
+}
+
 void Control::look_up_next(std::shared_ptr<Lookup> lookup) {
   Upstream& upstream = lookup->upstream;
   if (lookup->next_host == upstream.params.hosts.size()) {

@@ -1,17 +1,20 @@
-// What the data loop has done elsewhere, so that it never waits: reading secrets, CA bundles, DNS. Runs on the control
+// What the data loop has done elsewhere, so that it never waits: reading secrets, CA bundles, DNS, deriving keys. Runs on the control
 // loop; answers are posted back to the data loop.
 #pragma once
 
 #include <boost/asio/io_context.hpp>
 #include <boost/asio/ip/tcp.hpp>
+#include <boost/asio/thread_pool.hpp>
 #include <functional>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "conf/config.hpp"
 #include "conf/load.hpp"
+#include "protocol/scram.hpp"
 #include "proxy/tls.hpp"
 #include "proxy/transport.hpp"
 
@@ -40,6 +43,9 @@ class Control {
   /// Called on the data loop; `done` is called there too.
   void resolve(conf::Upstream upstream, Done done);
 
+  /// Called on the data loop; `done` is called there too. It may take seconds, in which the control loop goes on.
+  void derive(protocol::ScramDerivation from, std::function<void(const protocol::ScramKeys&)> done);
+
   boost::asio::io_context& loop() { return control_; }
   const conf::Environment& environment() const { return env_; }
 
@@ -53,6 +59,7 @@ class Control {
   boost::asio::io_context& data_;
   conf::Environment env_;
   boost::asio::ip::tcp::resolver resolver_;
+  std::optional<boost::asio::thread_pool> deriver_;           // since the first derivation
   std::map<std::string, std::shared_ptr<SSL_CTX>> contexts_;  // by what makes them differ; control loop only
 };
 

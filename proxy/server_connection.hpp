@@ -154,6 +154,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
                                              conf::TargetSessionAttrs wanted);
   boost::asio::awaitable<std::string> exchange_login(const conf::ConnectParams& params, const conf::Host& host);
   boost::asio::awaitable<std::string> receive_frame();
+  boost::asio::awaitable<void> derive(protocol::ScramDerivation from);
   /// What target_session_attrs asks about.
   struct SessionState {
     bool standby = false, read_only = false;
