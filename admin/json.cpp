@@ -113,7 +113,7 @@ std::optional<std::uint64_t> common(const Snapshot& s, std::uint32_t PoolSnapsho
 void write_pool(Json& json, const PoolSnapshot& p) {
   Counts counts;
   counts.add(p);
-  json.begin('{').field("database", p.database).field("user", p.user).field("mode", p.mode);
+  json.begin('{').field("database", p.database).field("user", p.user).field("mode", p.mode).field("paused", p.paused);
   counts.write(json);
   json.field("idleTimeoutMillis", std::uint64_t{p.idleTimeoutMillis});
   json.field("connectionTimeoutMillis", std::uint64_t{p.connectionTimeoutMillis});

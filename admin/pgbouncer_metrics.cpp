@@ -89,6 +89,7 @@ void write_databases(Writer& out, const Snapshot& s, LabelSets& labels) {
   struct Row {
     std::string labels;
     std::uint64_t poolSize = 0, connections = 0;
+    bool paused = false, disabled = false;  // of several: one of them
   };
   std::map<std::string_view, std::uint64_t> connections;
   for (const auto& p : s.pools) connections[p.database] += p.total();
@@ -103,6 +104,8 @@ void write_databases(Writer& out, const Snapshot& s, LabelSets& labels) {
     Row& to = shown ? row : other;
     to.poolSize += d.max;
     to.connections += connections[d.name];
+    to.paused |= d.paused;
+    to.disabled |= d.disabled;
     if (shown) rows.push_back(std::move(row));
   }
   if (rows.size() < s.databases.size()) {
@@ -118,8 +121,8 @@ void write_databases(Writer& out, const Snapshot& s, LabelSets& labels) {
   gauge("pgbouncer_databases_reserve_pool", "Further ones for clients that wait too long: none.", none);
   gauge("pgbouncer_databases_max_connections", "Server connections that all its users may have: 0, no limit of its own.", none);
   gauge("pgbouncer_databases_current_connections", "Server connections that there are.", [](const Row& r) { return r.connections; });
-  gauge("pgbouncer_databases_paused", "1 if it is paused.", none);
-  gauge("pgbouncer_databases_disabled", "1 if it is disabled.", none);
+  gauge("pgbouncer_databases_paused", "1 if it is paused.", [](const Row& r) { return r.paused; });
+  gauge("pgbouncer_databases_disabled", "1 if it is disabled.", [](const Row& r) { return r.disabled; });
 }
 
 }  // namespace

@@ -30,6 +30,9 @@ constexpr Endpoint kEndpoints[] = {
     {"/api/monitoring/config", Route::Config, "the configuration in use, secrets redacted"},
     {"/api/admin/reload", Route::Reload, "reads the configuration again"},
     {"/api/admin/drain", Route::Drain, "finishes what is active, then ends"},
+    {"/api/admin/pause", Route::Pause, "?database=NAME, or all: closes server connections as they are released, clients wait"},
+    {"/api/admin/resume", Route::Resume, "?database=NAME, or all: ends a pause"},
+    {"/api/admin/reconnect", Route::Reconnect, "?database=NAME, or all: replaces server connections as they are released"},
     {"/api/admin/clients/{id}/cancel", Route::CancelClient, "cancels what the client has asked for"},
     {"/api/admin/clients/{id}/close", Route::CloseClient, "closes the client's connection (57P01)"},
     {"/api/admin/servers/{id}/close", Route::CloseServer, "closes the server connection; who holds it gets 57P01"},
@@ -77,6 +80,23 @@ std::optional<std::string_view> parameter(std::string_view query, std::string_vi
     query.remove_prefix(std::min(end + 1, query.size()));
   }
   return std::nullopt;
+}
+
+std::optional<std::string> decoded(std::string_view value) {
+  std::string out;
+  for (std::size_t i = 0; i < value.size(); ++i) {
+    unsigned byte = 0;
+    if (value[i] != '%') {
+      out += value[i] == '+' ? ' ' : value[i];
+      continue;
+    }
+    const std::string_view digits = value.substr(i + 1, 2);
+    const auto [end, ec] = std::from_chars(digits.data(), digits.data() + digits.size(), byte, 16);
+    if (digits.size() != 2 || ec != std::errc() || end != digits.data() + 2) return std::nullopt;
+    out += static_cast<char>(byte);
+    i += 2;
+  }
+  return out;
 }
 
 std::optional<std::uint32_t> number_parameter(std::string_view query, std::string_view name, std::uint32_t otherwise, std::uint32_t min,

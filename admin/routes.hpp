@@ -30,6 +30,9 @@ enum class Route {
   Metrics,
   Reload,
   Drain,
+  Pause,
+  Resume,
+  Reconnect,
   CancelClient,
   CloseClient,
   CloseServer,
@@ -58,6 +61,8 @@ std::optional<Match> find_endpoint(std::string_view path);
 
 /// A parameter of a query string such as "a=1&b=2"; nullopt: it isn't there. Percent-encoding is left as it is.
 std::optional<std::string_view> parameter(std::string_view query, std::string_view name);
+/// With %XX and + decoded; nullopt: malformed.
+std::optional<std::string> decoded(std::string_view value);
 /// The same as a number within bounds; `otherwise` if it isn't there, nullopt if it is none.
 std::optional<std::uint32_t> number_parameter(std::string_view query, std::string_view name, std::uint32_t otherwise, std::uint32_t min,
                                               std::uint32_t max);

@@ -44,6 +44,7 @@ constexpr std::uint32_t kHeaderLimit = 8 * 1024;
 constexpr std::uint64_t kBodyLimit = std::uint64_t{16} * 1024;
 constexpr auto kRequestTime = 5s;   // from the first wait for a request to its last byte; also to write the answer
 constexpr auto kSnapshotTime = 1s;  // a data loop that is silent for so long isn't alive
+constexpr auto kPauseTime = 30s;    // in which the server connections of a paused database are released
 constexpr auto kProbeTime = 10s;    // longer than connectionTimeoutMillis' default
 constexpr auto kRecheckTime = 1s;   // between probes of a database that is known to be down
 constexpr auto kLingerTime = 1s;    // so that an answer to an unread request isn't lost to a reset
@@ -142,6 +143,8 @@ class Server::Impl : public std::enable_shared_from_this<Impl> {
   asio::awaitable<Answer> answer(const Session& session, const Request& request);
   asio::awaitable<SnapshotPtr> fetch(Question question);
   asio::awaitable<Answer> command(Route route, std::uint64_t id);
+  asio::awaitable<Answer> operate(Route route, std::string_view query);
+  asio::awaitable<void> perform(const pool::Command& command, std::shared_ptr<Wait> wait);
   asio::awaitable<void> write(Session& session, const Answer& answer, unsigned version, bool head, bool keep_alive, error_code& ec);
   asio::awaitable<void> linger(Session& session);
   asio::awaitable<void> stream(Session& session);
@@ -474,6 +477,15 @@ asio::awaitable<Answer> Server::Impl::command(Route route, std::uint64_t id) {
   command.id = id;
   const auto wait = std::make_shared<Wait>(control_);
   wait->timer.expires_after(kSnapshotTime);
+  co_await perform(command, wait);
+  if (!wait->answered) co_return failure(503, "the data loop did not answer within 1 s");
+  if (!wait->error.empty()) co_return failure(404, wait->error, "the lists of clients and servers have the ids");
+  Answer reply;
+  reply.body = "{\"ok\":true}\n";
+  co_return reply;
+}
+
+asio::awaitable<void> Server::Impl::perform(const pool::Command& command, std::shared_ptr<Wait> wait) {
   std::function<void(std::string)> done = [weak = std::weak_ptr(wait)](std::string error) {
     if (const auto waiting = weak.lock()) {
       waiting->error = std::move(error);
@@ -483,10 +495,31 @@ asio::awaitable<Answer> Server::Impl::command(Route route, std::uint64_t id) {
   callbacks_.command(command, std::move(done));
   error_code ec;
   if (!wait->answered) co_await wait->timer.async_wait(asio::redirect_error(asio::use_awaitable, ec));
-  if (!wait->answered) co_return failure(503, "the data loop did not answer within 1 s");
-  if (!wait->error.empty()) co_return failure(404, wait->error, "the lists of clients and servers have the ids");
+}
+
+asio::awaitable<Answer> Server::Impl::operate(Route route, std::string_view query) {
+  if (stopped_ || !callbacks_.command) co_return failure(503, "shutting down");
+  using Kind = pool::Command::Kind;
+  const auto given = parameter(query, "database");
+  const auto database = decoded(given.value_or(""));
+  if (!database || (given && database->empty()) || (!given && !query.empty()))
+    co_return failure(400, "takes ?database=NAME, or nothing for all databases");
+  pool::Command command;
+  command.kind = route == Route::Pause ? Kind::Pause : route == Route::Resume ? Kind::Resume : Kind::Reconnect;
+  command.database = *database;
+  const auto wait = std::make_shared<Wait>(control_);
+  wait->timer.expires_after(kPauseTime);
+  co_await perform(command, wait);
+  if (!wait->answered)
+    co_return failure(503, "not all server connections were released within 30 s",
+                      "it stays paused; /api/monitoring/servers has who holds them");
+  if (!wait->error.empty()) co_return failure(wait->error.starts_with("no such database") ? 404 : 409, wait->error);
   Answer reply;
-  reply.body = "{\"ok\":true}\n";
+  reply.body = "{\"ok\":true,\"action\":\"" +
+               std::string(route == Route::Pause    ? "pause"
+                           : route == Route::Resume ? "resume"
+                                                    : "reconnect") +
+               "\"}\n";
   co_return reply;
 }
 
@@ -514,6 +547,10 @@ asio::awaitable<Answer> Server::Impl::answer(const Session& session, const Reque
   const Route route = endpoint->route;
   if (route >= Route::CancelClient && route <= Route::ResetQueries) {
     Answer done = co_await command(route, match->id);
+    co_return done;
+  }
+  if (route >= Route::Pause && route <= Route::Reconnect) {
+    Answer done = co_await operate(route, query);
     co_return done;
   }
   if (endpoint->changes()) co_return change(*endpoint);

@@ -114,10 +114,11 @@ struct Limits {
 
 struct Admin {
   Listen listen{Listen::Kind::Tcp, "127.0.0.1", 5000, {}};
-  bool enabled = true;             ///< `admin.listen: off`
-  std::string tokenFile;           ///< bearer token for callers that aren't on loopback
-  bool quitquitquit = false;       ///< POST /quitquitquit answers
-  std::vector<std::string> hosts;  ///< further names allowed in the Host header
+  bool enabled = true;                         ///< `admin.listen: off`
+  std::string tokenFile;                       ///< bearer token for callers that aren't on loopback
+  bool quitquitquit = false;                   ///< POST /quitquitquit answers
+  std::vector<std::string> hosts;              ///< further names allowed in the Host header
+  std::vector<std::string> users, statsUsers;  ///< of the SQL console: for all commands, for SHOW
   friend bool operator==(const Admin&, const Admin&) = default;
 };
 

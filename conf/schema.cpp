@@ -134,6 +134,16 @@ Key<Config> inner_name(std::string_view path, Inner Config::*inner, T Inner::*me
           [=, &names](const Config& c) { return print_name(names, c.*inner.*member); }, needs_restart};
 }
 
+Key<Config> admin_list(std::string_view path, std::vector<std::string> Admin::*member, bool needs_restart = false) {
+  return {path, [=](Config& c, const std::string& t) { c.admin.*member = split_list(t); },
+          [=](const Config& c) {
+            std::string out;
+            for (const std::string& one : c.admin.*member) out += (out.empty() ? "" : ",") + one;
+            return out;
+          },
+          needs_restart};
+}
+
 std::vector<Key<PoolSettings>> make_pool_keys() {
   using P = PoolSettings;
   return {
@@ -212,13 +222,9 @@ std::vector<Key<Config>> make_config_keys() {
                   [](const Config& c) { return c.admin.enabled ? print_listen(c.admin.listen) : std::string("off"); }, true});
   keys.push_back(inner_text("admin.tokenFile", &Config::admin, &Admin::tokenFile, true));
   keys.push_back(inner_bool("admin.quitquitquit", &Config::admin, &Admin::quitquitquit, true));
-  keys.push_back({"admin.hosts", [](Config& c, const std::string& t) { c.admin.hosts = split_list(t); },
-                  [](const Config& c) {
-                    std::string out;
-                    for (const std::string& host : c.admin.hosts) out += (out.empty() ? "" : ",") + host;
-                    return out;
-                  },
-                  true});
+  keys.push_back(admin_list("admin.hosts", &Admin::hosts, true));
+  keys.push_back(admin_list("admin.users", &Admin::users));
+  keys.push_back(admin_list("admin.statsUsers", &Admin::statsUsers));
   keys.push_back({"log.level",
                   [](Config& c, const std::string& t) {
                     for (const std::string_view level : {"trace", "debug", "info", "warn", "error", "off"})

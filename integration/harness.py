@@ -480,6 +480,7 @@ listen_port = {self.port}
 unix_socket_dir =
 auth_type = scram-sha-256
 auth_file = {self.directory}/users
+admin_users = {USER}
 pool_mode = {pool.get("mode", "transaction")}
 default_pool_size = {pool.get("max", 15)}
 max_client_conn = {limits.get("maxClients", 2000)}

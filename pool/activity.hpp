@@ -23,6 +23,10 @@ struct ClientRow {
   std::string statement;         ///< normalised text of the last that it sent, kept while it holds a server connection
   std::uint32_t pinReasons = 0;  ///< bits of PinReason
   std::uint64_t preparedStatements = 0;
+  std::string local;                ///< our own end, as peer
+  std::string cipher;               ///< TLS version and cipher; empty without
+  std::uint64_t requestMicros = 0;  ///< since its last request; 0: none yet
+  int fd = -1;
 };
 
 /// One server connection as it is now.
@@ -39,6 +43,10 @@ struct ServerRow {
   std::uint32_t client = 0;              ///< who holds it; 0: nobody
   std::string application, statement;    ///< that client's
   std::uint64_t preparedStatements = 0;
+  std::string cipher;               ///< TLS version and cipher; empty without
+  std::uint64_t requestMicros = 0;  ///< since the last request that was sent there; 0: none yet
+  bool condemned = false;           ///< closed when it is released
+  int fd = -1;
 };
 
 /// A transaction that has been idle for longer than pool.idleInTransactionWarnMillis.
@@ -52,9 +60,12 @@ struct LeakRow {
 
 /// What an operator may have the data loop do.
 struct Command {
-  enum class Kind { CancelClient, CloseClient, CloseServer, ResetStatements };
+  /// Those from Pause on are about one database, or all. Pause is done when their server connections are closed, WaitClose when
+  /// those are that Reconnect or a reload has outdated.
+  enum class Kind { CancelClient, CloseClient, CloseServer, ResetStatements, Pause, Resume, Reconnect, Kill, Disable, Enable, WaitClose };
   Kind kind{};
   std::uint64_t id = 0;  ///< of the client or server
+  std::string database;  ///< empty: all
 };
 
 }  // namespace pgsidecar::pool

@@ -107,6 +107,7 @@ const char* to_string(RejectReason reason) {
     case RejectReason::Tls: return "tls";
     case RejectReason::Unsupported: return "unsupported";
     case RejectReason::Server: return "server";
+    case RejectReason::Disabled: return "disabled";
     case RejectReason::kCount: break;
   }
   return "unknown";

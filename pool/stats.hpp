@@ -55,8 +55,8 @@ using CompactHistogram = LogHistogram<3, std::uint32_t>;  // 1.1 KB
 
 enum class CloseReason { Idle, MaxUses, Lifetime, Error, AdminShutdown, Tls, Broken, Reload, Drain, kCount };
 /// Tls: none where it is required, or its handshake failed. Unsupported: what it asks for isn't served. Server: none to greet it with
-/// could be had, or the server refused what the client brought.
-enum class RejectReason { MaxClients, Auth, Timeout, Draining, Protocol, UnknownDatabase, Tls, Unsupported, Server, kCount };
+/// could be had, or the server refused what the client brought. Disabled: its database, by an operator.
+enum class RejectReason { MaxClients, Auth, Timeout, Draining, Protocol, UnknownDatabase, Tls, Unsupported, Server, Disabled, kCount };
 const char* to_string(CloseReason);
 const char* to_string(RejectReason);
 
@@ -81,6 +81,7 @@ struct PoolSnapshot {
   std::string database, user;
   std::uint32_t max = 0, min = 0, idleTimeoutMillis = 0, connectionTimeoutMillis = 0, maxUses = 0;
   std::string mode;                                                      // transaction | session | statement
+  bool paused = false;                                                   // no client gets a server connection
   std::uint32_t clientsActive = 0, clientsIdle = 0, clientsWaiting = 0;  // logged in; sum = this pool's clients
   std::uint32_t serversActive = 0, serversIdle = 0, serversLogin = 0, serversReset = 0, serversClosing = 0;
   std::uint32_t cancelling = 0;      // server connections with a cancel request on its way
@@ -128,13 +129,16 @@ struct DatabaseSnapshot {
   std::string host, port, database;  ///< the server's, as configured: of several hosts their names and ports, joined by commas
   std::string forceUser;             ///< the server's user for the upstream URL's; empty: the same
   std::string mode;                  ///< transaction | session | statement
-  std::uint32_t max = 0;
+  std::uint32_t max = 0, min = 0, maxLifetimeSeconds = 0;
+  bool paused = false;    ///< itself or all; by an operator
+  bool disabled = false;  ///< refuses new clients
 };
 
 /// The whole proxy as it is now.
 struct Snapshot {
   bool draining = false;
   bool started = false;  // listening
+  bool paused = false;   // all databases, by an operator
   std::uint64_t uptimeMicros = 0;
   std::uint32_t maxClients = 0, clients = 0, clientsLogin = 0;
   std::array<std::uint64_t, static_cast<std::size_t>(RejectReason::kCount)> rejected{};
@@ -143,14 +147,16 @@ struct Snapshot {
   std::vector<PinSnapshot> pins;            // oldest first
   std::vector<DatabaseSnapshot> databases;  // configured or in use, by name
   std::uint32_t users = 0;                  // configured or in use
+  std::uint32_t consoles = 0;               // sessions of the SQL console; no clients
   std::uint32_t poolMax = 0;                // pool.max of the configuration
   bool pgbouncerCompatible = false;         // metrics.pgbouncerCompatible
 
-  // Only in detailed snapshots: Rows has the first three, Statements the others.
+  // Only in detailed snapshots: Rows has the first four, Statements the others.
   enum class Detail { None, Rows, Statements };
   std::vector<ClientRow> clientRows;  // oldest first
   std::vector<ServerRow> serverRows;  // oldest first
   std::vector<LeakRow> leaks;         // oldest transaction first
+  std::vector<std::string> userNames;
   std::vector<StatementRow> statements;
   std::uint64_t statementsEvicted = 0, statementsMicros = 0;  // for how long they have been counted
 

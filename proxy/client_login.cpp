@@ -1,6 +1,7 @@
 // How a client begins: TLS, cancel, login, and what it is told at its end. Part of ClientSession.
 #include <openssl/rand.h>
 
+#include "proxy/client_console.hpp"
 #include "proxy/client_session.hpp"
 #include "proxy/log.hpp"
 #include "proxy/server_connection.hpp"
@@ -24,6 +25,7 @@ struct ClientSession::Login {
   std::optional<protocol::ClientLogin> exchange;
   protocol::Startup startup;
   std::string user, database, peer;
+  bool console = false, own_user = false;
 };
 
 ClientSession::ClientSession(Worker& worker, Socket socket, std::uint32_t id, std::string peer)
@@ -122,13 +124,15 @@ void ClientSession::begin_login(protocol::Startup startup) {
   }
   if (login.database.empty()) login.database = login.user;
   const conf::Config& config = worker_.config();
-  if (worker_.draining() && !config.shutdown.acceptWhileDraining) {
+  login.console = worker_.is_console(login.database);
+  login.own_user = login.console && is_own_user();
+  if (worker_.refuses_clients() && !login.console) {
     worker_.reject(pool::RejectReason::Draining);
     return fatal("57P03", "the database system is shutting down");
   }
-  if (worker_.full()) return refuse_full();
+  if (worker_.full() && !login.console) return refuse_full();
   const bool tls = channel_.transport.is_tls();
-  if (!tls && (config.tls.mode == conf::TlsMode::Require || config.tls.mode == conf::TlsMode::VerifyFull)) {
+  if (!tls && !login.own_user && (config.tls.mode == conf::TlsMode::Require || config.tls.mode == conf::TlsMode::VerifyFull)) {
     worker_.reject(pool::RejectReason::Tls);
     return fatal("28000", "no pg_hba.conf entry for this connection: pgsidecar requires SSL encryption (tls.mode)");
   }
@@ -150,7 +154,7 @@ void ClientSession::begin_login(protocol::Startup startup) {
 
   using Method = conf::AuthMethod;
   protocol::ClientAuth method = protocol::ClientAuth::Trust;
-  switch (config.auth.method) {
+  switch (login.own_user ? Method::Trust : config.auth.method) {
     case Method::ScramSha256: method = protocol::ClientAuth::Scram; break;
     case Method::Md5: method = protocol::ClientAuth::Md5; break;
     case Method::Password: method = protocol::ClientAuth::Password; break;
@@ -162,7 +166,8 @@ void ClientSession::begin_login(protocol::Startup startup) {
       }
       break;
   }
-  login.exchange.emplace(method, login.user, protocol::ClientSecret{worker_.secret_of(login.user), worker_.passes_password_on(login.user)},
+  login.exchange.emplace(method, login.user,
+                         protocol::ClientSecret{worker_.secret_of(login.user), !login.console && worker_.passes_password_on(login.user)},
                          tls ? channel_binding(channel_.transport.ssl(), true) : std::string(), &worker_.scram_keys);
   transition(State::Authenticating);
   protocol::ClientLogin::Step step{};
@@ -201,6 +206,12 @@ std::size_t ClientSession::on_password(Bytes in) {
 }
 
 void ClientSession::accepted() {
+  if (login_->console)
+    return begin_console(login_->user, login_->database, login_->own_user, login_->startup.version >= protocol::kProtocol32);
+  if (worker_.disabled(login_->database)) {
+    worker_.reject(pool::RejectReason::Disabled);
+    return fatal("55000", "database does not allow connections: " + login_->database, "An operator has disabled it; ENABLE ends that.");
+  }
   std::string sqlstate, error;
   PoolEntry* entry = worker_.find_pool(login_->database, login_->user, sqlstate, error);
   if (!entry) {

@@ -130,6 +130,7 @@ void ClientSession::wait_writable() {
     self->on_taken();
     if (self->state_ == State::Closing) return self->close();
     if (self->server_) self->server_->resume_reading();
+    if (self->state_ == State::Console) return self->resume_console();
     self->on_readable({});
   });
 }
@@ -147,10 +148,8 @@ std::size_t ClientSession::process(Bytes in) {
       continue;
     }
     std::size_t used = 0;
-    if (state_ == State::Startup)
-      used = on_startup(left);
-    else if (state_ == State::Authenticating)
-      used = on_password(left);
+    if (state_ < State::Greeting)
+      used = state_ == State::Startup ? on_startup(left) : state_ == State::Console ? on_console(left) : on_password(left);
     else if (held() && !discarding_)
       break;
     else {
@@ -306,6 +305,7 @@ bool ClientSession::keeps_request() const {
 }
 
 void ClientSession::on_cancel() {
+  if (state_ == State::Console) return cancel_console();
   if (waiting() || keeps_request()) {
     unlink();
     return on_wait_failed({"ERROR", "57014", "canceling statement due to user request", {}, {}}, false);
@@ -395,6 +395,7 @@ void ClientSession::on_deadline(pool::Time now) {
 }
 
 void ClientSession::drain() {
+  if (state_ == State::Console) return;  // it leaves last
   draining_ = true;
   if (state_ == State::Ready || counts_as_login() || state_ == State::Greeting || state_ == State::Waiting)
     return fatal("57P01", "terminating connection due to administrator command");

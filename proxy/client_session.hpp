@@ -22,6 +22,7 @@
 
 namespace pgsidecar::proxy {
 
+class ClientConsole;
 class ServerConnection;
 class Worker;
 struct PoolEntry;
@@ -30,9 +31,10 @@ std::string_view text_of(const protocol::Statement& statement);  ///< the SQL
 
 class ClientSession : public pool::Waiter, public std::enable_shared_from_this<ClientSession> {
  public:
-  /// Startup: untyped packets. Tls: handshake. Authenticating. Greeting: logged in, the server's parameters not known yet.
-  /// Ready: holds no server connection. Waiting: in the pool's queue. Active: holds one. Closing: closes once sent.
-  enum class State { Startup, Tls, Authenticating, Greeting, Ready, Waiting, Active, Closing, Closed };
+  /// Startup: untyped packets. Tls: handshake. Authenticating. Console: a session of the SQL console, to its end. Greeting: logged in, the
+  /// server's parameters not known yet. Ready: holds no server connection. Waiting: in the pool's queue. Active: holds one. Closing: closes
+  /// once sent.
+  enum class State { Startup, Tls, Authenticating, Console, Greeting, Ready, Waiting, Active, Closing, Closed };
 
   ClientSession(Worker& worker, Socket socket, std::uint32_t id, std::string peer);
   ~ClientSession();
@@ -45,7 +47,9 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   ServerConnection* server() { return server_; }
   PoolEntry* entry() { return entry_; }
   const std::string& application() const;
-  bool counts_as_login() const { return state_ < State::Greeting; }
+  bool counts_as_login() const { return state_ < State::Console; }
+  bool is_console() const { return console_ != nullptr; }
+  void resume_console();  ///< what it waited for is done
 
   /// The server accepts the password that was passed on.
   void verified();
@@ -147,6 +151,11 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   void refuse_full();
   void accepted();
   void begin_session();
+  bool is_own_user();  ///< of the unix socket: the process's own, or root
+  void begin_console(const std::string& user, const std::string& database, bool own_user, bool long_key);
+  std::size_t on_console(protocol::Bytes in);
+  void answer_console();
+  void cancel_console();
   void greet();
   std::size_t on_request(char type, protocol::Bytes available, std::size_t total);
   bool acquire();
@@ -216,6 +225,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   std::vector<Pending> pending_;
   std::optional<std::string> parse_error_;
   std::unique_ptr<LostTransaction> lost_;
+  std::unique_ptr<ClientConsole> console_;
   std::unique_ptr<Subscriber> subscriber_;  // of one that listens, or is about to
 
   struct Login;  // gone after the login

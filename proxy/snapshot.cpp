@@ -4,6 +4,7 @@
 #include <cstring>
 #include <set>
 
+#include "proxy/client_console.hpp"
 #include "proxy/client_session.hpp"
 #include "proxy/server_connection.hpp"
 #include "proxy/worker.hpp"
@@ -38,6 +39,18 @@ const char* state_of(const protocol::Pipeline& pipeline, const char* idle) {
   return pipeline.status() == protocol::TxStatus::Idle ? idle : "idle in transaction";
 }
 
+std::string cipher_of(const Transport& transport) {
+  if (!transport.is_tls()) return {};
+  const char* cipher = SSL_get_cipher_name(transport.ssl());
+  return std::string(SSL_get_version(transport.ssl())) + "/" + (cipher ? cipher : "");
+}
+
+std::string local_of(Transport& transport) {
+  boost::system::error_code ec;
+  const auto endpoint = transport.socket().local_endpoint(ec);
+  return ec ? std::string() : shown(endpoint);
+}
+
 template <class Shown>
 std::string join_hosts(const conf::ConnectParams& params, Shown shown_as) {
   std::string out;
@@ -61,8 +74,13 @@ pool::ClientRow ClientSession::row() {
   row.tls = channel_.transport.is_tls();
   row.connectedMicros = micros(now - connected_at_);
   row.request = request_;
+  row.local = local_of(channel_.transport);
+  row.cipher = cipher_of(channel_.transport);
+  row.fd = channel_.transport.socket().native_handle();
+  if (request_since != pool::Time{}) row.requestMicros = micros(now - request_since);
   pool::Time begun = std::max(sent_at_, connected_at_);
   switch (state_) {
+    case State::Console:
     case State::Ready: row.state = "idle"; break;
     case State::Waiting:
       row.state = "waiting";
@@ -74,6 +92,7 @@ pool::ClientRow ClientSession::row() {
     default: row.state = "login";
   }
   row.stateMicros = micros(now - begun);
+  if (console_) row.database = console_->database, row.user = console_->session.user();
   if (!entry_) return row;
   row.database = entry_->database;
   row.user = entry_->user;
@@ -97,14 +116,16 @@ pool::ServerRow ServerConnection::row() {
   row.user = entry_.user;
   row.uses = uses;
   row.useLimit = use_limit;
+  row.condemned = condemned;
+  if (running.since != pool::Time{}) row.requestMicros = micros(now - running.since);
   row.preparedStatements = statements.size();
   row.connectedMicros = connected == pool::Time{} ? 0 : micros(now - connected);
   if (channel_ && state_ != State::Connecting) {
     row.address = target_.host.is_unix() ? target_.host.name : conf::print_address(target_.host.name, target_.host.port);
     row.tls = channel_->transport.is_tls();
-    boost::system::error_code ec;
-    const auto local = channel_->transport.socket().local_endpoint(ec);
-    if (!ec) row.local = shown(local);
+    row.local = local_of(channel_->transport);
+    row.cipher = cipher_of(channel_->transport);
+    row.fd = channel_->transport.socket().native_handle();
   }
   pool::Time begun = std::max(idle_since, connected);
   switch (state_) {
@@ -130,13 +151,19 @@ std::string Worker::name_of(const conf::ConnectParams& upstream) {
   return join_hosts(upstream, [](const conf::Host& host) { return conf::print_address(host.name, host.port); });
 }
 
+void Worker::show_settings(const conf::PoolSettings& settings, pool::DatabaseSnapshot& shown) {
+  shown.mode = mode_name(settings.mode);
+  shown.max = settings.max;
+  shown.min = settings.min;
+  shown.maxLifetimeSeconds = settings.maxLifetimeSeconds;
+}
+
 Worker::DatabaseEntry Worker::describe(const std::string& name) const {
   DatabaseEntry entry;
   entry.shown.name = name;
   const auto plan = plan_database(name);
   if (!plan) return entry;
-  entry.shown.mode = mode_name(plan->settings.mode);
-  entry.shown.max = plan->settings.max;
+  show_settings(plan->settings, entry.shown);
   try {
     const conf::ConnectParams params = conf::resolve_upstream(plan->upstream, control_.environment());
     entry.upstream = name_of(params);
@@ -165,7 +192,12 @@ pool::Snapshot Worker::snapshot(Detail detail) {
   s.databaseLatencyMicros = database_latency_;
   s.databaseProbed = database_probed_;
   if (database_seen_ != pool::Time{}) s.databaseSeenMicrosAgo = micros(t - database_seen_);
-  for (const auto& [name, entry] : databases_) s.databases.push_back(entry.shown);
+  s.paused = all_paused_;
+  for (const auto& [name, entry] : databases_) {
+    s.databases.push_back(entry.shown);
+    s.databases.back().paused = is_paused(name);
+    s.databases.back().disabled = disabled(name);
+  }
   s.upstreams = upstreams_;
   s.poolMax = config_->pool.max;
   s.pgbouncerCompatible = config_->metrics.pgbouncerCompatible;
@@ -185,6 +217,7 @@ pool::Snapshot Worker::snapshot(Detail detail) {
     p.connectionTimeoutMillis = settings.connectionTimeoutMillis;
     p.maxUses = settings.maxUses;
     p.mode = mode_name(settings.mode);
+    p.paused = entry->paused;
     p.lastError = entry->last_failure.message;
     p.clientsWaiting = static_cast<std::uint32_t>(entry->pool.waiting_count());
     if (p.clientsWaiting > 0) p.oldestWaitMicros = micros(t - entry->pool.oldest_wait());
@@ -218,6 +251,10 @@ pool::Snapshot Worker::snapshot(Detail detail) {
       s.clientRows.push_back(client->row());
       if (auto leak = client->leak()) s.leaks.push_back(std::move(*leak));
     }
+    if (client->is_console()) {
+      ++s.consoles;
+      continue;
+    }
     if (!client->entry()) {
       ++s.clientsLogin;
       continue;
@@ -235,6 +272,7 @@ pool::Snapshot Worker::snapshot(Detail detail) {
     }
   }
   s.users = static_cast<std::uint32_t>(users.size());
+  if (detail == Detail::Rows) s.userNames.assign(users.begin(), users.end());
   std::sort(s.pins.begin(), s.pins.end(), [](const auto& a, const auto& b) { return a.micros > b.micros; });
   std::sort(s.clientRows.begin(), s.clientRows.end(), [](const auto& a, const auto& b) { return a.connectedMicros > b.connectedMicros; });
   std::sort(s.serverRows.begin(), s.serverRows.end(), [](const auto& a, const auto& b) { return a.id < b.id; });

@@ -6,6 +6,7 @@
 #include <csignal>
 #include <thread>
 
+#include "proxy/console_config.hpp"
 #include "proxy/log.hpp"
 
 namespace pgsidecar::proxy {
@@ -34,6 +35,11 @@ Supervisor::Supervisor(std::string config_path, std::shared_ptr<const conf::Conf
       worker_(data_loop_, control_, std::move(config)),
       signals_(control_loop_, SIGTERM, SIGINT, SIGHUP) {
   std::signal(SIGPIPE, SIG_IGN);
+  worker_.on_request = [this](const ConsoleCommand& command, std::function<void(std::string)> done) {
+    asio::post(control_loop_, [this, command, done = std::move(done)]() mutable {
+      asio::post(data_loop_, [error = request(command), done = std::move(done)] { done(error); });
+    });
+  };
 }
 
 void Supervisor::snapshot(pool::Snapshot::Detail detail, SnapshotDone done) {
@@ -76,9 +82,32 @@ std::string Supervisor::reload() {
 
 void Supervisor::command(const pool::Command& command, std::function<void(std::string error)> done) {
   asio::post(data_loop_, [this, command, done = std::move(done)]() mutable {
-    std::string error = worker_.execute(command);
-    asio::post(control_loop_, [error = std::move(error), done = std::move(done)] { done(error); });
+    worker_.operate(command, [this, done = std::move(done)](std::string error) {
+      asio::post(control_loop_, [error = std::move(error), done] { done(error); });
+    });
   });
+}
+
+std::string Supervisor::request(const ConsoleCommand& command) {
+  using Kind = ConsoleCommand::Kind;
+  if (command.kind == Kind::Reload) {
+    const std::string error = reload();
+    return error.empty() ? error : "RELOAD failed: " + error;
+  }
+  if (command.kind == Kind::Set) return set(command.name, command.value);
+  if (command.stop != ConsoleCommand::Stop::WaitForClients) signalled_ = true;
+  asio::post(data_loop_, [this, how = command.stop] { worker_.stop(how); });
+  return {};
+}
+
+std::string Supervisor::set(const std::string& key, const std::string& value) {
+  auto next = std::make_shared<conf::Config>(*config_);
+  if (std::string error = apply_setting(*next, key, value); !error.empty()) return error;
+  for (const std::string& changed : conf::compare(*config_, *next).applied) log::info("set: {} changed, until the next reload", changed);
+  if (next->log.level != config_->log.level) spdlog::set_level(spdlog::level::from_str(next->log.level));
+  config_ = next;
+  asio::post(data_loop_, [this, next = std::shared_ptr<const conf::Config>(std::move(next))] { worker_.adjust(next); });
+  return {};
 }
 
 void Supervisor::drain() {

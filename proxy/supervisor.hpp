@@ -39,6 +39,9 @@ class Supervisor {
 
  private:
   void wait_signal();
+  /// For the console: RELOAD, SET, SHUTDOWN. On the control loop.
+  std::string request(const ConsoleCommand& command);
+  std::string set(const std::string& key, const std::string& value);
 
   std::string config_path_;
   std::shared_ptr<const conf::Config> config_;  // control loop's view

@@ -41,7 +41,7 @@ bool is_answer(std::string_view sqlstate) {
 }  // namespace
 
 Worker::Worker(asio::io_context& data, Control& control, std::shared_ptr<const conf::Config> config)
-    : data_(data), control_(control), config_(std::move(config)), timer_(data), started_at_(pool::Clock::now()) {
+    : data_(data), control_(control), config_(std::move(config)), timer_(data), started_at_(pool::Clock::now()), averages_(started_at_) {
   use_config();
 }
 
@@ -223,6 +223,7 @@ PoolEntry* Worker::find_pool(const std::string& database, const std::string& use
   if (const auto it = pools_.find(key); it != pools_.end()) return it->second.get();
   auto entry = std::make_unique<PoolEntry>(database, user, plan->settings, std::move(plan->upstream));
   entry->passes_password_on = passes_password_on(user);
+  entry->paused = is_paused(database);
   entry->number = static_cast<std::uint32_t>(pools_.size()) + 1;
   if (!databases_.contains(database)) databases_[database] = describe(database);
   return pools_.emplace(std::move(key), std::move(entry)).first->second.get();
@@ -254,7 +255,7 @@ void Worker::on_login() {
 
 void Worker::want_server(ClientSession& client) {
   PoolEntry& entry = *client.entry();
-  if (!entry.listener.wants())
+  if (!entry.paused && !entry.listener.wants())
     if (pool::Slot* slot = entry.pool.take(now())) return static_cast<ServerConnection*>(slot)->lease(client);
   entry.pool.wait(client, now());
   kick();
@@ -277,6 +278,7 @@ void Worker::run_runnable() {
 }
 
 void Worker::serve(PoolEntry& entry) {
+  if (entry.paused) return;
   const bool listens = entry.listener.wants_server(now()) && entry.clients > 0 && !draining_;
   if (listens && entry.pool.any_idle()) {
     auto* idle = static_cast<ServerConnection*>(entry.pool.any_idle());
@@ -345,6 +347,7 @@ void Worker::on_connect_failed(ServerConnection& server, const protocol::ErrorFi
   if (server.login()) {
     if (const auto client = server.login()->client.lock()) client->refused(error);
     entry.servers.erase(server.id());
+    check_operations();
     serve(entry);
     return check_stopped();
   }
@@ -360,6 +363,7 @@ void Worker::on_connect_failed(ServerConnection& server, const protocol::ErrorFi
   else
     database_seen(upstream_of(entry.database), false, error.message);
   entry.servers.erase(server.id());
+  check_operations();
   if (is_permanent(error.sqlstate)) {
     while (pool::Waiter* waiter = entry.pool.next_waiter()) static_cast<ClientSession*>(waiter)->on_wait_failed(error, true);
   }
@@ -372,6 +376,7 @@ void Worker::on_server_closed(ServerConnection& server) {
   // The connection may be in the middle of a turn of its own.
   asio::post(data_, [this, &entry, id = server.id()] {
     entry.servers.erase(id);
+    check_operations();
     serve(entry);
     check_stopped();
   });
@@ -380,11 +385,14 @@ void Worker::on_server_closed(ServerConnection& server) {
 void Worker::on_client_closed(ClientSession& client) {
   if (client.entry())
     --client.entry()->clients, --logged_in_;
+  else if (client.is_console())
+    --consoles_;
   else
     login_over();
-  asio::post(data_, [this, id = client.id()] {
+  asio::post(data_, [this, id = client.id(), console = client.is_console()] {
     clients_.erase(id);
-    if (clients_.empty()) {
+    if (console) abandon_operation(id);
+    if (clients_.size() == consoles_ && !console) {
       idle_since_ = now();
       kick();
     }
@@ -448,12 +456,23 @@ void Worker::tick() {
   tick_at_ = pool::Time::max();
   stir();
   const pool::Time t = now();
+  if (averages_.due(t)) averages_.take(sums(), t);
   bool busy = draining_;
   milliseconds idle_check = std::chrono::hours(1);
   for (auto& [key, entry] : pools_) {
     while (pool::Waiter* waiter = entry->pool.expired(t)) {
       auto& client = *static_cast<ClientSession*>(waiter);
       ++entry->pool.counters().waitTimeouts;
+      if (entry->paused) {
+        client.on_wait_failed({"ERROR",
+                               "53300",
+                               "timed out after " + std::to_string(entry->pool.settings().connectionTimeoutMillis) +
+                                   " ms waiting for a server connection: database \"" + entry->database + "\" is paused",
+                               {},
+                               {}},
+                              false);
+        continue;
+      }
       if (entry->failures > 0 && !entry->last_failure.message.empty()) {
         client.on_wait_failed(entry->last_failure, false);
         continue;
@@ -486,7 +505,7 @@ void Worker::tick() {
     serve(*entry);
     busy |= entry->listener.wants();
     busy |= entry->pool.waiting_count() > 0 || entry->connecting > 0;
-    busy |= entry->clients > 0 && entry->pool.staying() < entry->pool.settings().min && !draining_;
+    busy |= entry->clients > 0 && entry->pool.staying() < entry->pool.settings().min && !draining_ && !entry->paused;
     if (entry->pool.any_idle()) idle_check = std::min(idle_check, entry->pool.idle_check());
   }
   std::vector<std::shared_ptr<ClientSession>> due;
@@ -511,7 +530,7 @@ void Worker::tick() {
       client->close();
     }
   }
-  const bool exit_on_idle = config_->pool.allowExitOnIdle && had_client_ && clients_.empty();
+  const bool exit_on_idle = config_->pool.allowExitOnIdle && had_client_ && clients_.size() == consoles_;
   if (exit_on_idle && !draining_ && t - idle_since_ >= milliseconds(config_->pool.idleTimeoutMillis)) {
     log::info("no clients for {} ms: exiting (pool.allowExitOnIdle)", config_->pool.idleTimeoutMillis);
     drain();
@@ -526,10 +545,11 @@ void Worker::tick() {
 // --- the end
 
 void Worker::drain() {
-  if (draining_) return;
+  if (draining_ && !waits_for_clients_) return;
   draining_ = true;
+  waits_for_clients_ = false;
   drain_until_ = now() + milliseconds(config_->shutdown.timeoutMillis);
-  log::info("draining: {} clients, at most {} ms", clients_.size(), config_->shutdown.timeoutMillis);
+  log::info("draining: {} clients, at most {} ms", clients_.size() - consoles_, config_->shutdown.timeoutMillis);
   if (!config_->shutdown.acceptWhileDraining) {
     // New ones are accepted and told so, until nothing is left.
     std::vector<std::shared_ptr<ClientSession>> all;
@@ -541,7 +561,13 @@ void Worker::drain() {
 }
 
 void Worker::check_stopped() {
-  if (!draining_ || stopped_ || !clients_.empty()) return;
+  if (!draining_ || stopped_ || clients_.size() > consoles_) return;
+  if (!clients_.empty()) {
+    std::vector<std::shared_ptr<ClientSession>> consoles;
+    for (auto& [id, client] : clients_) consoles.push_back(client);
+    for (const auto& console : consoles) console->fatal("57P01", "terminating connection due to administrator command");
+    return;
+  }
   for (const auto& close_listener : close_listeners_) close_listener();
   close_listeners_.clear();
   bool left = false;

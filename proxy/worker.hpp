@@ -13,6 +13,7 @@
 #include <memory>
 #include <memory_resource>
 #include <random>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -24,6 +25,7 @@
 #include "protocol/scram.hpp"
 #include "proxy/catalog.hpp"
 #include "proxy/client_session.hpp"
+#include "proxy/console_show.hpp"
 #include "proxy/control.hpp"
 #include "proxy/listener.hpp"
 #include "proxy/log.hpp"
@@ -50,6 +52,7 @@ struct PoolEntry {
   protocol::ErrorFields last_failure;  // of a connect; no message: none since the last success
   std::uint32_t replacements = 0;      // of connections that were worn out while in use: opened before they are missed
   bool passes_password_on = false;
+  bool paused = false;                         // by an operator: nobody gets a server connection
   bool sequences_matter = false;               // its clients use currval or lastval
   pool::Transparency transparency;             // what its statements leave in sessions
   std::optional<std::string> given_password;   // users: {"*": {}}: what the server has accepted from a client
@@ -78,14 +81,21 @@ class Worker {
   /// Throws std::runtime_error naming the address and the key to change.
   void listen();
   void reload(std::shared_ptr<const conf::Config> config);
-  void drain();                                   ///< as at SIGTERM
-  std::function<void(int exit_code)> on_stopped;  ///< nothing is left
+  void adjust(std::shared_ptr<const conf::Config> config);  ///< to settings that differ from before by SET alone
+  void drain();                                             ///< as at SIGTERM
+  void stop(ConsoleCommand::Stop how);                      ///< as SHUTDOWN says
+  std::function<void(int exit_code)> on_stopped;            ///< nothing is left
   /// What a snapshot holds besides counts: who is connected; what the statements cost.
   using Detail = pool::Snapshot::Detail;
   pool::Snapshot snapshot(Detail detail = Detail::None);
   void watch(std::function<void()> happened) { watcher_ = std::move(happened); }  ///< called once, when anything happens
   void probe(std::function<void()> done);
-  std::string execute(const pool::Command& command);  ///< empty, or why it couldn't be done
+  /// `done` gets empty, or why it couldn't be done, at once or when the server connections are closed that it waits for. `owner`:
+  /// the client that may abandon it.
+  void operate(const pool::Command& command, std::function<void(std::string error)> done, std::uint32_t owner = 0);
+  std::string execute(const pool::Command& command);  ///< those that wait for nothing
+  /// What the control loop does for the console: RELOAD, SET, SHUTDOWN. Its answer comes on the data loop.
+  std::function<void(const ConsoleCommand&, std::function<void(std::string error)> done)> on_request;
 
   /// One handler's run on the loop. Clients that got a lease in it go on at its end, before the loop waits again.
   class Turn {
@@ -150,6 +160,13 @@ class Worker {
   void arm_tick(std::chrono::milliseconds after);
   void kick();  ///< deadlines are near: the tick runs soon
   bool draining() const { return draining_; }
+  static constexpr std::uint32_t kMostConsoles = 16;
+  bool is_console(const std::string& database) const;  ///< what a client calls the SQL console
+  bool admit_console();
+  bool abandon_operation(std::uint32_t owner);  ///< False: it has none
+  bool disabled(const std::string& database) const { return disabled_databases_.contains(database); }
+  bool refuses_clients() const { return draining_ && (waits_for_clients_ || !config_->shutdown.acceptWhileDraining); }
+  const Averages& averages() const { return averages_; }
   bool full() const { return logged_in_ >= config_->limits.maxClients; }
   std::size_t clients() const { return clients_.size(); }
 
@@ -164,7 +181,15 @@ class Worker {
     pool::DatabaseSnapshot shown;
     std::string upstream;
   };
+  /// What is under way for an operator until server connections are closed.
+  struct Operation {
+    pool::Command::Kind kind;
+    std::string database;
+    std::uint32_t owner;
+    std::function<void(std::string error)> done;
+  };
   static std::string name_of(const conf::ConnectParams& upstream);
+  static void show_settings(const conf::PoolSettings& settings, pool::DatabaseSnapshot& shown);
   DatabaseEntry describe(const std::string& name) const;
   std::optional<PoolPlan> plan_database(const std::string& database) const;
   std::optional<PoolPlan> plan_pool(const std::string& database, const std::string& user, std::string& sqlstate, std::string& error) const;
@@ -178,6 +203,14 @@ class Worker {
   void run_runnable();
   void login_over();
   void check_stopped();
+  bool is_paused(const std::string& database) const;
+  void set_paused();
+  void outdate_servers(PoolEntry& entry);
+  void kill(const std::string& database);
+  std::string change(const pool::Command& command);
+  void end_waits(const std::function<bool(const Operation&)>& which, const std::string& error);
+  void check_operations();
+  SumsByDatabase sums() const;
   bool farewell_over();
   void use_config();
 
@@ -215,6 +248,11 @@ class Worker {
   std::function<void()> watcher_;
   pool::Time farewell_at_{};
   int exit_code_ = 0;
+  bool all_paused_ = false, waits_for_clients_ = false;
+  std::set<std::string> paused_databases_, disabled_databases_;
+  std::vector<Operation> operations_;
+  std::uint32_t consoles_ = 0;  // of clients_
+  Averages averages_;
 };
 
 }  // namespace pgsidecar::proxy
