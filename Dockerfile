@@ -4,8 +4,9 @@ RUN apt-get update && apt-get install -y --no-install-recommends \
       ca-certificates cmake g++ libboost1.81-dev libjs-chart.js libspdlog-dev libssl-dev libyaml-cpp-dev ninja-build python3 \
     && rm -rf /var/lib/apt/lists/*
 WORKDIR /src
+ARG COMMIT=
 COPY . .
-RUN cmake -G Ninja -S . -B /build -DCMAKE_BUILD_TYPE=Release -DPGSIDECAR_TESTS=OFF \
+RUN cmake -G Ninja -S . -B /build -DCMAKE_BUILD_TYPE=Release -DPGSIDECAR_TESTS=OFF -DPGSIDECAR_COMMIT="$COMMIT" \
     && cmake --build /build --target pgsidecar && strip /build/pgsidecar
 # What the dynamic linker loads, under its own paths; getaddrinfo's modules; CA certificates; a user.
 RUN mkdir -p /root-fs/usr/local/bin /root-fs/etc/ssl/certs \

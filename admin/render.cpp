@@ -159,7 +159,8 @@ constexpr HistogramFamily kHistograms[] = {
     {"pgsidecar_query_seconds", "Time from a request's relay to its ReadyForQuery, the wait for a connection left out.",
      &PoolCounters::query, kQueryBounds},
     {"pgsidecar_transaction_seconds", "Time from a transaction's first request to its end.", &PoolCounters::transaction, kQueryBounds},
-    {"pgsidecar_server_connect_seconds", "Time to connect and log in to the server.", &PoolCounters::connect, kConnectBounds}};
+    {"pgsidecar_server_connect_seconds", "Time to connect and log in to the server.", &PoolCounters::connect, kConnectBounds},
+    {"pgsidecar_server_tls_handshake_seconds", "Time of TLS handshakes with the server.", &PoolCounters::tlsHandshake, kConnectBounds}};
 
 struct CounterFamily {
   const char *name, *help;
@@ -173,6 +174,8 @@ constexpr CounterFamily kCounters[] = {
     {"pgsidecar_server_connect_failures_total", "Server connections that could not be opened.", &PoolCounters::connectFailures},
     {"pgsidecar_server_resets_total", "Server connections reset before the next client.", &PoolCounters::resets},
     {"pgsidecar_pool_wait_timeouts_total", "Clients that waited connectionTimeoutMillis in vain.", &PoolCounters::waitTimeouts},
+    {"pgsidecar_leaks_total", "Transactions that were idle for longer than idleInTransactionWarnMillis.", &PoolCounters::leaks},
+    {"pgsidecar_limits_reached_total", "Requests cancelled and clients closed by a limit of the pool's.", &PoolCounters::limitsReached},
     {"pgsidecar_residue_checks_total", "Times that the server was asked what a session holds.", &PoolCounters::residueChecks},
     {"pgsidecar_cancels_total", "Cancel requests forwarded.", &PoolCounters::cancels},
     {"pgsidecar_notifications_total", "Notifications delivered to clients that the pool's listener listens for.",
@@ -196,6 +199,7 @@ constexpr GaugeFamily kGauges[] = {
     {"pgsidecar_pool_max_connections", "The pool's max.", &PoolSnapshot::max},
     {"pgsidecar_pool_min_connections", "The pool's min.", &PoolSnapshot::min},
     {"pgsidecar_pool_waiting_clients", "Clients waiting for a server connection.", &PoolSnapshot::clientsWaiting},
+    {"pgsidecar_leaking_transactions", "Transactions that are idle for longer than idleInTransactionWarnMillis.", &PoolSnapshot::leaking},
     {"pgsidecar_listening_clients", "Clients that the pool's listener listens for.", &PoolSnapshot::listeningClients},
     {"pgsidecar_listening_channels", "Channels that the pool's listener listens to.", &PoolSnapshot::listeningChannels},
     {"pgsidecar_pool_pinned_connections", "Server connections kept by one client beyond its transaction.", &PoolSnapshot::pinned}};
@@ -218,6 +222,7 @@ void add(PoolSnapshot& to, const PoolSnapshot& p) {
   for (const auto& state : kClientStates) to.*state.member += p.*state.member;
   for (const auto& state : kServerStates) to.*state.member += p.*state.member;
   to.oldestWaitMicros = std::max(to.oldestWaitMicros, p.oldestWaitMicros);
+  if (p.oldestLeakMicros > to.oldestLeakMicros) to.oldestLeakMicros = p.oldestLeakMicros, to.oldestLeaker = p.oldestLeaker;
   to.preparedStatements += p.preparedStatements;
   to.cancelling += p.cancelling;
   to.beingCancelled += p.beingCancelled;
@@ -240,6 +245,10 @@ void write_pools(Writer& out, const std::vector<PoolRow>& rows) {
   }
   out.family("pgsidecar_pool_oldest_wait_seconds", MetricType::Gauge, "How long the first client in the queue has waited.");
   for (const auto& row : rows) out.sample(row.labels, seconds(row.pool->oldestWaitMicros));
+  out.family("pgsidecar_oldest_leak_seconds", MetricType::Gauge, "Age of the pool's oldest leaking transaction, with its application.");
+  for (const auto& row : rows)
+    if (row.pool->leaking > 0)
+      out.sample(row.labels + "," + label("application", row.pool->oldestLeaker), seconds(row.pool->oldestLeakMicros));
   out.family("pgsidecar_server_connections", MetricType::Gauge, "Server connections by state; draining ones are being closed.");
   for (const auto& row : rows)
     for (const auto& s : kServerStates) out.sample(row.labels + "," + label("state", s.state), std::uint64_t{row.pool->*s.member});
@@ -298,7 +307,9 @@ std::string metrics(const Snapshot& s, const Process& process, LabelSets& labels
 
   Writer out(format);
   out.family("pgsidecar_build_info", MetricType::Info, "What this is; always 1.");
-  out.sample(label("version", PGSIDECAR_VERSION) + "," + label("openssl", OpenSSL_version(OPENSSL_VERSION_STRING)), std::uint64_t{1});
+  out.sample(label("version", PGSIDECAR_VERSION) + "," + label("commit", kCommit) + "," +
+                 label("openssl", OpenSSL_version(OPENSSL_VERSION_STRING)),
+             std::uint64_t{1});
   out.one("pgsidecar_draining", MetricType::Gauge, "1 while shutting down.", std::uint64_t{s.draining});
   out.family("pgsidecar_health_up", MetricType::Gauge, "1 if the server answered last, 0 if it failed; none before the first connect.");
   for (const auto& [name, upstream] : s.upstreams)

@@ -83,6 +83,8 @@ using conf::to_utf8;  // names come from clients; JSON and the exposition must s
 std::string number(double value);
 double seconds(std::uint64_t micros);
 
+extern const char* const kCommit;  ///< that this was built from; made by CMake
+
 enum class Exposition { Prometheus, OpenMetrics };  ///< text 0.0.4, OpenMetrics 1.0
 std::string metrics(const pool::Snapshot& snapshot, const Process& process, LabelSets& labels, Exposition format);
 

@@ -73,7 +73,7 @@ struct PoolCounters {
   PinCounts pins{};                 ///< begun, by reason
   std::uint64_t notifications = 0, notificationOverflows = 0, listenerLosses = 0;
   std::array<std::uint64_t, static_cast<std::size_t>(CloseReason::kCount)> closed{};
-  Histogram wait, query, transaction, connect;
+  Histogram wait, query, transaction, connect, tlsHandshake;
 };
 
 /// One pool as it is now.
@@ -88,7 +88,9 @@ struct PoolSnapshot {
   std::uint32_t beingCancelled = 0;  // of those, the ones that nobody has leased: they are idle once it has been answered
   std::uint32_t pinned = 0;
   std::uint32_t leaking = 0;  // transactions idle for longer than idleInTransactionWarnMillis
-  PinCounts pinnedBy{};       // a client may have several reasons
+  std::uint64_t oldestLeakMicros = 0;
+  std::string oldestLeaker;  // its application
+  PinCounts pinnedBy{};      // a client may have several reasons
   std::vector<StatementEffects> effects;
   std::uint64_t effectsDropped = 0;
   std::vector<FunctionEffects> functions;                     // the first 100

@@ -77,7 +77,7 @@ struct Opening {
   Worker& worker;
   const Upstream& upstream;
   const Target& target;
-  const conf::PoolSettings& pool;
+  pool::Pool& pool;
   std::optional<Channel>& channel;
   TimeLimit& limit;
   bool tls;  ///< asked for, then what it is
@@ -91,7 +91,7 @@ awaitable<std::string> open_channel(Opening& o) {
   Socket socket(o.worker.loop().get_executor());
   socket.open(o.target.endpoint.protocol(), ec);
   if (ec) co_return ec.message();
-  set_socket_options(socket, params, o.pool, o.target.endpoint.protocol().family() != AF_UNIX);
+  set_socket_options(socket, params, o.pool.settings(), o.target.endpoint.protocol().family() != AF_UNIX);
   o.limit.watch(socket);
   co_await socket.async_connect(o.target.endpoint, asio::redirect_error(use_awaitable, ec));
   if (ec) co_return ec.message();
@@ -119,9 +119,14 @@ awaitable<std::string> open_channel(Opening& o) {
   }
   transport.start_tls(o.upstream.tls.get(), false);
   prepare_client(transport.ssl(), params, o.target.host);
+  const pool::Time begun = pool::Clock::now();
   for (;;) {
     const IoResult shaken = transport.handshake();
-    if (shaken.status == IoStatus::Ok) co_return std::string();
+    if (shaken.status == IoStatus::Ok) {
+      const auto micros = std::chrono::duration_cast<std::chrono::microseconds>(pool::Clock::now() - begun).count();
+      o.pool.counters().tlsHandshake.record(static_cast<std::uint64_t>(micros));
+      co_return std::string();
+    }
     if (shaken.status != IoStatus::WouldBlock) {
       o.handshake_failed = true;
       co_return "SSL error: " + transport.tls_error();
@@ -246,7 +251,7 @@ awaitable<std::string> ServerConnection::log_in(std::shared_ptr<const Upstream> 
   TimeLimit limit(worker_, millis);
   std::string failure;
   try {
-    Opening opening{worker_, *upstream, target, entry_.pool.settings(), channel_, limit, tls};
+    Opening opening{worker_, *upstream, target, entry_.pool, channel_, limit, tls};
     failure = co_await open_channel(opening);
     retry_other_tls_ = opening.handshake_failed;
     if (failure.empty()) {
@@ -398,7 +403,7 @@ awaitable<void> ServerConnection::run_cancel(std::shared_ptr<ServerConnection> /
   std::optional<Channel> channel;
   TimeLimit limit(worker_, 5000);
   try {
-    Opening opening{worker_, *upstream_, target_, entry_.pool.settings(), channel, limit, channel_->transport.is_tls()};
+    Opening opening{worker_, *upstream_, target_, entry_.pool, channel, limit, channel_->transport.is_tls()};
     std::string failure = co_await open_channel(opening);
     if (failure.empty()) {
       Gather request;

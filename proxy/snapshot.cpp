@@ -226,6 +226,10 @@ pool::Snapshot Worker::snapshot(Detail detail) {
       p.cancelling += server->cancels_pending > 0;
       p.beingCancelled += server->cancels_pending > 0 && !server->client();
       p.leaking += server->running.leaking;
+      if (server->running.leaking && micros(t - server->client()->transaction_since) >= p.oldestLeakMicros) {
+        p.oldestLeakMicros = micros(t - server->client()->transaction_since);
+        p.oldestLeaker = server->client()->application();
+      }
       if (detail == Detail::Rows) s.serverRows.push_back(server->row());
       switch (server->state()) {
         case ServerConnection::State::Connecting: ++p.serversLogin; break;

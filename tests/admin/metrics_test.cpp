@@ -119,7 +119,8 @@ TEST(Metrics, Buckets) {
       {"pgsidecar_pool_wait_seconds", "0.0001 " + long_ones},
       {"pgsidecar_query_seconds", long_ones},
       {"pgsidecar_transaction_seconds", long_ones},
-      {"pgsidecar_server_connect_seconds", "0.001 0.005 0.01 0.025 0.05 0.1 0.25 0.5 1.0 2.5 5.0 +Inf"}};
+      {"pgsidecar_server_connect_seconds", "0.001 0.005 0.01 0.025 0.05 0.1 0.25 0.5 1.0 2.5 5.0 +Inf"},
+      {"pgsidecar_server_tls_handshake_seconds", "0.001 0.005 0.01 0.025 0.05 0.1 0.25 0.5 1.0 2.5 5.0 +Inf"}};
   EXPECT_EQ(bounds, expected);
 }
 
