@@ -6,6 +6,7 @@
 #include <cmath>
 #include <ctime>
 
+#include "admin/alerts.hpp"
 #include "admin/render.hpp"
 
 namespace pgsidecar::admin {
@@ -172,7 +173,7 @@ std::string ready_json(const Snapshot& s) {
   return json.take();
 }
 
-std::string pool_stats_json(const Snapshot& s, Clock::time_point now) {
+std::string pool_stats_json(const Snapshot& s, const std::vector<Alert>& active, Clock::time_point now) {
   Counts counts;
   pool::Histogram wait, query, transaction;
   for (const auto& p : s.pools) {
@@ -192,7 +193,9 @@ std::string pool_stats_json(const Snapshot& s, Clock::time_point now) {
   write_quantiles(json, "wait", wait);
   write_quantiles(json, "query", query);
   write_quantiles(json, "transaction", transaction);
-  json.key("perPool").begin('[');
+  json.key("alerts").begin('[');
+  for (const Alert& alert : active) write_alert(json, alert);
+  json.end(']').key("perPool").begin('[');
   for (const auto& p : s.pools) write_pool(json, p);
   json.end(']').end('}');
   return json.take();
@@ -206,12 +209,12 @@ std::string pools_json(const Snapshot& s, Clock::time_point now) {
   return json.take();
 }
 
-std::string sample_json(const Snapshot& s, const Process& process, Clock::time_point now) {
+std::string sample_json(const Snapshot& s, const Process& process, const std::vector<Alert>& active, Clock::time_point now) {
   const auto line = [](std::string document) {
     document.pop_back();  // its newline
     return document;
   };
-  return "{\"health\":" + line(health_json(s, process, now)) + ",\"stats\":" + line(pool_stats_json(s, now)) + ",\"alerts\":[]}";
+  return "{\"health\":" + line(health_json(s, process, now)) + ",\"stats\":" + line(pool_stats_json(s, active, now)) + "}";
 }
 
 std::string pins_json(const Snapshot& s, Clock::time_point now) {

@@ -13,6 +13,7 @@
 #include <span>
 #include <vector>
 
+#include "admin/alerts.hpp"
 #include "admin/exposition.hpp"
 
 namespace pgsidecar::admin {
@@ -293,7 +294,7 @@ void write_pools(Writer& out, const std::vector<PoolRow>& rows) {
 
 }  // namespace
 
-std::string metrics(const Snapshot& s, const Process& process, LabelSets& labels, Exposition format) {
+std::string metrics(const Snapshot& s, const Process& process, const std::vector<Alert>& active, LabelSets& labels, Exposition format) {
   std::vector<PoolRow> rows;
   PoolSnapshot other;
   bool others = false;
@@ -337,6 +338,11 @@ std::string metrics(const Snapshot& s, const Process& process, LabelSets& labels
     out.sample(label("reason", to_string(static_cast<pool::RejectReason>(i))), s.rejected[i]);
   out.family("pgsidecar_errors_total", MetricType::Counter, "Errors sent to clients, by the SQLSTATE's class.");
   for (const auto& [sqlstate_class, n] : s.errorsByClass) out.sample(label("sqlstate_class", sqlstate_class), n);
+
+  out.family("pgsidecar_alert_active", MetricType::Gauge, "1 while an alert of this name is active.");
+  for (const char* name : kAlertNames)
+    out.sample(label("alert", name),
+               std::uint64_t{std::any_of(active.begin(), active.end(), [&](const Alert& alert) { return alert.name == name; })});
 
   out.one("process_cpu_seconds_total", MetricType::Counter, "User and system CPU time.", process.cpuUserSeconds + process.cpuSystemSeconds);
   out.one("process_resident_memory_bytes", MetricType::Gauge, "Resident memory.", process.residentBytes);

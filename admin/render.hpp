@@ -10,11 +10,14 @@
 #include <string>
 #include <string_view>
 #include <utility>
+#include <vector>
 
 #include "conf/utf8.hpp"
 #include "pool/stats.hpp"
 
 namespace pgsidecar::admin {
+
+struct Alert;  // alerts.hpp
 
 /// This process as the kernel sees it.
 struct Process {
@@ -44,10 +47,10 @@ const char* health_status(const pool::Snapshot& snapshot);
 
 std::string health_json(const pool::Snapshot& snapshot, const Process& process, Clock::time_point now);
 std::string ready_json(const pool::Snapshot& snapshot);
-std::string pool_stats_json(const pool::Snapshot& snapshot, Clock::time_point now);
+std::string pool_stats_json(const pool::Snapshot& snapshot, const std::vector<Alert>& active, Clock::time_point now);
 std::string compute_health_json(const pool::Snapshot& snapshot, const Process& process, Clock::time_point now);
 /// health and pool-stats in one document on one line, for the page.
-std::string sample_json(const pool::Snapshot& snapshot, const Process& process, Clock::time_point now);
+std::string sample_json(const pool::Snapshot& snapshot, const Process& process, const std::vector<Alert>& active, Clock::time_point now);
 /// The pinned clients: why, after which statement, since when, what ends it.
 std::string pins_json(const pool::Snapshot& snapshot, Clock::time_point now);
 /// What the statements of each pool meant for their sessions, and whether transaction mode suits them.
@@ -86,6 +89,7 @@ double seconds(std::uint64_t micros);
 extern const char* const kCommit;  ///< that this was built from; made by CMake
 
 enum class Exposition { Prometheus, OpenMetrics };  ///< text 0.0.4, OpenMetrics 1.0
-std::string metrics(const pool::Snapshot& snapshot, const Process& process, LabelSets& labels, Exposition format);
+std::string metrics(const pool::Snapshot& snapshot, const Process& process, const std::vector<Alert>& active, LabelSets& labels,
+                    Exposition format);
 
 }  // namespace pgsidecar::admin

@@ -20,6 +20,7 @@ constexpr Endpoint kEndpoints[] = {
     {"/api/monitoring/pools", Route::Pools, "each pool alone"},
     {"/api/monitoring/compute-health", Route::ComputeHealth, "process and database; ?probe=1 asks the database now"},
     {"/api/monitoring/history", Route::History, "?window=300&step=1, seconds: the last minutes, hours, day"},
+    {"/api/monitoring/alerts", Route::Alerts, "what is wrong now and what was lately; how telling the webhooks goes"},
     {"/api/monitoring/stream", Route::Stream, "health and pool-stats every second, as server-sent events"},
     {"/api/monitoring/clients", Route::Clients, "who is connected, what each does, since when"},
     {"/api/monitoring/servers", Route::Servers, "server connections, and who holds them"},

@@ -19,6 +19,7 @@ enum class Route {
   ComputeHealth,
   Pools,
   History,
+  Alerts,
   Stream,
   Clients,
   Servers,

@@ -378,7 +378,7 @@ std::chrono::seconds Server::Impl::publish(const Sample& sample) {
   if (stopped_ || stream_.empty()) return Monitor::kNever;
   if (sample.snapshot) {
     recheck(*sample.snapshot);
-    stream_.publish("sample", sample_json(*sample.snapshot, sample.process, sample.at));
+    stream_.publish("sample", sample_json(*sample.snapshot, sample.process, callbacks_.active_alerts(), sample.at));
   } else {
     stream_.publish("silent", kSilent);
   }
@@ -587,6 +587,10 @@ asio::awaitable<Answer> Server::Impl::answer(const Session& session, const Reque
     reply.body = callbacks_.history(*window, *step);
     co_return reply;
   }
+  if (route == Route::Alerts) {
+    reply.body = callbacks_.alerts();
+    co_return reply;
+  }
   if (route == Route::Config) {
     reply.body = config_json(callbacks_.config(), now);
     co_return reply;
@@ -619,7 +623,7 @@ asio::awaitable<Answer> Server::Impl::answer(const Session& session, const Reque
       if (!snapshot->started) reply.status = 503;
       reply.body = snapshot->started ? "{\"started\":true}\n" : "{\"started\":false,\"reason\":\"not listening yet\"}\n";
       break;
-    case Route::PoolStats: reply.body = pool_stats_json(*snapshot, now); break;
+    case Route::PoolStats: reply.body = pool_stats_json(*snapshot, callbacks_.active_alerts(), now); break;
     case Route::Pools: reply.body = pools_json(*snapshot, now); break;
     case Route::Clients: reply.body = clients_json(*snapshot, now); break;
     case Route::Servers: reply.body = servers_json(*snapshot, now); break;
@@ -631,7 +635,8 @@ asio::awaitable<Answer> Server::Impl::answer(const Session& session, const Reque
     default: {
       const bool open = prefers_open_metrics(view(request[http::field::accept]));
       reply.type = open ? kOpenMetrics : kPrometheus;
-      reply.body = metrics(*snapshot, read_process(), labels_, open ? Exposition::OpenMetrics : Exposition::Prometheus);
+      reply.body =
+          metrics(*snapshot, read_process(), callbacks_.active_alerts(), labels_, open ? Exposition::OpenMetrics : Exposition::Prometheus);
     }
   }
   co_return reply;

@@ -11,6 +11,7 @@
 #include <string>
 #include <string_view>
 
+#include "admin/alerts.hpp"
 #include "admin/monitor.hpp"
 #include "conf/config.hpp"
 #include "pool/stats.hpp"
@@ -30,8 +31,10 @@ class Server {
     /// Done on the data loop; `done` gets empty or why it couldn't be, on the control loop.
     std::function<void(const pool::Command&, std::function<void(std::string error)> done)> command;
     std::function<std::string(std::uint32_t window, std::uint32_t step)> history;  ///< a document
-    std::function<std::string()> config;                                           ///< YAML, redacted
-    std::function<void()> wake;                                                    ///< samples are needed: publish() is to be called
+    std::function<std::string()> alerts;                                           ///< a document
+    std::function<std::vector<Alert>()> active_alerts;
+    std::function<std::string()> config;  ///< YAML, redacted
+    std::function<void()> wake;           ///< samples are needed: publish() is to be called
   };
 
   Server(boost::asio::io_context& control, const conf::Admin& settings, Callbacks callbacks);

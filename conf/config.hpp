@@ -134,6 +134,37 @@ struct Metrics {
   friend bool operator==(const Metrics&, const Metrics&) = default;
 };
 
+enum class WebhookFormat { Json, Alertmanager, Slack };
+
+/// Where alerts are told.
+struct Webhook {
+  std::string url;  ///< http or https; of Alertmanager without /api/v2/alerts
+  WebhookFormat format = WebhookFormat::Json;
+  std::string authorization;  ///< the Authorization header
+  std::string ca;             ///< PEM file; empty: the system's
+  friend bool operator==(const Webhook&, const Webhook&) = default;
+};
+
+/// Thresholds; 0 switches an alert, or its part, off.
+struct Alerts {
+  bool enabled = true;
+  std::uint32_t waitingClients = 5;               ///< more of them wait for a pool's connection
+  std::uint32_t waitingSeconds = 30;              ///< some have waited for so long
+  std::uint32_t connectionsPercent = 80;          ///< in use, of a pool's max
+  std::uint32_t connectionsCriticalPercent = 90;  ///< the same
+  std::uint32_t memoryMb = 100;                   ///< resident
+  std::uint32_t databaseSlowMillis = 1000;        ///< p95 of the last minute's queries
+  std::uint32_t databaseSlowFactor = 3;           ///< and so many times as slow as usual
+  std::uint32_t errorPercent = 10;                ///< errors per query in the last minute
+  std::uint32_t pinnedPercent = 50;               ///< connections that clients keep, of a pool's max
+  std::uint32_t certificateDays = 14;             ///< until a certificate expires
+  std::uint32_t drainSeconds = 15;                ///< a drain takes longer
+  std::uint32_t forSeconds = 10;                  ///< how long connections, memory, times, errors and pins are past it before it is told
+  std::uint32_t clearSeconds = 15;                ///< how long all is well before the end is told
+  std::map<std::string, Webhook> webhooks;
+  friend bool operator==(const Alerts&, const Alerts&) = default;
+};
+
 struct Shutdown {
   std::uint32_t timeoutMillis = 30000;
   bool acceptWhileDraining = false;
@@ -152,6 +183,7 @@ struct Config {
   Admin admin;
   Log log;
   Metrics metrics;
+  Alerts alerts;
   Shutdown shutdown;
 
   friend bool operator==(const Config&, const Config&) = default;

@@ -40,6 +40,8 @@ class Reader {
         upstream(entry.second, "upstream", config_.upstream);
       else if (name != "databases" && name != "users")
         top(entry.first, entry.second, name);
+      if (name == "alerts" && entry.second.IsMap() && entry.second["webhooks"])
+        each(entry.second["webhooks"], "alerts.webhooks", [this](const std::string& key, const YAML::Node& node) { webhook(key, node); });
     }
     environment();
     // What these leave out is the global sections' and the environment's, which are read by now.
@@ -130,7 +132,7 @@ class Reader {
 
   void top(const YAML::Node& name_node, const YAML::Node& node, const std::string& path) {
     if (set(config_keys(), config_, path, node, path)) return;
-    std::vector<std::string_view> known{"upstream", "databases", "users"};
+    std::vector<std::string_view> known{"upstream", "databases", "users", "alerts.webhooks"};
     bool section = false;
     for (const auto& key : config_keys()) {
       known.push_back(key.path);
@@ -142,8 +144,22 @@ class Reader {
     if (!node.IsMap()) return mistake(node, path, "a mapping of keys is expected");
     for (const auto& entry : node) {
       const std::string inner = path + "." + entry.first.Scalar();
+      if (inner == "alerts.webhooks") continue;
       if (!set(config_keys(), config_, inner, entry.second, inner)) unknown(entry.first, inner, known);
     }
+  }
+
+  void webhook(const std::string& name, const YAML::Node& node) {
+    const std::string path = "alerts.webhooks." + name;
+    Webhook& hook = config_.alerts.webhooks[name];
+    std::vector<std::string_view> known;
+    for (const auto& key : webhook_keys()) known.push_back(key.path);
+    each(node, path, [&](const std::string& key, const YAML::Node& value) {
+      if (!set(webhook_keys(), hook, key, value, path + "." + key))
+        mistake(value, path + "." + key, "unknown key" + did_you_mean(key, known));
+    });
+    if (hook.url.empty() && !wrong_.contains(path)) mistake(node, path, "needs a url");
+    if (!hook.ca.empty()) check_file(path + ".ca", hook.ca);
   }
 
   void pool(const YAML::Node& node, const std::string& path, PoolSettings& settings) {
@@ -482,6 +498,18 @@ std::string to_redacted_yaml(const Config& config) {
     }
     out << YAML::EndMap;
   };
+  const auto webhooks = [&] {
+    out << YAML::Key << "webhooks" << YAML::Value << YAML::BeginMap;
+    for (const auto& [name, hook] : config.alerts.webhooks) {
+      out << YAML::Key << name << YAML::Value << YAML::BeginMap;
+      for (const auto& key : webhook_keys()) {
+        const bool secret = key.path == "url" || key.path == "authorization";  // Slack's URLs are secrets
+        if (!key.get(hook).empty()) out << YAML::Key << std::string(key.path) << YAML::Value << (secret ? "***" : key.get(hook));
+      }
+      out << YAML::EndMap;
+    }
+    out << YAML::EndMap;
+  };
   out << YAML::BeginMap;
   std::string section;
   for (const auto& key : config_keys()) {
@@ -493,6 +521,7 @@ std::string to_redacted_yaml(const Config& config) {
       section = head;
     }
     out << YAML::Key << std::string(key.path.substr(dot == std::string_view::npos ? 0 : dot + 1)) << YAML::Value << key.get(config);
+    if (key.path == "alerts.clearSeconds" && !config.alerts.webhooks.empty()) webhooks();
   }
   if (!section.empty()) out << YAML::EndMap;
   out << YAML::Key << "upstream" << YAML::Value;
@@ -535,6 +564,7 @@ Changes compare(const Config& before, const Config& after) {
   if (before.upstream != after.upstream) changes.applied.emplace_back("upstream");
   if (before.databases != after.databases) changes.applied.emplace_back("databases");
   if (before.users != after.users) changes.applied.emplace_back("users");
+  if (before.alerts.webhooks != after.alerts.webhooks) changes.applied.emplace_back("alerts.webhooks");
   return changes;
 }
 

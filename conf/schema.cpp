@@ -5,6 +5,8 @@
 #include <stdexcept>
 #include <utility>
 
+#include "conf/http_url.hpp"
+
 namespace pgsidecar::conf {
 
 namespace {
@@ -24,6 +26,8 @@ const Names<AuthMethod> kMethods{{"scram-sha-256", AuthMethod::ScramSha256},
                                  {"cert", AuthMethod::Cert}};
 const Names<TlsMode> kTlsModes{
     {"disable", TlsMode::Disable}, {"allow", TlsMode::Allow}, {"require", TlsMode::Require}, {"verify-full", TlsMode::VerifyFull}};
+const Names<WebhookFormat> kWebhookFormats{
+    {"json", WebhookFormat::Json}, {"alertmanager", WebhookFormat::Alertmanager}, {"slack", WebhookFormat::Slack}};
 const Names<LogFormat> kFormats{{"text", LogFormat::Text}, {"json", LogFormat::Json}};
 
 template <class T>
@@ -235,6 +239,20 @@ std::vector<Key<Config>> make_config_keys() {
   keys.push_back(inner_name("log.format", &Config::log, &Log::format, kFormats, true));
   keys.push_back(inner_number("log.slowQueryMillis", &Config::log, &Log::slowQueryMillis));
   keys.push_back(inner_bool("metrics.pgbouncerCompatible", &Config::metrics, &Metrics::pgbouncerCompatible));
+  keys.push_back(inner_bool("alerts.enabled", &Config::alerts, &Alerts::enabled));
+  keys.push_back(inner_number("alerts.waitingClients", &Config::alerts, &Alerts::waitingClients));
+  keys.push_back(inner_number("alerts.waitingSeconds", &Config::alerts, &Alerts::waitingSeconds));
+  keys.push_back(inner_number("alerts.connectionsPercent", &Config::alerts, &Alerts::connectionsPercent));
+  keys.push_back(inner_number("alerts.connectionsCriticalPercent", &Config::alerts, &Alerts::connectionsCriticalPercent));
+  keys.push_back(inner_number("alerts.memoryMb", &Config::alerts, &Alerts::memoryMb));
+  keys.push_back(inner_number("alerts.databaseSlowMillis", &Config::alerts, &Alerts::databaseSlowMillis));
+  keys.push_back(inner_number("alerts.databaseSlowFactor", &Config::alerts, &Alerts::databaseSlowFactor));
+  keys.push_back(inner_number("alerts.errorPercent", &Config::alerts, &Alerts::errorPercent));
+  keys.push_back(inner_number("alerts.pinnedPercent", &Config::alerts, &Alerts::pinnedPercent));
+  keys.push_back(inner_number("alerts.certificateDays", &Config::alerts, &Alerts::certificateDays));
+  keys.push_back(inner_number("alerts.drainSeconds", &Config::alerts, &Alerts::drainSeconds));
+  keys.push_back(inner_number("alerts.forSeconds", &Config::alerts, &Alerts::forSeconds));
+  keys.push_back(inner_number("alerts.clearSeconds", &Config::alerts, &Alerts::clearSeconds));
   keys.push_back(inner_number("shutdown.timeoutMillis", &Config::shutdown, &Shutdown::timeoutMillis));
   keys.push_back(inner_bool("shutdown.acceptWhileDraining", &Config::shutdown, &Shutdown::acceptWhileDraining));
   return keys;
@@ -244,6 +262,28 @@ std::vector<Key<Config>> make_config_keys() {
 
 const std::vector<Key<PoolSettings>>& pool_keys() {
   static const std::vector<Key<PoolSettings>> keys = make_pool_keys();
+  return keys;
+}
+
+const std::vector<Key<Webhook>>& webhook_keys() {
+  using W = Webhook;
+  static const std::vector<Key<W>> keys{{"url",
+                                         [](W& w, const std::string& t) {
+                                           parse_http_url(t);
+                                           w.url = t;
+                                         },
+                                         [](const W& w) { return w.url; }},
+                                        {"format", [](W& w, const std::string& t) { w.format = parse_name(kWebhookFormats, t); },
+                                         [](const W& w) { return print_name(kWebhookFormats, w.format); }},
+                                        {"authorization",
+                                         [](W& w, const std::string& t) {
+                                           for (const char c : t)
+                                             if (static_cast<unsigned char>(c) < 0x20 || c == 0x7f)
+                                               throw std::invalid_argument("control characters are not allowed");
+                                           w.authorization = t;
+                                         },
+                                         [](const W& w) { return w.authorization; }},
+                                        {"ca", [](W& w, const std::string& t) { w.ca = t; }, [](const W& w) { return w.ca; }}};
   return keys;
 }
 

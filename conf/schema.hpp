@@ -19,8 +19,9 @@ struct Key {
   bool needs_restart = false;
 };
 
-const std::vector<Key<Config>>& config_keys();  ///< all but upstream, databases and users
+const std::vector<Key<Config>>& config_keys();  ///< all but upstream, databases, users and alerts.webhooks
 const std::vector<Key<PoolSettings>>& pool_keys();
+const std::vector<Key<Webhook>>& webhook_keys();
 
 /// "pool.idleTimeoutMillis" -> "PGSIDECAR_POOL_IDLE_TIMEOUT_MILLIS".
 std::string environment_name(std::string_view path);

@@ -177,6 +177,8 @@ struct Snapshot {
     std::uint64_t latencyMicros = 0;
   };
   std::map<std::string, Upstream> upstreams;  // by host:port, of several hosts joined by commas
+  /// When certificates expire, seconds since the epoch: tls.certificate, and by host:port what servers have shown.
+  std::map<std::string, std::int64_t> certificates;
 };
 
 }  // namespace pgsidecar::pool

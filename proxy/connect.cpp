@@ -125,6 +125,7 @@ awaitable<std::string> open_channel(Opening& o) {
     if (shaken.status == IoStatus::Ok) {
       const auto micros = std::chrono::duration_cast<std::chrono::microseconds>(pool::Clock::now() - begun).count();
       o.pool.counters().tlsHandshake.record(static_cast<std::uint64_t>(micros));
+      o.worker.saw_certificate(conf::print_address(o.target.host.name, o.target.host.port), SSL_get0_peer_certificate(transport.ssl()));
       co_return std::string();
     }
     if (shaken.status != IoStatus::WouldBlock) {

@@ -53,7 +53,7 @@ const Alias* find_alias(std::string_view name) {
 /// What needs files to be read, or who may do what, is the file's.
 bool changeable(const conf::Key<conf::Config>& key) {
   return !key.needs_restart && (key.path.starts_with("pool.") || key.path.starts_with("limits.") || key.path.starts_with("log.") ||
-                                key.path.starts_with("metrics.") || key.path.starts_with("shutdown."));
+                                key.path.starts_with("metrics.") || key.path.starts_with("alerts.") || key.path.starts_with("shutdown."));
 }
 
 double parse_decimal(std::string_view text) {

@@ -9,10 +9,12 @@
 #include <string_view>
 #include <vector>
 
+#include "admin/alerts.hpp"
 #include "admin/client.hpp"
 #include "admin/history.hpp"
 #include "admin/monitor.hpp"
 #include "admin/server.hpp"
+#include "admin/webhook.hpp"
 #include "conf/load.hpp"
 #include "proxy/log.hpp"
 #include "proxy/supervisor.hpp"
@@ -106,6 +108,10 @@ int run(const Arguments& arguments, std::shared_ptr<const conf::Config> config, 
   admin::Monitor monitor(supervisor.control_loop(), [&](proxy::Supervisor::SnapshotDone done, std::function<void()> happened) {
     supervisor.watch(std::move(done), std::move(happened));
   });
+  admin::Alerts alerts(config->alerts);
+  admin::Webhooks webhooks(supervisor.control_loop(), [](const std::string& line) { proxy::log::warn("{}", line); });
+  callbacks.alerts = [&] { return admin::alerts_json(alerts, webhooks.json(), admin::Clock::now()); };
+  callbacks.active_alerts = [&] { return alerts.active(); };
   callbacks.wake = [&] { monitor.wake(); };
   callbacks.history = [&](std::uint32_t window, std::uint32_t step) {
     const auto now = admin::Clock::now();
@@ -125,6 +131,19 @@ int run(const Arguments& arguments, std::shared_ptr<const conf::Config> config, 
     history.add(sample);
     return admin::Monitor::kNever;
   });
+  monitor.add([&](const admin::Sample& sample) {
+    alerts.set(supervisor.config().alerts);
+    webhooks.set(supervisor.config().alerts.webhooks);
+    const auto changes = alerts.look(sample);
+    for (const admin::Alert& alert : changes) {
+      if (alert.ended)
+        proxy::log::info("alert {} ended: {}", alert.name, alert.summary);
+      else
+        proxy::log::warn("alert {} ({}): {}", alert.name, alert.severity, alert.summary);
+    }
+    webhooks.tell(changes, alerts.active());
+    return alerts.next();
+  });
   monitor.add([&](const admin::Sample& sample) { return server.publish(sample); });
   return supervisor.run(
       [&] {
@@ -134,6 +153,7 @@ int run(const Arguments& arguments, std::shared_ptr<const conf::Config> config, 
       [&] {
         server.stop();
         monitor.stop();
+        webhooks.stop();
       });
 }
 

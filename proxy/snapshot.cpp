@@ -199,6 +199,7 @@ pool::Snapshot Worker::snapshot(Detail detail) {
     s.databases.back().disabled = disabled(name);
   }
   s.upstreams = upstreams_;
+  s.certificates = certificates_;
   s.poolMax = config_->pool.max;
   s.pgbouncerCompatible = config_->metrics.pgbouncerCompatible;
   std::set<std::string_view> users{upstream_.user};

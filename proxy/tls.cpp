@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <ctime>
 #include <stdexcept>
 #include <vector>
 
@@ -189,6 +190,12 @@ bool negotiated_alpn(SSL* ssl) {
   unsigned size = 0;
   SSL_get0_alpn_selected(ssl, &protocol, &size);
   return size > 0;
+}
+
+std::optional<std::int64_t> expiry(const X509* certificate) {
+  std::tm utc{};
+  if (!certificate || ASN1_TIME_to_tm(X509_get0_notAfter(certificate), &utc) != 1) return std::nullopt;
+  return ::timegm(&utc);
 }
 
 std::string peer_common_name(SSL* ssl) {

@@ -4,7 +4,9 @@
 
 #include <openssl/ssl.h>
 
+#include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 
 #include "conf/config.hpp"
@@ -34,6 +36,9 @@ void prepare_client(SSL* ssl, const conf::ConnectParams& params, const conf::Hos
 std::string channel_binding(SSL* ssl, bool own);
 
 bool negotiated_alpn(SSL* ssl);  ///< the peers have agreed on a protocol
+
+/// When it expires, seconds since the epoch; nullopt if there is none.
+std::optional<std::int64_t> expiry(const X509* certificate);
 
 /// The common name of the peer's verified certificate (auth: cert); empty if none.
 std::string peer_common_name(SSL* ssl);

@@ -53,6 +53,8 @@ Worker::~Worker() {
 
 void Worker::use_config() {
   client_tls_ = config_->tls.mode == conf::TlsMode::Disable ? SslContext() : make_server_context(config_->tls);
+  certificates_.clear();
+  if (client_tls_) saw_certificate("tls.certificate", SSL_CTX_get0_certificate(client_tls_.get()));
   upstream_ = conf::resolve_upstream(config_->upstream, control_.environment());
   for (const std::string& warning : upstream_.warnings) log::warn("upstream: {}", warning);
   if (config_->databases.empty()) databases_[upstream_.dbname] = describe(upstream_.dbname);
@@ -607,6 +609,10 @@ void Worker::database_seen(const std::string& upstream, bool up, std::string err
   database_error_ = std::move(error);
   if (up) database_seen_ = now();
   stir();
+}
+
+void Worker::saw_certificate(const std::string& whose, const X509* certificate) {
+  if (const auto expires = expiry(certificate)) certificates_[whose] = *expires;
 }
 
 void Worker::database_took(const std::string& upstream, pool::Clock::duration time, bool probed) {

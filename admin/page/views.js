@@ -157,7 +157,7 @@ class Top {
     value.classList.toggle("warns", warns);
   }
 
-  show({health, stats, alerts}) {
+  show({health, stats}) {
     const {database, memory} = health.checks;
     const state = health.draining ? `${health.status}, draining` : health.status;
     write(byId("version"), health.version);
@@ -174,7 +174,7 @@ class Top {
     this.fact("memory", `${significant(memory.rssMb)} MB`, memory.limitMb ? `of ${memory.limitMb} MB` : "no limit");
     this.fact("up", duration(health.uptime), began(health.uptime));
     this.notices(health, stats);
-    showAlerts(alerts ?? []);
+    showAlerts(stats.alerts);
   }
 
   rate(stats) {

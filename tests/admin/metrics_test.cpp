@@ -30,7 +30,7 @@ std::map<std::string, std::string> samples(const std::string& text) {
 
 std::string prometheus(const pool::Snapshot& s, Exposition format = Exposition::Prometheus) {
   LabelSets labels;
-  return metrics(s, read_process(), labels, format);
+  return metrics(s, read_process(), {}, labels, format);
 }
 
 TEST(Metrics, HoldTheSnapshot) {
@@ -66,14 +66,14 @@ TEST(Metrics, FurtherLabelSetsAreSummedAsOther) {
   pool::Snapshot s;
   for (int i = 0; i < 70; ++i) s.pools.push_back(sample_pool("db" + std::to_string(i), "u"));
   LabelSets labels;
-  const auto first = samples(metrics(s, Process{}, labels, Exposition::Prometheus));
+  const auto first = samples(metrics(s, Process{}, {}, labels, Exposition::Prometheus));
   EXPECT_EQ(first.at("pgsidecar_queries_total{database=\"other\",user=\"other\"}"), "6000");
   EXPECT_EQ(first.at("pgsidecar_pool_waiting_clients{database=\"other\",user=\"other\"}"), "18");
   EXPECT_EQ(first.at("pgsidecar_query_seconds_count{database=\"other\",user=\"other\"}"), "6000");
   EXPECT_TRUE(first.contains("pgsidecar_queries_total{database=\"db63\",user=\"u\"}"));
   EXPECT_FALSE(first.contains("pgsidecar_queries_total{database=\"db64\",user=\"u\"}"));
   std::reverse(s.pools.begin(), s.pools.end());
-  const auto second = samples(metrics(s, Process{}, labels, Exposition::Prometheus));
+  const auto second = samples(metrics(s, Process{}, {}, labels, Exposition::Prometheus));
   EXPECT_TRUE(second.contains("pgsidecar_queries_total{database=\"db0\",user=\"u\"}")) << "those shown stay";
 }
 

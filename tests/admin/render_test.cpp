@@ -19,7 +19,7 @@ TEST(Render, PoolStats) {
   s.pools.push_back(sample_pool("other", "bob"));
   s.pools[1].maxUses = 1;
   s.pools[1].lastError = "FATAL: no pg_hba.conf entry";
-  const auto v = json::parse(pool_stats_json(s, kNow));
+  const auto v = json::parse(pool_stats_json(s, {}, kNow));
   EXPECT_EQ(v.at("timestamp").as_string(), "2023-11-14T22:13:20.123Z");
   const std::pair<const char*, int> counts[] = {{"totalCount", 20},  {"idleCount", 4},    {"waitingCount", 6},
                                                 {"activeCount", 12}, {"expiredCount", 2}, {"connectingCount", 2},
@@ -42,7 +42,7 @@ TEST(Render, PoolStats) {
 }
 
 TEST(Render, PoolStatsWithoutPools) {
-  const auto v = json::parse(pool_stats_json(pool::Snapshot{}, kNow));
+  const auto v = json::parse(pool_stats_json(pool::Snapshot{}, {}, kNow));
   EXPECT_EQ(v.at("utilization").to_number<double>(), 0);
   EXPECT_TRUE(v.at("perPool").as_array().empty());
   EXPECT_TRUE(v.at("idleTimeoutMillis").is_null());
