@@ -5,6 +5,7 @@
 #include <fstream>
 #include <map>
 
+#include "conf/http_url.hpp"
 #include "conf/load.hpp"
 #include "conf/schema.hpp"
 
@@ -310,6 +311,23 @@ TEST(Load, SecretsAreNotPrinted) {
   EXPECT_NE(text.find("maxUses"), std::string::npos);
   const Config defaulted = load_text("upstream: {url: '${NOPE:-postgresql://u:hunter2@h/d}'}\n", "x", kUrl);
   EXPECT_EQ(to_redacted_yaml(defaulted).find("hunter2"), std::string::npos);
+}
+
+TEST(Load, HttpUrls) {
+  const HttpUrl plain = parse_http_url("http://host");
+  EXPECT_EQ(plain.target, "/");
+  EXPECT_EQ(plain.port, 80);
+  EXPECT_FALSE(plain.tls);
+  const HttpUrl full = parse_http_url("https://[::1]:9093/a/b?c=d#e");
+  EXPECT_TRUE(full.tls);
+  EXPECT_EQ(full.host, "::1");
+  EXPECT_EQ(full.port, 9093);
+  EXPECT_EQ(full.authority, "[::1]:9093");
+  EXPECT_EQ(full.target, "/a/b?c=d");
+  EXPECT_EQ(parse_http_url("https://host?x").target, "/?x");
+  for (const char* wrong : {"", "host", "ftp://host", "http://", "http://:80/", "http://u:p@host/", "http://host:0/", "http://host:x/",
+                            "http://host:70000/", "http://ho st/", "http://host/\r\nX: y", "http://[]/"})
+    EXPECT_THROW(parse_http_url(wrong), std::invalid_argument) << wrong;
 }
 
 TEST(Load, SaysWhatAReloadChanges) {
