@@ -161,7 +161,9 @@ int Supervisor::run(const std::function<void()>& listening, const std::function<
   asio::post(control_loop_, [this, &stopping] {
     stopping();
     boost::system::error_code ignored;
-    signals_.cancel(ignored);
+    signals_.clear(ignored);
+    // It has ended in order: what comes in the last moment doesn't change the exit code.
+    for (const int number : {SIGTERM, SIGINT, SIGHUP}) std::signal(number, SIG_IGN);
     control_loop_.stop();
   });
   control.join();
