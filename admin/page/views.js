@@ -164,7 +164,8 @@ class Top {
     write(byId("state"), state, `at ${health.timestamp}`);
     byId("state").dataset.state = health.status;
     document.title = health.status === "healthy" ? "pgsidecar" : `${state}: pgsidecar`;
-    this.fact("database", [database.status, database.version].filter(Boolean).join(", PostgreSQL "), `last answer ${orDash(database.lastOk)}`,
+    this.fact("database", [database.status, database.version?.split(" ")[0]].filter(Boolean).join(", PostgreSQL "),
+      `PostgreSQL ${orDash(database.version)}, last answer ${orDash(database.lastOk)}`,
       database.status === "down");
     this.fact("latency", time(database.latencyMs), `${orDash(database.latencyMs)} ms, ${database.source}`);
     this.fact("transactions", `${this.rate(stats)}/s`, "in the last second");
