@@ -70,6 +70,21 @@ void write_memory(Json& json, const Process& process) {
   json.field("virtualMb", megabytes(process.virtualBytes)).end('}');
 }
 
+/// What the server allows and who uses it; null before it has said so.
+void write_capacity(Json& json, const Snapshot::Upstream& upstream, Clock::time_point now) {
+  const bool known = upstream.maxConnections > 0;
+  const auto number = [&](const char* name, std::uint64_t value) { known ? json.field(name, value) : json.null(name); };
+  number("maxConnections", upstream.maxConnections);
+  number("reserved", upstream.reserved);
+  json.field("usedByUs", std::uint64_t{upstream.usedByUs});
+  number("usedByOthers", upstream.used - std::min(upstream.used, upstream.usedByUs));
+  if (known)
+    json.field("askedAt", iso8601(now - std::chrono::microseconds(upstream.askedMicrosAgo)));
+  else
+    json.null("askedAt");
+  json.field("coldStarts", upstream.coldStarts);
+}
+
 // What the top level and each pool of pool-stats have in common.
 struct Counts {
   std::uint64_t total = 0, idle = 0, waiting = 0, active = 0, connecting = 0, closing = 0, max = 0, min = 0, pinned = 0;
@@ -183,7 +198,7 @@ std::string pool_stats_json(const Snapshot& s, const std::vector<Alert>& active,
     transaction.merge(p.counters.transaction);
   }
   Json json;
-  json.begin('{').field("timestamp", iso8601(now));
+  json.begin('{').field("schemaVersion", std::uint64_t{1}).field("timestamp", iso8601(now));
   counts.write(json);
   json.field("idleTimeoutMillis", common(s, &PoolSnapshot::idleTimeoutMillis));
   json.field("connectionTimeoutMillis", common(s, &PoolSnapshot::connectionTimeoutMillis));
@@ -267,17 +282,23 @@ std::string transparency_json(const Snapshot& s, Clock::time_point now) {
 }
 
 std::string compute_health_json(const Snapshot& s, const Process& process, Clock::time_point now) {
-  std::uint64_t used = 0;
-  for (const auto& p : s.pools) used += p.total();
   Json json;
-  json.begin('{').field("status", health_status(s)).field("timestamp", iso8601(now));
+  json.begin('{').field("schemaVersion", std::uint64_t{1}).field("status", health_status(s)).field("timestamp", iso8601(now));
   json.field("version", PGSIDECAR_VERSION).field("pid", static_cast<std::uint64_t>(process.pid));
   json.field("uptime", seconds(s.uptimeMicros)).field("draining", s.draining);
   if (s.database == Database::Unknown || s.databaseLatencyMicros == 0)
     json.null("latencyMs");
   else
     json.field("latencyMs", millis(s.databaseLatencyMicros));
-  json.field("usedByUs", used);
+  const auto own = s.upstreams.find(s.upstream);
+  write_capacity(json, own == s.upstreams.end() ? Snapshot::Upstream() : own->second, now);
+  json.key("upstreams").begin('[');
+  for (const auto& [name, upstream] : s.upstreams) {
+    json.begin('{').field("name", name).field("status", status_of(upstream.state));
+    write_capacity(json, upstream, now);
+    json.end('}');
+  }
+  json.end(']');
   write_memory(json, process);
   json.key("cpu").begin('{').field("userSeconds", process.cpuUserSeconds);
   json.field("systemSeconds", process.cpuSystemSeconds);

@@ -1,5 +1,6 @@
 #!/usr/bin/python3
-"""Takes the README's picture of the page (admin/page/screenshot.png): two applications under load, a leak, a lock that is kept."""
+"""Takes the README's picture of the page (admin/page/screenshot.webp): two applications under load, a leak, a lock that is kept."""
+import base64
 import sys
 import threading
 import time
@@ -9,7 +10,7 @@ import psycopg
 import browser
 import harness
 
-TARGET = harness.ROOT / "admin/page/screenshot.png"
+TARGET = harness.ROOT / "admin/page/screenshot.webp"
 SECONDS = int(sys.argv[1]) if len(sys.argv) > 1 else 280
 
 
@@ -34,7 +35,7 @@ def main():
         loads += [("reports", "SELECT sum(n) FROM generate_series(1, 200000) AS t(n)", 0.4, other), ("shop-api", "SELECT no_such FROM pg_class", 0.5, {})]
         threads = [threading.Thread(target=work, args=(proxy, over, name, sql, pause), kwargs=who, daemon=True) for name, sql, pause, who in loads]
         leak, lock = proxy.connect(application_name="nightly-cron"), proxy.connect(application_name="migrator")
-        driver = browser.chromium(1280, 1160)
+        driver = browser.chromium(1400, 1120)
         try:
             for thread in threads:
                 thread.start()
@@ -45,7 +46,8 @@ def main():
             time.sleep(min(SECONDS, 32))
             driver.get(f"http://127.0.0.1:{proxy.admin_port}/")
             time.sleep(8)
-            driver.save_screenshot(str(TARGET))
+            picture = driver.execute_cdp_cmd("Page.captureScreenshot", {"format": "webp", "quality": 90})
+            TARGET.write_bytes(base64.b64decode(picture["data"]))
         finally:
             over.set()
             driver.quit()

@@ -175,7 +175,14 @@ struct Snapshot {
   struct Upstream {
     Database state = Database::Unknown;
     std::uint64_t latencyMicros = 0;
+    std::uint64_t coldStarts = 0;  ///< connects that took kColdStart or more when there was no other connection: it had to wake up
+    // As the server said last; no maxConnections: it wasn't asked yet.
+    std::uint32_t maxConnections = 0, reserved = 0, used = 0;  ///< reserved for superusers and such; used by anyone
+    std::uint64_t askedMicrosAgo = 0;
+    std::uint32_t usedByUs = 0;  ///< now, as this proxy counts
   };
+  static constexpr std::chrono::milliseconds kColdStart{500};
+  std::string upstream;                       // the name of that of upstream.url
   std::map<std::string, Upstream> upstreams;  // by host:port, of several hosts joined by commas
   /// When certificates expire, seconds since the epoch: tls.certificate, and by host:port what servers have shown.
   std::map<std::string, std::int64_t> certificates;

@@ -2,6 +2,7 @@
 // server for. Part of ServerConnection.
 #include <algorithm>
 #include <boost/asio/post.hpp>
+#include <charconv>
 
 #include "proxy/client_session.hpp"
 #include "proxy/log.hpp"
@@ -19,6 +20,12 @@ using protocol::Verdict;
 namespace {
 
 /// The columns of a DataRow in text; NULL is empty. False: it isn't one of so many.
+/// What the server allows, keeps for itself (two settings, the second new in PostgreSQL 16) and has: four numbers.
+constexpr std::string_view kCapacityQuestion =
+    "SELECT pg_catalog.current_setting('max_connections'), pg_catalog.current_setting('superuser_reserved_connections'),"
+    " COALESCE(pg_catalog.current_setting('reserved_connections', true), '0'),"
+    " (SELECT pg_catalog.sum(numbackends) FROM pg_catalog.pg_stat_database)";
+
 template <std::size_t N>
 bool read_row(Bytes whole, std::string (&field)[N]) {
   protocol::Reader reader(whole.subspan(kHeaderSize));
@@ -189,6 +196,15 @@ void ServerConnection::on_proxy_reply(Backend type, std::uint64_t note, Bytes wh
     }
     return;
   }
+  if (note == kCapacity) {
+    std::string field[4];
+    if (type == Backend::DataRow && read_row(whole, field)) {
+      std::uint32_t n[4]{};
+      for (int i = 0; i < 4; ++i) std::from_chars(field[i].data(), field[i].data() + field[i].size(), n[i]);
+      worker_.saw_capacity(worker_.upstream_of(entry_.database), n[0], n[1] + n[2], n[3]);
+    }
+    return;
+  }
   if (note == kLearn || note == kSurvey) {
     std::string field[4];
     if (type == Backend::DataRow && read_row(whole, field)) {
@@ -259,7 +275,8 @@ void ServerConnection::ask_residue() {
 
 bool ServerConnection::ask_catalog() {
   const pool::Time now = worker_.now();
-  if (!survey_) {
+  const bool begins = !survey_;
+  if (begins) {
     const conf::PoolSettings& policy = entry_.pool.settings();
     if (!entry_.catalog.due(now) || policy.mode == conf::PoolMode::Session || policy.residueCheck == conf::ResidueCheck::Never)
       return false;
@@ -281,6 +298,7 @@ bool ServerConnection::ask_catalog() {
   residue_failed_ = false;
   Gather others;
   std::swap(others, worker_.to_server);
+  if (begins) ask(kCapacity, kCapacityQuestion);
   ask(kSurvey, question);
   send(worker_.to_server);
   std::swap(others, worker_.to_server);

@@ -198,7 +198,10 @@ pool::Snapshot Worker::snapshot(Detail detail) {
     s.databases.back().paused = is_paused(name);
     s.databases.back().disabled = disabled(name);
   }
+  s.upstream = name_of(upstream_);
   s.upstreams = upstreams_;
+  for (const auto& [name, asked] : capacity_asked_)
+    if (const auto it = s.upstreams.find(name); it != s.upstreams.end()) it->second.askedMicrosAgo = micros(t - asked);
   s.certificates = certificates_;
   s.poolMax = config_->pool.max;
   s.pgbouncerCompatible = config_->metrics.pgbouncerCompatible;
@@ -222,6 +225,8 @@ pool::Snapshot Worker::snapshot(Detail detail) {
     p.lastError = entry->last_failure.message;
     p.clientsWaiting = static_cast<std::uint32_t>(entry->pool.waiting_count());
     if (p.clientsWaiting > 0) p.oldestWaitMicros = micros(t - entry->pool.oldest_wait());
+    if (const auto it = s.upstreams.find(upstream_of(entry->database)); it != s.upstreams.end())
+      it->second.usedByUs += static_cast<std::uint32_t>(entry->servers.size());
     for (const auto& [id, server] : entry->servers) {
       p.preparedStatements += server->statements.size();
       p.cancelling += server->cancels_pending > 0;

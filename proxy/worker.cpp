@@ -611,12 +611,31 @@ void Worker::database_seen(const std::string& upstream, bool up, std::string err
   stir();
 }
 
+void Worker::saw_capacity(const std::string& upstream, std::uint32_t max, std::uint32_t reserved, std::uint32_t used) {
+  auto& seen = upstreams_[upstream];
+  seen.maxConnections = max;
+  seen.reserved = reserved;
+  seen.used = used;
+  capacity_asked_[upstream] = now();
+}
+
 void Worker::saw_certificate(const std::string& whose, const X509* certificate) {
   if (const auto expires = expiry(certificate)) certificates_[whose] = *expires;
 }
 
+bool Worker::is_connected(const std::string& upstream) {
+  return std::any_of(pools_.begin(), pools_.end(), [&](const auto& one) {
+    const PoolEntry& entry = *one.second;
+    return upstream_of(entry.database) == upstream && std::any_of(entry.servers.begin(), entry.servers.end(), [](const auto& server) {
+             return server.second->state() != ServerConnection::State::Connecting;
+           });
+  });
+}
+
 void Worker::database_took(const std::string& upstream, pool::Clock::duration time, bool probed) {
-  database_latency_ = upstreams_[upstream].latencyMicros = std::max<std::uint64_t>(1, micros(time));
+  auto& seen = upstreams_[upstream];
+  database_latency_ = seen.latencyMicros = std::max<std::uint64_t>(1, micros(time));
+  if (!probed && time >= pool::Snapshot::kColdStart && !is_connected(upstream)) ++seen.coldStarts;
   database_probed_ = probed;
 }
 

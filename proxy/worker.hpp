@@ -155,7 +155,10 @@ class Worker {
   void count_error(std::string_view sqlstate);
   /// What a connect to an upstream has shown; by its name as upstream_of() has it.
   void database_seen(const std::string& upstream, bool up, std::string error = {});
+  void saw_capacity(const std::string& upstream, std::uint32_t max, std::uint32_t reserved, std::uint32_t used);
   void saw_certificate(const std::string& whose, const X509* certificate);
+  /// A server connection of an upstream's has been open already.
+  bool is_connected(const std::string& upstream);
   void database_took(const std::string& upstream, pool::Clock::duration time, bool probed);
   const std::string& upstream_of(const std::string& database) { return databases_[database].upstream; }
   void arm_tick(std::chrono::milliseconds after);
@@ -246,6 +249,7 @@ class Worker {
   std::uint64_t database_latency_ = 0;
   bool database_probed_ = false;  // the latency is a probe's
   std::map<std::string, pool::Snapshot::Upstream> upstreams_;
+  std::map<std::string, pool::Time> capacity_asked_;  // by upstream
   std::map<std::string, std::int64_t> certificates_;  // as Snapshot has them
   std::function<void()> watcher_;
   pool::Time farewell_at_{};
