@@ -11,6 +11,8 @@ import subprocess
 import threading
 import time
 
+import jsonschema
+import psycopg
 import pytest
 import yaml
 
@@ -643,3 +645,86 @@ def test_healthcheck_needs_no_secret(proxies, pg, tmp_path):
     secret.unlink()
     done = proxy.command("healthcheck", "--config", str(proxy.config_file))
     assert done.returncode == 0, done.stderr
+
+
+def schema(name):
+    document = json.loads((harness.ROOT / f"admin/schema/{name}.schema.json").read_text())
+    jsonschema.Draft202012Validator.check_schema(document)
+    return jsonschema.Draft202012Validator(document, format_checker=jsonschema.FormatChecker())
+
+
+def test_documents_are_as_their_schemas_say(proxies):
+    """At rest, at work, with an alert, while the database is away, while draining."""
+    stats, health = schema("pool-stats"), schema("compute-health")
+    with harness.Postgres() as server:
+        proxy = proxies({"pool": {"max": 2, "idleInTransactionWarnMillis": 100}}, server=server)
+
+        def check():
+            shown = proxy.stats(), proxy.json("/api/monitoring/compute-health")[1]
+            stats.validate(shown[0])
+            health.validate(shown[1])
+            return shown
+        _, compute = check()
+        assert compute["maxConnections"] is None and compute["upstreams"] == [] and server.count() == 0  # nothing was woken up
+        proxy.json("/api/monitoring/compute-health?probe=1")
+        assert check()[1]["database"]["source"] == "probe"
+        with proxy.connect() as one, server.connect() as other:
+            one.execute("SELECT 1")
+            one.execute("BEGIN")
+            one.execute("SELECT 1")
+            harness.poll(lambda: check()[0]["alerts"])
+            _, compute = check()
+            assert (compute["maxConnections"], compute["reserved"], compute["usedByUs"]) == (100, 3, 1) and compute["usedByOthers"] <= 1
+            assert [upstream["name"] for upstream in compute["upstreams"]] == [f"127.0.0.1:{server.port}"]
+            other.execute("SELECT 1")
+        server.stop()
+        with pytest.raises(psycopg.Error), proxy.connect() as client:
+            client.execute("SELECT 1")
+        assert check()[1]["status"] == "unhealthy"
+        server.start()
+        with proxy.connect() as client:
+            client.execute("BEGIN")
+            client.execute("SELECT 1")
+            proxy.http("/api/admin/drain", method="POST")
+            harness.poll(lambda: check()[1]["draining"])
+
+
+def test_a_cold_start_is_counted(proxies, pg):
+    """A server that takes a second to answer the first connection."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        over = threading.Event()
+
+        def sleepy():
+            first = True
+            while not over.is_set():
+                client, _ = listener.accept()
+                if first:
+                    time.sleep(1)
+                first = False
+                upstream = socket.create_connection(("127.0.0.1", pg.port))
+                for source, sink in ((client, upstream), (upstream, client)):
+                    threading.Thread(target=pump, args=(source, sink), daemon=True).start()
+
+        def pump(source, sink):
+            try:
+                while data := source.recv(65536):
+                    sink.sendall(data)
+                sink.shutdown(socket.SHUT_WR)
+            except OSError:
+                pass
+        thread = threading.Thread(target=sleepy, daemon=True)
+        thread.start()
+        proxy = proxies(url=pg.url(port=listener.getsockname()[1]))
+        with proxy.connect() as one, proxy.connect() as two:
+            one.execute("BEGIN")
+            one.execute("SELECT 1")
+            two.execute("SELECT 1")  # a second connection, which is no cold start
+            assert proxy.json("/api/monitoring/compute-health")[1]["coldStarts"] == 1
+        over.set()
+        try:
+            socket.create_connection(listener.getsockname(), 1).close()
+        except OSError:
+            pass
+        thread.join(5)
