@@ -266,6 +266,8 @@ class AdminServer {
       done(action_error_);
     };
     c.history = [](std::uint32_t window, std::uint32_t step) { return std::to_string(window) + "/" + std::to_string(step); };
+    c.alerts = [] { return std::string("{\"active\":[]}"); };
+    c.active_alerts = [] { return std::vector<Alert>(); };
     c.config = [] { return std::string("pool:\n  max: 15\n"); };
     c.wake = [this] { monitor_.wake(); };
     return c;
