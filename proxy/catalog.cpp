@@ -270,7 +270,7 @@ std::string Survey::next(Time now) {
            std::to_string(kMostHanging + 1);
   }
   if (catalog_.changes_ != changes_) return {};
-  if (catalog_.failing_) log::info("what hangs on tables and types is known again");
+  if (catalog_.failing_) log::info("catalog_known", {}, "what hangs on tables and types is known again");
   if (catalog_.surveyed_) {
     catalog_.late_ |= (everywhere_ & ~catalog_.everywhere_) != 0;
     for (const auto& [word, residue] : words_) {
@@ -340,7 +340,8 @@ std::vector<std::string> Survey::reckon() {
 }
 
 std::string Survey::give_up(Time now, Time::duration retry, const char* why) {
-  if (!catalog_.failing_) log::warn("what hangs on tables and types isn't known, so that every transaction is looked at: {}", why);
+  if (!catalog_.failing_)
+    log::warn("catalog_unknown", {}, "what hangs on tables and types isn't known, so that every transaction is looked at: {}", why);
   catalog_.failing_ = true;
   catalog_.surveyed_ = false;
   catalog_.due_ = now + retry;

@@ -49,7 +49,7 @@ void ClientConsole::perform(const ConsoleCommand& command, std::function<void(st
       return tell(worker_.execute(close).empty() ? std::string() : std::string("client not found"));
     }
     default:
-      log::info("console of {}: {}", session.user(), command.tag);
+      log::info("console_command", client_.about(), "console of {}: {}", session.user(), command.tag);
       if (!worker_.on_request) return tell("not available");
       return worker_.on_request(command, std::move(tell));
   }
@@ -88,7 +88,7 @@ void ClientSession::begin_console(const std::string& user, const std::string& da
     protocol::write_backend_key_data(out, key_pid_, cancel_key_);
     protocol::write_ready_for_query(out, protocol::TxStatus::Idle);
   });
-  log::info("client {}: user {} on the console, {}", id_, user, is_admin ? "all commands" : "SHOW only");
+  log::info("console_login", about(), "client {}: user {} on the console, {}", id_, user, is_admin ? "all commands" : "SHOW only");
   send(worker_.to_client);
 }
 

@@ -105,7 +105,7 @@ void ClientSession::tell_leak(pool::Time now) {
   const auto found = leak();
   const auto seconds = [](std::uint64_t us) { return static_cast<double>(us) / 1e6; };
   worker_.leak_events.warn(
-      now,
+      now, "leak", about(),
       "leak: client {} ({}@{}, application \"{}\", {}) is idle in a transaction for {:.1f} s; open for {:.1f} s on server "
       "pid {}; first statement: {}; last: {}",
       id_, entry_->user, entry_->database, application(), found->peer, seconds(found->idleMicros), seconds(found->ageMicros),

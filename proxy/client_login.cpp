@@ -100,7 +100,7 @@ void ClientSession::handle_tls() {
   }
   if (result.status != IoStatus::Ok) {
     worker_.reject(pool::RejectReason::Tls);
-    worker_.peer_events.warn(worker_.now(), "client {} from {}: TLS handshake failed: {}", id_, login_->peer,
+    worker_.peer_events.warn(worker_.now(), "client_tls_failed", about(), "client {} from {}: TLS handshake failed: {}", id_, login_->peer,
                              channel_.transport.tls_error());
     return close();
   }
@@ -265,7 +265,8 @@ void ClientSession::greet() {
     protocol::write_backend_key_data(out, key_pid_, cancel_key_);
     protocol::write_ready_for_query(out, protocol::TxStatus::Idle);
   });
-  log::debug("client {}: user {} database {} from {} logged in", id_, login_->user, login_->database, login_->peer);
+  log::debug("client_login", about(), "client {}: user {} database {} from {} logged in", id_, login_->user, login_->database,
+             login_->peer);
   login_.reset();
   transition(server_ ? State::Active : State::Ready);
   send(worker_.to_client);
@@ -276,12 +277,34 @@ void ClientSession::on_greeting_failed(const protocol::ErrorFields& error) {
   fatal(error.sqlstate, error.message, error.hint, error.detail);
 }
 
+log::About ClientSession::about() const {
+  log::About about;
+  about.client = id_;
+  about.request = request_;
+  if (login_) {
+    about.database = login_->database;
+    about.user = login_->user;
+  }
+  if (!entry_) return about;
+  about.database = entry_->database;
+  about.user = entry_->user;
+  about.application = application();
+  if (server_) {
+    about.server = server_->id();
+    about.pid = server_->pid();
+  }
+  return about;
+}
+
 void ClientSession::complain(std::string_view sqlstate, std::string_view message) {
+  log::About where = about();
+  where.sqlstate = sqlstate;
   if (login_)
-    worker_.peer_events.warn(worker_.now(), "client {} ({}@{} from {}): {} {}", id_, login_->user, login_->database, login_->peer, sqlstate,
-                             message);
+    worker_.peer_events.warn(worker_.now(), "client_refused", where, "client {} ({}@{} from {}): {} {}", id_, login_->user,
+                             login_->database, login_->peer, sqlstate, message);
   else
-    worker_.peer_events.warn(worker_.now(), "client {} ({}@{}): {} {}", id_, entry_->user, entry_->database, sqlstate, message);
+    worker_.peer_events.warn(worker_.now(), "client_error", where, "client {} ({}@{}): {} {}", id_, entry_->user, entry_->database,
+                             sqlstate, message);
 }
 
 }  // namespace pgsidecar::proxy

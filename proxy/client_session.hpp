@@ -16,6 +16,7 @@
 #include "protocol/statements.hpp"
 #include "proxy/channel.hpp"
 #include "proxy/listener.hpp"
+#include "proxy/log.hpp"
 #include "proxy/lost_transaction.hpp"
 #include "proxy/residue.hpp"
 #include "proxy/settings.hpp"
@@ -47,6 +48,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   ServerConnection* server() { return server_; }
   PoolEntry* entry() { return entry_; }
   const std::string& application() const;
+  log::About about() const;  ///< for the log
   bool counts_as_login() const { return state_ < State::Console; }
   bool is_console() const { return console_ != nullptr; }
   void resume_console();  ///< what it waited for is done

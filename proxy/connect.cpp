@@ -412,10 +412,10 @@ awaitable<void> ServerConnection::run_cancel(std::shared_ptr<ServerConnection> /
       channel->send(request, worker_.tls_scratch());
       co_await channel->transport.socket().async_wait(Socket::wait_read, use_awaitable);
     } else {
-      log::warn("server {} (pid {}): cannot send a cancel request: {}", id_, pid_, failure);
+      log::warn("cancel_failed", about(), "server {} (pid {}): cannot send a cancel request: {}", id_, pid_, failure);
     }
   } catch (const boost::system::system_error& e) {
-    log::warn("server {} (pid {}): cannot send a cancel request: {}", id_, pid_, e.code().message());
+    log::warn("cancel_failed", about(), "server {} (pid {}): cannot send a cancel request: {}", id_, pid_, e.code().message());
   }
   --cancels_pending;
   settle_after_cancel();

@@ -157,7 +157,8 @@ void Listener::on_answer(bool ok) {
     return;
   }
   const bool lost = std::exchange(lost_, false);
-  if (lost) log::info("{}@{}: listening again for {} clients", entry_.user, entry_.database, subscribers_.size());
+  if (lost)
+    log::info("listener_back", entry_.about(), "{}@{}: listening again for {} clients", entry_.user, entry_.database, subscribers_.size());
   const std::vector<Subscriber*> all(subscribers_.begin(), subscribers_.end());
   for (Subscriber* one : all)
     if (subscribers_.contains(one)) one->on_listener_up(lost, std::find(asked_.begin(), asked_.end(), one) == asked_.end());
@@ -171,7 +172,8 @@ void Listener::on_gone() {
   if (subscriptions_.empty() || entry_.clients == 0) return;
   lost_ = true;
   ++entry_.pool.counters().listenerLosses;
-  log::warn("{}@{}: the connection that listens for {} clients is lost", entry_.user, entry_.database, subscribers_.size());
+  log::warn("listener_lost", entry_.about(), "{}@{}: the connection that listens for {} clients is lost", entry_.user, entry_.database,
+            subscribers_.size());
   const std::vector<Subscriber*> all(subscribers_.begin(), subscribers_.end());
   for (Subscriber* one : all)
     if (subscribers_.contains(one)) one->on_listener_gone();

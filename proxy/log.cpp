@@ -17,27 +17,71 @@ namespace {
 
 constexpr std::size_t kQueue = 1024;
 
-/// The message on one line: what clients call themselves can't make a second one, nor end a JSON string.
-class OneLine : public spdlog::custom_flag_formatter {
- public:
-  explicit OneLine(bool json) : json_(json) {}
-  void format(const spdlog::details::log_msg& message, const std::tm&, spdlog::memory_buf_t& out) override {
-    for (const char c : conf::to_utf8({message.payload.data(), message.payload.size()})) {
-      const auto u = static_cast<unsigned char>(c);
-      if (json_ && (c == '"' || c == '\\')) out.push_back('\\');
-      if (u >= 0x20 && u != 0x7f)
-        out.push_back(c);
-      else
-        fmt::format_to(std::back_inserter(out), "\\u{:04x}", u);
-    }
+constexpr char kSeparator = '\x1e';  // in what the logger is given: event, JSON of the keys, message
+
+/// On one line: what clients call themselves can't make a second one, nor end a JSON string.
+template <class Out>
+void append_escaped(Out& out, std::string_view text, bool json) {
+  for (const char c : conf::to_utf8(text)) {
+    const auto u = static_cast<unsigned char>(c);
+    if (json && (c == '"' || c == '\\')) out.push_back('\\');
+    if (u >= 0x20 && u != 0x7f)
+      out.push_back(c);
+    else
+      fmt::format_to(std::back_inserter(out), "\\u{:04x}", u);
   }
-  std::unique_ptr<custom_flag_formatter> clone() const override { return std::make_unique<OneLine>(json_); }
+}
+
+class EventFormatter : public spdlog::custom_flag_formatter {
+ public:
+  explicit EventFormatter(bool json) : json_(json) {}
+  void format(const spdlog::details::log_msg& message, const std::tm&, spdlog::memory_buf_t& out) override {
+    const std::string_view all(message.payload.data(), message.payload.size());
+    const auto event = all.find(kSeparator), keys = all.find(kSeparator, event + 1);
+    const std::string_view text = all.substr(keys + 1);
+    if (!json_) {
+      fmt::format_to(std::back_inserter(out), "[{}] ", all.substr(0, event));
+      return append_escaped(out, text, false);
+    }
+    fmt::format_to(std::back_inserter(out), "\"event\":\"{}\",{}\"message\":\"", all.substr(0, event),
+                   all.substr(event + 1, keys - event - 1));
+    append_escaped(out, text, true);
+    out.push_back('"');
+  }
+  std::unique_ptr<custom_flag_formatter> clone() const override { return std::make_unique<EventFormatter>(json_); }
 
  private:
   const bool json_;
 };
 
+void append_key(std::string& out, const char* name, std::uint64_t value) {
+  if (value != 0) out += "\"" + std::string(name) + "\":" + std::to_string(value) + ",";
+}
+
+void append_key(std::string& out, const char* name, std::string_view value) {
+  if (value.empty()) return;
+  out += "\"" + std::string(name) + "\":\"";
+  append_escaped(out, value, true);
+  out += "\",";
+}
+
 }  // namespace
+
+void write(spdlog::level::level_enum level, std::string_view event, const About& about, std::string_view message) {
+  std::string line(event);
+  line += kSeparator;
+  append_key(line, "client", about.client);
+  append_key(line, "server", about.server);
+  append_key(line, "pid", about.pid);
+  append_key(line, "request", about.request);
+  append_key(line, "database", about.database);
+  append_key(line, "user", about.user);
+  append_key(line, "application", about.application);
+  append_key(line, "sqlstate", about.sqlstate);
+  line += kSeparator;
+  line += message;
+  spdlog::log(level, std::string_view(line));
+}
 
 void start(const conf::Log& settings) {
   if (!spdlog::thread_pool()) spdlog::init_thread_pool(kQueue, 1);
@@ -47,8 +91,8 @@ void start(const conf::Log& settings) {
   logger->flush_on(spdlog::level::info);
   auto formatter = std::make_unique<spdlog::pattern_formatter>(spdlog::pattern_time_type::utc);
   const bool json = settings.format == conf::LogFormat::Json;
-  formatter->add_flag<OneLine>('*', json).set_pattern(json ? R"({"time":"%Y-%m-%dT%H:%M:%S.%eZ","level":"%l","message":"%*"})"
-                                                           : "%Y-%m-%dT%H:%M:%S.%eZ %l %*");
+  formatter->add_flag<EventFormatter>('*', json).set_pattern(json ? R"({"time":"%Y-%m-%dT%H:%M:%S.%eZ","level":"%l",%*})"
+                                                                  : "%Y-%m-%dT%H:%M:%S.%eZ %l %*");
   logger->set_formatter(std::move(formatter));
   spdlog::set_default_logger(std::move(logger));
 }

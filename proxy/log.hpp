@@ -6,28 +6,59 @@
 
 #include <chrono>
 #include <cstdint>
+#include <string_view>
 #include <utility>
 
 #include "conf/config.hpp"
 
 namespace pgsidecar::proxy::log {
 
-using spdlog::debug;
-using spdlog::error;
-using spdlog::info;
-using spdlog::warn;
+/// What an event is about: ids as the API has them. In JSON each that is given is a key of its own.
+struct About {
+  std::uint32_t client = 0;
+  std::uint64_t server = 0;
+  std::uint32_t pid = 0;  ///< the server process's
+  std::uint64_t request = 0;
+  std::string_view database = {}, user = {}, application = {}, sqlstate = {};
+};
+
+void write(spdlog::level::level_enum level, std::string_view event, const About& about, std::string_view message);
+
+/// `event` is a snake_case word that stays what it is (README, "Log events"); the message is for people and may change.
+template <class... Args>
+void log(spdlog::level::level_enum level, std::string_view event, const About& about, spdlog::format_string_t<Args...> format,
+         Args&&... args) {
+  if (spdlog::should_log(level)) write(level, event, about, spdlog::fmt_lib::format(format, std::forward<Args>(args)...));
+}
+template <class... Args>
+void debug(std::string_view event, const About& about, spdlog::format_string_t<Args...> format, Args&&... args) {
+  log(spdlog::level::debug, event, about, format, std::forward<Args>(args)...);
+}
+template <class... Args>
+void info(std::string_view event, const About& about, spdlog::format_string_t<Args...> format, Args&&... args) {
+  log(spdlog::level::info, event, about, format, std::forward<Args>(args)...);
+}
+template <class... Args>
+void warn(std::string_view event, const About& about, spdlog::format_string_t<Args...> format, Args&&... args) {
+  log(spdlog::level::warn, event, about, format, std::forward<Args>(args)...);
+}
+template <class... Args>
+void error(std::string_view event, const About& about, spdlog::format_string_t<Args...> format, Args&&... args) {
+  log(spdlog::level::err, event, about, format, std::forward<Args>(args)...);
+}
 
 /// Bounds what peers can make the log say: 20 events in 10 seconds, then one line that tells how many were left out.
 class PeerEvents {
  public:
   template <class... Args>
-  void warn(std::chrono::steady_clock::time_point now, spdlog::format_string_t<Args...> format, Args&&... args) {
+  void warn(std::chrono::steady_clock::time_point now, std::string_view event, const About& about, spdlog::format_string_t<Args...> format,
+            Args&&... args) {
     if (now - window_ >= std::chrono::seconds(10)) {
-      if (count_ > kMost) spdlog::warn("{} more events of clients in 10 s are not shown", count_ - kMost);
+      if (count_ > kMost) log::warn("events_left_out", {}, "{} more events of clients in 10 s are not shown", count_ - kMost);
       window_ = now;
       count_ = 0;
     }
-    if (++count_ <= kMost) spdlog::warn(format, std::forward<Args>(args)...);
+    if (++count_ <= kMost) log::warn(event, about, format, std::forward<Args>(args)...);
   }
 
  private:

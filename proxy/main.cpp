@@ -109,7 +109,7 @@ int run(const Arguments& arguments, std::shared_ptr<const conf::Config> config, 
     supervisor.watch(std::move(done), std::move(happened));
   });
   admin::Alerts alerts(config->alerts);
-  admin::Webhooks webhooks(supervisor.control_loop(), [](const std::string& line) { proxy::log::warn("{}", line); });
+  admin::Webhooks webhooks(supervisor.control_loop(), [](const std::string& line) { proxy::log::warn("webhook", {}, "{}", line); });
   callbacks.alerts = [&] { return admin::alerts_json(alerts, webhooks.json(), admin::Clock::now()); };
   callbacks.active_alerts = [&] { return alerts.active(); };
   callbacks.wake = [&] { monitor.wake(); };
@@ -137,9 +137,9 @@ int run(const Arguments& arguments, std::shared_ptr<const conf::Config> config, 
     const auto changes = alerts.look(sample);
     for (const admin::Alert& alert : changes) {
       if (alert.ended)
-        proxy::log::info("alert {} ended: {}", alert.name, alert.summary);
+        proxy::log::info("alert_ended", {}, "alert {} ended: {}", alert.name, alert.summary);
       else
-        proxy::log::warn("alert {} ({}): {}", alert.name, alert.severity, alert.summary);
+        proxy::log::warn("alert", {}, "alert {} ({}): {}", alert.name, alert.severity, alert.summary);
     }
     webhooks.tell(changes, alerts.active());
     return alerts.next();
@@ -147,7 +147,8 @@ int run(const Arguments& arguments, std::shared_ptr<const conf::Config> config, 
   monitor.add([&](const admin::Sample& sample) { return server.publish(sample); });
   return supervisor.run(
       [&] {
-        if (config->admin.enabled) proxy::log::info("admin at http://{}:{}", config->admin.listen.host, server.port());
+        if (config->admin.enabled)
+          proxy::log::info("admin_listening", {}, "admin at http://{}:{}", config->admin.listen.host, server.port());
         monitor.start();
       },
       [&] {

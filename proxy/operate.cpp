@@ -122,7 +122,8 @@ std::string Worker::change(const pool::Command& command) {
     case Kind::Enable: disabled_databases_.erase(database); break;
     default: break;
   }
-  log::info("{} {} by an operator", word_of(command.kind), database.empty() ? "all databases" : "database \"" + database + "\"");
+  log::info("operator", {.database = database}, "{} {} by an operator", word_of(command.kind),
+            database.empty() ? "all databases" : "database \"" + database + "\"");
   return {};
 }
 
@@ -180,11 +181,11 @@ void Worker::stop(ConsoleCommand::Stop how) {
   if (how == ConsoleCommand::Stop::WaitForClients) {
     if (draining_) return;
     draining_ = waits_for_clients_ = true;
-    log::info("shutting down once its {} clients have left", clients_.size() - consoles_);
+    log::info("shutting_down", {}, "shutting down once its {} clients have left", clients_.size() - consoles_);
     kick();
     return check_stopped();
   }
-  log::info("shutting down at once");
+  log::info("shutting_down", {}, "shutting down at once");
   draining_ = true;
   waits_for_clients_ = false;
   std::vector<std::shared_ptr<ClientSession>> all;

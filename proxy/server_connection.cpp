@@ -494,11 +494,20 @@ void ServerConnection::on_deadline(pool::Time now) {
 
 // --- the end
 
+log::About ServerConnection::about(std::string_view sqlstate) const {
+  log::About about = client_ ? client_->about() : entry_.about();
+  about.server = id_;
+  about.pid = pid_;
+  about.sqlstate = sqlstate;
+  return about;
+}
+
 void ServerConnection::lost(const std::string& sqlstate, const std::string& reason) {
   if (!alive()) return;
   const auto self = shared_from_this();
   const bool in_transaction = pipeline.status() != TxStatus::Idle;
-  log::info("server {} ({}@{}, pid {}): lost: {} {}", id_, entry_.user, entry_.database, pid_, sqlstate, reason);
+  log::info("server_lost", about(sqlstate), "server {} ({}@{}, pid {}): lost: {} {}", id_, entry_.user, entry_.database, pid_, sqlstate,
+            reason);
   unlink();
   transition(State::Closing);
   ++entry_.pool.counters()
@@ -507,7 +516,7 @@ void ServerConnection::lost(const std::string& sqlstate, const std::string& reas
     client->send(worker_.to_client);
     if (pass_left_ > 0 && pass_forward_) {
       // Half a message is on its way: an error behind it would be read as its rest.
-      log::info("client {}: closed, since its answer ended in the middle of a message", client->id());
+      log::info("client_closed", client->about(), "client {}: closed, since its answer ended in the middle of a message", client->id());
       client->close();
     } else {
       client->on_server_lost(sqlstate, reason, in_transaction);

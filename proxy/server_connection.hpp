@@ -21,6 +21,7 @@
 #include "proxy/catalog.hpp"
 #include "proxy/channel.hpp"
 #include "proxy/control.hpp"
+#include "proxy/log.hpp"
 #include "proxy/residue.hpp"
 #include "proxy/settings.hpp"
 
@@ -70,6 +71,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   PoolEntry& entry() { return entry_; }
   ClientSession* client() { return client_; }
   const std::map<std::string, std::string>& parameters() const { return parameters_; }
+  log::About about(std::string_view sqlstate = {}) const;  ///< for the log
   std::size_t queued() const { return channel_ ? channel_->queued() : 0; }
   bool alive() const { return state_ == State::Idle || state_ == State::Leased || state_ == State::Resetting; }
 

@@ -287,7 +287,8 @@ bool ServerConnection::ask_catalog() {
     unknown_residue_ |= survey_->residue_of(std::exchange(unknown_names, {}));
     survey_.reset();
     if (entry_.catalog.take_late()) {
-      log::info("{}@{}: functions leave something in sessions that didn't before: every server connection is replaced", entry_.user,
+      log::info("servers_replaced", entry_.about(),
+                "{}@{}: functions leave something in sessions that didn't before: every server connection is replaced", entry_.user,
                 entry_.database);
       for (const auto& [id, server] : entry_.servers) server->condemned |= !server->listener_;
       pool::CloseReason reason{};

@@ -128,7 +128,8 @@ void ClientSession::use_sequences() {
   if (!entry_->sequences_matter) {
     entry_->sequences_matter = true;
     for (auto& [id, server] : entry_->servers) server->sequences_dirty = true;
-    log::info("{}@{}: currval or lastval is used: clients that take a sequence's value are pinned from now on", entry_->user,
+    log::info("sequences_used", entry_->about(),
+              "{}@{}: currval or lastval is used: clients that take a sequence's value are pinned from now on", entry_->user,
               entry_->database);
   }
   if (server_->pipeline.status() != protocol::TxStatus::Failed && !server_->pipeline.failed()) server_->forget_sequences();
@@ -214,7 +215,7 @@ void ClientSession::note_effects() {
 
 void ClientSession::pin(std::uint32_t reasons, std::string detail) {
   if (reasons == 0) {
-    if (pin_) log::info("client {}: not pinned any more", id_);
+    if (pin_) log::info("unpinned", about(), "client {}: not pinned any more", id_);
     return pin_.reset();
   }
   const std::uint32_t fresh = reasons & ~(pin_ ? pin_->reasons : 0);
@@ -229,8 +230,8 @@ void ClientSession::pin(std::uint32_t reasons, std::string detail) {
     names += (names.empty() ? "" : ", ") + std::string(pool::to_string(reason));
   });
   const std::string why = names + (pin_->detail.empty() ? "" : " (" + pin_->detail + ")");
-  log::info("client {} ({}@{}, application \"{}\"): pinned to its server connection (pid {}): {}, after: {}", id_, entry_->user,
-            entry_->database, application(), server_->pid(), why, pin_->statement);
+  log::info("pinned", about(), "client {} ({}@{}, application \"{}\"): pinned to its server connection (pid {}): {}, after: {}", id_,
+            entry_->user, entry_->database, application(), server_->pid(), why, pin_->statement);
   if (!entry_->pool.settings().noticePins) return;
   worker_.to_client.own([&](std::string& out) {
     protocol::write_notice(out, "00000", "pgsidecar: this session keeps its server connection from now on: " + why);

@@ -157,7 +157,7 @@ void ServerConnection::finish_execution(pool::StatementHandle statement) {
   if (slow != 0 && e.total() >= std::uint64_t{slow} * 1000 && statement != pool::kNoStatement) {
     const auto ms = [](std::uint64_t us) { return static_cast<double>(us) / 1000; };
     worker_.slow_events.warn(
-        now,
+        now, "slow_statement", about(e.sqlstate),
         "slow statement: client {} ({}@{}, application \"{}\") request {}: {:.1f} ms (waiting {:.1f}, server {:.1f}, client "
         "reading {:.1f}), {} rows, {} bytes{}{}: {}{}{}{}",
         client_->id(), entry_.user, entry_.database, client_->application(), client_->request(), ms(e.total()), ms(e.wait), ms(e.server),

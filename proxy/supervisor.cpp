@@ -22,7 +22,8 @@ void raise_file_limit(std::uint64_t wanted) {
   limit.rlim_cur = std::min<rlim_t>(wanted, limit.rlim_max);
   ::setrlimit(RLIMIT_NOFILE, &limit);
   if (limit.rlim_cur < wanted)
-    log::warn("limits.maxClients needs {} open files, the system allows {}", wanted, static_cast<std::uint64_t>(limit.rlim_cur));
+    log::warn("file_limit", {}, "limits.maxClients needs {} open files, the system allows {}", wanted,
+              static_cast<std::uint64_t>(limit.rlim_cur));
 }
 
 }  // namespace
@@ -67,15 +68,15 @@ std::string Supervisor::reload() {
     auto next = std::make_shared<const conf::Config>(conf::load(config_path_, env_));
     if (next->tls.mode != conf::TlsMode::Disable) make_server_context(next->tls);  // a bad file must change nothing
     const conf::Changes changes = conf::compare(*config_, *next);
-    for (const std::string& key : changes.applied) log::info("reload: {} changed", key);
-    for (const std::string& key : changes.needRestart) log::warn("reload: {} changed, which needs a restart", key);
-    if (changes.applied.empty() && changes.needRestart.empty()) log::info("reload: nothing changed");
+    for (const std::string& key : changes.applied) log::info("reload", {}, "reload: {} changed", key);
+    for (const std::string& key : changes.needRestart) log::warn("reload", {}, "reload: {} changed, which needs a restart", key);
+    if (changes.applied.empty() && changes.needRestart.empty()) log::info("reload", {}, "reload: nothing changed");
     if (next->log.level != config_->log.level) spdlog::set_level(spdlog::level::from_str(next->log.level));
     config_ = next;
     asio::post(data_loop_, [this, next] { worker_.reload(next); });
     return {};
   } catch (const std::exception& e) {
-    log::error("reload: nothing is changed: {}", e.what());
+    log::error("reload_failed", {}, "reload: nothing is changed: {}", e.what());
     return e.what();
   }
 }
@@ -103,7 +104,8 @@ std::string Supervisor::request(const ConsoleCommand& command) {
 std::string Supervisor::set(const std::string& key, const std::string& value) {
   auto next = std::make_shared<conf::Config>(*config_);
   if (std::string error = apply_setting(*next, key, value); !error.empty()) return error;
-  for (const std::string& changed : conf::compare(*config_, *next).applied) log::info("set: {} changed, until the next reload", changed);
+  for (const std::string& changed : conf::compare(*config_, *next).applied)
+    log::info("setting", {}, "set: {} changed, until the next reload", changed);
   if (next->log.level != config_->log.level) spdlog::set_level(spdlog::level::from_str(next->log.level));
   config_ = next;
   asio::post(data_loop_, [this, next = std::shared_ptr<const conf::Config>(std::move(next))] { worker_.adjust(next); });
@@ -120,7 +122,7 @@ void Supervisor::wait_signal() {
     if (number == SIGHUP) {
       reload();
     } else if (signalled_) {
-      log::warn("second signal: ending at once");
+      log::warn("second_signal", {}, "second signal: ending at once");
       log::stop(3);
       std::_Exit(3);
     } else {
@@ -147,7 +149,7 @@ int Supervisor::run(const std::function<void()>& listening, const std::function<
         control_loop_.run();
         return;
       } catch (const std::exception& e) {
-        log::error("control loop: {}", e.what());
+        log::error("loop_failed", {}, "control loop: {}", e.what());
       }
     }
   });
@@ -155,7 +157,7 @@ int Supervisor::run(const std::function<void()>& listening, const std::function<
   try {
     data_loop_.run();
   } catch (const std::exception& e) {
-    log::error("data loop: {}", e.what());
+    log::error("loop_failed", {}, "data loop: {}", e.what());
     exit_code_ = 1;
   }
   asio::post(control_loop_, [this, &stopping] {
@@ -167,7 +169,7 @@ int Supervisor::run(const std::function<void()>& listening, const std::function<
     control_loop_.stop();
   });
   control.join();
-  log::info("stopped");
+  log::info("stopped", {}, "stopped");
   log::stop(exit_code_);
   return exit_code_;
 }

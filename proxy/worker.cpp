@@ -56,7 +56,7 @@ void Worker::use_config() {
   certificates_.clear();
   if (client_tls_) saw_certificate("tls.certificate", SSL_CTX_get0_certificate(client_tls_.get()));
   upstream_ = conf::resolve_upstream(config_->upstream, control_.environment());
-  for (const std::string& warning : upstream_.warnings) log::warn("upstream: {}", warning);
+  for (const std::string& warning : upstream_.warnings) log::warn("upstream_warning", {}, "upstream: {}", warning);
   if (config_->databases.empty()) databases_[upstream_.dbname] = describe(upstream_.dbname);
   for (const auto& [name, database] : config_->databases)
     if (name != "*") databases_[name] = describe(name);
@@ -96,7 +96,7 @@ void Worker::accept(std::shared_ptr<Acceptor> acceptor) {
                        typename Acceptor::protocol_type::socket::template rebind_executor<asio::io_context::executor_type>::other socket) {
         if (ec == asio::error::operation_aborted || !acceptor->is_open()) return;
         if (ec) {
-          log::error("accept: {}", ec.message());
+          log::error("accept_failed", {}, "accept: {}", ec.message());
           auto timer = std::make_shared<asio::steady_timer>(data_, milliseconds(100));
           timer->async_wait([this, acceptor, timer](const boost::system::error_code&) { accept(acceptor); });
           return;
@@ -146,7 +146,7 @@ void Worker::listen() {
           ::unlink(path.c_str());
         });
         accept(acceptor);
-        log::info("listening on {}", path);
+        log::info("listening", {}, "listening on {}", path);
         continue;
       }
       for (const conf::Listening& one : conf::open_listeners(where, 1024)) {
@@ -156,7 +156,7 @@ void Worker::listen() {
           boost::system::error_code ignored;
           acceptor->close(ignored);
         });
-        log::info("listening on {}", one.address);
+        log::info("listening", {}, "listening on {}", one.address);
         accept(acceptor);
       }
     } catch (const std::runtime_error& e) {
@@ -176,7 +176,7 @@ std::optional<std::string> Worker::secret_of(const std::string& user) {
     try {
       return conf::expand(*it->second.password, control_.environment());
     } catch (const conf::ConfigError& e) {
-      log::error("password of user \"{}\": {}", user, e.what());
+      log::error("password_unreadable", {.user = user}, "password of user \"{}\": {}", user, e.what());
       return std::nullopt;
     }
   }
@@ -339,7 +339,8 @@ void Worker::on_connected(ServerConnection& server) {
     if (const auto client = server.login()->client.lock()) client->verified();
   }
   if (const auto it = server.parameters().find("server_version"); it != server.parameters().end()) database_version_ = it->second;
-  log::info("server {} ({}@{}, pid {}): connected", server.id(), entry.user, entry.database, server.pid());
+  log::info("server_connected", server.about(), "server {} ({}@{}, pid {}): connected", server.id(), entry.user, entry.database,
+            server.pid());
   kick();
 }
 
@@ -359,7 +360,8 @@ void Worker::on_connect_failed(ServerConnection& server, const protocol::ErrorFi
   ++entry.failures;
   const double seconds = std::min(5.0, 0.05 * static_cast<double>(1u << std::min(entry.failures, 8u))) * (0.75 + 0.5 * random());
   entry.retry_at = now() + milliseconds(static_cast<int>(seconds * 1000));
-  log::warn("{}@{}: cannot connect: {} {}", entry.user, entry.database, error.sqlstate, error.message);
+  log::warn("connect_failed", server.about(error.sqlstate), "{}@{}: cannot connect: {} {}", entry.user, entry.database, error.sqlstate,
+            error.message);
   if (is_answer(error.sqlstate))
     database_seen(upstream_of(entry.database), true);
   else
@@ -421,7 +423,7 @@ std::string Worker::execute(const pool::Command& command) {
     for (auto& [key, entry] : pools_)
       if (const auto it = entry->servers.find(command.id); it != entry->servers.end()) {
         const auto server = it->second;
-        log::info("server {} (pid {}): closed by an operator", server->id(), server->pid());
+        log::info("operator", server->about(), "server {} (pid {}): closed by an operator", server->id(), server->pid());
         server->close_by_operator();
         return {};
       }
@@ -430,7 +432,8 @@ std::string Worker::execute(const pool::Command& command) {
   const auto it = clients_.find(static_cast<std::uint32_t>(command.id));
   if (it == clients_.end() || it->first != command.id) return "no client has the id " + std::to_string(command.id);
   const auto client = it->second;
-  log::info("client {}: {} by an operator", client->id(), command.kind == Kind::CancelClient ? "cancelled" : "closed");
+  log::info("operator", client->about(), "client {}: {} by an operator", client->id(),
+            command.kind == Kind::CancelClient ? "cancelled" : "closed");
   if (command.kind == Kind::CancelClient)
     client->on_cancel();
   else
@@ -525,8 +528,8 @@ void Worker::tick() {
     std::vector<std::shared_ptr<ClientSession>> left;
     for (auto& [id, client] : clients_) left.push_back(client);
     for (const auto& client : left) {
-      log::warn("drain: client {} (application \"{}\") is cut off after {} ms", client->id(), client->application(),
-                config_->shutdown.timeoutMillis);
+      log::warn("client_cut_off", client->about(), "drain: client {} (application \"{}\") is cut off after {} ms", client->id(),
+                client->application(), config_->shutdown.timeoutMillis);
       if (client->server() && !client->server()->pipeline.empty()) client->server()->send_cancel();
       client->fatal("57P01", "terminating connection due to administrator command");
       client->close();
@@ -534,7 +537,7 @@ void Worker::tick() {
   }
   const bool exit_on_idle = config_->pool.allowExitOnIdle && had_client_ && clients_.size() == consoles_;
   if (exit_on_idle && !draining_ && t - idle_since_ >= milliseconds(config_->pool.idleTimeoutMillis)) {
-    log::info("no clients for {} ms: exiting (pool.allowExitOnIdle)", config_->pool.idleTimeoutMillis);
+    log::info("exit_on_idle", {}, "no clients for {} ms: exiting (pool.allowExitOnIdle)", config_->pool.idleTimeoutMillis);
     drain();
   }
   if (busy)
@@ -551,7 +554,7 @@ void Worker::drain() {
   draining_ = true;
   waits_for_clients_ = false;
   drain_until_ = now() + milliseconds(config_->shutdown.timeoutMillis);
-  log::info("draining: {} clients, at most {} ms", clients_.size() - consoles_, config_->shutdown.timeoutMillis);
+  log::info("draining", {}, "draining: {} clients, at most {} ms", clients_.size() - consoles_, config_->shutdown.timeoutMillis);
   if (!config_->shutdown.acceptWhileDraining) {
     // New ones are accepted and told so, until nothing is left.
     std::vector<std::shared_ptr<ClientSession>> all;

@@ -37,6 +37,12 @@ namespace pgsidecar::proxy {
 struct PoolEntry {
   PoolEntry(std::string database_name, std::string user_name, const conf::PoolSettings& policy, conf::Upstream from)
       : database(std::move(database_name)), user(std::move(user_name)), pool(policy), upstream(std::move(from)) {}
+  log::About about() const {
+    log::About about;
+    about.database = database;
+    about.user = user;
+    return about;
+  }
   std::string database, user;
   std::uint32_t number = 0;  // from 1
   pool::Pool pool;
