@@ -327,9 +327,53 @@ def test_json_log(proxies):
         w.login(nasty, "x", DATABASE)
     assert proxy.stop() == 0
     lines = [json.loads(line) for line in proxy.log_text().splitlines()]
-    assert all({"time", "level", "message"} == set(line) for line in lines)
-    told = [line["message"] for line in lines if "password authentication failed" in line["message"]]
-    assert len(told) == 1 and 'x"\\\n{"level":"error"}' in told[0], lines
+    assert all({"time", "level", "event", "message"} <= set(line) for line in lines)
+    told = [line for line in lines if line["event"] == "client_refused"]
+    assert len(told) == 1, lines
+    assert told[0]["user"] == nasty and told[0]["sqlstate"] == "28P01" and told[0]["client"] > 0
+    assert 'x"\\\n{"level":"error"}' in told[0]["message"]
+    (connected,) = [line for line in lines if line["event"] == "server_connected"]
+    assert connected["database"] == DATABASE and connected["user"] == harness.USER and connected["pid"] > 0 and connected["server"] > 0
+    assert [line["event"] for line in lines][-2:] == ["draining", "stopped"]
+
+
+def test_an_event_of_a_client_names_what_it_is_about(proxies):
+    proxy = proxies({"log": {"format": "json", "slowQueryMillis": 1}})
+    with proxy.connect(application_name="worker") as client:
+        client.execute("SELECT pg_sleep(0.02)")
+        client.execute("SELECT pg_advisory_lock(1)")
+        pid = client.execute("SELECT pid FROM pg_locks WHERE locktype = 'advisory'").fetchone()[0]
+        client.execute("SELECT pg_advisory_unlock(1)")
+        events = {line["event"]: line for line in map(json.loads, proxy.log_text().splitlines())}
+        (row,) = [c for c in proxy.json("/api/monitoring/clients")[1]["clients"] if c["application"] == "worker"]
+    for event in ("slow_statement", "pinned"):
+        assert events[event]["application"] == "worker" and events[event]["request"] > 0
+        assert events[event]["client"] == row["id"]
+        assert (events[event]["database"], events[event]["user"], events[event]["pid"]) == (DATABASE, harness.USER, pid)
+
+
+def test_the_log_level_changes_at_run_time(proxies):
+    proxy = proxies({"log": {"level": "warn"}})
+    proxy.connect().close()
+    assert proxy.log_text() == ""
+    proxy.write_config(harness.merge(proxy.config, {"log": {"level": "debug"}}))
+    proxy.signal(signal.SIGHUP)
+    harness.poll(lambda: "log.level" in proxy.log_text(), what="the reload")
+    proxy.connect().close()
+    harness.poll(lambda: "[client_login]" in proxy.log_text(), what="a debug line")
+
+
+def log_events():
+    """The names that the code gives to events."""
+    source = "".join(path.read_text() for path in (harness.ROOT / "proxy").glob("*.cpp")) + (harness.ROOT / "proxy/log.hpp").read_text()
+    return set(re.findall(r'log::(?:debug|info|warn|error)\(\s*"([a-z_]+)"', source)) | set(re.findall(r'_events\.warn\(\s*\S+?, "([a-z_]+)"', source))
+
+
+def test_the_readme_names_every_log_event():
+    text = (harness.ROOT / "README.md").read_text()
+    section = text.split("## Read its log")[1].split("\n## ")[0]
+    named = set(re.findall(r"`([a-z_]+)`", "".join(line.split("|")[1] for line in section.splitlines() if line.startswith("| `"))))
+    assert len(named) > 30 and named == log_events()
 
 
 def test_clients_cannot_flood_the_log_or_write_lines_of_their_own(proxies):

@@ -1,11 +1,12 @@
 #!/usr/bin/python3
-"""pgsidecar beside Debian's PgBouncer (transaction mode, the same pool of 15) in one run, alternating; prints Markdown tables.
+"""pgsidecar beside Debian's PgBouncer (transaction mode, the same pool of 15), or with --against beside another build of pgsidecar, in one
+run, alternating; prints Markdown tables.
 
 CPU is the proxy process's own, from the kernel's scheduler statistics, divided by pgbench's count of transactions. The proxy has a CPU
 to itself, the server and pgbench have the rest: where the scheduler puts a wake-up decides 15 % otherwise. Absolute times say little on
 a shared machine; the ratio of the two within one run does, and the table gives its spread over the rounds.
 
-  integration/bench/bench.py [--seconds 4] [--rounds 3] [--only cpu,memory,start,idle]
+  integration/bench/bench.py [--seconds 4] [--rounds 3] [--only cpu,memory,start,idle] [--against OTHER/pgsidecar]
 """
 import argparse
 import contextlib
@@ -45,12 +46,20 @@ def alone(proxy):
     return proxy
 
 
-def ours(pg, tls):
-    return harness.Proxy(pg, POOL, url=pg.url(sslmode="verify-full" if tls else "disable"))
+def ours(pg, tls, binary=harness.BINARY):
+    return harness.Proxy(pg, POOL, url=pg.url(sslmode="verify-full" if tls else "disable"), binary=binary)
 
 
 def theirs(pg, tls):
     return harness.PgBouncer(pg, POOL, tls=tls)
+
+
+def other_build(binary):
+    def make(pg, tls):
+        proxy = ours(pg, tls, binary)
+        proxy.kind = "the other build"
+        return proxy
+    return make
 
 
 def transactions(proxy, arguments, clients, seconds):
@@ -64,9 +73,9 @@ def transactions(proxy, arguments, clients, seconds):
     return int(re.search(r"transactions actually processed: (\d+)", done.stdout)[1]), cpu
 
 
-def cpu(pg, seconds, rounds):
+def cpu(pg, seconds, rounds, theirs, name):
     print("\n### CPU of the proxy per transaction\n")
-    print("| upstream | load | clients | pgsidecar, µs | PgBouncer, µs | ratio | spread | tps, pgsidecar / PgBouncer |")
+    print(f"| upstream | load | clients | pgsidecar, µs | {name}, µs | ratio | spread | tps, pgsidecar / {name} |")
     print("|---|---|--:|--:|--:|--:|---|--:|")
     worst = 0
     for tls in (False, True):
@@ -88,7 +97,7 @@ def cpu(pg, seconds, rounds):
     return worst
 
 
-def memory(pg, clients=1000):
+def memory(pg, theirs, clients=1000):
     print(f"\n### Memory of an idle client ({clients} logged in, each has run a query)\n")
     print("| | Rss before, KB | Rss after, KB | bytes a client |")
     print("|---|--:|--:|--:|")
@@ -116,7 +125,7 @@ def memory(pg, clients=1000):
                 w.sock.close()
 
 
-def start(pg, rounds=15):
+def start(pg, theirs, rounds=15):
     print("\n### From exec to listening\n")
     print("| | median, ms | least, ms |")
     print("|---|--:|--:|")
@@ -128,7 +137,7 @@ def start(pg, rounds=15):
         print(f"| {proxy.kind} | {statistics.median(times) * 1000:.0f} | {min(times) * 1000:.0f} |", flush=True)
 
 
-def idle(pg, seconds=10):
+def idle(pg, theirs, seconds=10):
     print(f"\n### Idle, 20 clients connected, over {seconds} s\n")
     print("| | wake-ups a second | system calls a second | CPU, µs a second |")
     print("|---|--:|--:|--:|")
@@ -164,23 +173,25 @@ def main():
     parser.add_argument("--seconds", type=int, default=4, help="length of each pgbench run")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", default="cpu,memory,start,idle")
+    parser.add_argument("--against", metavar="BINARY", help="another build of pgsidecar instead of PgBouncer")
     parser.add_argument("--assert-ratio", type=float, help="exit 1 if a CPU ratio's median is above this")
     options = parser.parse_args()
     wanted = options.only.split(",")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # stops what it has started
     worst = 0
+    other, name = (other_build(options.against), "the other build") if options.against else (theirs, "PgBouncer")
     os.sched_setaffinity(0, CPUS[1:] or CPUS)
     with harness.Postgres(plain=True) as pg:
         environment = {**os.environ, "PGPASSWORD": PASSWORD}
         subprocess.run(["pgbench", "-i", "-q", "-s", "50" if "cpu" in wanted else "1", "-h", "127.0.0.1", "-p", str(pg.port), "-U", USER, DATABASE], env=environment, check=True, capture_output=True)
         if "cpu" in wanted:
-            worst = cpu(pg, options.seconds, options.rounds)
+            worst = cpu(pg, options.seconds, options.rounds, other, name)
         if "memory" in wanted:
-            memory(pg)
+            memory(pg, other)
         if "start" in wanted:
-            start(pg)
+            start(pg, other)
         if "idle" in wanted:
-            idle(pg)
+            idle(pg, other)
     return 1 if options.assert_ratio and worst > options.assert_ratio else 0
 
 
