@@ -308,7 +308,7 @@ def test_a_leak_is_logged_listed_counted_and_told(proxies):
         assert (leak["application"], leak["firstStatement"], leak["lastStatement"]) == ("leaker", "SELECT ?, ... AS opened", "SELECT ? AS last")
         assert leak["idleSeconds"] >= 0.3 and leak["ageSeconds"] >= leak["idleSeconds"] and re.search(r":\d+$", leak["peer"])
         port = leak["peer"].rsplit(":", 1)[1]
-        line = [one for one in proxy.log_text().splitlines() if "leak:" in one]
+        line = poll(lambda: [one for one in proxy.log_text().splitlines() if "[leak]" in one])
         assert len(line) == 1 and f":{port})" in line[0] and "SELECT ? AS last" in line[0] and 'application "leaker"' in line[0]
         connection.execute("SELECT 3")
         assert len(notices) == 1 and "idleInTransactionWarnMillis" in notices[0]

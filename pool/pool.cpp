@@ -39,7 +39,7 @@ Waiter* Pool::expired(Time now) {
 }
 
 bool Pool::worn_out(const Slot& slot, Time now, CloseReason& reason) const {
-  if (slot.condemned) return reason = CloseReason::Reload, true;
+  if (slot.condemned || staying() > settings_.max) return reason = CloseReason::Reload, true;
   if (slot.use_limit != 0 && slot.uses >= slot.use_limit) return reason = CloseReason::MaxUses, true;
   if (now >= slot.lifetime_end) return reason = CloseReason::Lifetime, true;
   return false;

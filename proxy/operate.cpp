@@ -212,6 +212,7 @@ void Worker::adjust(std::shared_ptr<const conf::Config> config) {
   for (auto& [key, entry] : pools_) {
     std::string sqlstate, error;
     if (const auto plan = plan_pool(entry->database, entry->user, sqlstate, error)) entry->pool.set_settings(plan->settings);
+    close_outdated(*entry);
     serve(*entry);
   }
   kick();

@@ -2,6 +2,7 @@
 
 #include <sys/resource.h>
 
+#include <algorithm>
 #include <boost/asio/post.hpp>
 #include <csignal>
 #include <thread>
@@ -68,10 +69,12 @@ std::string Supervisor::reload() {
     auto next = std::make_shared<const conf::Config>(conf::load(config_path_, env_));
     if (next->tls.mode != conf::TlsMode::Disable) make_server_context(next->tls);  // a bad file must change nothing
     const conf::Changes changes = conf::compare(*config_, *next);
+    const auto level = spdlog::level::from_str(next->log.level);
+    spdlog::set_level(std::min(level, spdlog::get_level()));  // what is told of the change is shown if either level shows it
     for (const std::string& key : changes.applied) log::info("reload", {}, "reload: {} changed", key);
     for (const std::string& key : changes.needRestart) log::warn("reload", {}, "reload: {} changed, which needs a restart", key);
     if (changes.applied.empty() && changes.needRestart.empty()) log::info("reload", {}, "reload: nothing changed");
-    if (next->log.level != config_->log.level) spdlog::set_level(spdlog::level::from_str(next->log.level));
+    spdlog::set_level(level);
     config_ = next;
     asio::post(data_loop_, [this, next] { worker_.reload(next); });
     return {};

@@ -457,6 +457,11 @@ void Worker::arm_tick(milliseconds after) {
   }));
 }
 
+void Worker::close_outdated(PoolEntry& entry) {
+  pool::CloseReason reason{};
+  while (pool::Slot* slot = entry.pool.outdated(now(), reason)) static_cast<ServerConnection*>(slot)->close(reason);
+}
+
 void Worker::tick() {
   tick_at_ = pool::Time::max();
   stir();
@@ -498,8 +503,7 @@ void Worker::tick() {
       }
       client.on_wait_failed({"ERROR", "53300", std::move(message), {}, {}}, false);
     }
-    pool::CloseReason reason{};
-    while (pool::Slot* slot = entry->pool.outdated(t, reason)) static_cast<ServerConnection*>(slot)->close(reason);
+    close_outdated(*entry);
     std::vector<std::shared_ptr<ServerConnection>> due;
     for (auto& [id, server] : entry->servers) {
       busy |= !server->alive() || server->state() == ServerConnection::State::Resetting;

@@ -215,6 +215,7 @@ class Worker {
   void check_stopped();
   bool is_paused(const std::string& database) const;
   void set_paused();
+  void close_outdated(PoolEntry& entry);  ///< idle ones
   void outdate_servers(PoolEntry& entry);
   void kill(const std::string& database);
   std::string change(const pool::Command& command);

@@ -130,5 +130,26 @@ TEST_F(PoolTest, IdlesOutDownToMin) {
   EXPECT_EQ(reason, CloseReason::Reload);
 }
 
+TEST_F(PoolTest, ALowerMaxClosesWhatIsMore) {
+  settings.max = 2;
+  settings.min = 0;
+  make();
+  Permit p1(pool->permits());
+  Permit p2(pool->permits());
+  Slot a, b;
+  pool->put_idle(a, now);
+  pool->put_idle(b, now);
+  CloseReason reason{};
+  EXPECT_EQ(pool->outdated(now, reason), nullptr);
+  EXPECT_FALSE(pool->worn_out(a, now, reason));
+  settings.max = 1;
+  pool->set_settings(settings);
+  EXPECT_TRUE(pool->worn_out(a, now, reason));
+  EXPECT_EQ(reason, CloseReason::Reload);
+  ASSERT_NE(pool->outdated(now, reason), nullptr);
+  p2.leave();
+  EXPECT_EQ(pool->outdated(now, reason), nullptr);
+}
+
 }  // namespace
 }  // namespace pgsidecar::pool
