@@ -118,10 +118,11 @@ def main():
     try:
         server = ForeignServer(url) if url else OwnServer()
         before = server.count()  # of others
-        proxy = harness.Proxy(config={"pool": {"min": 2}}, url=url or server.pg.url())
+        proxy = harness.Proxy(config={"pool": {"min": 2}, "admin": {"users": [server.user]}}, url=url or server.pg.url())
         demonstrate(server, proxy, before)
         if not check:
-            show(f"\nAdmin: http://127.0.0.1:{proxy.admin_port}/   Log: {proxy.log}\nRunning until Ctrl-C.")
+            show(f"\nThe page:  http://127.0.0.1:{proxy.admin_port}/\nBy SQL:    psql '{proxy.url(server.user, server.password, 'pgbouncer')}' -c 'SHOW POOLS'\n"
+                 f"The log:   {proxy.log}\nRunning until Ctrl-C.")
             while proxy.running():
                 time.sleep(0.2)
             raise Failed(f"pgsidecar ended with {proxy.process.returncode}:\n{proxy.log_text()[-3000:]}")

@@ -330,7 +330,7 @@ def test_json_log(proxies):
     assert all({"time", "level", "event", "message"} <= set(line) for line in lines)
     told = [line for line in lines if line["event"] == "client_refused"]
     assert len(told) == 1, lines
-    assert told[0]["user"] == nasty and told[0]["sqlstate"] == "28P01" and told[0]["client"] > 0
+    assert told[0]["level"] == "warn" and told[0]["user"] == nasty and told[0]["sqlstate"] == "28P01" and told[0]["client"] > 0
     assert 'x"\\\n{"level":"error"}' in told[0]["message"]
     connected = next(line for line in lines if line["event"] == "server_connected")
     assert connected["database"] == DATABASE and connected["user"] == harness.USER and connected["pid"] > 0 and connected["server"] > 0

@@ -2,6 +2,9 @@
 // oldest lines go. Text or JSON, one event a line.
 #pragma once
 
+// The words of `log.level`.
+#define SPDLOG_LEVEL_NAMES \
+  { "trace", "debug", "info", "warn", "error", "critical", "off" }
 #include <spdlog/spdlog.h>
 
 #include <chrono>
