@@ -154,4 +154,10 @@ std::string History::json(std::uint32_t window, std::uint32_t step, Clock::time_
   return json.take();
 }
 
+std::size_t History::footprint() const {
+  std::size_t bytes = 0;
+  for (const Ring& ring : rings_) bytes += sizeof ring + ring.slots.capacity() * sizeof(Step);
+  return bytes;
+}
+
 }  // namespace pgsidecar::admin

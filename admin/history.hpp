@@ -1,5 +1,5 @@
 // What the pool did in the last minutes, hours and day: rings of samples at three resolutions. Fed by the Monitor, asked by server.cpp;
-// on the control loop. Bounded: 2100 steps, 170 KB, whatever the traffic.
+// on the control loop. Bounded: 2100 steps, 210 KB, whatever the traffic.
 #pragma once
 
 #include <chrono>
@@ -25,6 +25,7 @@ class History {
 
   /// The last `window` seconds in steps of at least `step` seconds, by the finest ring that reaches so far. Times are the ends of steps.
   std::string json(std::uint32_t window, std::uint32_t step, Clock::time_point now) const;
+  std::size_t footprint() const;  ///< bytes
 
  private:
   /// One step. Counters are increases, gauges the highest seen in it but memory and CPU.

@@ -23,6 +23,7 @@
 
 #include "admin/access.hpp"
 #include "admin/page.hpp"
+#include "admin/profile.hpp"
 #include "admin/render.hpp"
 #include "admin/routes.hpp"
 #include "admin/stream.hpp"
@@ -88,11 +89,12 @@ struct Wait {
   asio::steady_timer timer;
   SnapshotPtr snapshot;
   std::string error;  // of a command
+  std::string text;   // of stacks
   bool answered = false;
 };
 
 // What is asked of the data loop: a snapshot of some detail, or one after a probe of the database.
-enum class Question : std::size_t { Counts, Rows, Statements, Probe, kCount };
+enum class Question : std::size_t { Counts, Rows, Statements, Memory, Probe, kCount };
 
 Question question_of(Route route) {
   switch (route) {
@@ -100,6 +102,7 @@ Question question_of(Route route) {
     case Route::Servers:
     case Route::Leaks: return Question::Rows;
     case Route::Queries: return Question::Statements;
+    case Route::Profile: return Question::Memory;
     default: return Question::Counts;
   }
 }
@@ -143,6 +146,7 @@ class Server::Impl : public std::enable_shared_from_this<Impl> {
   asio::awaitable<Answer> answer(const Session& session, const Request& request);
   asio::awaitable<SnapshotPtr> fetch(Question question);
   asio::awaitable<Answer> command(Route route, std::uint64_t id);
+  asio::awaitable<Answer> stacks(std::string_view query);
   asio::awaitable<Answer> operate(Route route, std::string_view query);
   asio::awaitable<void> perform(const pool::Command& command, std::shared_ptr<Wait> wait);
   asio::awaitable<void> write(Session& session, const Answer& answer, unsigned version, bool head, bool keep_alive, error_code& ec);
@@ -404,6 +408,7 @@ void Server::Impl::ask(Question question, const std::shared_ptr<Wait>& wait) {
     case Question::Probe: return callbacks_.probe(std::move(receive));
     case Question::Rows: return callbacks_.snapshot(Detail::Rows, std::move(receive));
     case Question::Statements: return callbacks_.snapshot(Detail::Statements, std::move(receive));
+    case Question::Memory: return callbacks_.snapshot(Detail::Memory, std::move(receive));
     default: return callbacks_.snapshot(Detail::None, std::move(receive));
   }
 }
@@ -497,6 +502,30 @@ asio::awaitable<void> Server::Impl::perform(const pool::Command& command, std::s
   if (!wait->answered) co_await wait->timer.async_wait(asio::redirect_error(asio::use_awaitable, ec));
 }
 
+asio::awaitable<Answer> Server::Impl::stacks(std::string_view query) {
+  const auto seconds = number_parameter(query, "seconds", 5, 1, 30);
+  if (!seconds) co_return failure(400, "seconds is a number from 1 to 30");
+  if (stopped_ || !callbacks_.stacks) co_return failure(503, "shutting down");
+  const auto wait = std::make_shared<Wait>(control_);
+  wait->timer.expires_after(std::chrono::seconds(*seconds) + kProbeTime);
+  std::function<void(std::string, std::string)> done = [weak = std::weak_ptr(wait)](std::string error, std::string folded) {
+    if (const auto waiting = weak.lock()) {
+      waiting->error = std::move(error);
+      waiting->text = std::move(folded);
+      waiting->finish(nullptr);
+    }
+  };
+  callbacks_.stacks(std::chrono::seconds(*seconds), std::move(done));
+  error_code ec;
+  if (!wait->answered) co_await wait->timer.async_wait(asio::redirect_error(asio::use_awaitable, ec));
+  if (!wait->answered) co_return failure(503, "the stacks were not sampled in time");
+  if (!wait->error.empty()) co_return failure(409, wait->error, "one request at a time");
+  Answer reply;
+  reply.type = kText;
+  reply.body = std::move(wait->text);
+  co_return reply;
+}
+
 asio::awaitable<Answer> Server::Impl::operate(Route route, std::string_view query) {
   if (stopped_ || !callbacks_.command) co_return failure(503, "shutting down");
   using Kind = pool::Command::Kind;
@@ -587,6 +616,12 @@ asio::awaitable<Answer> Server::Impl::answer(const Session& session, const Reque
     reply.body = callbacks_.history(*window, *step);
     co_return reply;
   }
+  if (route == Route::Stacks) {
+    Answer sampled = co_await stacks(query);
+    co_return sampled;
+  }
+  const auto window = number_parameter(query, "window", 10, 1, Profile::kSeconds);
+  if (route == Route::Profile && !window) co_return failure(400, "window is a number of seconds from 1 to 60");
   if (route == Route::Alerts) {
     reply.body = callbacks_.alerts();
     co_return reply;
@@ -629,6 +664,7 @@ asio::awaitable<Answer> Server::Impl::answer(const Session& session, const Reque
     case Route::Servers: reply.body = servers_json(*snapshot, now); break;
     case Route::Leaks: reply.body = leaks_json(*snapshot, now); break;
     case Route::Queries: reply.body = statements_json(*snapshot, order, *limit, now); break;
+    case Route::Profile: reply.body = callbacks_.profile(*snapshot, *window); break;
     case Route::Pins: reply.body = pins_json(*snapshot, now); break;
     case Route::Transparency: reply.body = transparency_json(*snapshot, now); break;
     case Route::ComputeHealth: reply.body = compute_health_json(*snapshot, read_process(), now); break;

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <boost/asio/io_context.hpp>
+#include <chrono>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -30,8 +31,11 @@ class Server {
     std::function<std::string(std::string_view action)> act;
     /// Done on the data loop; `done` gets empty or why it couldn't be, on the control loop.
     std::function<void(const pool::Command&, std::function<void(std::string error)> done)> command;
-    std::function<std::string(std::uint32_t window, std::uint32_t step)> history;  ///< a document
-    std::function<std::string()> alerts;                                           ///< a document
+    std::function<std::string(std::uint32_t window, std::uint32_t step)> history;     ///< a document
+    std::function<std::string(const pool::Snapshot&, std::uint32_t window)> profile;  ///< a document; of a snapshot with memory
+    /// Samples stacks for so long; `done` gets an error or what was found, on the control loop.
+    std::function<void(std::chrono::seconds, std::function<void(std::string error, std::string folded)> done)> stacks;
+    std::function<std::string()> alerts;  ///< a document
     std::function<std::vector<Alert>()> active_alerts;
     std::function<std::string()> config;  ///< YAML, redacted
     std::function<void()> wake;           ///< samples are needed: publish() is to be called

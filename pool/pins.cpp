@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <tuple>
 
+#include "protocol/footprint.hpp"
+
 namespace pgsidecar::pool {
 
 const char* to_string(PinReason reason) {
@@ -65,6 +67,12 @@ std::vector<StatementEffects> Transparency::rows() const {
     return std::tie(a.pinned, a.checked, a.carried) > std::tie(b.pinned, b.checked, b.carried);
   });
   return rows;
+}
+
+std::size_t Transparency::footprint() const {
+  std::size_t bytes = protocol::footprint_of_nodes(rows_);
+  for (const auto& [text, row] : rows_) bytes += 2 * protocol::footprint(text);
+  return bytes;
 }
 
 }  // namespace pgsidecar::pool

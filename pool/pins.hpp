@@ -75,6 +75,7 @@ class Transparency {
   void record(std::string_view statement, bool checked, bool carried, std::uint32_t reasons);
   std::vector<StatementEffects> rows() const;  ///< most pinned first, then most counted
   std::uint64_t dropped() const { return dropped_; }
+  std::size_t footprint() const;
 
  private:
   std::map<std::string, StatementEffects, std::less<>> rows_;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "protocol/footprint.hpp"
 #include "protocol/normalize.hpp"
 
 namespace pgsidecar::pool {
@@ -102,6 +103,12 @@ StatementStats::Report StatementStats::report() const {
   for (const Record& record : records_)
     if (record.row.calls > 0) report.rows.emplace_back(record.pool, record.row);
   return report;
+}
+
+std::size_t StatementStats::footprint() const {
+  std::size_t bytes = protocol::footprint(records_) + protocol::footprint(weights_) + protocol::footprint_of_slots(index_);
+  for (const Record& record : records_) bytes += protocol::footprint(record.row.text) + protocol::footprint(record.row.tags);
+  return bytes;
 }
 
 }  // namespace pgsidecar::pool

@@ -52,6 +52,7 @@ class StatementStats {
     Time since{};
   };
   Report report() const;
+  std::size_t footprint() const;
   explicit StatementStats(Time now) : since_(now) {}
 
  private:

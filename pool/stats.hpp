@@ -12,6 +12,7 @@
 
 #include "pool/activity.hpp"
 #include "pool/pins.hpp"
+#include "pool/profile.hpp"
 
 namespace pgsidecar::pool {
 
@@ -153,14 +154,19 @@ struct Snapshot {
   std::uint32_t poolMax = 0;                // pool.max of the configuration
   bool pgbouncerCompatible = false;         // metrics.pgbouncerCompatible
 
-  // Only in detailed snapshots: Rows has the first four, Statements the others.
-  enum class Detail { None, Rows, Statements };
+  Time takenAt{};
+  LoopCounters loop;
+  LoopSnapshot dataLoop, controlLoop;
+
+  // Only in detailed snapshots: Rows has the first four, Memory the last, Statements the others.
+  enum class Detail { None, Rows, Statements, Memory };
   std::vector<ClientRow> clientRows;  // oldest first
   std::vector<ServerRow> serverRows;  // oldest first
   std::vector<LeakRow> leaks;         // oldest transaction first
   std::vector<std::string> userNames;
   std::vector<StatementRow> statements;
   std::uint64_t statementsEvicted = 0, statementsMicros = 0;  // for how long they have been counted
+  MemoryOwners memory;
 
   // The database, seen passively: from connects and traffic.
   enum class Database { Unknown, Up, Down };

@@ -7,6 +7,18 @@
 
 namespace pgsidecar::protocol {
 
+namespace {
+
+std::size_t held_by(const Statement& statement) {
+  return sizeof statement + footprint(statement.body) + kNode + kBlock;
+}
+
+}  // namespace
+
+std::size_t StatementCache::footprint() const {
+  return held_ + footprint_of_slots(map_);
+}
+
 StatementRef StatementCache::intern(std::string_view body, const std::shared_ptr<const void>& meaning) {
   if (const auto it = map_.find(Key{meaning.get(), body}); it != map_.end()) return it->second.lock();
   StatementRef ref = make(body, meaning);
@@ -20,8 +32,10 @@ StatementRef StatementCache::make(std::string_view body, const std::shared_ptr<c
   statement->meaning = meaning;
   statement->id = next_id_++;
   statement->residue = scan_sql(body.substr(0, body.find('\0')));
+  held_ += held_by(*statement);
   return {statement.release(), [this](const Statement* s) {
             retire(*s);
+            held_ -= held_by(*s);
             delete s;
           }};
 }

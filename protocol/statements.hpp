@@ -14,6 +14,8 @@
 #include <string_view>
 #include <utility>
 
+#include "protocol/footprint.hpp"
+
 namespace pgsidecar::protocol {
 
 /// One text with parameter types (Parse's body after the name) and what of the session decided its meaning when it was parsed.
@@ -41,6 +43,7 @@ class StatementCache {
   void retire(const Statement& statement);
   void retire_all() { map_.clear(); }
   std::size_t size() const { return map_.size(); }
+  std::size_t footprint() const;
 
  private:
   using Key = std::pair<const void*, std::string_view>;
@@ -49,6 +52,7 @@ class StatementCache {
   // Keys are views into the statements; a statement leaves the map when its last holder does.
   boost::unordered_flat_map<Key, std::weak_ptr<const Statement>, boost::hash<Key>> map_;
   std::uint64_t next_id_ = 1;
+  std::size_t held_ = 0;  // bytes of statements that live
 };
 
 /// Lets maps with std::string keys be asked with views.
@@ -73,6 +77,7 @@ class ClientStatements {
   }
   void clear_unnamed() { unnamed_.reset(); }
   std::size_t size() const { return named_ ? named_->size() : 0; }
+  std::size_t footprint() const { return named_ ? sizeof *named_ + footprint_of_slots(*named_) : 0; }
 
  private:
   StatementRef unnamed_;
@@ -98,6 +103,7 @@ class ServerStatements {
   /// A statement to close because more than `limit` are prepared; nullptr if none. It is forgotten.
   StatementRef evict(std::size_t limit);
   std::size_t size() const { return order_.size(); }
+  std::size_t footprint() const { return footprint_of_nodes(order_) + footprint_of_slots(map_); }
   StatementRef unnamed;  ///< what the server's unnamed statement holds, if known
 
  private:

@@ -5,6 +5,7 @@
 #include <iterator>
 #include <map>
 
+#include "protocol/footprint.hpp"
 #include "proxy/log.hpp"
 #include "proxy/settings.hpp"
 
@@ -170,6 +171,13 @@ std::vector<pool::FunctionEffects> Catalog::effects() const {
   std::vector<pool::FunctionEffects> effects;
   for (const auto& [name, residue] : found) effects.push_back({std::string(name), protocol::residue_names(residue)});
   return effects;
+}
+
+std::size_t Catalog::footprint() const {
+  std::size_t bytes = protocol::footprint_of_slots(known_) + protocol::footprint_of_slots(words_);
+  for (const auto& [name, known] : known_)
+    bytes += protocol::footprint(name) + protocol::footprint(known.calls) + protocol::footprint(known.words);
+  return bytes;
 }
 
 Catalog::Inquiry Catalog::inquire(const Names& unknown, Time now) const {

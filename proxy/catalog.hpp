@@ -43,6 +43,7 @@ class Catalog {
 
   /// Of functions that were asked for, those whose bodies leave something, in the order of their names; the first 100.
   std::vector<pool::FunctionEffects> effects() const;
+  std::size_t footprint() const;
   std::uint32_t everywhere() const { return everywhere_; }  ///< the residue of any text
 
   /// What one question is about, and what has come back so far.

@@ -5,6 +5,7 @@
 #include <span>
 #include <string>
 
+#include "protocol/footprint.hpp"
 #include "proxy/gather.hpp"
 #include "proxy/transport.hpp"
 
@@ -14,7 +15,7 @@ inline constexpr std::size_t kScratch = 64 * 1024;
 inline constexpr std::size_t kHighMark = 256 * 1024;  // unsent bytes at which the other side isn't read any more
 
 struct Channel {
-  explicit Channel(Socket socket) : transport(std::move(socket)) {}
+  Channel(Socket socket, Meter& meter) : transport(std::move(socket), meter) {}
 
   /// Sends `gather` behind what is queued already. False: the connection is broken.
   bool send(Gather& gather, std::span<std::uint8_t> scratch) {
@@ -53,6 +54,8 @@ struct Channel {
   }
 
   std::size_t queued() const { return unsent.size() - unsent_at; }
+  /// Of the heap: what is kept, and what Asio keeps of the socket and its wait.
+  std::size_t footprint() const { return protocol::footprint(unread) + protocol::footprint(unsent) + 384; }
 
   /// Keeps the rest of `bytes`, which are either fresh or a view of `unread`, for the next read.
   void keep(std::span<const std::uint8_t> bytes, std::size_t consumed) {

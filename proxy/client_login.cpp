@@ -29,7 +29,12 @@ struct ClientSession::Login {
 };
 
 ClientSession::ClientSession(Worker& worker, Socket socket, std::uint32_t id, std::string peer)
-    : worker_(worker), id_(id), key_pid_(id), connected_at_(worker.now()), channel_(std::move(socket)), login_(std::make_unique<Login>()) {
+    : worker_(worker),
+      id_(id),
+      key_pid_(id),
+      connected_at_(worker.now()),
+      channel_(std::move(socket), worker.meter),
+      login_(std::make_unique<Login>()) {
   login_->peer = std::move(peer);
   login_deadline = worker.now() + std::chrono::milliseconds(worker.config().limits.loginTimeoutMillis);
 }

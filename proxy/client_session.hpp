@@ -102,6 +102,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   void tell_query_timeout();  ///< in place of the server's answer to the cancel request
   std::optional<pool::LeakRow> leak() const;
   pool::ClientRow row();
+  std::size_t footprint() const;                      ///< of the heap, TLS left out
   std::uint64_t request() const { return request_; }  ///< the id of its last; 0: none yet
   /// How long the execution that is over waited for a server connection, and for the client to read. In microseconds.
   std::pair<std::uint64_t, std::uint64_t> take_delays(pool::Time now, pool::StatementHandle statement);

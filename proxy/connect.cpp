@@ -95,7 +95,7 @@ awaitable<std::string> open_channel(Opening& o) {
   o.limit.watch(socket);
   co_await socket.async_connect(o.target.endpoint, asio::redirect_error(use_awaitable, ec));
   if (ec) co_return ec.message();
-  o.channel.emplace(std::move(socket));
+  o.channel.emplace(std::move(socket), o.worker.meter);
   Transport& transport = o.channel->transport;
   o.limit.watch(transport.socket());
   if (!o.tls) co_return std::string();

@@ -97,6 +97,10 @@ void start(const conf::Log& settings) {
   spdlog::set_default_logger(std::move(logger));
 }
 
+std::size_t footprint() {
+  return spdlog::thread_pool() ? (kQueue + 1) * sizeof(spdlog::details::async_msg) : 0;
+}
+
 void stop(int exit_code) {
   auto done = std::make_shared<std::promise<void>>();
   std::thread([done] {

@@ -71,6 +71,7 @@ class PeerEvents {
 };
 
 void start(const conf::Log& settings);
+std::size_t footprint();  ///< of the queue, which is made at start
 /// Writes what is queued, for at most a second: then nobody reads it, and the process ends with this exit code.
 void stop(int exit_code);
 

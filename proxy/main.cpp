@@ -13,11 +13,13 @@
 #include "admin/client.hpp"
 #include "admin/history.hpp"
 #include "admin/monitor.hpp"
+#include "admin/profile.hpp"
 #include "admin/server.hpp"
 #include "admin/webhook.hpp"
 #include "conf/load.hpp"
 #include "proxy/log.hpp"
 #include "proxy/supervisor.hpp"
+#include "proxy/tls.hpp"
 
 namespace {
 
@@ -95,6 +97,7 @@ Arguments parse(int argc, char** argv) {
 
 int run(const Arguments& arguments, std::shared_ptr<const conf::Config> config, const conf::Environment& env) {
   ::mallopt(M_ARENA_MAX, 2);  // two threads allocate
+  proxy::count_tls_memory();
   proxy::log::start(config->log);
   proxy::Supervisor supervisor(arguments.config, config, env);
   admin::Server::Callbacks callbacks;
@@ -105,6 +108,7 @@ int run(const Arguments& arguments, std::shared_ptr<const conf::Config> config, 
     supervisor.command(command, std::move(done));
   };
   admin::History history;
+  admin::Profile profile;
   admin::Monitor monitor(supervisor.control_loop(), [&](proxy::Supervisor::SnapshotDone done, std::function<void()> happened) {
     supervisor.watch(std::move(done), std::move(happened));
   });
@@ -118,6 +122,12 @@ int run(const Arguments& arguments, std::shared_ptr<const conf::Config> config, 
     if (monitor.resting()) history.rest(now);
     return history.json(window, step, now);
   };
+  callbacks.profile = [&](const pool::Snapshot& snapshot, std::uint32_t window) {
+    return profile.json(snapshot, window, history.footprint(), admin::Clock::now());
+  };
+  callbacks.stacks = [&](std::chrono::seconds time, std::function<void(std::string, std::string)> done) {
+    supervisor.stacks(time, std::move(done));
+  };
   callbacks.config = [&] { return conf::to_redacted_yaml(supervisor.config()); };
   callbacks.probe = [&](proxy::Supervisor::SnapshotDone done) { supervisor.probe(std::move(done)); };
   callbacks.act = [&](std::string_view action) -> std::string {
@@ -129,6 +139,7 @@ int run(const Arguments& arguments, std::shared_ptr<const conf::Config> config, 
   if (config->admin.enabled) server.listen();
   monitor.add([&](const admin::Sample& sample) {
     history.add(sample);
+    profile.add(sample);
     return admin::Monitor::kNever;
   });
   monitor.add([&](const admin::Sample& sample) {

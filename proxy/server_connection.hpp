@@ -146,6 +146,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   void send_cancel();
   const std::optional<Login>& login() const { return login_; }
   pool::ServerRow row();
+  std::size_t footprint() const;  ///< of the heap, TLS left out
   void on_deadline(pool::Time now);
   pool::Time deadline = pool::Time::max();
 

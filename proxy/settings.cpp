@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "protocol/footprint.hpp"
 #include "protocol/sql_scan.hpp"
 
 namespace pgsidecar::proxy {
@@ -49,6 +50,15 @@ std::string restore_sql(const Settings& login) {
          " AND source OPERATOR(pg_catalog.=) 'session') AND (pg_catalog.strpos(n, '.') OPERATOR(pg_catalog.=) 0"
          " OR COALESCE(pg_catalog.current_setting(n, true), '') OPERATOR(pg_catalog.=) '')"
          " AND (n OPERATOR(pg_catalog.<>) 'role' OR pg_catalog.current_setting('role') OPERATOR(pg_catalog.=) 'none')";
+}
+
+std::size_t SettingsCache::footprint() const {
+  using protocol::footprint_of_nodes;
+  std::size_t bytes = footprint_of_nodes(known_) + footprint_of_nodes(meanings_);
+  for (const auto& [values, settings] : known_)
+    bytes += sizeof *settings + protocol::kNode + 2 * footprint_of_nodes(values) + footprint_of_nodes(settings->welcome);
+  for (const auto& [values, meaning] : meanings_) bytes += sizeof *meaning + protocol::kNode + 2 * footprint_of_nodes(values);
+  return bytes;
 }
 
 bool SettingsCache::learn(const std::vector<std::string>& names) {

@@ -35,6 +35,7 @@ class SettingsCache {
   /// False: there are too many.
   bool learn(const std::vector<std::string>& names);
   const std::vector<std::string>& custom_names() const { return custom_names_; }
+  std::size_t footprint() const;
 
  private:
   std::map<std::map<std::string, std::string>, SettingsRef> known_;

@@ -180,6 +180,10 @@ Worker::DatabaseEntry Worker::describe(const std::string& name) const {
 pool::Snapshot Worker::snapshot(Detail detail) {
   const pool::Time t = now();
   pool::Snapshot s;
+  s.takenAt = t;
+  s.loop = meter.counters;
+  s.dataLoop = {this_thread(), lag};
+  if (detail == Detail::Memory) s.memory = memory();
   s.draining = draining_;
   s.started = started_;
   s.uptimeMicros = micros(t - started_at_);

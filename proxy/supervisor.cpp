@@ -45,9 +45,14 @@ Supervisor::Supervisor(std::string config_path, std::shared_ptr<const conf::Conf
 }
 
 void Supervisor::snapshot(pool::Snapshot::Detail detail, SnapshotDone done) {
-  asio::post(data_loop_, [this, detail, done = std::move(done)]() mutable {
-    auto copy = std::make_shared<const pool::Snapshot>(worker_.snapshot(detail));
-    asio::post(control_loop_, [copy = std::move(copy), done = std::move(done)] { done(copy); });
+  asio::post(data_loop_, [this, detail, due = pool::Clock::now(), done = std::move(done)]() mutable {
+    worker_.lag.record(due, pool::Clock::now());
+    auto copy = std::make_shared<pool::Snapshot>(worker_.snapshot(detail));
+    asio::post(control_loop_, [this, copy = std::move(copy), due = pool::Clock::now(), done = std::move(done)] {
+      control_lag_.record(due, pool::Clock::now());
+      copy->controlLoop = {this_thread(), control_lag_};
+      done(copy);
+    });
   });
 }
 
@@ -146,7 +151,9 @@ int Supervisor::run(const std::function<void()>& listening, const std::function<
   listening();
   wait_signal();
   auto control_guard = asio::make_work_guard(control_loop_);
+  stacks_.add(0, "data");
   std::thread control([this] {
+    stacks_.add(1, "control");
     for (;;) {
       try {
         control_loop_.run();

@@ -11,6 +11,7 @@
 
 #include "conf/load.hpp"
 #include "proxy/control.hpp"
+#include "proxy/stacks.hpp"
 #include "proxy/worker.hpp"
 
 namespace pgsidecar::proxy {
@@ -32,6 +33,8 @@ class Supervisor {
   void drain();
   /// Has the data loop do it; `done` gets empty or why it couldn't, on the control loop.
   void command(const pool::Command& command, std::function<void(std::string error)> done);
+  /// What the loops do, sampled; on the control loop.
+  void stacks(std::chrono::seconds time, StackSampler::Done done) { stacks_.sample(time, std::move(done)); }
   const conf::Config& config() const { return *config_; }  ///< on the control loop
 
   /// Listens, then runs until stopped. `listening` is called once the clients' port is open. Returns the exit code.
@@ -50,6 +53,8 @@ class Supervisor {
   boost::asio::io_context control_loop_{1};
   Control control_;
   Worker worker_;
+  pool::Lag control_lag_;
+  StackSampler stacks_{control_loop_};
   boost::asio::signal_set signals_;
   bool signalled_ = false;
   int exit_code_ = 0;

@@ -16,9 +16,29 @@ namespace {
 
 constexpr std::size_t kRecord = 16 * 1024;
 
+/// Counts the system calls that OpenSSL makes for us.
+long on_bio(BIO* bio, int operation, const char* /*data*/, std::size_t /*size*/, int /*argi*/, long /*argl*/, int result,
+            std::size_t* /*processed*/) {
+  Meter& meter = *reinterpret_cast<Meter*>(BIO_get_callback_arg(bio));
+  switch (operation) {
+    case BIO_CB_READ:
+      ++meter.counters.receives;
+      meter.enter(pool::Phase::Receive);
+      break;
+    case BIO_CB_WRITE:
+      ++meter.counters.sends;
+      meter.enter(pool::Phase::Send);
+      break;
+    case BIO_CB_READ | BIO_CB_RETURN:
+    case BIO_CB_WRITE | BIO_CB_RETURN: meter.enter(pool::Phase::Tls); break;
+    default: break;
+  }
+  return result;
+}
+
 }  // namespace
 
-Transport::Transport(Socket socket) : socket_(std::move(socket)) {
+Transport::Transport(Socket socket, Meter& meter) : socket_(std::move(socket)), meter_(meter) {
   boost::system::error_code ignored;
   socket_.non_blocking(true, ignored);
 }
@@ -26,7 +46,9 @@ Transport::Transport(Socket socket) : socket_(std::move(socket)) {
 IoResult Transport::read(std::span<std::uint8_t> out) {
   if (!socket_.is_open()) return {IoStatus::Error, 0};
   if (!ssl_) {
+    const Meter::Span span(meter_, pool::Phase::Receive);
     for (;;) {
+      ++meter_.counters.receives;
       const ssize_t n = ::recv(socket_.native_handle(), out.data(), out.size(), MSG_DONTWAIT);
       if (n > 0) return {IoStatus::Ok, static_cast<std::size_t>(n)};
       if (n == 0) return {IoStatus::Eof, 0};
@@ -35,6 +57,7 @@ IoResult Transport::read(std::span<std::uint8_t> out) {
     }
   }
   // A record holds at most 16 KiB, so that a full buffer takes several reads.
+  const Meter::Span span(meter_, pool::Phase::Tls);
   std::size_t total = 0;
   while (total < out.size()) {
     ERR_clear_error();
@@ -76,6 +99,7 @@ IoResult Transport::write(std::span<const std::span<const std::uint8_t>> pieces,
   if (!socket_.is_open()) return {IoStatus::Error, 0};
   std::size_t total = 0;
   if (!ssl_) {
+    const Meter::Span span(meter_, pool::Phase::Send);
     constexpr std::size_t kPieces = 64;
     std::array<iovec, kPieces> vectors;
     std::size_t first = 0, skip = 0;
@@ -89,6 +113,7 @@ IoResult Transport::write(std::span<const std::span<const std::uint8_t>> pieces,
       msghdr message{};
       message.msg_iov = vectors.data();
       message.msg_iovlen = count;
+      ++meter_.counters.sends;
       const ssize_t n = ::sendmsg(socket_.native_handle(), &message, MSG_NOSIGNAL | MSG_DONTWAIT);
       if (n < 0) {
         if (errno == EINTR) continue;
@@ -101,6 +126,7 @@ IoResult Transport::write(std::span<const std::span<const std::uint8_t>> pieces,
     }
     return {IoStatus::Ok, total};
   }
+  const Meter::Span span(meter_, pool::Phase::Tls);
   std::size_t piece = 0, offset = 0;
   const std::size_t room = std::min(scratch.size(), kRecord);
   while (piece < pieces.size()) {
@@ -143,6 +169,8 @@ void Transport::start_tls(SSL_CTX* context, bool server) {
   SSL_set_read_ahead(ssl_.get(), 1);  // a record's header and body by one read
   SSL_set_mode(ssl_.get(), SSL_MODE_ENABLE_PARTIAL_WRITE | SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER);
   SSL_set_fd(ssl_.get(), static_cast<int>(socket_.native_handle()));
+  BIO_set_callback_arg(SSL_get_rbio(ssl_.get()), reinterpret_cast<char*>(&meter_));  // the same for writing
+  BIO_set_callback_ex(SSL_get_rbio(ssl_.get()), on_bio);
   if (server)
     SSL_set_accept_state(ssl_.get());
   else
@@ -151,13 +179,20 @@ void Transport::start_tls(SSL_CTX* context, bool server) {
 
 IoResult Transport::handshake() {
   if (!ssl_) return {IoStatus::Error, 0};
+  const Meter::Span span(meter_, pool::Phase::Tls);
+  auto& counted = SSL_is_server(ssl_.get()) ? meter_.counters.clientHandshakes : meter_.counters.serverHandshakes;
+  const auto begun = Meter::Clock::now();
   ERR_clear_error();
   const int done = SSL_do_handshake(ssl_.get());
+  counted.nanos += static_cast<std::uint64_t>((Meter::Clock::now() - begun).count());
   if (done == 1) {
+    ++(SSL_session_reused(ssl_.get()) ? counted.resumed : counted.full);
     wants_write_ = false;
     return {IoStatus::Ok, 0};
   }
-  return failed(done);
+  const IoResult result = failed(done);
+  counted.failed += result.status != IoStatus::WouldBlock;
+  return result;
 }
 
 std::string Transport::tls_error() const {

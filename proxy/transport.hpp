@@ -15,6 +15,8 @@
 #include <string>
 #include <utility>
 
+#include "proxy/meter.hpp"
+
 namespace pgsidecar::proxy {
 
 using Socket = boost::asio::basic_stream_socket<boost::asio::generic::stream_protocol, boost::asio::io_context::executor_type>;
@@ -29,7 +31,7 @@ struct IoResult {
 
 class Transport {
  public:
-  explicit Transport(Socket socket);  ///< sets the socket non-blocking
+  Transport(Socket socket, Meter& meter);  ///< sets the socket non-blocking
   Transport(Transport&&) = default;
 
   Socket& socket() { return socket_; }
@@ -55,10 +57,14 @@ class Transport {
 
   template <class Handler>
   void wait_readable(Handler&& h) {
+    const Meter::Span span(meter_, pool::Phase::Wait);
+    ++meter_.counters.waits;
     socket_.async_wait(Socket::wait_read, std::forward<Handler>(h));
   }
   template <class Handler>
   void wait_writable(Handler&& h) {
+    const Meter::Span span(meter_, pool::Phase::Wait);
+    ++meter_.counters.waits;
     socket_.async_wait(Socket::wait_write, std::forward<Handler>(h));
   }
 
@@ -73,6 +79,7 @@ class Transport {
   IoResult failed(int result);  // of an OpenSSL call
 
   Socket socket_;
+  Meter& meter_;
   std::unique_ptr<SSL, SslDelete> ssl_;
   std::string error_;
   bool wants_write_ = false;

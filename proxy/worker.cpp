@@ -463,9 +463,9 @@ void Worker::close_outdated(PoolEntry& entry) {
 }
 
 void Worker::tick() {
-  tick_at_ = pool::Time::max();
-  stir();
   const pool::Time t = now();
+  lag.record(std::exchange(tick_at_, pool::Time::max()), t);
+  stir();
   if (averages_.due(t)) averages_.take(sums(), t);
   bool busy = draining_;
   milliseconds idle_check = std::chrono::hours(1);
@@ -549,6 +549,8 @@ void Worker::tick() {
   else
     arm_tick(exit_on_idle ? milliseconds(100) : idle_check);
   check_stopped();
+  ++meter.counters.ticks;
+  meter.counters.tickNanos += static_cast<std::uint64_t>((pool::Clock::now() - t).count());
 }
 
 // --- the end

@@ -29,6 +29,7 @@
 #include "proxy/control.hpp"
 #include "proxy/listener.hpp"
 #include "proxy/log.hpp"
+#include "proxy/meter.hpp"
 #include "proxy/server_connection.hpp"
 
 namespace pgsidecar::proxy {
@@ -109,12 +110,15 @@ class Worker {
     explicit Turn(Worker& worker) : worker_(worker) {
       if (worker_.turns_++ > 0) return;
       worker_.turn_began_ = pool::Clock::now();
+      worker_.meter.begin_turn();
       worker_.stir();
     }
     Turn(const Turn&) = delete;
     Turn& operator=(const Turn&) = delete;
     ~Turn() {
-      if (--worker_.turns_ == 0 && !worker_.runnable_.empty()) worker_.run_runnable();
+      if (--worker_.turns_ > 0) return;
+      if (!worker_.runnable_.empty()) worker_.run_runnable();
+      worker_.meter.end_turn();
     }
 
    private:
@@ -131,6 +135,8 @@ class Worker {
   std::minstd_rand& random_engine() { return random_; }
   double random() { return std::uniform_real_distribution<>(0, 1)(random_); }
 
+  Meter meter;
+  pool::Lag lag;  ///< of this loop
   log::PeerEvents peer_events, slow_events, leak_events;
   pool::StatementStats statement_stats{pool::Clock::now()};
   std::uint64_t next_request() { return ++last_request_; }
@@ -222,6 +228,7 @@ class Worker {
   void end_waits(const std::function<bool(const Operation&)>& which, const std::string& error);
   void check_operations();
   SumsByDatabase sums() const;
+  pool::MemoryOwners memory() const;
   bool farewell_over();
   void use_config();
 

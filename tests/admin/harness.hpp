@@ -266,6 +266,10 @@ class AdminServer {
       done(action_error_);
     };
     c.history = [](std::uint32_t window, std::uint32_t step) { return std::to_string(window) + "/" + std::to_string(step); };
+    c.profile = [](const pool::Snapshot&, std::uint32_t window) { return "window " + std::to_string(window); };
+    c.stacks = [](std::chrono::seconds time, const std::function<void(std::string, std::string)>& done) {
+      time == 30s ? done("stacks are being sampled already", {}) : done({}, "data;main " + std::to_string(time.count()) + "\n");
+    };
     c.alerts = [] { return std::string("{\"active\":[]}"); };
     c.active_alerts = [] { return std::vector<Alert>(); };
     c.config = [] { return std::string("pool:\n  max: 15\n"); };

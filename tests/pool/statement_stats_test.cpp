@@ -120,6 +120,19 @@ TEST(StatementStats, TextsAndTagsAreBounded) {
   EXPECT_EQ(report.rows.at(0).second.tags.size(), StatementStats::kMostTags);
 }
 
+TEST(StatementStats, ItsFootprintIsBounded) {
+  StatementStats stats(kStart);
+  std::size_t most = 0;
+  for (std::size_t i = 0; i < 2 * StatementStats::kMost; ++i) {
+    // Long texts with long comments, as bad as it gets.
+    const std::string sql = "SELECT c" + std::to_string(i) + std::string(2 * StatementStats::kMostText, 'x');
+    stats.record(find(stats, sql), {1, 1, 1, 1, 1, "", std::string(1000, 't')}, kStart);
+    most = std::max(most, stats.footprint());
+  }
+  EXPECT_GT(most, StatementStats::kMost * StatementStats::kMostText);
+  EXPECT_LT(most, StatementStats::kMost * 4000);
+}
+
 TEST(Histogram, WhatWasRecordedSince) {
   Histogram h;
   for (int i = 0; i < 100; ++i) h.record(10'000);

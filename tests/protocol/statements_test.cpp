@@ -27,6 +27,20 @@ TEST(StatementCache, ForgetsWhatNobodyHolds) {
   EXPECT_EQ(cache.size(), 0u);
 }
 
+TEST(StatementCache, ItsFootprintIsWhatLives) {
+  StatementCache cache;
+  const std::string text(10'000, 'x');
+  {
+    const auto a = cache.intern(text + "\0\0\0"s);
+    const auto again = cache.intern(text + "\0\0\0"s);
+    const auto alone = cache.make(text, {});
+    cache.retire(*a);
+    EXPECT_GE(cache.footprint(), 2 * text.size()) << "what was retired lives while it is held";
+    EXPECT_LT(cache.footprint(), 3 * text.size());
+  }
+  EXPECT_LT(cache.footprint(), text.size());
+}
+
 TEST(StatementCache, ARetiredBodyIsAnotherStatement) {
   StatementCache cache;
   const auto before = cache.intern("SELECT * FROM t");

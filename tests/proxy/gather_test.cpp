@@ -79,7 +79,7 @@ struct Limited {
 };
 
 struct Ends {
-  Ends() : channel(std::move(pair.near->socket())) {}
+  Ends() : channel(std::move(pair.near->socket()), pair.meter) {}
   Pair pair;
   Channel channel;
   std::string arrived() { return test::read_all(*pair.far); }

@@ -47,10 +47,11 @@ struct Pair {
     if (::socketpair(AF_UNIX, SOCK_STREAM, 0, fds) != 0) throw std::runtime_error("socketpair");
     for (const int i : {0, 1}) {
       Socket socket(loop.get_executor(), boost::asio::local::stream_protocol(), fds[i]);
-      (i == 0 ? near : far).emplace(std::move(socket));
+      (i == 0 ? near : far).emplace(std::move(socket), meter);
     }
   }
   boost::asio::io_context loop;
+  Meter meter;
   std::optional<Transport> near, far;
 };
 

@@ -1,0 +1,45 @@
+// Who holds the memory, reckoned when asked: sizes and capacities, no walk through what a client can
+// make long. Part of Worker, ClientSession and ServerConnection.
+#include "protocol/footprint.hpp"
+#include "proxy/client_console.hpp"
+#include "proxy/tls.hpp"
+#include "proxy/worker.hpp"
+
+namespace pgsidecar::proxy {
+
+using protocol::footprint;
+using protocol::footprint_of_nodes;
+using protocol::footprint_of_slots;
+
+std::size_t ClientSession::footprint() const {
+  std::size_t bytes = sizeof *this + protocol::kNode + channel_.footprint() + statements.footprint() + protocol::footprint(pending_);
+  if (console_) bytes += sizeof *console_;
+  if (subscriber_) bytes += sizeof *subscriber_;
+  return bytes;
+}
+
+std::size_t ServerConnection::footprint() const {
+  std::size_t bytes = sizeof *this + protocol::kNode + footprint_of_nodes(parameters_) + statements.footprint();
+  bytes += protocol::footprint(running.portals) + protocol::footprint(adopted_) + footprint_of_nodes(unclosed_);
+  return bytes + (channel_ ? channel_->footprint() : 0);
+}
+
+pool::MemoryOwners Worker::memory() const {
+  pool::MemoryOwners owners;
+  owners.clients = footprint_of_slots(clients_);
+  for (const auto& [id, client] : clients_) owners.clients += client->footprint();
+  owners.statements = statements.footprint();
+  owners.statistics = statement_stats.footprint();
+  for (const auto& [key, entry] : pools_) {
+    owners.statistics += sizeof *entry + entry->transparency.footprint();
+    owners.settings += entry->settings.footprint();
+    owners.catalog += entry->catalog.footprint();
+    owners.servers += footprint_of_slots(entry->servers);
+    for (const auto& [id, server] : entry->servers) owners.servers += server->footprint();
+  }
+  owners.tls = tls_memory();
+  owners.log = log::footprint();
+  return owners;
+}
+
+}  // namespace pgsidecar::proxy
