@@ -56,7 +56,8 @@ void Worker::use_config() {
   certificates_.clear();
   if (client_tls_) saw_certificate("tls.certificate", SSL_CTX_get0_certificate(client_tls_.get()));
   upstream_ = conf::resolve_upstream(config_->upstream, control_.environment());
-  for (const std::string& warning : upstream_.warnings) log::warn("upstream_warning", {}, "upstream: {}", warning);
+  for (const std::string& warning : conf::upstream_warnings(*config_, control_.environment()))
+    log::warn("upstream_warning", {}, "{}", warning);
   if (config_->databases.empty()) databases_[upstream_.dbname] = describe(upstream_.dbname);
   for (const auto& [name, database] : config_->databases)
     if (name != "*") databases_[name] = describe(name);
