@@ -151,6 +151,9 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
 
  private:
   boost::asio::awaitable<void> run_connect(std::shared_ptr<ServerConnection> self);
+  boost::asio::awaitable<std::shared_ptr<const Upstream>> look_up();
+  /// Empty: logged in; else why not, with login_error_'s SQLSTATE, DETAIL and HINT.
+  boost::asio::awaitable<std::string> try_hosts();
   /// Empty: logged in; else why not, with login_error_'s SQLSTATE, DETAIL and HINT.
   boost::asio::awaitable<std::string> log_in(std::shared_ptr<const Upstream> upstream, Target target, bool tls,
                                              conf::TargetSessionAttrs wanted);
@@ -228,6 +231,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   Catalog::Inquiry inquiry_;
   std::unique_ptr<Survey> survey_;
   protocol::ErrorFields login_error_;
+  std::string stale_password_;  // that the server has refused, of upstream.passwordCommand
 };
 
 }  // namespace pgsidecar::proxy

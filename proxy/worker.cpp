@@ -67,6 +67,7 @@ void Worker::reload(std::shared_ptr<const conf::Config> config) {
   config_ = std::move(config);
   auto before = std::exchange(databases_, {});
   use_config();
+  control_.forget_passwords();
   // A pool that the configuration doesn't name any more keeps its settings until its clients have left.
   for (auto& [key, entry] : pools_) {
     for (auto& [id, server] : entry->servers) server->condemned = true;
@@ -215,6 +216,7 @@ std::optional<Worker::PoolPlan> Worker::plan_pool(const std::string& database, c
     plan->upstream.keys["user"] = user;
     plan->upstream.keys["password"] = named != config_->users.end() && named->second.password ? *named->second.password : "";
   }
+  if (passes_password_on(user)) plan->upstream.passwordCommand.clear();
   if (named != config_->users.end()) plan->settings = conf::overlay(std::move(plan->settings), named->second.pool);
   return plan;
 }
@@ -645,7 +647,9 @@ void Worker::database_took(const std::string& upstream, pool::Clock::duration ti
 
 void Worker::probe(std::function<void()> done) {
   // A connect is the probe: it needs no client, no query, and says what a client would hear.
-  control_.resolve(config_->upstream, [this, done = std::move(done)](const std::shared_ptr<const Upstream>& found) {
+  conf::Upstream upstream = config_->upstream;
+  upstream.passwordCommand.clear();  // nobody logs in
+  control_.resolve(std::move(upstream), [this, done = std::move(done)](const std::shared_ptr<const Upstream>& found) {
     if (!found->error.empty() || found->targets.empty()) {
       database_seen(name_of(upstream_), false, found->error);
       return done();
