@@ -193,6 +193,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   void on_catalog_changed();
   /// Goes on with a survey of the catalogs, or begins one that is due. False: there is nothing to ask.
   bool ask_catalog();
+  bool ask_capacity();
   void finish_learning();
   void close_adopted();
   void finish_residue();
