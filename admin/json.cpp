@@ -82,7 +82,18 @@ void write_capacity(Json& json, const Snapshot::Upstream& upstream, Clock::time_
     json.field("askedAt", iso8601(now - std::chrono::microseconds(upstream.askedMicrosAgo)));
   else
     json.null("askedAt");
-  json.field("coldStarts", upstream.coldStarts);
+  json.field("maxByUs", std::uint64_t{upstream.maxByUs}).field("fits", !upstream.too_small());
+  json.field("isPooler", upstream.isPooler).field("coldStarts", upstream.coldStarts);
+  if (upstream.coldStarts > 0) {
+    json.field("lastColdStart", iso8601(now - std::chrono::microseconds(upstream.coldStartMicrosAgo)));
+    json.field("lastColdStartMs", millis(upstream.coldStartMicros));
+  } else {
+    json.null("lastColdStart").null("lastColdStartMs");
+  }
+  if (upstream.suspendMicrosAgo)
+    json.field("lastSuspend", iso8601(now - std::chrono::microseconds(*upstream.suspendMicrosAgo)));
+  else
+    json.null("lastSuspend");
 }
 
 // What the top level and each pool of pool-stats have in common.

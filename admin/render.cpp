@@ -318,6 +318,12 @@ std::string metrics(const Snapshot& s, const Process& process, const std::vector
   out.family("pgsidecar_backend_latency_seconds", MetricType::Gauge, "What the last connect or probe took.");
   for (const auto& [name, upstream] : s.upstreams)
     if (upstream.latencyMicros != 0) out.sample(label("upstream", name), seconds(upstream.latencyMicros));
+  out.family("pgsidecar_cold_starts_total", MetricType::Counter, "Times that a server had to wake up for the first connection.");
+  for (const auto& [name, upstream] : s.upstreams) out.sample(label("upstream", name), upstream.coldStarts);
+  out.family("pgsidecar_upstream_usable_connections", MetricType::Gauge,
+             "The server's max_connections without those that it reserves; none before it has said so.");
+  for (const auto& [name, upstream] : s.upstreams)
+    if (upstream.maxConnections != 0) out.sample(label("upstream", name), std::uint64_t{upstream.usable()});
 
   out.family("pgsidecar_client_connections", MetricType::Gauge, "Client connections by state; those still logging in have no pool yet.");
   for (const auto& row : rows)

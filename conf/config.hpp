@@ -68,6 +68,12 @@ struct Upstream {
   std::string url;                          ///< URI or keyword string, `${...}` not yet expanded
   std::map<std::string, std::string> keys;  ///< libpq keywords given beside the URL (they win), unexpanded
   std::string dbname;                       ///< the database if neither names one: the section's name
+  std::uint32_t suspendAfterSeconds = 0;    ///< without a query for so long the server goes to sleep; 0: it doesn't
+  /// A program and its arguments, `${...}` not yet expanded. Its first line of output is the server's password, whatever the URL says;
+  /// that one is then for clients alone.
+  std::vector<std::string> passwordCommand{};
+  std::uint32_t passwordCommandTimeoutMillis = 10000;
+  std::uint32_t passwordCacheSeconds = 600;  ///< for how long what the program gave is used; 0: for one connect
 
   friend bool operator==(const Upstream&, const Upstream&) = default;
 };

@@ -181,6 +181,11 @@ class Reader {
     if (!node.IsMap()) return mistake(node, path, "a mapping with url, or libpq keywords, is expected");
     for (const auto& entry : node) {
       const std::string name = entry.first.Scalar();
+      if (name == "passwordCommand") {
+        password_command(entry.second, path + "." + name, up);
+        continue;
+      }
+      if (set(upstream_keys(), up, name, entry.second, path + "." + name)) continue;
       const auto text = scalar(entry.second, path + "." + name, false);
       if (!text) continue;
       if (name == "url") {
@@ -189,9 +194,22 @@ class Reader {
         up.keys[name] = *text;
       } else {
         auto known = connection_keywords();
-        known.push_back("url");
+        known.insert(known.end(), {"url", "passwordCommand"});
+        for (const auto& key : upstream_keys()) known.push_back(key.path);
         mistake(entry.first, path + "." + name, "unknown key" + did_you_mean(name, known));
       }
+    }
+  }
+
+  /// A list is a program and its arguments; a text is one for the shell.
+  void password_command(const YAML::Node& node, const std::string& path, Upstream& up) {
+    up.passwordCommand.clear();
+    if (node.IsScalar() && !node.Scalar().empty()) up.passwordCommand = {"/bin/sh", "-c", node.Scalar()};
+    if (node.IsMap()) return mistake(node, path, "a list of a program and its arguments, or a text for /bin/sh, is expected");
+    if (!node.IsSequence()) return;
+    for (const auto& word : node) {
+      if (!word.IsScalar()) return mistake(word, path, "a program and its arguments are texts");
+      up.passwordCommand.push_back(word.Scalar());
     }
   }
 
@@ -201,15 +219,30 @@ class Reader {
   }
 
   void environment(std::string_view below) {
-    for (const auto& key : config_keys()) {
-      const std::string name = environment_name(key.path);
-      const auto text = std::string_view(key.path).starts_with(below) ? env_(name) : std::nullopt;
-      if (!text) continue;
-      try {
-        key.set(config_, expand(*text, env_));
-      } catch (const std::exception& e) {
-        mistakes_.push_back(name + ": " + e.what());
-      }
+    for (const auto& key : config_keys())
+      if (std::string_view(key.path).starts_with(below)) set_from_environment(key, std::string(key.path), config_);
+  }
+
+  template <class Section>
+  void set_from_environment(const Key<Section>& key, const std::string& path, Section& section) {
+    const std::string name = environment_name(path);
+    const auto text = env_(name);
+    if (!text) return;
+    try {
+      key.set(section, expand(*text, env_));
+    } catch (const std::exception& e) {
+      mistakes_.push_back(name + ": " + e.what());
+    }
+  }
+
+  void password_command_of_environment(Upstream& up) {
+    const std::string name = environment_name("upstream.passwordCommand");
+    const auto text = env_(name);
+    if (!text) return;
+    try {
+      password_command(text->starts_with("[") ? YAML::Load(*text) : YAML::Node(*text), name, up);
+    } catch (const YAML::Exception&) {
+      mistakes_.push_back(name + ": not a list as in YAML: [\"program\", \"argument\"]");
     }
   }
 
@@ -220,6 +253,8 @@ class Reader {
     if (const auto url = env_("PGSIDECAR_UPSTREAM_URL")) up.url = *url;
     for (const std::string_view keyword : connection_keywords())
       if (const auto value = env_(environment_name("upstream." + std::string(keyword)))) up.keys[std::string(keyword)] = *value;
+    for (const auto& key : upstream_keys()) set_from_environment(key, "upstream." + std::string(key.path), up);
+    password_command_of_environment(up);
     // A server given in keywords alone. The default stays if it can be read: it may hold the rest.
     if (up.url == kDefaultUrl && up.keys.contains("host") && (up.keys.contains("user") || !env_("DATABASE_URL"))) up.url.clear();
   }
@@ -237,15 +272,13 @@ class Reader {
     bool named = false;
     each(node, path, [&](const std::string& key, const YAML::Node& value) {
       if (key == "upstream") {
-        Upstream own;
-        upstream(value, path + ".upstream", own);
-        if (!own.url.empty())
+        const auto gives = [&](const char* keyword) { return value.IsMap() && value[keyword]; };
+        if (value.IsScalar() || gives("url"))
           database.upstream = {};  // another server, with credentials of its own
-        else if (own.keys.contains("host") && !own.keys.contains("hostaddr"))
+        else if (gives("host") && !gives("hostaddr"))
           database.upstream.keys.erase("hostaddr");
-        if (!own.url.empty()) database.upstream.url = own.url;
-        for (const auto& [keyword, given] : own.keys) database.upstream.keys[keyword] = given;
-        named = own.keys.contains("dbname");
+        upstream(value, path + ".upstream", database.upstream);
+        named = gives("dbname");
       } else if (key == "pool") {
         pool(value, path + ".pool", database.pool);
       } else {
@@ -290,6 +323,39 @@ class Reader {
     }
   }
 
+  void check_password_command(const std::string& path, const std::vector<std::string>& command) {
+    if (command.empty()) return;
+    try {
+      const std::string program = expand_arguments(command, env_).front();
+      if (!is_executable(program)) mistake(path, "cannot find the program \"" + program + "\", or it may not be executed");
+    } catch (const ConfigError& e) {
+      mistake(path, e.what());
+    }
+  }
+
+  /// The server's password is a program's affair: clients need one of their own.
+  void check_clients_password() {
+    if (config_.upstream.passwordCommand.empty() || config_.auth.method == AuthMethod::Trust || config_.auth.method == AuthMethod::Cert)
+      return;
+    try {
+      const ConnectParams p = resolve_upstream(config_.upstream, env_);
+      const auto named = config_.users.find(p.user);
+      if (!p.password.empty() || (named != config_.users.end() && named->second.password)) return;
+      mistake("upstream.passwordCommand", "gives the server's password, and clients need one to log in with here: set users.\"" + p.user +
+                                              "\".password, put one into upstream.url, or set auth.method to trust");
+    } catch (const ConfigError&) {  // told already
+    }
+  }
+
+  /// As execvp finds it.
+  bool is_executable(const std::string& program) const {
+    if (program.find('/') != std::string::npos) return ::access(program.c_str(), X_OK) == 0;
+    std::istringstream path(env_("PATH").value_or("/usr/local/bin:/usr/bin:/bin"));
+    for (std::string directory; std::getline(path, directory, ':');)
+      if (!program.empty() && ::access((directory + "/" + program).c_str(), X_OK) == 0) return true;
+    return false;
+  }
+
   void check_file(const std::string& path, const std::string& file, const std::string& keyword = {}) {
     if (!file.empty() && ::access(file.c_str(), R_OK) != 0)
       mistake(path, "cannot read " + (keyword.empty() ? "" : keyword + " ") + "\"" + file + "\": " + std::strerror(errno));
@@ -310,6 +376,11 @@ class Reader {
       check_upstream("upstream", config_.upstream);
     for (const auto& [name, database] : config_.databases)
       if (database.upstream.url != config_.upstream.url) check_upstream("databases." + name + ".upstream", database.upstream);
+    check_password_command("upstream.passwordCommand", config_.upstream.passwordCommand);
+    check_clients_password();
+    for (const auto& [name, database] : config_.databases)
+      if (database.upstream.passwordCommand != config_.upstream.passwordCommand)
+        check_password_command("databases." + name + ".upstream.passwordCommand", database.upstream.passwordCommand);
     if (const auto any = config_.users.find("*"); any != config_.users.end()) {
       if (config_.auth.method == AuthMethod::ScramSha256 || config_.auth.method == AuthMethod::Md5)
         mistake("users.*", "needs auth.method password (each user's password is passed on to the server), cert or trust: by " +
@@ -430,6 +501,11 @@ std::string expand(std::string_view text, const Environment& env) {
   return expand_until(text, env, 0);
 }
 
+std::vector<std::string> expand_arguments(std::vector<std::string> arguments, const Environment& env) {
+  for (std::string& argument : arguments) argument = expand(argument, env);
+  return arguments;
+}
+
 ConnectParams resolve_upstream(const Upstream& upstream, const Environment& env) {
   std::map<std::string, std::string> keys;
   for (const auto& [name, value] : upstream.keys) keys[name] = expand(value, env);
@@ -437,6 +513,22 @@ ConnectParams resolve_upstream(const Upstream& upstream, const Environment& env)
   const std::string_view url = upstream.url;
   const std::size_t at = url.starts_with("postgres") && url.find("://") != url.npos ? url.rfind('@') : url.npos;
   return parse_connection_string(expand_until(url, env, at == url.npos ? 0 : at), keys, env, upstream.dbname);
+}
+
+std::vector<std::string> upstream_warnings(const Config& config, const Environment& env) {
+  std::vector<std::string> warnings;
+  std::set<std::string> told;
+  const auto add = [&](const std::string& path, const Upstream& upstream) {
+    try {
+      for (const std::string& warning : resolve_upstream(upstream, env).warnings)
+        if (told.insert(warning).second) warnings.push_back(path + ": " + warning);
+    } catch (const ConfigError&) {
+      // A secret can't be read now. Whoever connects is told so.
+    }
+  };
+  add("upstream", config.upstream);
+  for (const auto& [name, database] : config.databases) add("databases." + name + ".upstream", database.upstream);
+  return warnings;
 }
 
 Config load_text(std::string_view yaml, std::string_view name, const Environment& env) {
@@ -495,6 +587,12 @@ std::string to_redacted_yaml(const Config& config) {
       const bool secret =
           name.find("password") != std::string::npos || name.find("secret") != std::string::npos || name.starts_with("scram_");
       out << YAML::Key << name << YAML::Value << (secret ? "***" : value);
+    }
+    for (const auto& key : upstream_keys()) out << YAML::Key << std::string(key.path) << YAML::Value << key.get(up);
+    if (!up.passwordCommand.empty()) {  // its arguments may be secrets
+      out << YAML::Key << "passwordCommand" << YAML::Value << YAML::Flow << YAML::BeginSeq << up.passwordCommand.front();
+      for (std::size_t i = 1; i < up.passwordCommand.size(); ++i) out << "***";
+      out << YAML::EndSeq;
     }
     out << YAML::EndMap;
   };

@@ -38,9 +38,14 @@ Config load_text(std::string_view yaml, std::string_view name, const Environment
 /// Throws ConfigError.
 std::string expand(std::string_view text, const Environment& env);
 
+std::vector<std::string> expand_arguments(std::vector<std::string> arguments, const Environment& env);  ///< the same of each
+
 /// What to connect to, with secrets expanded now. `user` and `password`, if given, and `database`, if the section is
 /// "*", replace the string's. Throws ConfigError.
 ConnectParams resolve_upstream(const Upstream& upstream, const Environment& env);
+
+/// What works and is likely not meant, of all upstreams, a line each. Never a secret.
+std::vector<std::string> upstream_warnings(const Config& config, const Environment& env);
 
 /// A database's settings with a user's keys over them.
 PoolSettings overlay(PoolSettings settings, const std::map<std::string, std::string>& keys);

@@ -287,6 +287,13 @@ const std::vector<Key<Webhook>>& webhook_keys() {
   return keys;
 }
 
+const std::vector<Key<Upstream>>& upstream_keys() {
+  static const std::vector<Key<Upstream>> keys{number_key("suspendAfterSeconds", &Upstream::suspendAfterSeconds),
+                                               number_key("passwordCommandTimeoutMillis", &Upstream::passwordCommandTimeoutMillis, 1u),
+                                               number_key("passwordCacheSeconds", &Upstream::passwordCacheSeconds)};
+  return keys;
+}
+
 const std::vector<Key<Config>>& config_keys() {
   static const std::vector<Key<Config>> keys = make_config_keys();
   return keys;

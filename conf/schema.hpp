@@ -22,6 +22,7 @@ struct Key {
 const std::vector<Key<Config>>& config_keys();  ///< all but upstream, databases, users and alerts.webhooks
 const std::vector<Key<PoolSettings>>& pool_keys();
 const std::vector<Key<Webhook>>& webhook_keys();
+const std::vector<Key<Upstream>>& upstream_keys();  ///< all but url, libpq's keywords and passwordCommand
 
 /// "pool.idleTimeoutMillis" -> "PGSIDECAR_POOL_IDLE_TIMEOUT_MILLIS".
 std::string environment_name(std::string_view path);

@@ -360,6 +360,15 @@ void refuse_unsupported(const Values& values) {
 
 }  // namespace
 
+std::string instead_of_pooler(const Host& host) {
+  const std::string label = host.name.substr(0, host.name.find('.'));
+  constexpr std::string_view kNeon = "-pooler";
+  if (label.size() < host.name.size() && label.ends_with(kNeon))
+    return "host \"" + label.substr(0, label.size() - kNeon.size()) + host.name.substr(label.size()) + "\"";
+  if (host.name.ends_with(".pooler.supabase.com") && host.port == 6543) return "port 5432 of the same host, or the direct host";
+  return {};
+}
+
 Environment process_environment() {
   return [](std::string_view name) -> std::optional<std::string> {
     const char* value = std::getenv(std::string(name).c_str());
@@ -415,6 +424,9 @@ ConnectParams parse_connection_string(std::string_view text, const std::map<std:
     const std::string& port = ports[ports.size() == 1 ? 0 : i];
     if (!port.empty()) host.port = static_cast<std::uint16_t>(number("port", port, 65535));
     if (host.port == 0) throw ConfigError("connection string: invalid port number: \"0\"");
+    if (const std::string instead = instead_of_pooler(host); !instead.empty())
+      p.warnings.push_back("host \"" + host.name +
+                           "\" is a pooler in transaction mode, where what a client leaves in its session reaches others: use " + instead);
     p.hosts.push_back(std::move(host));
   }
   p.user = get("user");

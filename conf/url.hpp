@@ -65,6 +65,10 @@ Environment process_environment();
 ConnectParams parse_connection_string(std::string_view text, const std::map<std::string, std::string>& overrides, const Environment& env,
                                       const std::string& default_dbname = {});
 
+/// A provider's own pooler in transaction mode (Neon's, Supabase's), on which no session can be kept: what to connect to instead.
+/// Empty: it is none.
+std::string instead_of_pooler(const Host& host);
+
 /// libpq's keywords that are known, used or not.
 std::vector<std::string_view> connection_keywords();
 

@@ -654,6 +654,7 @@ def test_every_key_is_a_variable(proxy):
         for key, default in example[section].items():
             if f"{section}.{key}" not in given:
                 given[f"{section}.{key}"] = str(not default).lower() if isinstance(default, bool) else str(default + 1)
+    given |= {f"upstream.{key}": str(default + 1) for key, default in example["upstream"].items() if key != "url"}
     assert len(given) > 24
 
     def variable(path):

@@ -24,6 +24,7 @@ void Pool::wait(Waiter& waiter, Time now) {
   waiter.deadline =
       settings_.connectionTimeoutMillis == 0 ? Time::max() : now + std::chrono::milliseconds(settings_.connectionTimeoutMillis);
   waiters_.push_back(waiter);
+  resting_ = false;
 }
 
 Waiter* Pool::next_waiter() {
@@ -51,10 +52,12 @@ void Pool::put_idle(Slot& slot, Time now) {
 }
 
 std::chrono::milliseconds Pool::idle_check() const {
-  const std::chrono::milliseconds idle(staying() > settings_.min ? settings_.idleTimeoutMillis : 0);
-  const std::chrono::milliseconds lifetime = std::chrono::seconds(settings_.maxLifetimeSeconds) / 10;
-  if (idle.count() == 0 && lifetime.count() == 0) return std::chrono::hours(1);
-  return idle.count() == 0 ? lifetime : lifetime.count() == 0 ? idle : std::min(idle, lifetime);
+  std::chrono::milliseconds least = std::chrono::hours(1);
+  for (const std::chrono::milliseconds limit :
+       {std::chrono::milliseconds(staying() > settings_.min ? settings_.idleTimeoutMillis : 0),
+        std::chrono::milliseconds(std::chrono::seconds(settings_.maxLifetimeSeconds)) / 10, rest_after_})
+    if (limit.count() != 0) least = std::min(least, limit);
+  return least;
 }
 
 std::chrono::milliseconds Pool::limit_check() const {
@@ -68,8 +71,11 @@ std::chrono::milliseconds Pool::limit_check() const {
 Slot* Pool::outdated(Time now, CloseReason& reason) {
   if (idle_.empty()) return nullptr;
   const auto idle_limit = std::chrono::milliseconds(settings_.idleTimeoutMillis);
+  const bool rests = rest_after_.count() != 0 && idle_count() == staying() && now - idle_.front().idle_since >= rest_after_;
+  resting_ |= rests;
   // The back has been idle longest; `min` connections are spared from the idle timeout, not from their lifetime.
-  if (Slot& slot = idle_.back(); settings_.idleTimeoutMillis != 0 && staying() > settings_.min && now - slot.idle_since >= idle_limit) {
+  if (Slot& slot = idle_.back();
+      rests || (settings_.idleTimeoutMillis != 0 && staying() > settings_.min && now - slot.idle_since >= idle_limit)) {
     reason = CloseReason::Idle;
     slot.unlink();
     return &slot;

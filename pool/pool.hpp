@@ -80,6 +80,7 @@ class Pool {
   /// The first whose deadline has passed, off the queue; nullptr if none.
   Waiter* expired(Time now);
   void lease(Slot& slot) {
+    resting_ = false;
     ++slot.uses;
     ++counters_.leases;
   }
@@ -90,6 +91,11 @@ class Pool {
   Slot* outdated(Time now, CloseReason& reason);
   /// How many connections to open now: one for each waiter that none being opened is for, within `max`.
   std::uint32_t wanted(std::uint32_t connecting) const;
+  /// Without use for so long nothing is kept, `min` or not; zero: what `min` says is.
+  void set_rest(std::chrono::milliseconds after) { rest_after_ = after; }
+  /// `min` isn't filled up until a client wants a connection again.
+  void rest() { resting_ = true; }
+  bool resting() const { return resting_; }
   /// After what time an idle connection may be outdated.
   std::chrono::milliseconds idle_check() const;
   /// After what time a client may have reached one of its limits.
@@ -103,6 +109,8 @@ class Pool {
   conf::PoolSettings settings_;
   PoolCounters counters_;
   Permits permits_;
+  std::chrono::milliseconds rest_after_{};
+  bool resting_ = false;
   Slots idle_;       // front: last used
   Waiters waiters_;  // front: first come
 };

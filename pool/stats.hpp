@@ -2,11 +2,13 @@
 // a snapshot is a copy made on the data loop, so that nothing here is atomic or locked.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <map>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -181,11 +183,19 @@ struct Snapshot {
   struct Upstream {
     Database state = Database::Unknown;
     std::uint64_t latencyMicros = 0;
-    std::uint64_t coldStarts = 0;  ///< connects that took kColdStart or more when there was no other connection: it had to wake up
+    /// Times that it took kColdStart or more to connect, failed attempts included, when there was no other connection: it had to wake up.
+    std::uint64_t coldStarts = 0;
+    std::uint64_t coldStartMicros = 0, coldStartMicrosAgo = 0;  ///< what the last one took, and when it was over
+    std::optional<std::uint64_t> suspendMicrosAgo;              ///< when it last ended idle connections of ours
+    bool isPooler = false;                                      ///< a provider's, in transaction mode
     // As the server said last; no maxConnections: it wasn't asked yet.
     std::uint32_t maxConnections = 0, reserved = 0, used = 0;  ///< reserved for superusers and such; used by anyone
     std::uint64_t askedMicrosAgo = 0;
     std::uint32_t usedByUs = 0;  ///< now, as this proxy counts
+    std::uint32_t maxByUs = 0;   ///< what this proxy's pools may open
+
+    std::uint32_t usable() const { return maxConnections - std::min(maxConnections, reserved); }
+    bool too_small() const { return maxConnections != 0 && maxByUs > usable(); }
   };
   static constexpr std::chrono::milliseconds kColdStart{500};
   std::string upstream;                       // the name of that of upstream.url

@@ -155,6 +155,11 @@ constexpr Switch kSwitches[] = {{'B', "shared_buffers", nullptr},
                                 {'s', "log_statement_stats", "true"},
                                 {'W', "post_auth_delay", nullptr}};
 
+/// Which of its computes a client of Neon's wants; its proxy takes that out of the options.
+bool is_neons(std::string_view word) {
+  return word.starts_with("endpoint=") || word.starts_with("project=") || (word.starts_with("neon_") && word.find(':') != word.npos);
+}
+
 }  // namespace
 
 std::optional<std::vector<std::pair<std::string, std::string>>> parse_options(std::string_view options) {
@@ -187,6 +192,7 @@ std::optional<std::vector<std::pair<std::string, std::string>>> parse_options(st
       if (!assign(word.substr(2))) return std::nullopt;
       continue;
     }
+    if (is_neons(word)) continue;
     if (word.size() < 2 || word[0] != '-') return std::nullopt;
     for (word.remove_prefix(1); !word.empty();) {  // as getopt does: letters in a row, the last of them with an argument
       const char letter = word[0];

@@ -230,6 +230,9 @@ void ClientSession::accepted() {
     worker_.reject(pool::RejectReason::Unsupported);
     return fatal("0A000", complaint);
   }
+  // Neon's proxy forwards no client_encoding of the connection string's at the server's login.
+  if (const std::string& encoding = worker_.encoding_of(entry->database); !encoding.empty())
+    values.try_emplace("client_encoding", encoding);
   entry_ = entry;
   ++entry->clients;
   for (const auto& [name, value] : values)

@@ -141,6 +141,11 @@ bool is_final(const std::string& sqlstate) {
   return !sqlstate.starts_with("08") && sqlstate != "57P03" && sqlstate != "53300";
 }
 
+/// A program gave this password for an earlier connect.
+bool is_old(const std::optional<pool::Time>& password_since) {
+  return password_since && pool::Clock::now() - *password_since > std::chrono::seconds(1);
+}
+
 /// Of the message at the front; 0: its header isn't complete.
 std::size_t frame_size(const std::string& in) {
   if (in.size() < protocol::kHeaderSize) return 0;
@@ -169,8 +174,7 @@ void ServerConnection::connect(std::optional<Login> login) {
   asio::co_spawn(worker_.loop(), run_connect(shared_from_this()), asio::detached);
 }
 
-awaitable<void> ServerConnection::run_connect(std::shared_ptr<ServerConnection> /*keeps this alive*/) {
-  const pool::Time begun = worker_.now();
+awaitable<std::shared_ptr<const Upstream>> ServerConnection::look_up() {
   asio::steady_timer answer(worker_.loop(), asio::steady_timer::time_point::max());
   std::shared_ptr<const Upstream> upstream;
   Control::Done done = [&upstream, &answer](std::shared_ptr<const Upstream> found) {
@@ -180,14 +184,16 @@ awaitable<void> ServerConnection::run_connect(std::shared_ptr<ServerConnection> 
   worker_.control().resolve(entry_.upstream, std::move(done));
   boost::system::error_code ec;
   co_await answer.async_wait(asio::redirect_error(use_awaitable, ec));
-  if (!upstream || !upstream->error.empty()) {
-    const std::string error = upstream ? upstream->error : std::string("stopped");
-    protocol::ErrorFields unresolved;
-    unresolved.sqlstate = "08006";
-    unresolved.message = error;
-    fail_connect(unresolved);
-    co_return;
-  }
+  co_return upstream;
+}
+
+awaitable<std::string> ServerConnection::try_hosts() {
+  login_error_ = {};
+  login_error_.sqlstate = "08006";
+  const std::shared_ptr<const Upstream> upstream = co_await look_up();
+  if (!upstream) co_return std::string("stopped");
+  if (!upstream->error.empty()) co_return upstream->error;
+  worker_.connect_begins(worker_.upstream_of(entry_.database));
   std::string error, failures;  // of the last attempt; of all hosts
   const bool prefer_standby = upstream->params.targetSessionAttrs == conf::TargetSessionAttrs::PreferStandby;
   std::vector<Target> targets = upstream->targets;
@@ -208,19 +214,31 @@ awaitable<void> ServerConnection::run_connect(std::shared_ptr<ServerConnection> 
         if (attempt != 0 || !other || !retry_other_tls_) break;
         tls = !tls;
       }
-      if (error.empty() || is_final(login_error_.sqlstate)) break;
+      if (error.empty() || is_final(login_error_.sqlstate)) {
+        if (login_error_.sqlstate.starts_with("28") && is_old(target.password_since)) stale_password_ = target.host.password;
+        co_return error;
+      }
       failures += (failures.empty() ? "" : "\n") + error;
     }
-    if (error.empty() || is_final(login_error_.sqlstate)) break;
+  }
+  co_return failures;
+}
+
+awaitable<void> ServerConnection::run_connect(std::shared_ptr<ServerConnection> /*keeps this alive*/) {
+  const pool::Time begun = worker_.now();
+  std::string error = co_await try_hosts();
+  if (!stale_password_.empty()) {  // the program may have another one by now
+    worker_.control().forget_password(std::exchange(stale_password_, {}));
+    error = co_await try_hosts();
   }
   if (!error.empty()) {
-    login_error_.message = is_final(login_error_.sqlstate) ? std::move(error) : std::move(failures);
+    login_error_.message = std::move(error);
     fail_connect(login_error_);
     co_return;
   }
-  const auto micros = std::chrono::duration_cast<std::chrono::microseconds>(worker_.now() - begun).count();
-  entry_.pool.counters().connect.record(static_cast<std::uint64_t>(micros));
-  worker_.database_took(worker_.upstream_of(entry_.database), worker_.now() - begun, false);
+  const pool::Clock::duration took = worker_.now() - begun - upstream_->passwords_took;
+  entry_.pool.counters().connect.record(static_cast<std::uint64_t>(std::chrono::duration_cast<std::chrono::microseconds>(took).count()));
+  worker_.database_took(worker_.upstream_of(entry_.database), took, false);
   ++entry_.pool.counters().connects;
   conforming_strings_ = parameters_["standard_conforming_strings"] != "off";
   settings = entry_.settings.intern({});

@@ -14,6 +14,7 @@ constexpr std::size_t kMostContexts = 64;
 
 struct Control::Lookup {
   Upstream upstream;
+  PasswordCommands::Command command;  // no program: the passwords are known
   Done done;
   std::size_t next_host = 0;
 };
@@ -24,6 +25,9 @@ void Control::resolve(conf::Upstream upstream, Done done) {
     lookup->done = std::move(done);
     try {
       lookup->upstream.params = conf::resolve_upstream(upstream, env_);
+      lookup->command.argv = conf::expand_arguments(upstream.passwordCommand, env_);
+      lookup->command.timeout = std::chrono::milliseconds(upstream.passwordCommandTimeoutMillis);
+      lookup->command.cache = std::chrono::seconds(upstream.passwordCacheSeconds);
       if (lookup->upstream.params.sslmode != conf::SslMode::Disable) lookup->upstream.tls = context(lookup->upstream.params);
     } catch (const std::exception& e) {
       lookup->upstream.error = e.what();
@@ -47,19 +51,56 @@ void Control::look_up_next(std::shared_ptr<Lookup> lookup) {
     return finish(std::move(lookup));
   }
   const conf::Host& host = upstream.params.hosts[lookup->next_host++];
+  if (lookup->command.argv.empty()) return look_up_addresses(std::move(lookup), {{}, host, {}});
+  ask_password(std::move(lookup), host);
+}
+
+void Control::ask_password(std::shared_ptr<Lookup> lookup, conf::Host host) {
+  PasswordCommands::Command& command = lookup->command;
+  command.host = host.name;
+  command.port = host.port;
+  command.user = lookup->upstream.params.user;
+  const auto begun = PasswordCommands::Clock::now();
+  passwords_.get(command, [this, lookup, begun, host = std::move(host)](const PasswordCommands::Answer& answer) mutable {
+    lookup->upstream.passwords_took += PasswordCommands::Clock::now() - begun;
+    if (!answer.error.empty()) {
+      lookup->upstream = {};
+      lookup->upstream.error = answer.error;
+      return finish(std::move(lookup));
+    }
+    host.password = answer.password;
+    look_up_addresses(std::move(lookup), {{}, std::move(host), answer.since});
+  });
+}
+
+void Control::look_up_addresses(std::shared_ptr<Lookup> lookup, Target target) {
+  const conf::Host& host = target.host;
   if (host.is_unix()) {
     std::string path = host.name + "/.s.PGSQL." + std::to_string(host.port);
     if (path[0] == '@') path[0] = '\0';
-    upstream.targets.push_back({asio::local::stream_protocol::endpoint(path), host});
+    target.endpoint = asio::local::stream_protocol::endpoint(path);
+    lookup->upstream.targets.push_back(std::move(target));
     return look_up_next(std::move(lookup));
   }
-  const std::string name = host.address.empty() ? host.name : host.address;
-  auto on_answer = [this, lookup, host](boost::system::error_code ec, const asio::ip::tcp::resolver::results_type& found) {
-    if (ec) lookup->upstream.error = "could not translate host name \"" + host.name + "\" to address: " + ec.message();
-    for (const auto& entry : found) lookup->upstream.targets.push_back({entry.endpoint(), host});
+  const std::string name = host.address.empty() ? host.name : host.address, port = std::to_string(host.port);
+  auto on_answer = [this, lookup, target = std::move(target)](boost::system::error_code ec,
+                                                              const asio::ip::tcp::resolver::results_type& found) mutable {
+    if (ec) lookup->upstream.error = "could not translate host name \"" + target.host.name + "\" to address: " + ec.message();
+    for (const auto& entry : found) {
+      target.endpoint = entry.endpoint();
+      lookup->upstream.targets.push_back(target);
+    }
     look_up_next(lookup);
   };
-  resolver_.async_resolve(name, std::to_string(host.port), std::move(on_answer));
+  resolver_.async_resolve(name, port, std::move(on_answer));
+}
+
+void Control::forget_password(std::string password) {
+  asio::post(control_, [this, password = std::move(password)] { passwords_.forget(password); });
+}
+
+void Control::forget_passwords() {
+  asio::post(control_, [this] { passwords_.forget_all(); });
 }
 
 void Control::finish(std::shared_ptr<Lookup> lookup) {

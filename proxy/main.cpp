@@ -185,6 +185,7 @@ int main(int argc, char** argv) {
     return kMistake;
   }
   if (arguments.command == "check") {
+    for (const std::string& warning : conf::upstream_warnings(*config, env)) std::cerr << "pgsidecar: warning: " << warning << "\n";
     std::cout << conf::to_redacted_yaml(*config);
     return 0;
   }

@@ -508,6 +508,7 @@ void ServerConnection::lost(const std::string& sqlstate, const std::string& reas
   const bool in_transaction = pipeline.status() != TxStatus::Idle;
   log::info("server_lost", about(sqlstate), "server {} ({}@{}, pid {}): lost: {} {}", id_, entry_.user, entry_.database, pid_, sqlstate,
             reason);
+  if (state_ == State::Idle && sqlstate.starts_with("57P")) worker_.saw_suspend(entry_);
   unlink();
   transition(State::Closing);
   ++entry_.pool.counters()

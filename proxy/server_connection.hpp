@@ -152,6 +152,9 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
 
  private:
   boost::asio::awaitable<void> run_connect(std::shared_ptr<ServerConnection> self);
+  boost::asio::awaitable<std::shared_ptr<const Upstream>> look_up();
+  /// Empty: logged in; else why not, with login_error_'s SQLSTATE, DETAIL and HINT.
+  boost::asio::awaitable<std::string> try_hosts();
   /// Empty: logged in; else why not, with login_error_'s SQLSTATE, DETAIL and HINT.
   boost::asio::awaitable<std::string> log_in(std::shared_ptr<const Upstream> upstream, Target target, bool tls,
                                              conf::TargetSessionAttrs wanted);
@@ -191,6 +194,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   void on_catalog_changed();
   /// Goes on with a survey of the catalogs, or begins one that is due. False: there is nothing to ask.
   bool ask_catalog();
+  bool ask_capacity();
   void finish_learning();
   void close_adopted();
   void finish_residue();
@@ -229,6 +233,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   Catalog::Inquiry inquiry_;
   std::unique_ptr<Survey> survey_;
   protocol::ErrorFields login_error_;
+  std::string stale_password_;  // that the server has refused, of upstream.passwordCommand
 };
 
 }  // namespace pgsidecar::proxy

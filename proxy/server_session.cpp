@@ -278,8 +278,8 @@ bool ServerConnection::ask_catalog() {
   const bool begins = !survey_;
   if (begins) {
     const conf::PoolSettings& policy = entry_.pool.settings();
-    if (!entry_.catalog.due(now) || policy.mode == conf::PoolMode::Session || policy.residueCheck == conf::ResidueCheck::Never)
-      return false;
+    if (policy.mode == conf::PoolMode::Session || policy.residueCheck == conf::ResidueCheck::Never) return !client_ && ask_capacity();
+    if (!entry_.catalog.due(now)) return false;
     survey_ = std::make_unique<Survey>(entry_.catalog, now);
   }
   const std::string question = survey_->next(now);
@@ -301,6 +301,17 @@ bool ServerConnection::ask_catalog() {
   std::swap(others, worker_.to_server);
   if (begins) ask(kCapacity, kCapacityQuestion);
   ask(kSurvey, question);
+  send(worker_.to_server);
+  std::swap(others, worker_.to_server);
+  return true;
+}
+
+/// Where there are no surveys to ask with. False: it is known.
+bool ServerConnection::ask_capacity() {
+  if (!worker_.take_capacity_question(worker_.upstream_of(entry_.database))) return false;
+  Gather others;
+  std::swap(others, worker_.to_server);
+  ask(kCapacity, kCapacityQuestion);
   send(worker_.to_server);
   std::swap(others, worker_.to_server);
   return true;

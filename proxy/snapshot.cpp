@@ -171,6 +171,9 @@ Worker::DatabaseEntry Worker::describe(const std::string& name) const {
     entry.shown.port = join_hosts(params, [](const conf::Host& host) { return std::to_string(host.port); });
     entry.shown.database = params.dbname;
     if (params.user != upstream_.user) entry.shown.forceUser = params.user;
+    for (const auto& [parameter, value] : params.startup)
+      if (parameter == "client_encoding") entry.encoding = value;
+    for (const conf::Host& host : params.hosts) entry.pooler |= !conf::instead_of_pooler(host).empty();
   } catch (const conf::ConfigError&) {
     // A secret can't be read now. Whoever connects is told so; what is shown here stays empty.
   }
@@ -204,8 +207,15 @@ pool::Snapshot Worker::snapshot(Detail detail) {
   }
   s.upstream = name_of(upstream_);
   s.upstreams = upstreams_;
-  for (const auto& [name, asked] : capacity_asked_)
-    if (const auto it = s.upstreams.find(name); it != s.upstreams.end()) it->second.askedMicrosAgo = micros(t - asked);
+  for (auto& [name, upstream] : s.upstreams) {
+    const auto it = upstream_times_.find(name);
+    if (it == upstream_times_.end()) continue;
+    upstream.askedMicrosAgo = micros(t - it->second.capacity_asked);
+    upstream.coldStartMicrosAgo = micros(t - it->second.cold_start);
+    if (it->second.suspended != pool::Time{}) upstream.suspendMicrosAgo = micros(t - it->second.suspended);
+  }
+  for (const auto& [name, database] : databases_)
+    if (const auto it = s.upstreams.find(database.upstream); it != s.upstreams.end()) it->second.isPooler |= database.pooler;
   s.certificates = certificates_;
   s.poolMax = config_->pool.max;
   s.pgbouncerCompatible = config_->metrics.pgbouncerCompatible;
@@ -229,8 +239,10 @@ pool::Snapshot Worker::snapshot(Detail detail) {
     p.lastError = entry->last_failure.message;
     p.clientsWaiting = static_cast<std::uint32_t>(entry->pool.waiting_count());
     if (p.clientsWaiting > 0) p.oldestWaitMicros = micros(t - entry->pool.oldest_wait());
-    if (const auto it = s.upstreams.find(upstream_of(entry->database)); it != s.upstreams.end())
+    if (const auto it = s.upstreams.find(upstream_of(entry->database)); it != s.upstreams.end()) {
       it->second.usedByUs += static_cast<std::uint32_t>(entry->servers.size());
+      it->second.maxByUs += settings.max;
+    }
     for (const auto& [id, server] : entry->servers) {
       p.preparedStatements += server->statements.size();
       p.cancelling += server->cancels_pending > 0;

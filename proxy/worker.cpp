@@ -21,16 +21,17 @@ using std::chrono::milliseconds;
 
 namespace {
 
-std::uint64_t micros(pool::Clock::duration d) {
-  return static_cast<std::uint64_t>(std::max<std::int64_t>(0, std::chrono::duration_cast<std::chrono::microseconds>(d).count()));
-}
-
 /// A process's number on any Linux is smaller, so that a client's is never a server's.
 constexpr std::uint32_t kMaxPid = 1u << 22;
 
 /// A failure that more tries won't mend: wrong credentials, no such database.
 bool is_permanent(std::string_view sqlstate) {
   return sqlstate.starts_with("28") || sqlstate.starts_with("3D") || sqlstate.starts_with("42");
+}
+
+/// How long a pool keeps connections that nobody uses: they are gone somewhat before the server would end them.
+milliseconds rest_after(const conf::Upstream& upstream) {
+  return milliseconds(std::uint64_t{900} * upstream.suspendAfterSeconds);
 }
 
 /// Of a failed connect: the server has answered, so that it is up.
@@ -56,7 +57,8 @@ void Worker::use_config() {
   certificates_.clear();
   if (client_tls_) saw_certificate("tls.certificate", SSL_CTX_get0_certificate(client_tls_.get()));
   upstream_ = conf::resolve_upstream(config_->upstream, control_.environment());
-  for (const std::string& warning : upstream_.warnings) log::warn("upstream_warning", {}, "upstream: {}", warning);
+  for (const std::string& warning : conf::upstream_warnings(*config_, control_.environment()))
+    log::warn("upstream_warning", {}, "{}", warning);
   if (config_->databases.empty()) databases_[upstream_.dbname] = describe(upstream_.dbname);
   for (const auto& [name, database] : config_->databases)
     if (name != "*") databases_[name] = describe(name);
@@ -66,6 +68,7 @@ void Worker::reload(std::shared_ptr<const conf::Config> config) {
   config_ = std::move(config);
   auto before = std::exchange(databases_, {});
   use_config();
+  control_.forget_passwords();
   // A pool that the configuration doesn't name any more keeps its settings until its clients have left.
   for (auto& [key, entry] : pools_) {
     for (auto& [id, server] : entry->servers) server->condemned = true;
@@ -79,11 +82,16 @@ void Worker::reload(std::shared_ptr<const conf::Config> config) {
     if (plan) {
       entry->pool.set_settings(plan->settings);
       entry->upstream = std::move(plan->upstream);
+      entry->pool.set_rest(rest_after(entry->upstream));
     }
   }
-  std::erase_if(upstreams_, [this](const auto& upstream) {
+  weighed_.clear();
+  outweighed_.clear();
+  const auto is_gone = [this](const auto& upstream) {
     return std::none_of(databases_.begin(), databases_.end(), [&](const auto& one) { return one.second.upstream == upstream.first; });
-  });
+  };
+  std::erase_if(upstreams_, is_gone);
+  std::erase_if(upstream_times_, is_gone);
   kick();
 }
 
@@ -214,6 +222,7 @@ std::optional<Worker::PoolPlan> Worker::plan_pool(const std::string& database, c
     plan->upstream.keys["user"] = user;
     plan->upstream.keys["password"] = named != config_->users.end() && named->second.password ? *named->second.password : "";
   }
+  if (passes_password_on(user)) plan->upstream.passwordCommand.clear();
   if (named != config_->users.end()) plan->settings = conf::overlay(std::move(plan->settings), named->second.pool);
   return plan;
 }
@@ -226,9 +235,12 @@ PoolEntry* Worker::find_pool(const std::string& database, const std::string& use
   auto entry = std::make_unique<PoolEntry>(database, user, plan->settings, std::move(plan->upstream));
   entry->passes_password_on = passes_password_on(user);
   entry->paused = is_paused(database);
+  entry->pool.set_rest(rest_after(entry->upstream));
   entry->number = static_cast<std::uint32_t>(pools_.size()) + 1;
   if (!databases_.contains(database)) databases_[database] = describe(database);
-  return pools_.emplace(std::move(key), std::move(entry)).first->second.get();
+  PoolEntry* added = pools_.emplace(std::move(key), std::move(entry)).first->second.get();
+  weigh_capacity(upstream_of(database));
+  return added;
 }
 
 bool Worker::passes_password_on(const std::string& user) const {
@@ -314,7 +326,7 @@ void Worker::serve(PoolEntry& entry) {
     open = std::max(open, wanted ? now_possible : 0);
     entry.replacements = wanted ? entry.replacements - now_possible : 0;
   }
-  if (open == 0 && wanted && entry.pool.staying() < settings.min && entry.pool.open() < settings.max) open = 1;
+  if (open == 0 && wanted && !entry.pool.resting() && entry.pool.staying() < settings.min && entry.pool.open() < settings.max) open = 1;
   if (open == 0 && listens && !entry.listener.has_server() && entry.connecting == 0 && entry.pool.open() < settings.max) open = 1;
   if (entry.failures > 0) open = std::min(open, entry.connecting == 0 ? 1u : 0u);  // one probes for all
   for (; open > 0; --open) open_server(entry, {});
@@ -325,6 +337,14 @@ void Worker::open_server(PoolEntry& entry, std::optional<ServerConnection::Login
   entry.servers.emplace(server->id(), server);
   ++entry.connecting;
   server->connect(std::move(login));
+}
+
+// Who waits for a server that wakes up has it as soon as it is awake; one that is down isn't asked all the time.
+milliseconds Worker::retry_after(const PoolEntry& entry) {
+  const bool soon = !is_permanent(entry.last_failure.sqlstate) && may_be_waking(upstream_of(entry.database));
+  const double most = soon ? 0.5 : 5.0;
+  const double seconds = std::min(most, 0.05 * static_cast<double>(1u << std::min(entry.failures, 8u))) * (0.75 + 0.5 * random());
+  return milliseconds(static_cast<int>(seconds * 1000));
 }
 
 void Worker::on_connected(ServerConnection& server) {
@@ -358,13 +378,16 @@ void Worker::on_connect_failed(ServerConnection& server, const protocol::ErrorFi
   entry.last_failure = error;
   ++entry.pool.counters().connectFailures;
   ++entry.failures;
-  const double seconds = std::min(5.0, 0.05 * static_cast<double>(1u << std::min(entry.failures, 8u))) * (0.75 + 0.5 * random());
-  entry.retry_at = now() + milliseconds(static_cast<int>(seconds * 1000));
-  log::warn("connect_failed", server.about(error.sqlstate), "{}@{}: cannot connect: {} {}", entry.user, entry.database, error.sqlstate,
-            error.message);
+  entry.retry_at = now() + retry_after(entry);
+  const bool wakes = entry.upstream.suspendAfterSeconds > 0 && may_be_waking(upstream_of(entry.database));
+  const std::string failure = fmt::format("{}@{}: cannot connect: {} {}", entry.user, entry.database, error.sqlstate, error.message);
+  if (wakes)
+    log::info("connect_failed", server.about(error.sqlstate), "{} (it may be waking up)", failure);
+  else
+    log::warn("connect_failed", server.about(error.sqlstate), "{}", failure);
   if (is_answer(error.sqlstate))
     database_seen(upstream_of(entry.database), true);
-  else
+  else if (!wakes)
     database_seen(upstream_of(entry.database), false, error.message);
   entry.servers.erase(server.id());
   check_operations();
@@ -491,6 +514,7 @@ void Worker::tick() {
       std::string message = "timed out after " + std::to_string(settings.connectionTimeoutMillis) +
                             " ms waiting for a server connection: " + std::to_string(entry->pool.open()) + " of " +
                             std::to_string(settings.max) + " in use";
+      if (entry->connecting > 0) message += ", of which " + std::to_string(entry->connecting) + " being opened";
       ClientSession* longest = nullptr;
       for (auto& [id, server] : entry->servers)
         if (server->client() && (!longest || server->client()->transaction_since < longest->transaction_since)) longest = server->client();
@@ -514,7 +538,8 @@ void Worker::tick() {
     serve(*entry);
     busy |= entry->listener.wants();
     busy |= entry->pool.waiting_count() > 0 || entry->connecting > 0;
-    busy |= entry->clients > 0 && entry->pool.staying() < entry->pool.settings().min && !draining_ && !entry->paused;
+    busy |=
+        entry->clients > 0 && !entry->pool.resting() && entry->pool.staying() < entry->pool.settings().min && !draining_ && !entry->paused;
     if (entry->pool.any_idle()) idle_check = std::min(idle_check, entry->pool.idle_check());
   }
   std::vector<std::shared_ptr<ClientSession>> due;
@@ -620,14 +645,6 @@ void Worker::database_seen(const std::string& upstream, bool up, std::string err
   stir();
 }
 
-void Worker::saw_capacity(const std::string& upstream, std::uint32_t max, std::uint32_t reserved, std::uint32_t used) {
-  auto& seen = upstreams_[upstream];
-  seen.maxConnections = max;
-  seen.reserved = reserved;
-  seen.used = used;
-  capacity_asked_[upstream] = now();
-}
-
 void Worker::saw_certificate(const std::string& whose, const X509* certificate) {
   if (const auto expires = expiry(certificate)) certificates_[whose] = *expires;
 }
@@ -641,16 +658,11 @@ bool Worker::is_connected(const std::string& upstream) {
   });
 }
 
-void Worker::database_took(const std::string& upstream, pool::Clock::duration time, bool probed) {
-  auto& seen = upstreams_[upstream];
-  database_latency_ = seen.latencyMicros = std::max<std::uint64_t>(1, micros(time));
-  if (!probed && time >= pool::Snapshot::kColdStart && !is_connected(upstream)) ++seen.coldStarts;
-  database_probed_ = probed;
-}
-
 void Worker::probe(std::function<void()> done) {
   // A connect is the probe: it needs no client, no query, and says what a client would hear.
-  control_.resolve(config_->upstream, [this, done = std::move(done)](const std::shared_ptr<const Upstream>& found) {
+  conf::Upstream upstream = config_->upstream;
+  upstream.passwordCommand.clear();  // nobody logs in
+  control_.resolve(std::move(upstream), [this, done = std::move(done)](const std::shared_ptr<const Upstream>& found) {
     if (!found->error.empty() || found->targets.empty()) {
       database_seen(name_of(upstream_), false, found->error);
       return done();

@@ -167,12 +167,19 @@ class Worker {
   void count_error(std::string_view sqlstate);
   /// What a connect to an upstream has shown; by its name as upstream_of() has it.
   void database_seen(const std::string& upstream, bool up, std::string error = {});
+  /// True once for each upstream, to whoever can ask it what it allows.
+  bool take_capacity_question(const std::string& upstream);
   void saw_capacity(const std::string& upstream, std::uint32_t max, std::uint32_t reserved, std::uint32_t used);
+  void connect_begins(const std::string& upstream);
+  /// The server has ended an idle connection.
+  void saw_suspend(PoolEntry& entry);
   void saw_certificate(const std::string& whose, const X509* certificate);
   /// A server connection of an upstream's has been open already.
   bool is_connected(const std::string& upstream);
   void database_took(const std::string& upstream, pool::Clock::duration time, bool probed);
   const std::string& upstream_of(const std::string& database) { return databases_[database].upstream; }
+  /// The client_encoding that a database's connection string asks for; empty: none.
+  const std::string& encoding_of(const std::string& database) { return databases_[database].encoding; }
   void arm_tick(std::chrono::milliseconds after);
   void kick();  ///< deadlines are near: the tick runs soon
   bool draining() const { return draining_; }
@@ -196,6 +203,13 @@ class Worker {
   struct DatabaseEntry {
     pool::DatabaseSnapshot shown;
     std::string upstream;
+    std::string encoding;
+    bool pooler = false;
+  };
+  /// When what happened to an upstream.
+  struct UpstreamTimes {
+    pool::Time capacity_asked{}, cold_start{}, suspended{};
+    pool::Time waking_since{}, connect_begun{};  ///< the first and the last connect since there was no connection
   };
   /// What is under way for an operator until server connections are closed.
   struct Operation {
@@ -213,6 +227,9 @@ class Worker {
     if (watcher_) std::exchange(watcher_, nullptr)();
   }
   void open_server(PoolEntry& entry, std::optional<ServerConnection::Login> login);
+  bool may_be_waking(const std::string& upstream) const;
+  std::chrono::milliseconds retry_after(const PoolEntry& entry);
+  void weigh_capacity(const std::string& upstream);
   template <class Acceptor>
   void accept(std::shared_ptr<Acceptor> acceptor);
   void tick();
@@ -263,7 +280,8 @@ class Worker {
   std::uint64_t database_latency_ = 0;
   bool database_probed_ = false;  // the latency is a probe's
   std::map<std::string, pool::Snapshot::Upstream> upstreams_;
-  std::map<std::string, pool::Time> capacity_asked_;  // by upstream
+  std::map<std::string, UpstreamTimes> upstream_times_;
+  std::set<std::string> weighed_, outweighed_;        // upstreams whose pools were told to fit, or not to
   std::map<std::string, std::int64_t> certificates_;  // as Snapshot has them
   std::function<void()> watcher_;
   pool::Time farewell_at_{};

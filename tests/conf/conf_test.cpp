@@ -108,6 +108,30 @@ TEST(Url, Refused) {
   }
 }
 
+TEST(Url, OtherPoolersAreWarnedOf) {
+  const struct {
+    const char *text, *instead;
+  } rows[] = {
+      {"postgresql://u@ep-cool-name-123-pooler.eu-central-1.aws.neon.tech/d", "\"ep-cool-name-123.eu-central-1.aws.neon.tech\""},
+      {"postgresql://postgres.ref@aws-0-eu.pooler.supabase.com:6543/d", "port 5432"},
+      {"postgresql://postgres.ref@aws-0-eu.pooler.supabase.com:5432/d", nullptr},
+      {"postgresql://u@ep-cool-name-123.eu-central-1.aws.neon.tech/d", nullptr},
+      {"postgresql://u@my-pooler/d", nullptr},
+  };
+  for (const auto& row : rows) {
+    const ConnectParams p = parse(row.text);
+    ASSERT_EQ(p.warnings.size(), row.instead ? 1u : 0u) << row.text;
+    EXPECT_TRUE(!row.instead || p.warnings[0].find(row.instead) != std::string::npos) << p.warnings[0];
+  }
+}
+
+TEST(Url, WhatOtherClientsReadIsIgnoredWithAWarning) {
+  const ConnectParams p =
+      parse("postgresql://u@localhost/d?pgbouncer=true&connection_limit=5&pool_timeout=3&schema=public&uselibpqcompat=true");
+  EXPECT_EQ(p.warnings.size(), 5u);
+  for (const std::string& warning : p.warnings) EXPECT_NE(warning.find("is ignored"), std::string::npos) << warning;
+}
+
 TEST(Url, MistakesDoNotTellThePassword) {
   for (const char* text : {"postgresql://u:hunter2@h:x/d", "postgresql://u:hunter2%@h/d", "host=h password=hunter2 port=x",
                            "postgresql://u:hunter2@h/d?no=1", "postgresql+asyncpg://u:hunter2@h/d?ssl=require", "//u:hunter2@h/d?x=1",
@@ -240,6 +264,40 @@ TEST(Load, ASectionsUpstreamIsTheGlobalOneOverlaid) {
   EXPECT_EQ(resolved("d").dbname, "named");
 }
 
+TEST(Load, KeysBesideTheUpstream) {
+  const char* yaml =
+      "upstream: {url: 'postgresql://app:pw@h/d', suspendAfterSeconds: 300, passwordCacheSeconds: 60, passwordCommand: [/bin/echo, 'a,b', "
+      "'${file:/etc/hostname}']}\n"
+      "databases:\n  same: {upstream: {passwordCacheSeconds: 5}}\n  other: {upstream: {url: 'postgresql://z:q@own/'}}\n"
+      "  off: {upstream: {passwordCommand: []}}\n";
+  const Config config = load_text(yaml, "x", kUrl);
+  const std::vector<std::string> command{"/bin/echo", "a,b", "${file:/etc/hostname}"};
+  EXPECT_EQ(config.upstream.passwordCommand, command);
+  EXPECT_EQ(config.upstream.suspendAfterSeconds, 300u);
+  EXPECT_EQ(config.databases.at("same").upstream.passwordCommand, command);
+  EXPECT_EQ(config.databases.at("same").upstream.suspendAfterSeconds, 300u);
+  EXPECT_EQ(config.databases.at("same").upstream.passwordCacheSeconds, 5u);
+  EXPECT_TRUE(config.databases.at("off").upstream.passwordCommand.empty());
+  EXPECT_EQ(config.databases.at("other").upstream.passwordCacheSeconds, 600u);
+  EXPECT_TRUE(config.databases.at("other").upstream.passwordCommand.empty());
+  const std::string shown = to_redacted_yaml(config);
+  EXPECT_NE(shown.find("passwordCommand: [/bin/echo, \"***\", \"***\"]"), std::string::npos) << shown;
+  EXPECT_EQ(shown.find("a,b"), std::string::npos);
+}
+
+TEST(Load, APasswordCommandOfTheEnvironment) {
+  const auto with = [](const char* command) {
+    return load_text("", "x",
+                     environment({{"DATABASE_URL", "postgresql://u:p@h/d"},
+                                  {"PGSIDECAR_UPSTREAM_PASSWORD_COMMAND", command},
+                                  {"PGSIDECAR_UPSTREAM_PASSWORD_CACHE_SECONDS", "7"}}));
+  };
+  EXPECT_EQ(with("[/bin/echo, 'x y']").upstream.passwordCommand, (std::vector<std::string>{"/bin/echo", "x y"}));
+  EXPECT_EQ(with("echo $X | cut -c2").upstream.passwordCommand, (std::vector<std::string>{"/bin/sh", "-c", "echo $X | cut -c2"}));
+  EXPECT_EQ(with("echo x").upstream.passwordCacheSeconds, 7u);
+  EXPECT_NE(mistake([&] { with("[/bin/echo"); }).find("PGSIDECAR_UPSTREAM_PASSWORD_COMMAND: not a list"), std::string::npos);
+}
+
 TEST(Load, ASecretFileInAUrlHoldsThePasswordAsItIs) {
   const std::string file = testing::TempDir() + "pgsidecar_secret";
   std::ofstream(file) << "p@ss/w?rd%41 #\n";
@@ -285,6 +343,12 @@ TEST(Load, WhatIsWrong) {
       {"users: {u: {password: md500112233445566778899aabbccddeeff}}", "md5 hash"},
       {"upstream: {sslrootcert: /no/such}", "cannot read sslrootcert \"/no/such\""},
       {"auth: {method: cert}\ntls: {ca: /etc/hostname}", "tls.mode"},
+      {"upstream: {passwordCommand: [no-such-program]}", "x:1: upstream.passwordCommand: cannot find the program \"no-such-program\""},
+      {"upstream: {passwordCommand: {a: b}}", "a list of a program"},
+      {"upstream: {passwordCommand: [/bin/echo, '${NO_SUCH}']}", "NO_SUCH is not set"},
+      {"upstream: {url: 'postgresql://u@h/d', passwordCommand: [/bin/echo]}", "set users.\"u\".password"},
+      {"upstream: {suspendAfterSecond: 3}", "did you mean \"suspendAfterSeconds\"?"},
+      {"upstream: {suspendAfterSeconds: soon}", "whole number"},
   };
   for (const auto& row : rows) {
     const std::string text = mistake([&] { load_text(row.yaml, "x", kUrl); });

@@ -28,6 +28,31 @@ TEST_F(PoolTest, LastUsedFirstLeased) {
   EXPECT_EQ(pool->take(now), nullptr);
 }
 
+TEST_F(PoolTest, NothingIsKeptForAServerThatGoesToSleep) {
+  settings.min = 2;
+  settings.idleTimeoutMillis = 0;
+  settings.maxLifetimeSeconds = 0;
+  make();
+  pool->set_rest(270s);
+  EXPECT_EQ(pool->idle_check(), 270s);
+  Permit one(pool->permits()), two(pool->permits());
+  Slot a, b;
+  pool->put_idle(a, now);
+  CloseReason reason{};
+  EXPECT_EQ(pool->outdated(now + 300s, reason), nullptr) << "the other one is in use";
+  pool->put_idle(b, now + 200s);
+  EXPECT_EQ(pool->outdated(now + 469s, reason), nullptr) << "the last use counts";
+  EXPECT_FALSE(pool->resting());
+  EXPECT_EQ(pool->outdated(now + 470s, reason), &a);
+  EXPECT_EQ(reason, CloseReason::Idle);
+  one.release();
+  EXPECT_EQ(pool->outdated(now + 470s, reason), &b);
+  EXPECT_TRUE(pool->resting());
+  Waiter waiter;
+  pool->wait(waiter, now + 500s);
+  EXPECT_FALSE(pool->resting());
+}
+
 TEST_F(PoolTest, FirstComeFirstServed) {
   make();
   Waiter a, b, c;

@@ -103,6 +103,9 @@ TEST(Messages, OptionsRows) {
       {"-c =a", std::nullopt},
       {"--a", std::nullopt},
       {"-E", std::nullopt},
+      {"endpoint=ep-cool-name", Settings{}},
+      {"project=x -c a=b neon_endpoint_type:read_write", Settings{{"a", "b"}}},
+      {"neon_x", std::nullopt},
       {"a=b", std::nullopt},
       {"-c a=b c", std::nullopt},
   };
