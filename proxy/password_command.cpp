@@ -40,10 +40,12 @@ class Output {
   void close_write() {
     if (write_ >= 0) ::close(std::exchange(write_, -1));
   }
-  /// Takes what is there. What is too much is read and dropped, so that the program doesn't hang.
+  /// Takes what is there, at most what a pipe holds. What is too much is read and dropped, so that the program doesn't hang.
   void take() {
     char buffer[4096];
-    for (ssize_t n; (n = ::read(read_, buffer, sizeof buffer)) > 0;) {
+    for (int reads = 0; reads < 16; ++reads) {
+      const ssize_t n = ::read(read_, buffer, sizeof buffer);
+      if (n <= 0) break;
       too_long_ |= text_.size() >= kMostOutput;
       if (!too_long_) text_.append(buffer, static_cast<std::size_t>(n));
     }
