@@ -186,7 +186,7 @@ struct Snapshot {
     /// Times that it took kColdStart or more to connect, failed attempts included, when there was no other connection: it had to wake up.
     std::uint64_t coldStarts = 0;
     std::uint64_t coldStartMicros = 0, coldStartMicrosAgo = 0;  ///< what the last one took, and when it was over
-    std::optional<std::uint64_t> suspendMicrosAgo;              ///< when it last ended idle connections of ours
+    std::optional<std::uint64_t> suspendMicrosAgo{};            ///< when it last ended idle connections of ours
     bool isPooler = false;                                      ///< a provider's, in transaction mode
     // As the server said last; no maxConnections: it wasn't asked yet.
     std::uint32_t maxConnections = 0, reserved = 0, used = 0;  ///< reserved for superusers and such; used by anyone
