@@ -68,6 +68,7 @@ class PeerEvents {
 };
 
 void start(const conf::Log& settings);
+void set(const conf::Log& settings);  ///< level and format from now on
 /// Writes what is queued, for at most a second: then nobody reads it, and the process ends with this exit code.
 void stop(int exit_code);
 
