@@ -166,16 +166,16 @@ def test_copy_in_the_middle_of_a_restart(own, proxies):
     proxy = proxies({"pool": {"max": 2, **LONG}}, server=own)
     with raw(proxy, timeout=60) as w:
         w.ask(wire.query("CREATE TABLE copied (a text)"))
-        for extended in (False, True):
-            if extended:
-                w.send(wire.parse("COPY copied FROM STDIN"), wire.bind(), wire.execute(), wire.FLUSH)
+        for ahead in (None, wire.FLUSH, wire.SYNC):  # none: a simple query
+            if ahead:
+                w.send(wire.parse("COPY copied FROM STDIN"), wire.bind(), wire.execute(), ahead)
             else:
                 w.send(wire.query("COPY copied FROM STDIN"))
             w.until("G")
             row = wire.copy_data(b"x" * 1_000_000 + b"\n")
             w.send(row, row[:500_000])
             own.stop(signal.SIGINT)
-            w.send(row[500_000:], row, wire.COPY_DONE, *([wire.SYNC] if extended else []))
+            w.send(row[500_000:], row, wire.COPY_DONE, *([wire.SYNC] if ahead else []))
             messages = w.until()
             assert [e["C"] for e in errors(messages)] in (["57P01"], ["08006"]) and messages[-1].body == b"I", messages
             own.start()
@@ -218,8 +218,11 @@ def test_what_was_sent_behind_a_lost_begin_does_not_run_alone(pg, proxies):
                     w.send(wire.query("BEGIN"))
                     harness.poll(lambda: proxy.stats()["activeCount"] == 1, what="it is on its way")
                     proxy.signal(signal.SIGSTOP)
-                    w.send(wire.query(f"INSERT INTO written VALUES ('{attempt}')"))
-                    gate.cut()
+                    harness.poll(lambda: "T (stopped)" in pathlib.Path(f"/proc/{proxy.pid}/status").read_text(), what="it stands still")
+                    insert = wire.query(f"INSERT INTO written VALUES ('{attempt}')")
+                    # What happened first is seen first.
+                    for step in (gate.cut, lambda: w.send(insert)) if attempt % 2 else (lambda: w.send(insert), gate.cut):
+                        step()
                     gate.resume()
                     proxy.signal(signal.SIGCONT)
                     assert [e["S"] for e in errors(w.closed())] == ["FATAL"]
