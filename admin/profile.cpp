@@ -68,8 +68,7 @@ void write_turns(Json& json, const LoopCounters& now, const LoopCounters& before
 
 void write_handshakes(Json& json, std::string_view name, const pool::Handshakes& shakes) {
   json.key(name).begin('{').field("full", shakes.full).field("resumed", shakes.resumed).field("failed", shakes.failed);
-  write_ratio(json, "msEach", static_cast<double>(shakes.nanos) / 1e6,
-              static_cast<double>(shakes.full + shakes.resumed + shakes.failed));
+  write_ratio(json, "msEach", static_cast<double>(shakes.nanos) / 1e6, static_cast<double>(shakes.full + shakes.resumed + shakes.failed));
   json.end('}');
 }
 

@@ -137,6 +137,11 @@ class Server::Impl : public std::enable_shared_from_this<Impl> {
 
   void listen();
   std::uint16_t port() const { return port_; }
+  void set(conf::Admin settings) {
+    settings.enabled = settings_.enabled;
+    settings.listen = settings_.listen;
+    settings_ = std::move(settings);
+  }
   std::chrono::seconds publish(const Sample& sample);
   void stop();
 
@@ -163,7 +168,7 @@ class Server::Impl : public std::enable_shared_from_this<Impl> {
   Answer change(const Endpoint& endpoint);
 
   asio::io_context& control_;
-  const conf::Admin settings_;
+  conf::Admin settings_;
   const Callbacks callbacks_;
   std::list<tcp::acceptor> acceptors_;
   std::uint16_t port_ = 0;
@@ -685,6 +690,9 @@ Server::~Server() {
 }
 void Server::listen() {
   impl_->listen();
+}
+void Server::set(const conf::Admin& settings) {
+  impl_->set(settings);
 }
 std::uint16_t Server::port() const {
   return impl_->port();

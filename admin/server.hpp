@@ -49,6 +49,8 @@ class Server {
   /// Does nothing if the port is off. Throws std::runtime_error with a text that names the key if it can't
   /// listen.
   void listen();
+  /// All but the port counts from now on.
+  void set(const conf::Admin& settings);
   /// The port listened on; 0 before listen().
   std::uint16_t port() const;
   /// Tells those who read the stream. Returns when the next sample is needed, as Monitor::Reader does.

@@ -42,6 +42,8 @@ struct PoolSettings {
   std::uint32_t min = 2;
   std::uint32_t idleTimeoutMillis = 20000;       ///< 0: never
   std::uint32_t connectionTimeoutMillis = 5000;  ///< 0: wait without a limit
+  std::uint32_t holdMillis = 0;                  ///< the same while the server is away or the database paused; 0: connectionTimeoutMillis
+  std::uint32_t dnsCheckSeconds = 30;            ///< how often names are looked up anew while there is traffic; 0: at connects alone
   std::uint32_t maxUses = 5000;                  ///< leases; 0: no limit
   std::uint32_t maxLifetimeSeconds = 3600;       ///< 0: no limit
   bool allowExitOnIdle = false;
@@ -179,6 +181,7 @@ struct Shutdown {
 
 struct Config {
   std::vector<Listen> listen{{Listen::Kind::Tcp, "127.0.0.1", 6432, {}}};
+  bool watchConfig = false;  ///< a change of the file, or of those that it names, is a reload
   Upstream upstream{"${DATABASE_URL}", {}, {}};
   PoolSettings pool;
   std::map<std::string, Database> databases;  ///< empty: the upstream URL's database under its own name

@@ -560,6 +560,30 @@ Config load(const std::string& path, const Environment& env) {
   return path.empty() ? load_text("", "", env) : load_text(read_file(path), path, env);
 }
 
+std::set<std::string> files_of(const Config& config, const std::string& path, const Environment& env) {
+  std::set<std::string> files{path, config.tls.certificate, config.tls.key, config.tls.ca};
+  const auto named_in = [&](std::string_view text) {
+    static constexpr std::string_view kBegin = "${file:";
+    for (auto at = text.find(kBegin); at != text.npos; at = text.find(kBegin, at + 1))
+      if (const auto end = text.find('}', at); end != text.npos) files.emplace(text.substr(at + kBegin.size(), end - at - kBegin.size()));
+  };
+  const auto certificates_of = [&](const Upstream& upstream) {
+    const ConnectParams p = resolve_upstream(upstream, env);
+    for (const std::string& file : {p.sslrootcert, p.sslcert, p.sslkey, p.sslcrl})
+      if (file != "system") files.insert(file);
+  };
+  if (!path.empty()) named_in(read_file(path));
+  const auto named_in_environment = [&](std::string_view key) { named_in(env(environment_name(key)).value_or("")); };
+  for (const auto& key : config_keys()) named_in_environment(key.path);
+  for (const std::string_view keyword : connection_keywords()) named_in_environment("upstream." + std::string(keyword));
+  named_in_environment("upstream.url");
+  certificates_of(config.upstream);
+  for (const auto& [name, database] : config.databases) certificates_of(database.upstream);
+  for (const auto& [name, hook] : config.alerts.webhooks) files.insert(hook.ca);
+  files.erase("");
+  return files;
+}
+
 Admin load_admin(const std::string& path, const Environment& env) {
   Config config;
   std::vector<std::string> mistakes;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <map>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -27,6 +28,9 @@ class ConfigError : public std::runtime_error {
 /// Loads `path` (empty: no file) under the environment. Every key of the file is also PGSIDECAR_ and its path in
 /// upper snake case. Checks that every upstream and secret can be resolved now. Throws ConfigError.
 Config load(const std::string& path, const Environment& env);
+
+/// The files that a configuration from `path` is made of: its own, those of `${file:}`, certificates, keys and CAs.
+std::set<std::string> files_of(const Config& config, const std::string& path, const Environment& env);
 
 /// The `admin` section alone, for the commands that talk to a running pgsidecar: the rest may name what can't be read now.
 Admin load_admin(const std::string& path, const Environment& env);

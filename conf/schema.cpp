@@ -157,6 +157,8 @@ std::vector<Key<PoolSettings>> make_pool_keys() {
       number_key("min", &P::min),
       number_key("idleTimeoutMillis", &P::idleTimeoutMillis),
       number_key("connectionTimeoutMillis", &P::connectionTimeoutMillis),
+      number_key("holdMillis", &P::holdMillis),
+      number_key("dnsCheckSeconds", &P::dnsCheckSeconds),
       number_key("maxUses", &P::maxUses),
       number_key("maxLifetimeSeconds", &P::maxLifetimeSeconds),
       {"allowExitOnIdle", [](P& p, const std::string& t) { p.allowExitOnIdle = parse_bool(t); },
@@ -199,6 +201,8 @@ std::vector<Key<Config>> make_config_keys() {
                     return out;
                   },
                   true});
+  keys.push_back({"watchConfig", [](Config& c, const std::string& t) { c.watchConfig = parse_bool(t); },
+                  [](const Config& c) { return std::string(c.watchConfig ? "true" : "false"); }});
   static std::vector<std::string> names;  // keep the paths' texts
   names.reserve(pool_keys().size());
   for (const auto& key : pool_keys()) {
@@ -224,9 +228,9 @@ std::vector<Key<Config>> make_config_keys() {
                     if (c.admin.listen.kind != Listen::Kind::Tcp) throw std::invalid_argument("takes host:port or off");
                   },
                   [](const Config& c) { return c.admin.enabled ? print_listen(c.admin.listen) : std::string("off"); }, true});
-  keys.push_back(inner_text("admin.tokenFile", &Config::admin, &Admin::tokenFile, true));
-  keys.push_back(inner_bool("admin.quitquitquit", &Config::admin, &Admin::quitquitquit, true));
-  keys.push_back(admin_list("admin.hosts", &Admin::hosts, true));
+  keys.push_back(inner_text("admin.tokenFile", &Config::admin, &Admin::tokenFile));
+  keys.push_back(inner_bool("admin.quitquitquit", &Config::admin, &Admin::quitquitquit));
+  keys.push_back(admin_list("admin.hosts", &Admin::hosts));
   keys.push_back(admin_list("admin.users", &Admin::users));
   keys.push_back(admin_list("admin.statsUsers", &Admin::statsUsers));
   keys.push_back({"log.level",
@@ -236,7 +240,7 @@ std::vector<Key<Config>> make_config_keys() {
                     throw std::invalid_argument("\"" + t + "\" is none of: trace, debug, info, warn, error, off");
                   },
                   [](const Config& c) { return c.log.level; }});
-  keys.push_back(inner_name("log.format", &Config::log, &Log::format, kFormats, true));
+  keys.push_back(inner_name("log.format", &Config::log, &Log::format, kFormats));
   keys.push_back(inner_number("log.slowQueryMillis", &Config::log, &Log::slowQueryMillis));
   keys.push_back(inner_bool("metrics.pgbouncerCompatible", &Config::metrics, &Metrics::pgbouncerCompatible));
   keys.push_back(inner_bool("alerts.enabled", &Config::alerts, &Alerts::enabled));

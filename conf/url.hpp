@@ -50,6 +50,8 @@ struct ConnectParams {
   /// Sent in the StartupMessage, in order: application_name, client_encoding, options.
   std::vector<std::pair<std::string, std::string>> startup;
   std::vector<std::string> warnings;  ///< keywords that are known and ignored; never a secret
+
+  friend bool operator==(const ConnectParams&, const ConnectParams&) = default;
 };
 
 /// Looks up an environment variable; nullopt if unset.

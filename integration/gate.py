@@ -6,11 +6,11 @@ import time
 
 
 class Gate:
-    """Listens on a free port and relays to host:port. What is set counts for bytes relayed from then on."""
+    """Listens, on a free port unless told otherwise, and relays to host:port. What is set counts for bytes relayed from then on."""
 
-    def __init__(self, port, host="127.0.0.1"):
+    def __init__(self, port, host="127.0.0.1", listen=("127.0.0.1", 0)):
         self.target = (host, port)
-        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.listener = socket.create_server(listen)
         self.port = self.listener.getsockname()[1]
         self.delay = 0.0        # seconds before each piece
         self.slice = 0          # bytes a piece; 0: as they come

@@ -610,10 +610,10 @@ def test_reload_while_draining(proxies):
 
 def test_reload_names_what_needs_a_restart(proxies):
     proxy = proxies()
-    proxy.write_config(harness.merge(proxy.config, {"listen": ["127.0.0.1:1"], "log": {"format": "json"}, "limits": {"maxClients": 7}}))
+    proxy.write_config(harness.merge(proxy.config, {"listen": ["127.0.0.1:1"], "admin": {"listen": "127.0.0.1:2"}, "limits": {"maxClients": 7}}))
     assert curl(proxy, "/api/admin/reload", "-X", "POST")[0] == 200
     harness.poll(lambda: "limits.maxClients changed" in proxy.log_text(), what="it is told")
-    for key in ("listen", "log.format"):
+    for key in ("listen", "admin.listen"):
         assert f"reload: {key} changed, which needs a restart" in proxy.log_text()
     proxy.config_file.write_text("pool: {max: many}\n")
     status, body = curl(proxy, "/api/admin/reload", "-X", "POST")

@@ -480,6 +480,7 @@ def test_reload_and_drain_with_listening_clients(proxies, pg):
     w, idle = raw(proxy), raw(proxy)
     do(w, "LISTEN a")
     do(idle, "LISTEN b")
+    proxy.write_config(harness.merge(proxy.config, {"upstream": {"options": "-c work_mem=9MB"}}))
     proxy.signal(1)
     assert w.recv().error["S"] == "WARNING"  # another server it may be
     notify(pg, "a", "1")

@@ -1,6 +1,7 @@
 #include "pool/pool.hpp"
 
 #include <algorithm>
+#include <utility>
 
 namespace pgsidecar::pool {
 
@@ -21,8 +22,6 @@ Slot* Pool::take(Time) {
 
 void Pool::wait(Waiter& waiter, Time now) {
   waiter.since = now;
-  waiter.deadline =
-      settings_.connectionTimeoutMillis == 0 ? Time::max() : now + std::chrono::milliseconds(settings_.connectionTimeoutMillis);
   waiters_.push_back(waiter);
   resting_ = false;
 }
@@ -35,8 +34,14 @@ Waiter* Pool::next_waiter() {
 }
 
 Waiter* Pool::expired(Time now) {
-  if (waiters_.empty() || waiters_.front().deadline > now) return nullptr;
-  return next_waiter();
+  const std::uint32_t limit = wait_limit();
+  if (waiters_.empty() || limit == 0) return nullptr;
+  const Time since = std::max(waiters_.front().since, away_ ? Time{} : back_);
+  return now - since >= std::chrono::milliseconds(limit) ? next_waiter() : nullptr;
+}
+
+void Pool::set_away(bool away, Time now) {
+  if (std::exchange(away_, away) && !away && settings_.holdMillis != 0) back_ = now;
 }
 
 bool Pool::worn_out(const Slot& slot, Time now, CloseReason& reason) const {

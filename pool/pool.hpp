@@ -52,7 +52,7 @@ struct Slot : Hook {
 
 /// A client that waits for a server connection.
 struct Waiter : Hook {
-  Time since{}, deadline = Time::max();
+  Time since{};
   bool waiting() const { return is_linked(); }
 };
 
@@ -77,8 +77,12 @@ class Pool {
   void wait(Waiter& waiter, Time now);
   /// The next to be served, off the queue; nullptr if none.
   Waiter* next_waiter();
-  /// The first whose deadline has passed, off the queue; nullptr if none.
+  /// The first that has waited for wait_limit(), off the queue; nullptr if none.
   Waiter* expired(Time now);
+  /// In milliseconds; 0: none.
+  std::uint32_t wait_limit() const { return away_ && settings_.holdMillis != 0 ? settings_.holdMillis : settings_.connectionTimeoutMillis; }
+  /// Whether the server is away, or the database paused: who waits is held. When that is over, who was held waits anew.
+  void set_away(bool away, Time now);
   void lease(Slot& slot) {
     resting_ = false;
     ++slot.uses;
@@ -113,6 +117,8 @@ class Pool {
   bool resting_ = false;
   Slots idle_;       // front: last used
   Waiters waiters_;  // front: first come
+  bool away_ = false;
+  Time back_{};  // since when those who were held wait anew
 };
 
 }  // namespace pgsidecar::pool

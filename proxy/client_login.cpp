@@ -1,6 +1,9 @@
 // How a client begins: TLS, cancel, login, and what it is told at its end. Part of ClientSession.
 #include <openssl/rand.h>
 
+#include <boost/asio/post.hpp>
+#include <utility>
+
 #include "proxy/client_console.hpp"
 #include "proxy/client_session.hpp"
 #include "proxy/log.hpp"
@@ -26,6 +29,7 @@ struct ClientSession::Login {
   protocol::Startup startup;
   std::string user, database, peer;
   bool console = false, own_user = false;
+  bool greeted = false;  // it had a server connection once, which was lost
 };
 
 ClientSession::ClientSession(Worker& worker, Socket socket, std::uint32_t id, std::string peer)
@@ -278,6 +282,15 @@ void ClientSession::greet() {
   login_.reset();
   transition(server_ ? State::Active : State::Ready);
   send(worker_.to_client);
+}
+
+// Nothing of its own was sent yet: it waits for another server connection, once.
+void ClientSession::greet_elsewhere(const protocol::ErrorFields& error) {
+  if (std::exchange(login_->greeted, true)) return on_greeting_failed(error);
+  boost::asio::post(worker_.loop(), [self = shared_from_this()] {
+    const Worker::Turn turn(self->worker_);
+    if (self->state_ == State::Greeting && !self->server_ && !self->waiting()) self->worker_.want_server(*self);
+  });
 }
 
 void ClientSession::on_greeting_failed(const protocol::ErrorFields& error) {

@@ -356,21 +356,26 @@ void ClientSession::on_server_lost(const std::string& sqlstate, const std::strin
     const bool ends = o.request == Request::Query || o.request == Request::Sync || o.request == Request::FunctionCall;
     readies += ends && o.verdict == Verdict::Forward;
   });
-  const bool several = readies + pipeline.unsynced() > 1;
+  // What it has sent behind them without waiting may belong to a transaction that is gone before it was one.
+  boost::system::error_code ignored;
+  const bool more = readies > 0 && !pipeline.copy_in() && pass_left_ == 0 &&
+                    (!channel_.unread.empty() || channel_.transport.socket().available(ignored) > 0);
+  const bool several = more || readies + pipeline.unsynced() > 1;
   // What it had just done to its session.
   const bool unknown =
       server_->asking_residue() || server_->restoring() || (subscriber_ && subscriber_->owes_ready()) || left_unknown(in_transaction);
   if (subscriber_) subscriber_->on_server_lost();
   server_ = nullptr;
-  if (state_ == State::Greeting) return on_greeting_failed({"FATAL", sqlstate, message, {}, {}});
+  if (state_ == State::Greeting) return greet_elsewhere({"FATAL", sqlstate, message, {}, {}});
   worker_.count_error(sqlstate);
   while (!pending_.empty()) on_name_done(false);
   parse_error_.reset();
   forget_residue();
   in_request_ = false;
   // A session that lived on that connection, or a transaction, can't go on elsewhere.
-  if (pin_ || unknown || several || pass_left_ > 0 || entry_->pool.settings().mode == conf::PoolMode::Session)
+  if (pin_ || unknown || several || entry_->pool.settings().mode == conf::PoolMode::Session)
     return fatal(sqlstate, message, "The server connection that held this client's transaction or session is gone.");
+  pass_to_server_ = false;  // the rest of what it is sending
   transition(State::Ready);
   worker_.run_later(*this);
   if (in_transaction) lost_ = std::make_unique<LostTransaction>(sqlstate, message, owed);

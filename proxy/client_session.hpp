@@ -160,6 +160,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   void answer_console();
   void cancel_console();
   void greet();
+  void greet_elsewhere(const protocol::ErrorFields& error);
   std::size_t on_request(char type, protocol::Bytes available, std::size_t total);
   bool acquire();
   bool held() const;

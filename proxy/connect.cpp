@@ -193,11 +193,11 @@ awaitable<std::string> ServerConnection::try_hosts() {
   const std::shared_ptr<const Upstream> upstream = co_await look_up();
   if (!upstream) co_return std::string("stopped");
   if (!upstream->error.empty()) co_return upstream->error;
+  worker_.saw_addresses(entry_, *upstream);
   worker_.connect_begins(worker_.upstream_of(entry_.database));
   std::string error, failures;  // of the last attempt; of all hosts
   const bool prefer_standby = upstream->params.targetSessionAttrs == conf::TargetSessionAttrs::PreferStandby;
-  std::vector<Target> targets = upstream->targets;
-  if (upstream->params.loadBalanceHosts) std::shuffle(targets.begin(), targets.end(), worker_.random_engine());
+  const std::vector<Target> targets = worker_.targets_of(entry_, *upstream);
   for (int round = 0; round < (prefer_standby ? 2 : 1); ++round) {
     for (const Target& target : targets) {
       const bool local = target.host.is_unix();
@@ -214,10 +214,13 @@ awaitable<std::string> ServerConnection::try_hosts() {
         if (attempt != 0 || !other || !retry_other_tls_) break;
         tls = !tls;
       }
+      if (error.empty()) entry_.addresses.worked(address_of(target));
       if (error.empty() || is_final(login_error_.sqlstate)) {
         if (login_error_.sqlstate.starts_with("28") && is_old(target.password_since)) stale_password_ = target.host.password;
         co_return error;
       }
+      if (!unfit_ || !prefer_standby) entry_.addresses.failed(address_of(target), worker_.now());
+      if (unfit_ && !prefer_standby) worker_.outdate_address(entry_, address_of(target));
       failures += (failures.empty() ? "" : "\n") + error;
     }
   }
@@ -260,7 +263,7 @@ void ServerConnection::fail_connect(const protocol::ErrorFields& error) {
 awaitable<std::string> ServerConnection::log_in(std::shared_ptr<const Upstream> upstream, Target target, bool tls,
                                                 conf::TargetSessionAttrs wanted) {
   const conf::ConnectParams& params = upstream->params;
-  retry_other_tls_ = false;
+  retry_other_tls_ = unfit_ = false;
   login_error_ = {};
   login_error_.sqlstate = "08006";
   if (channel_) channel_->transport.close();
@@ -280,7 +283,8 @@ awaitable<std::string> ServerConnection::log_in(std::shared_ptr<const Upstream> 
     if (failure.empty() && wanted != conf::TargetSessionAttrs::Any) {
       SessionState session;
       failure = co_await find_session(session);
-      if (failure.empty() && !session.fits(wanted)) failure = "session is not as target_session_attrs asks";
+      unfit_ = failure.empty() && !session.fits(wanted);
+      if (unfit_) failure = "session is not as target_session_attrs asks";
     }
   } catch (const boost::system::system_error& e) {
     failure = e.code().message();
@@ -340,9 +344,8 @@ awaitable<std::string> ServerConnection::ask_session(std::string sql, bool& is_o
 
 awaitable<std::string> ServerConnection::find_session(SessionState& session) {
   const auto reported = [this](const char* name, bool& is_on) {
-    const auto it = parameters_.find(name);
-    if (it != parameters_.end()) is_on = it->second == "on";
-    return it != parameters_.end();
+    is_on = this->is_on(name);
+    return parameters_.contains(name);
   };
   std::string failure;
   if (!reported("in_hot_standby", session.standby))
@@ -350,6 +353,27 @@ awaitable<std::string> ServerConnection::find_session(SessionState& session) {
   if (failure.empty() && !reported("default_transaction_read_only", session.read_only))
     failure = co_await ask_session("SHOW transaction_read_only", session.read_only);
   co_return failure;
+}
+
+bool ServerConnection::is_on(const char* parameter) const {
+  const auto it = parameters_.find(parameter);
+  return it != parameters_.end() && it->second == "on";
+}
+
+void ServerConnection::on_role_changed() {
+  const SessionState session{is_on("in_hot_standby"), is_on("default_transaction_read_only")};
+  if (condemned || !alive() || session.fits(upstream_->params.targetSessionAttrs)) return;
+  log::info("server_role_changed", about(), "server {} (pid {}): no longer as target_session_attrs asks: replaced", id_, pid_);
+  condemned = true;
+  worker_.kick();
+}
+
+// A client's own read-only transaction refuses writes too. Since PostgreSQL 14 a server says itself that it is no standby.
+void ServerConnection::on_write_refused() {
+  const conf::TargetSessionAttrs wanted = upstream_->params.targetSessionAttrs;
+  const bool may_be_standby = !parameters_.contains("in_hot_standby") || is_on("in_hot_standby");
+  if (may_be_standby && wanted <= conf::TargetSessionAttrs::Primary && wanted != conf::TargetSessionAttrs::ReadOnly)
+    worker_.on_write_refused(*this);
 }
 
 /// The data loop goes on meanwhile.

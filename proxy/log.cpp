@@ -87,14 +87,18 @@ void start(const conf::Log& settings) {
   if (!spdlog::thread_pool()) spdlog::init_thread_pool(kQueue, 1);
   auto logger = std::make_shared<spdlog::async_logger>("", std::make_shared<spdlog::sinks::stdout_sink_mt>(), spdlog::thread_pool(),
                                                        spdlog::async_overflow_policy::overrun_oldest);
-  logger->set_level(spdlog::level::from_str(settings.level));
   logger->flush_on(spdlog::level::info);
+  spdlog::set_default_logger(std::move(logger));
+  set(settings);
+}
+
+void set(const conf::Log& settings) {
   auto formatter = std::make_unique<spdlog::pattern_formatter>(spdlog::pattern_time_type::utc);
   const bool json = settings.format == conf::LogFormat::Json;
   formatter->add_flag<EventFormatter>('*', json).set_pattern(json ? R"({"time":"%Y-%m-%dT%H:%M:%S.%eZ","level":"%l",%*})"
                                                                   : "%Y-%m-%dT%H:%M:%S.%eZ %l %*");
-  logger->set_formatter(std::move(formatter));
-  spdlog::set_default_logger(std::move(logger));
+  spdlog::set_formatter(std::move(formatter));
+  spdlog::set_level(spdlog::level::from_str(settings.level));
 }
 
 std::size_t footprint() {

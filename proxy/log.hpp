@@ -71,7 +71,8 @@ class PeerEvents {
 };
 
 void start(const conf::Log& settings);
-std::size_t footprint();  ///< of the queue, which is made at start
+std::size_t footprint();              ///< of the queue, which is made at start
+void set(const conf::Log& settings);  ///< level and format from now on
 /// Writes what is queued, for at most a second: then nobody reads it, and the process ends with this exit code.
 void stop(int exit_code);
 

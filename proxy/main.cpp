@@ -156,6 +156,10 @@ int run(const Arguments& arguments, std::shared_ptr<const conf::Config> config, 
     return alerts.next();
   });
   monitor.add([&](const admin::Sample& sample) { return server.publish(sample); });
+  supervisor.on_reloaded = [&] {
+    server.set(supervisor.config().admin);
+    monitor.wake();
+  };
   return supervisor.run(
       [&] {
         if (config->admin.enabled)

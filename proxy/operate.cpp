@@ -29,6 +29,10 @@ const char* word_of(Kind kind) {
   }
 }
 
+bool all(const ServerConnection&) {
+  return true;
+}
+
 bool matches(const PoolEntry& entry, const std::string& database) {
   return database.empty() || entry.database == database;
 }
@@ -44,23 +48,13 @@ bool Worker::is_console(const std::string& database) const {
   return !config_->databases.contains(database) && database != upstream_.dbname;
 }
 
-void Worker::outdate_servers(PoolEntry& entry) {
-  std::vector<std::shared_ptr<ServerConnection>> idle;
-  for (auto& [id, server] : entry.servers) {
-    server->condemned = true;
-    if (server->state() == ServerConnection::State::Idle) idle.push_back(server);
-  }
-  for (const auto& server : idle) server->close(pool::CloseReason::Reload);
-  entry.listener.recycle();
-}
-
 void Worker::set_paused() {
   for (auto& [key, entry] : pools_) {
     const bool paused = is_paused(entry->database);
     if (paused == std::exchange(entry->paused, paused)) continue;
     entry->replacements = 0;
     if (paused)
-      outdate_servers(*entry);
+      outdate_servers(*entry, all);
     else
       serve(*entry);
   }
@@ -111,7 +105,7 @@ std::string Worker::change(const pool::Command& command) {
       break;
     case Kind::Reconnect:
       for (auto& [key, entry] : pools_)
-        if (matches(*entry, database)) outdate_servers(*entry);
+        if (matches(*entry, database)) outdate_servers(*entry, all);
       kick();
       break;
     case Kind::Kill:

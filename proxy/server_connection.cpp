@@ -1,7 +1,10 @@
 #include "proxy/server_connection.hpp"
 
+#include <sys/socket.h>
+
 #include <algorithm>
 #include <boost/asio/post.hpp>
+#include <cerrno>
 
 #include "proxy/client_session.hpp"
 #include "proxy/log.hpp"
@@ -73,6 +76,7 @@ void ServerConnection::on_readable(const boost::system::error_code& ec) {
     if (got.status == IoStatus::WouldBlock) break;
     if (got.status != IoStatus::Ok) {
       if (state_ == State::Closing) return closed();
+      if (farewell_) return lost(farewell_->sqlstate, farewell_->message);
       return lost("08006", "server closed the connection unexpectedly");
     }
     if (state_ == State::Closing) continue;
@@ -106,14 +110,20 @@ void ServerConnection::send(Gather& gather) {
   if (gather.empty()) return;
   if (!alive()) return gather.clear();
   entry_.pool.counters().serverBytesSent += gather.size();
-  if (!channel_->send(gather, worker_.tls_scratch())) {
-    // What the server said before it went is still to be read; on_readable finds the end.
-    boost::asio::post(worker_.loop(), [self = shared_from_this()] {
-      if (self->alive() && !self->channel_->reading) self->on_readable({});
-    });
-    return;
-  }
+  if (!channel_->send(gather, worker_.tls_scratch())) return read_last_words();
   if (channel_->queued() > 0) wait_writable();
+}
+
+void ServerConnection::read_last_words() {
+  boost::asio::post(worker_.loop(), [self = shared_from_this()] {
+    if (self->alive() && !self->channel_->reading) self->on_readable({});
+  });
+}
+
+bool ServerConnection::has_unread() {
+  char byte = 0;
+  return ::recv(channel_->transport.socket().native_handle(), &byte, 1, MSG_PEEK | MSG_DONTWAIT) >= 0 ||
+         (errno != EAGAIN && errno != EINTR);
 }
 
 void ServerConnection::wait_writable() {
@@ -123,7 +133,7 @@ void ServerConnection::wait_writable() {
     Channel& channel = *self->channel_;
     channel.writing = false;
     if (ec || !self->alive()) return;
-    if (!channel.flush(self->worker_.tls_scratch())) return self->lost("08006", "server closed the connection unexpectedly");
+    if (!channel.flush(self->worker_.tls_scratch())) return self->read_last_words();
     if (channel.queued() > 0) return self->wait_writable();
     if (self->client_) self->client_->resume_reading();
   });
@@ -203,9 +213,14 @@ bool ServerConnection::on_frame(Backend type, Bytes available, std::size_t total
       if (!reader.ok()) return false;
       parameters_[std::string(name)] = value;
       if (name == "standard_conforming_strings") conforming_strings_ = value != "off";
+      if (name == "in_hot_standby") on_role_changed();
       return pass(to_client && client_->state() != ClientSession::State::Greeting);
     }
-    case Backend::NoticeResponse: return pass(to_client && client_->state() != ClientSession::State::Greeting);
+    case Backend::NoticeResponse:
+      // Told to quit at once (SIGQUIT), a server process can say so in a warning alone.
+      if (available.size() == total) farewell_ = protocol::parse_error(available.subspan(kHeaderSize));
+      if (farewell_ && !farewell_->sqlstate.starts_with("57P")) farewell_.reset();
+      return pass(to_client && client_->state() != ClientSession::State::Greeting);
     case Backend::NotificationResponse: {
       const auto notification = protocol::parse_notification(available.subspan(kHeaderSize));
       if (!notification) return false;
@@ -220,10 +235,12 @@ bool ServerConnection::on_frame(Backend type, Bytes available, std::size_t total
 }
 
 bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total) {
+  farewell_.reset();
   if (type == Backend::ErrorResponse && available.size() == total) {
     const auto error = protocol::parse_error(available.subspan(kHeaderSize));
     if (!error) return false;
     worker_.count_error(error->sqlstate);
+    if (error->sqlstate == "25006") on_write_refused();
     // Whoever parses the same text anew must get a new plan, as on a connection of its own.
     if (const Owed* front = pipeline.front();
         front && error->sqlstate == "0A000" && (front->request == Request::Bind || front->request == Request::Describe))
@@ -456,8 +473,9 @@ void ServerConnection::settle() {
     deadline = worker_.now() + std::chrono::seconds(5);
     return worker_.kick();
   }
+  const bool one_too_many = entry_.pool.staying() > entry_.pool.settings().max;
   if (entry_.pool.worn_out(*this, worker_.now(), reason)) {
-    ++entry_.replacements;
+    if (!one_too_many) ++entry_.replacements;
     close(reason);
     return worker_.serve(entry_);
   }
@@ -506,6 +524,7 @@ void ServerConnection::lost(const std::string& sqlstate, const std::string& reas
   if (!alive()) return;
   const auto self = shared_from_this();
   const bool in_transaction = pipeline.status() != TxStatus::Idle;
+  entry_.losing_until = worker_.now() + std::chrono::seconds(1);
   log::info("server_lost", about(sqlstate), "server {} ({}@{}, pid {}): lost: {} {}", id_, entry_.user, entry_.database, pid_, sqlstate,
             reason);
   if (state_ == State::Idle && sqlstate.starts_with("57P")) worker_.saw_suspend(entry_);

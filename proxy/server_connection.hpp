@@ -68,7 +68,10 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   State state() const { return state_; }
   std::uint64_t id() const { return id_; }
   std::uint32_t pid() const { return pid_; }
-  PoolEntry& entry() { return entry_; }
+  PoolEntry& entry() const { return entry_; }
+  const Upstream* upstream() const { return upstream_.get(); }  ///< as it was when this was connected; null: it isn't yet
+  const Target& target() const { return target_; }
+  bool has_unread();  ///< the server has said something, or closed its end
   ClientSession* client() { return client_; }
   const std::map<std::string, std::string>& parameters() const { return parameters_; }
   log::About about(std::string_view sqlstate = {}) const;  ///< for the log
@@ -189,6 +192,10 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   void apply_failed(const protocol::ErrorFields& error);
   void ask(std::uint64_t note, std::string_view sql);
   void lost(const std::string& sqlstate, const std::string& reason);
+  void read_last_words();  ///< sending has failed: what the server has said before it went is still to be read
+  bool is_on(const char* parameter) const;
+  void on_role_changed();   ///< a standby was promoted
+  void on_write_refused();  ///< 25006
   void start_reset();
   bool changes_catalog(std::string_view tag) const;
   void on_catalog_changed();
@@ -224,6 +231,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   std::set<std::uint64_t> unclosed_;  // statements that are forgotten and may still be prepared
   bool conforming_strings_ = true;
   bool retry_other_tls_ = false;  // sslmode prefer and allow
+  bool unfit_ = false;            // not as target_session_attrs asks
   int resets_overdue_ = 0;
   Residue residue_;
   std::string login_user_;
@@ -233,7 +241,8 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   Catalog::Inquiry inquiry_;
   std::unique_ptr<Survey> survey_;
   protocol::ErrorFields login_error_;
-  std::string stale_password_;  // that the server has refused, of upstream.passwordCommand
+  std::string stale_password_;                     // that the server has refused, of upstream.passwordCommand
+  std::optional<protocol::ErrorFields> farewell_;  // why it is about to close, as a notice has said
 };
 
 }  // namespace pgsidecar::proxy

@@ -9,12 +9,25 @@
 
 #include "proxy/console_config.hpp"
 #include "proxy/log.hpp"
+#include "proxy/tls.hpp"
 
 namespace pgsidecar::proxy {
 
 namespace asio = boost::asio;
 
 namespace {
+
+constexpr std::uint64_t kOtherFiles = 256;  // than clients'
+
+/// CAs, certificates and keys towards servers can be used. Throws.
+void check_certificates(const conf::Config& config, const conf::Environment& env) {
+  const auto check = [&](const conf::Upstream& upstream) {
+    const conf::ConnectParams params = conf::resolve_upstream(upstream, env);
+    if (params.sslmode != conf::SslMode::Disable) make_client_context(params);
+  };
+  check(config.upstream);
+  for (const auto& [name, database] : config.databases) check(database.upstream);
+}
 
 /// As many descriptors as clients and servers may need, if the hard limit allows.
 void raise_file_limit(std::uint64_t wanted) {
@@ -34,8 +47,11 @@ Supervisor::Supervisor(std::string config_path, std::shared_ptr<const conf::Conf
       config_(config),
       env_(env),
       control_(control_loop_, data_loop_, std::move(env)),
-      worker_(data_loop_, control_, std::move(config)),
-      signals_(control_loop_, SIGTERM, SIGINT, SIGHUP) {
+      worker_(data_loop_, control_, Prepared(std::move(config), env_)),
+      signals_(control_loop_, SIGTERM, SIGINT, SIGHUP),
+      files_(control_loop_, [this] {
+        if (!files_.unchanged()) reload();
+      }) {
   std::signal(SIGPIPE, SIG_IGN);
   worker_.on_request = [this](const ConsoleCommand& command, std::function<void(std::string)> done) {
     asio::post(control_loop_, [this, command, done = std::move(done)]() mutable {
@@ -70,18 +86,27 @@ void Supervisor::watch(SnapshotDone done, std::function<void()> happened) {
 }
 
 std::string Supervisor::reload() {
+  changed_files_.merge(files_.changed());
   try {
     auto next = std::make_shared<const conf::Config>(conf::load(config_path_, env_));
-    if (next->tls.mode != conf::TlsMode::Disable) make_server_context(next->tls);  // a bad file must change nothing
+    check_certificates(*next, env_);
+    auto prepared = std::make_shared<Prepared>(next, env_);
+    files_.set(conf::files_of(*next, config_path_, env_), next->watchConfig);
     const conf::Changes changes = conf::compare(*config_, *next);
     const auto level = spdlog::level::from_str(next->log.level);
     spdlog::set_level(std::min(level, spdlog::get_level()));  // what is told of the change is shown if either level shows it
     for (const std::string& key : changes.applied) log::info("reload", {}, "reload: {} changed", key);
     for (const std::string& key : changes.needRestart) log::warn("reload", {}, "reload: {} changed, which needs a restart", key);
-    if (changes.applied.empty() && changes.needRestart.empty()) log::info("reload", {}, "reload: nothing changed");
-    spdlog::set_level(level);
+    changed_files_.erase(config_path_);
+    for (const std::string& file : changed_files_) log::info("reload", {}, "reload: the file {} changed", file);
+    if (changes.applied.empty() && changes.needRestart.empty() && changed_files_.empty())
+      log::info("reload", {}, "reload: nothing changed");
+    changed_files_.clear();
+    log::set(next->log);
+    raise_file_limit(next->limits.maxClients + kOtherFiles);
     config_ = next;
-    asio::post(data_loop_, [this, next] { worker_.reload(next); });
+    asio::post(data_loop_, [this, prepared] { worker_.reload(std::move(*prepared)); });
+    if (on_reloaded) on_reloaded();
     return {};
   } catch (const std::exception& e) {
     log::error("reload_failed", {}, "reload: nothing is changed: {}", e.what());
@@ -114,7 +139,7 @@ std::string Supervisor::set(const std::string& key, const std::string& value) {
   if (std::string error = apply_setting(*next, key, value); !error.empty()) return error;
   for (const std::string& changed : conf::compare(*config_, *next).applied)
     log::info("setting", {}, "set: {} changed, until the next reload", changed);
-  if (next->log.level != config_->log.level) spdlog::set_level(spdlog::level::from_str(next->log.level));
+  log::set(next->log);
   config_ = next;
   asio::post(data_loop_, [this, next = std::shared_ptr<const conf::Config>(std::move(next))] { worker_.adjust(next); });
   return {};
@@ -142,11 +167,12 @@ void Supervisor::wait_signal() {
 }
 
 int Supervisor::run(const std::function<void()>& listening, const std::function<void()>& stopping) {
-  raise_file_limit(config_->limits.maxClients + 256);
+  raise_file_limit(config_->limits.maxClients + kOtherFiles);
   worker_.on_stopped = [this](int code) {
     exit_code_ = code;
     data_loop_.stop();
   };
+  files_.set(conf::files_of(*config_, config_path_, env_), config_->watchConfig);
   worker_.listen();
   listening();
   wait_signal();

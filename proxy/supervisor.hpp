@@ -7,10 +7,12 @@
 #include <boost/asio/signal_set.hpp>
 #include <functional>
 #include <memory>
+#include <set>
 #include <string>
 
 #include "conf/load.hpp"
 #include "proxy/control.hpp"
+#include "proxy/file_watch.hpp"
 #include "proxy/stacks.hpp"
 #include "proxy/worker.hpp"
 
@@ -30,6 +32,7 @@ class Supervisor {
   void watch(SnapshotDone done, std::function<void()> happened);
   /// Reload from the same file: empty, or why nothing was changed. On the control loop.
   std::string reload();
+  std::function<void()> on_reloaded;  ///< on the control loop; config() is the new one
   void drain();
   /// Has the data loop do it; `done` gets empty or why it couldn't, on the control loop.
   void command(const pool::Command& command, std::function<void(std::string error)> done);
@@ -56,6 +59,8 @@ class Supervisor {
   pool::Lag control_lag_;
   StackSampler stacks_{control_loop_};
   boost::asio::signal_set signals_;
+  FileWatch files_;                      // of the configuration
+  std::set<std::string> changed_files_;  // since it was last loaded
   bool signalled_ = false;
   int exit_code_ = 0;
 };

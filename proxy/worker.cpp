@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <bit>
 #include <boost/asio/bind_allocator.hpp>
 #include <boost/asio/post.hpp>
 #include <utility>
@@ -34,16 +35,22 @@ milliseconds rest_after(const conf::Upstream& upstream) {
   return milliseconds(std::uint64_t{900} * upstream.suspendAfterSeconds);
 }
 
-/// Of a failed connect: the server has answered, so that it is up.
-bool is_answer(std::string_view sqlstate) {
-  return !sqlstate.starts_with("08") && !sqlstate.starts_with("57P");
+/// Its connections were made with these.
+bool same_connections(const conf::PoolSettings& a, const conf::PoolSettings& b) {
+  return a.mode == b.mode && a.keepAlive == b.keepAlive && a.keepAliveInitialDelayMillis == b.keepAliveInitialDelayMillis &&
+         a.maxUses == b.maxUses && a.maxLifetimeSeconds == b.maxLifetimeSeconds;
 }
 
 }  // namespace
 
-Worker::Worker(asio::io_context& data, Control& control, std::shared_ptr<const conf::Config> config)
-    : data_(data), control_(control), config_(std::move(config)), timer_(data), started_at_(pool::Clock::now()), averages_(started_at_) {
-  use_config();
+Prepared::Prepared(std::shared_ptr<const conf::Config> from, const conf::Environment& env)
+    : config(std::move(from)), upstream(conf::resolve_upstream(config->upstream, env)) {
+  if (config->tls.mode != conf::TlsMode::Disable) client_tls = make_server_context(config->tls);
+}
+
+Worker::Worker(asio::io_context& data, Control& control, Prepared prepared)
+    : data_(data), control_(control), timer_(data), started_at_(pool::Clock::now()), averages_(started_at_) {
+  use_config(std::move(prepared));
 }
 
 Worker::~Worker() {
@@ -52,11 +59,12 @@ Worker::~Worker() {
     for (const auto& [id, server] : entry->servers) server->abandon();
 }
 
-void Worker::use_config() {
-  client_tls_ = config_->tls.mode == conf::TlsMode::Disable ? SslContext() : make_server_context(config_->tls);
-  certificates_.clear();
+void Worker::use_config(Prepared prepared) {
+  config_ = std::move(prepared.config);
+  client_tls_ = std::move(prepared.client_tls);
+  certificates_.erase("tls.certificate");
   if (client_tls_) saw_certificate("tls.certificate", SSL_CTX_get0_certificate(client_tls_.get()));
-  upstream_ = conf::resolve_upstream(config_->upstream, control_.environment());
+  upstream_ = std::move(prepared.upstream);
   for (const std::string& warning : conf::upstream_warnings(*config_, control_.environment()))
     log::warn("upstream_warning", {}, "{}", warning);
   if (config_->databases.empty()) databases_[upstream_.dbname] = describe(upstream_.dbname);
@@ -64,34 +72,44 @@ void Worker::use_config() {
     if (name != "*") databases_[name] = describe(name);
 }
 
-void Worker::reload(std::shared_ptr<const conf::Config> config) {
-  config_ = std::move(config);
+void Worker::reload(Prepared prepared) {
+  const Turn turn(*this);
   auto before = std::exchange(databases_, {});
-  use_config();
+  use_config(std::move(prepared));
   control_.forget_passwords();
   // A pool that the configuration doesn't name any more keeps its settings until its clients have left.
   for (auto& [key, entry] : pools_) {
-    for (auto& [id, server] : entry->servers) server->condemned = true;
     entry->settings.forget_welcomes();
     entry->catalog.forget();
-    entry->retry_at = {};
+    entry->backoff.hurry();
+    entry->passes_password_on = passes_password_on(entry->user);
     std::string sqlstate, error;
     auto plan = plan_pool(entry->database, entry->user, sqlstate, error);
     if (!databases_.contains(entry->database))
       databases_[entry->database] = plan ? describe(entry->database) : std::move(before[entry->database]);
+    const bool same = plan && plan->upstream == entry->upstream && same_connections(plan->settings, entry->pool.settings());
     if (plan) {
       entry->pool.set_settings(plan->settings);
       entry->upstream = std::move(plan->upstream);
       entry->pool.set_rest(rest_after(entry->upstream));
     }
+    if (same)
+      recheck(*entry);
+    else
+      outdate_servers(*entry, [](const ServerConnection&) { return true; });
   }
   weighed_.clear();
   outweighed_.clear();
-  const auto is_gone = [this](const auto& upstream) {
+  const auto is_unused = [this](const auto& upstream) {
     return std::none_of(databases_.begin(), databases_.end(), [&](const auto& one) { return one.second.upstream == upstream.first; });
   };
-  std::erase_if(upstreams_, is_gone);
-  std::erase_if(upstream_times_, is_gone);
+  std::erase_if(upstreams_, is_unused);
+  std::erase_if(upstream_times_, is_unused);
+  std::erase_if(certificates_, [this](const auto& seen) {
+    return seen.first != "tls.certificate" && std::none_of(databases_.begin(), databases_.end(), [&](const auto& one) {
+             return one.second.upstream.find(seen.first) != std::string::npos;
+           });
+  });
   kick();
 }
 
@@ -269,8 +287,8 @@ void Worker::on_login() {
 
 void Worker::want_server(ClientSession& client) {
   PoolEntry& entry = *client.entry();
-  if (!entry.paused && !entry.listener.wants())
-    if (pool::Slot* slot = entry.pool.take(now())) return static_cast<ServerConnection*>(slot)->lease(client);
+  if (!entry.paused && !entry.listener.wants() && entry.pool.waiting_count() == 0)
+    if (ServerConnection* server = take_idle(entry)) return server->lease(client);
   entry.pool.wait(client, now());
   kick();
   serve(entry);
@@ -299,9 +317,9 @@ void Worker::serve(PoolEntry& entry) {
     idle->unlink();
     entry.listener.adopt(*idle);
   }
-  while (entry.pool.waiting_count() > 0 && entry.pool.any_idle()) {
-    auto* server = static_cast<ServerConnection*>(entry.pool.any_idle());
-    server->unlink();
+  while (entry.pool.waiting_count() > 0) {
+    ServerConnection* server = take_idle(entry);
+    if (!server) break;
     server->lease(*static_cast<ClientSession*>(entry.pool.next_waiter()));
   }
   while (!entry.logins.empty()) {
@@ -316,7 +334,7 @@ void Worker::serve(PoolEntry& entry) {
     open_server(entry, std::move(entry.logins.front()));
     entry.logins.pop_front();
   }
-  if (now() < entry.retry_at || (entry.passes_password_on && !entry.given_password)) return;
+  if (!entry.backoff.may_try(now(), entry.pool.waiting_count() > 0) || (entry.passes_password_on && !entry.given_password)) return;
   const conf::PoolSettings& settings = entry.pool.settings();
   std::uint32_t open = entry.pool.wanted(entry.connecting);
   const bool wanted = entry.clients > 0 && !draining_;
@@ -328,7 +346,7 @@ void Worker::serve(PoolEntry& entry) {
   }
   if (open == 0 && wanted && !entry.pool.resting() && entry.pool.staying() < settings.min && entry.pool.open() < settings.max) open = 1;
   if (open == 0 && listens && !entry.listener.has_server() && entry.connecting == 0 && entry.pool.open() < settings.max) open = 1;
-  if (entry.failures > 0) open = std::min(open, entry.connecting == 0 ? 1u : 0u);  // one probes for all
+  if (entry.backoff.failures() > 0) open = std::min(open, entry.connecting == 0 ? 1u : 0u);  // one probes for all
   for (; open > 0; --open) open_server(entry, {});
 }
 
@@ -339,19 +357,10 @@ void Worker::open_server(PoolEntry& entry, std::optional<ServerConnection::Login
   server->connect(std::move(login));
 }
 
-// Who waits for a server that wakes up has it as soon as it is awake; one that is down isn't asked all the time.
-milliseconds Worker::retry_after(const PoolEntry& entry) {
-  const bool soon = !is_permanent(entry.last_failure.sqlstate) && may_be_waking(upstream_of(entry.database));
-  const double most = soon ? 0.5 : 5.0;
-  const double seconds = std::min(most, 0.05 * static_cast<double>(1u << std::min(entry.failures, 8u))) * (0.75 + 0.5 * random());
-  return milliseconds(static_cast<int>(seconds * 1000));
-}
-
 void Worker::on_connected(ServerConnection& server) {
   PoolEntry& entry = server.entry();
   --entry.connecting;
-  entry.failures = 0;
-  entry.retry_at = {};
+  entry.backoff.succeeded();
   entry.last_failure = {};
   database_seen(upstream_of(entry.database), true);
   if (server.login()) {
@@ -361,6 +370,7 @@ void Worker::on_connected(ServerConnection& server) {
   if (const auto it = server.parameters().find("server_version"); it != server.parameters().end()) database_version_ = it->second;
   log::info("server_connected", server.about(), "server {} ({}@{}, pid {}): connected", server.id(), entry.user, entry.database,
             server.pid());
+  outdate_servers(entry, [this](const ServerConnection& one) { return is_gone(one); });
   kick();
 }
 
@@ -375,16 +385,19 @@ void Worker::on_connect_failed(ServerConnection& server, const protocol::ErrorFi
     return check_stopped();
   }
   if (error.sqlstate.starts_with("28")) entry.given_password.reset();  // changed on the server: the next client brings the new one
+  const bool is_news = error.message != entry.last_failure.message;
   entry.last_failure = error;
   ++entry.pool.counters().connectFailures;
-  ++entry.failures;
-  entry.retry_at = now() + retry_after(entry);
+  entry.backoff.failed(now(), random(), is_permanent(error.sqlstate));
   const bool wakes = entry.upstream.suspendAfterSeconds > 0 && may_be_waking(upstream_of(entry.database));
-  const std::string failure = fmt::format("{}@{}: cannot connect: {} {}", entry.user, entry.database, error.sqlstate, error.message);
-  if (wakes)
-    log::info("connect_failed", server.about(error.sqlstate), "{} (it may be waking up)", failure);
-  else
-    log::warn("connect_failed", server.about(error.sqlstate), "{}", failure);
+  if (is_news || std::has_single_bit(entry.backoff.failures())) {
+    const std::string failure = fmt::format("{}@{}: cannot connect ({} in a row): {} {}", entry.user, entry.database,
+                                            entry.backoff.failures(), error.sqlstate, error.message);
+    if (wakes)
+      log::info("connect_failed", server.about(error.sqlstate), "{} (it may be waking up)", failure);
+    else
+      log::warn("connect_failed", server.about(error.sqlstate), "{}", failure);
+  }
   if (is_answer(error.sqlstate))
     database_seen(upstream_of(entry.database), true);
   else if (!wakes)
@@ -493,25 +506,26 @@ void Worker::tick() {
   bool busy = draining_;
   milliseconds idle_check = std::chrono::hours(1);
   for (auto& [key, entry] : pools_) {
+    entry->pool.set_away(is_away(*entry), t);
     while (pool::Waiter* waiter = entry->pool.expired(t)) {
       auto& client = *static_cast<ClientSession*>(waiter);
       ++entry->pool.counters().waitTimeouts;
       if (entry->paused) {
         client.on_wait_failed({"ERROR",
                                "53300",
-                               "timed out after " + std::to_string(entry->pool.settings().connectionTimeoutMillis) +
+                               "timed out after " + std::to_string(entry->pool.wait_limit()) +
                                    " ms waiting for a server connection: database \"" + entry->database + "\" is paused",
                                {},
                                {}},
                               false);
         continue;
       }
-      if (entry->failures > 0 && !entry->last_failure.message.empty()) {
+      if (entry->backoff.failures() > 0 && !entry->last_failure.message.empty()) {
         client.on_wait_failed(entry->last_failure, false);
         continue;
       }
       const conf::PoolSettings& settings = entry->pool.settings();
-      std::string message = "timed out after " + std::to_string(settings.connectionTimeoutMillis) +
+      std::string message = "timed out after " + std::to_string(entry->pool.wait_limit()) +
                             " ms waiting for a server connection: " + std::to_string(entry->pool.open()) + " of " +
                             std::to_string(settings.max) + " in use";
       if (entry->connecting > 0) message += ", of which " + std::to_string(entry->connecting) + " being opened";
@@ -541,6 +555,9 @@ void Worker::tick() {
     busy |=
         entry->clients > 0 && !entry->pool.resting() && entry->pool.staying() < entry->pool.settings().min && !draining_ && !entry->paused;
     if (entry->pool.any_idle()) idle_check = std::min(idle_check, entry->pool.idle_check());
+    if (must_look(*entry, t)) look_again(*entry);
+    if (const auto every = entry->pool.settings().dnsCheckSeconds; every != 0 && entry->clients > 0 && entry->pool.open() > 0)
+      idle_check = std::min<milliseconds>(idle_check, std::chrono::seconds(every));
   }
   std::vector<std::shared_ptr<ClientSession>> due;
   for (auto& [id, client] : clients_) {

@@ -18,6 +18,8 @@
 #include <vector>
 
 #include "conf/config.hpp"
+#include "pool/addresses.hpp"
+#include "pool/backoff.hpp"
 #include "pool/pool.hpp"
 #include "pool/statement_stats.hpp"
 #include "pool/stats.hpp"
@@ -38,10 +40,11 @@ namespace pgsidecar::proxy {
 struct PoolEntry {
   PoolEntry(std::string database_name, std::string user_name, const conf::PoolSettings& policy, conf::Upstream from)
       : database(std::move(database_name)), user(std::move(user_name)), pool(policy), upstream(std::move(from)) {}
-  log::About about() const {
+  log::About about(std::string_view sqlstate = {}) const {
     log::About about;
     about.database = database;
     about.user = user;
+    about.sqlstate = sqlstate;
     return about;
   }
   std::string database, user;
@@ -54,8 +57,12 @@ struct PoolEntry {
   boost::unordered_flat_map<std::uint64_t, std::shared_ptr<ServerConnection>> servers;
   std::uint32_t connecting = 0;
   std::uint32_t clients = 0;
-  pool::Time retry_at{};               // no connect before
-  std::uint32_t failures = 0;          // connects failed in a row
+  pool::Backoff backoff;               // after connects that failed
+  pool::Addresses addresses;           // of its upstream
+  pool::Time looked_at{};              // its names were looked up
+  std::uint64_t leases_then = 0;       // when they were
+  pool::Time losing_until{};           // connections are being lost
+  pool::Time write_refused_at{};       // by a standby
   protocol::ErrorFields last_failure;  // of a connect; no message: none since the last success
   std::uint32_t replacements = 0;      // of connections that were worn out while in use: opened before they are missed
   bool passes_password_on = false;
@@ -80,14 +87,25 @@ struct TickAllocator {
   std::shared_ptr<std::pmr::memory_resource> memory;
 };
 
+std::string address_of(const Target& target);  ///< what tells it from others
+bool is_answer(std::string_view sqlstate);     ///< of a failed connect: the server is up
+
+/// A configuration with what is read from the files that it names. Made on any thread; once there is one, nothing can fail any more.
+struct Prepared {
+  Prepared(std::shared_ptr<const conf::Config> config, const conf::Environment& env);  ///< throws with what is wrong
+  std::shared_ptr<const conf::Config> config;
+  SslContext client_tls;
+  conf::ConnectParams upstream;  ///< the global one
+};
+
 class Worker {
  public:
-  Worker(boost::asio::io_context& data, Control& control, std::shared_ptr<const conf::Config> config);
+  Worker(boost::asio::io_context& data, Control& control, Prepared prepared);
   ~Worker();
 
   /// Throws std::runtime_error naming the address and the key to change.
   void listen();
-  void reload(std::shared_ptr<const conf::Config> config);
+  void reload(Prepared prepared);
   void adjust(std::shared_ptr<const conf::Config> config);  ///< to settings that differ from before by SET alone
   void drain();                                             ///< as at SIGTERM
   void stop(ConsoleCommand::Stop how);                      ///< as SHUTDOWN says
@@ -160,7 +178,12 @@ class Worker {
   void on_connected(ServerConnection& server);
   void on_connect_failed(ServerConnection& server, const protocol::ErrorFields& error);
   void on_server_closed(ServerConnection& server);
+  void on_write_refused(const ServerConnection& server);  ///< by a standby: 25006
   void on_client_closed(ClientSession& client);
+  /// In the order in which to try them.
+  std::vector<Target> targets_of(const PoolEntry& entry, const Upstream& upstream);
+  void saw_addresses(PoolEntry& entry, const Upstream& upstream);
+  void outdate_address(PoolEntry& entry, const std::string& address);  ///< its connections are closed as they come back
   void on_login();
   void cancel(std::uint32_t pid, std::string_view key);
   void reject(pool::RejectReason reason) { ++rejected_[static_cast<std::size_t>(reason)]; }
@@ -228,7 +251,6 @@ class Worker {
   }
   void open_server(PoolEntry& entry, std::optional<ServerConnection::Login> login);
   bool may_be_waking(const std::string& upstream) const;
-  std::chrono::milliseconds retry_after(const PoolEntry& entry);
   void weigh_capacity(const std::string& upstream);
   template <class Acceptor>
   void accept(std::shared_ptr<Acceptor> acceptor);
@@ -239,7 +261,13 @@ class Worker {
   bool is_paused(const std::string& database) const;
   void set_paused();
   void close_outdated(PoolEntry& entry);  ///< idle ones
-  void outdate_servers(PoolEntry& entry);
+  void outdate_servers(PoolEntry& entry, const std::function<bool(const ServerConnection&)>& which);
+  bool is_away(const PoolEntry& entry) const;
+  bool is_gone(const ServerConnection& server) const;
+  ServerConnection* take_idle(PoolEntry& entry);
+  bool must_look(PoolEntry& entry, pool::Time t) const;
+  void look_again(PoolEntry& entry);  ///< whether its names have other addresses now
+  void recheck(PoolEntry& entry);     ///< whether its secrets or certificates are others now
   void kill(const std::string& database);
   std::string change(const pool::Command& command);
   void end_waits(const std::function<bool(const Operation&)>& which, const std::string& error);
@@ -247,7 +275,7 @@ class Worker {
   SumsByDatabase sums() const;
   pool::MemoryOwners memory() const;
   bool farewell_over();
-  void use_config();
+  void use_config(Prepared prepared);
 
   boost::asio::io_context& data_;
   Control& control_;

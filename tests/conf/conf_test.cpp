@@ -403,6 +403,17 @@ TEST(Load, SaysWhatAReloadChanges) {
   EXPECT_EQ(changes.needRestart, std::vector<std::string>{"listen"});
 }
 
+TEST(Load, FilesOfAConfiguration) {
+  const std::string file = testing::TempDir() + "files_of.yaml", secret = testing::TempDir() + "files_of.secret";
+  std::ofstream(secret) << "s\n";
+  std::ofstream(file) << "upstream: {url: 'postgresql://u:${file:" << secret << "}@h/d?sslrootcert=system'}\n"
+                      << "databases: {other: {upstream: {url: 'postgresql://u@h/d?sslmode=verify-full&sslrootcert=" << secret << "'}}}\n"
+                      << "tls: {certificate: /c, key: /k}\n";
+  const Environment env = environment({{"PGSIDECAR_LOG_LEVEL", "${file:" + file + ".level}"}});
+  std::ofstream(file + ".level") << "warn";
+  EXPECT_EQ(files_of(load(file, env), file, env), (std::set<std::string>{file, secret, "/c", "/k", file + ".level"}));
+}
+
 TEST(Load, EnvironmentNames) {
   EXPECT_EQ(environment_name("pool.idleTimeoutMillis"), "PGSIDECAR_POOL_IDLE_TIMEOUT_MILLIS");
   EXPECT_EQ(environment_name("admin.listen"), "PGSIDECAR_ADMIN_LISTEN");

@@ -93,6 +93,70 @@ TEST_F(PoolTest, WithoutATimeoutNobodyExpires) {
   EXPECT_EQ(pool->expired(now + 1000h), nullptr);
 }
 
+TEST_F(PoolTest, HoldsWhileTheServerIsAway) {
+  settings.connectionTimeoutMillis = 5000;
+  settings.holdMillis = 60000;
+  make();
+  Waiter a, b;
+  pool->wait(a, now);
+  pool->set_away(true, now);
+  pool->wait(b, now + 20s);
+  EXPECT_EQ(pool->expired(now + 59999ms), nullptr);
+  EXPECT_EQ(pool->expired(now + 60000ms), &a);
+  EXPECT_EQ(pool->expired(now + 60000ms), nullptr);
+  // It is back: who was held has connectionTimeoutMillis more.
+  pool->set_away(true, now + 60s);
+  pool->set_away(false, now + 61s);
+  pool->set_away(false, now + 65s);
+  EXPECT_EQ(pool->expired(now + 65999ms), nullptr);
+  EXPECT_EQ(pool->expired(now + 66s), &b);
+}
+
+TEST_F(PoolTest, HoldsNobodyLongerWithoutHoldMillis) {
+  settings.connectionTimeoutMillis = 5000;
+  make();
+  Waiter a;
+  pool->wait(a, now);
+  pool->set_away(true, now);
+  pool->set_away(false, now + 4s);
+  EXPECT_EQ(pool->expired(now + 4999ms), nullptr);
+  EXPECT_EQ(pool->expired(now + 5s), &a);
+}
+
+TEST_F(PoolTest, GivesUpSoonerWhileTheServerIsAway) {
+  settings.connectionTimeoutMillis = 0;
+  settings.holdMillis = 1000;
+  make();
+  Waiter a;
+  pool->wait(a, now);
+  EXPECT_EQ(pool->expired(now + 1h), nullptr);
+  pool->set_away(true, now + 1h);
+  EXPECT_EQ(pool->expired(now + 1h), &a);
+}
+
+TEST_F(PoolTest, ShrinksToALowerMax) {
+  settings.max = 3;
+  settings.idleTimeoutMillis = 0;
+  make();
+  Slot slots[3];
+  std::vector<std::unique_ptr<Permit>> permits;
+  for (Slot& slot : slots) {
+    permits.push_back(std::make_unique<Permit>(pool->permits()));
+    pool->admit(slot, now, 0);
+    pool->put_idle(slot, now);
+  }
+  CloseReason reason{};
+  EXPECT_EQ(pool->outdated(now, reason), nullptr);
+  settings.max = 1;
+  pool->set_settings(settings);
+  for (int left = 3; left > 1; --left) {
+    EXPECT_NE(pool->outdated(now, reason), nullptr);
+    EXPECT_EQ(reason, CloseReason::Reload);
+    permits[left - 1]->leave();
+  }
+  EXPECT_EQ(pool->outdated(now, reason), nullptr);
+}
+
 TEST_F(PoolTest, OpensForWaitersWithinMax) {
   settings.max = 3;
   make();
@@ -153,27 +217,6 @@ TEST_F(PoolTest, IdlesOutDownToMin) {
   b.condemned = true;
   EXPECT_EQ(pool->outdated(now + 10s, reason), &b);
   EXPECT_EQ(reason, CloseReason::Reload);
-}
-
-TEST_F(PoolTest, ALowerMaxClosesWhatIsMore) {
-  settings.max = 2;
-  settings.min = 0;
-  make();
-  Permit p1(pool->permits());
-  Permit p2(pool->permits());
-  Slot a, b;
-  pool->put_idle(a, now);
-  pool->put_idle(b, now);
-  CloseReason reason{};
-  EXPECT_EQ(pool->outdated(now, reason), nullptr);
-  EXPECT_FALSE(pool->worn_out(a, now, reason));
-  settings.max = 1;
-  pool->set_settings(settings);
-  EXPECT_TRUE(pool->worn_out(a, now, reason));
-  EXPECT_EQ(reason, CloseReason::Reload);
-  ASSERT_NE(pool->outdated(now, reason), nullptr);
-  p2.leave();
-  EXPECT_EQ(pool->outdated(now, reason), nullptr);
 }
 
 }  // namespace

@@ -235,7 +235,7 @@ class Proxy {
     config->pool = pool;
     control_thread_ = std::thread([this] { control_loop_.run(); });
     control_ = std::make_unique<Control>(control_loop_, data_loop_, [](std::string_view) { return std::nullopt; });
-    worker_ = std::make_unique<Worker>(data_loop_, *control_, config);
+    worker_ = std::make_unique<Worker>(data_loop_, *control_, Prepared(config, control_->environment()));
     // Statements have been coming and going for a long time: their numbers are long.
     for (int i = 0; i < 100'000; ++i) worker_->statements.intern(std::to_string(i));
     worker_->on_stopped = [this](int) { data_loop_.stop(); };

@@ -1,0 +1,142 @@
+// Following the server: whether it is away, which of its addresses to try, and which connections its addresses, its role or the
+// configuration have left behind. Those are closed as they come back. Part of Worker.
+#include <sys/socket.h>
+
+#include <algorithm>
+#include <map>
+#include <set>
+
+#include "proxy/log.hpp"
+#include "proxy/worker.hpp"
+
+namespace pgsidecar::proxy {
+
+using std::chrono::seconds;
+
+namespace {
+
+std::string printed(const conf::Host& host) {
+  return conf::print_address(host.name, host.port);
+}
+
+}  // namespace
+
+std::string address_of(const Target& target) {
+  return {reinterpret_cast<const char*>(target.endpoint.data()), target.endpoint.size()};
+}
+
+/// Of a failed connect: the server has answered, so that it is up.
+bool is_answer(std::string_view sqlstate) {
+  return !sqlstate.starts_with("08") && !sqlstate.starts_with("57P");
+}
+
+bool Worker::is_away(const PoolEntry& entry) const {
+  if (entry.paused) return true;
+  if (entry.backoff.failures() > 0) return !is_answer(entry.last_failure.sqlstate);
+  return entry.connecting > 0 &&
+         std::none_of(entry.servers.begin(), entry.servers.end(), [](const auto& one) { return one.second->alive(); });
+}
+
+// While connections are being lost, one that the server has closed already may not have been read yet.
+ServerConnection* Worker::take_idle(PoolEntry& entry) {
+  while (pool::Slot* slot = entry.pool.any_idle()) {
+    auto* server = static_cast<ServerConnection*>(slot);
+    server->unlink();
+    if (now() >= entry.losing_until || !server->has_unread()) return server;
+    server->close(pool::CloseReason::Error);
+  }
+  return nullptr;
+}
+
+std::vector<Target> Worker::targets_of(const PoolEntry& entry, const Upstream& upstream) {
+  std::vector<Target> targets = upstream.targets;
+  if (upstream.params.loadBalanceHosts) std::shuffle(targets.begin(), targets.end(), random_);
+  std::stable_partition(targets.begin(), targets.end(),
+                        [&](const Target& target) { return !entry.addresses.failed_lately(address_of(target), now()); });
+  return targets;
+}
+
+void Worker::outdate_servers(PoolEntry& entry, const std::function<bool(const ServerConnection&)>& which) {
+  std::vector<std::shared_ptr<ServerConnection>> idle;
+  for (auto& [id, server] : entry.servers) {
+    if (!which(*server)) continue;
+    server->condemned = true;
+    if (server->state() == ServerConnection::State::Idle) idle.push_back(server);
+  }
+  for (const auto& server : idle) server->close(pool::CloseReason::Reload);
+  entry.listener.recycle();
+}
+
+void Worker::outdate_address(PoolEntry& entry, const std::string& address) {
+  outdate_servers(entry, [&](const ServerConnection& server) { return server.upstream() && address_of(server.target()) == address; });
+}
+
+bool Worker::is_gone(const ServerConnection& server) const {
+  if (!server.upstream() || !server.alive()) return false;
+  return server.entry().addresses.gone(printed(server.target().host), address_of(server.target()), now());
+}
+
+void Worker::saw_addresses(PoolEntry& entry, const Upstream& upstream) {
+  std::map<std::string, std::set<std::string>> found;  // a host that isn't there couldn't be looked up
+  for (const Target& target : upstream.targets) found[printed(target.host)].insert(address_of(target));
+  for (const auto& [host, addresses] : found) entry.addresses.answered(host, addresses, now());
+  entry.looked_at = now();
+  entry.leases_then = entry.pool.counters().leases;
+}
+
+bool Worker::must_look(PoolEntry& entry, pool::Time t) const {
+  const std::uint32_t every = entry.pool.settings().dnsCheckSeconds;
+  return every != 0 && entry.clients > 0 && !draining_ && entry.pool.counters().leases != entry.leases_then &&
+         t - entry.looked_at >= seconds(every);
+}
+
+void Worker::look_again(PoolEntry& entry) {
+  entry.looked_at = now();
+  control_.resolve(entry.upstream, [this, &entry](const std::shared_ptr<const Upstream>& found) {
+    if (!found->error.empty()) return;
+    const Turn turn(*this);
+    saw_addresses(entry, *found);
+    const auto gone = std::find_if(entry.servers.begin(), entry.servers.end(), [this](const auto& one) { return is_gone(*one.second); });
+    if (gone == entry.servers.end()) return;
+    log::info("address_changed", entry.about(), "{}@{}: \"{}\" has other addresses now: its connections move there", entry.user,
+              entry.database, gone->second->target().host.name);
+    // A first one; the others follow it if it can be made (on_connected).
+    if (entry.pool.open() >= entry.pool.settings().max && entry.backoff.failures() == 0) {
+      const auto first = gone->second;
+      outdate_servers(entry, [&](const ServerConnection& server) { return &server == first.get(); });
+    }
+    ++entry.replacements;
+    serve(entry);
+  });
+}
+
+void Worker::recheck(PoolEntry& entry) {
+  control_.resolve(entry.upstream, [this, &entry](const std::shared_ptr<const Upstream>& found) {
+    if (!found->error.empty()) return;
+    const Turn turn(*this);
+    outdate_servers(entry, [&](const ServerConnection& server) {
+      const Upstream* with = server.upstream();  // none: it is being made, with which isn't known
+      return !with || with->params != found->params || with->tls != found->tls;
+    });
+    kick();
+  });
+}
+
+void Worker::on_write_refused(const ServerConnection& server) {
+  PoolEntry& entry = server.entry();
+  if (now() - entry.write_refused_at < seconds(5)) return;
+  entry.write_refused_at = now();
+  control_.resolve(entry.upstream, [this, &entry, here = address_of(server.target())](const std::shared_ptr<const Upstream>& found) {
+    const bool elsewhere =
+        std::any_of(found->targets.begin(), found->targets.end(), [&](const Target& target) { return address_of(target) != here; });
+    if (!elsewhere) return;
+    const Turn turn(*this);
+    log::warn("write_refused", entry.about("25006"),
+              "{}@{}: a standby has refused a write: looking for the primary among the other addresses", entry.user, entry.database);
+    entry.addresses.failed(here, now());
+    outdate_address(entry, here);
+    kick();
+  });
+}
+
+}  // namespace pgsidecar::proxy
