@@ -181,6 +181,7 @@ pool::Snapshot Worker::snapshot(Detail detail) {
   const pool::Time t = now();
   pool::Snapshot s;
   s.draining = draining_;
+  s.leaving = drain_at_ != pool::Time::max();
   s.started = started_;
   s.uptimeMicros = micros(t - started_at_);
   s.maxClients = config_->limits.maxClients;
@@ -188,6 +189,7 @@ pool::Snapshot Worker::snapshot(Detail detail) {
   s.errorsByClass.insert(errors_.begin(), errors_.end());
   s.database = database_;
   s.databaseError = database_error_;
+  if (const PoolEntry* refused = refused_pool()) s.loginRefused = refused->last_failure.message;
   s.databaseVersion = database_version_;
   s.databaseLatencyMicros = database_latency_;
   s.databaseProbed = database_probed_;
