@@ -33,9 +33,9 @@ def container(image, pg, tmp_path):
     port, admin = harness.free_port(), harness.free_port()
     environment = {
         "PGSIDECAR_UPSTREAM_URL": f"postgresql://{percent(USER)}:${{file:/run/secrets/password}}@localhost:{pg.port}/{DATABASE}?sslmode=verify-full",
-        "PGSIDECAR_UPSTREAM_SSLROOTCERT": "/etc/pgsidecar/ca.crt", "PGSIDECAR_LISTEN": f"127.0.0.1:{port}",
-        "PGSIDECAR_ADMIN_LISTEN": f"127.0.0.1:{admin}", "PGSIDECAR_POOL_MIN": "0"}
-    running = image_module.Container(image, environment, [(password, "/run/secrets/password"), (pg.ca, "/etc/pgsidecar/ca.crt"), ("/etc/hosts", "/etc/hosts")])
+        "PGSIDECAR_LISTEN": f"127.0.0.1:{port}", "PGSIDECAR_ADMIN_LISTEN": f"127.0.0.1:{admin}", "PGSIDECAR_POOL_MIN": "0"}
+    mounts = [(password, "/run/secrets/password"), (image.certificates(pg.ca, tmp_path), image_module.CERTIFICATES), ("/etc/hosts", "/etc/hosts")]
+    running = image_module.Container(image, environment, mounts)
     running.port, running.admin_port = port, admin
     yield running
     running.close()
