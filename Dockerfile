@@ -1,5 +1,9 @@
 # Built in one stage; the image has the binary, the libraries it needs, CA certificates, and no shell.
-FROM debian:bookworm-slim AS build
+# The same base and packages make the same image: --build-arg BASE=debian@sha256:... pins the one, a snapshot mirror in it the other;
+# --build-arg SOURCE_DATE_EPOCH and --output type=image,rewrite-timestamp=true (BuildKit) the times.
+# integration/image.sh makes it of the same parts without Docker.
+ARG BASE=debian:bookworm-slim
+FROM $BASE AS build
 RUN apt-get update && apt-get install -y --no-install-recommends \
       ca-certificates cmake g++ libboost1.81-dev libjs-chart.js libspdlog-dev libssl-dev libyaml-cpp-dev ninja-build python3 \
     && rm -rf /var/lib/apt/lists/*
@@ -8,27 +12,18 @@ ARG COMMIT=
 COPY . .
 RUN cmake -G Ninja -S . -B /build -DCMAKE_BUILD_TYPE=Release -DPGSIDECAR_TESTS=OFF -DPGSIDECAR_COMMIT="$COMMIT" \
     && cmake --build /build --target pgsidecar
-# Its own functions keep their names, for /api/monitoring/profile/stacks: 180 KB.
-RUN strip -w -K '_ZN9pgsidecar*' -K '_ZNK9pgsidecar*' -K main /build/pgsidecar
-# What the dynamic linker loads, under its own paths; getaddrinfo's modules; CA certificates; a user.
-RUN mkdir -p /root-fs/usr/local/bin /root-fs/etc/ssl/certs \
-    && cp /build/pgsidecar /root-fs/usr/local/bin/ \
-    && for file in $(ldd /build/pgsidecar | grep -o '/[^ ]*') $(ls /lib/*-linux-gnu/libnss_dns.so.2 /lib/*-linux-gnu/libnss_files.so.2); do \
-         mkdir -p "/root-fs$(dirname "$file")" && cp -L "$file" "/root-fs$file"; done \
-    && cp -L /etc/ssl/certs/ca-certificates.crt /root-fs/etc/ssl/certs/ \
-    && mkdir -p /root-fs/usr/lib/ssl \
-    && ln -s /etc/ssl/certs/ca-certificates.crt /root-fs/usr/lib/ssl/cert.pem \
-    && ln -s /etc/ssl/certs /root-fs/usr/lib/ssl/certs \
-    && echo 'pgsidecar:x:65532:65532::/:/nonexistent' > /root-fs/etc/passwd \
-    && echo 'pgsidecar:x:65532:' > /root-fs/etc/group \
-    && echo 'hosts: files dns' > /root-fs/etc/nsswitch.conf
+ARG SOURCE_DATE_EPOCH=0
+RUN conf/image/rootfs.sh /build/pgsidecar /root-fs
 
 FROM scratch
+ARG COMMIT=
 LABEL org.opencontainers.image.title="pgsidecar" \
-      org.opencontainers.image.description="A PostgreSQL connection pooler that runs beside its application"
+      org.opencontainers.image.description="A PostgreSQL connection pooler that runs beside its application" \
+      org.opencontainers.image.version="0.1.0" \
+      org.opencontainers.image.revision="$COMMIT"
 COPY --from=build /root-fs/ /
 USER 65532:65532
 EXPOSE 6432 5000
-HEALTHCHECK --interval=10s --timeout=6s CMD ["/usr/local/bin/pgsidecar", "healthcheck"]
+HEALTHCHECK --interval=10s --timeout=6s --start-period=5s CMD ["/usr/local/bin/pgsidecar", "healthcheck"]
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["/usr/local/bin/pgsidecar"]

@@ -54,10 +54,11 @@ void write_database(Json& json, const Snapshot& s, Clock::time_point now) {
     json.null("lastOk");
   json.field("source", s.databaseProbed ? "probe" : "passive");
   if (!s.databaseVersion.empty()) json.field("version", s.databaseVersion);
-  if (s.databaseError.empty())
+  const std::string& error = s.databaseError.empty() ? s.loginRefused : s.databaseError;
+  if (error.empty())
     json.null("error");
   else
-    json.field("error", s.databaseError);
+    json.field("error", error);
   json.end('}');
 }
 

@@ -99,15 +99,17 @@ std::uint64_t count_open_files() {
 
 Readiness readiness(const Snapshot& s) {
   if (s.draining) return {false, "draining"};
+  if (s.leaving) return {false, "leaving: the drain begins after shutdown.delayMillis"};
   if (!s.started) return {false, "not listening yet"};
   if (s.database == Database::Down)
     return {false, "database down: " + (s.databaseError.empty() ? std::string("no reason known") : s.databaseError)};
+  if (!s.loginRefused.empty()) return {false, "the database refuses the login: " + s.loginRefused};
   return {true, {}};
 }
 
 const char* health_status(const Snapshot& s) {
-  if (!s.started || s.database == Database::Down) return "unhealthy";
-  if (s.draining) return "degraded";
+  if (!s.started || s.database == Database::Down || !s.loginRefused.empty()) return "unhealthy";
+  if (s.draining || s.leaving) return "degraded";
   for (const auto& p : s.pools)
     if (!p.lastError.empty()) return "degraded";
   return "healthy";

@@ -422,7 +422,8 @@ void Server::Impl::ask(Question question, const std::shared_ptr<Wait>& wait) {
 // looked for while somebody asks. The answer counts for the next request, so that none waits for a database that is silent.
 void Server::Impl::recheck(const pool::Snapshot& snapshot) {
   const auto now = std::chrono::steady_clock::now();
-  if (snapshot.database != pool::Snapshot::Database::Down || snapshot.draining || !callbacks_.probe) return;
+  const bool away = snapshot.database == pool::Snapshot::Database::Down || !snapshot.loginRefused.empty();
+  if (!away || snapshot.draining || !callbacks_.probe) return;
   if (rechecked_.time_since_epoch().count() != 0 && now - rechecked_ < kRecheckTime) return;
   rechecked_ = now;
   ask(Question::Probe, std::make_shared<Wait>(control_));

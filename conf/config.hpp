@@ -176,6 +176,8 @@ struct Alerts {
 struct Shutdown {
   std::uint32_t timeoutMillis = 30000;
   bool acceptWhileDraining = false;
+  std::uint32_t delayMillis = 0;         ///< from SIGTERM to the drain: all is served, but /health/ready is 503
+  std::uint32_t exitIfUnusedMillis = 0;  ///< from the start; exit 0 if no client has logged in by then; 0: never
   friend bool operator==(const Shutdown&, const Shutdown&) = default;
 };
 

@@ -259,6 +259,8 @@ std::vector<Key<Config>> make_config_keys() {
   keys.push_back(inner_number("alerts.clearSeconds", &Config::alerts, &Alerts::clearSeconds));
   keys.push_back(inner_number("shutdown.timeoutMillis", &Config::shutdown, &Shutdown::timeoutMillis));
   keys.push_back(inner_bool("shutdown.acceptWhileDraining", &Config::shutdown, &Shutdown::acceptWhileDraining));
+  keys.push_back(inner_number("shutdown.delayMillis", &Config::shutdown, &Shutdown::delayMillis));
+  keys.push_back(inner_number("shutdown.exitIfUnusedMillis", &Config::shutdown, &Shutdown::exitIfUnusedMillis));
   return keys;
 }
 

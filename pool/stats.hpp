@@ -142,6 +142,7 @@ struct DatabaseSnapshot {
 /// The whole proxy as it is now.
 struct Snapshot {
   bool draining = false;
+  bool leaving = false;  // told to end, and the drain hasn't begun
   bool started = false;  // listening
   bool paused = false;   // all databases, by an operator
   std::uint64_t uptimeMicros = 0;
@@ -177,6 +178,7 @@ struct Snapshot {
   std::uint64_t databaseSeenMicrosAgo = 0;  // when it last answered; 0 with Unknown
   bool databaseProbed = false;              // the latency is a probe's
   std::string databaseError;                // the server's own text of the last failure
+  std::string loginRefused;                 // what the server says to the upstream's own user, whom it lets in no more
   std::string databaseVersion;
 
   /// The same of each server, or group of servers, that a database may be on.

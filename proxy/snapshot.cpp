@@ -188,6 +188,7 @@ pool::Snapshot Worker::snapshot(Detail detail) {
   s.dataLoop = {this_thread(), lag};
   if (detail == Detail::Memory) s.memory = memory();
   s.draining = draining_;
+  s.leaving = drain_at_ != pool::Time::max();
   s.started = started_;
   s.uptimeMicros = micros(t - started_at_);
   s.maxClients = config_->limits.maxClients;
@@ -195,6 +196,7 @@ pool::Snapshot Worker::snapshot(Detail detail) {
   s.errorsByClass.insert(errors_.begin(), errors_.end());
   s.database = database_;
   s.databaseError = database_error_;
+  if (const PoolEntry* refused = refused_pool()) s.loginRefused = refused->last_failure.message;
   s.databaseVersion = database_version_;
   s.databaseLatencyMicros = database_latency_;
   s.databaseProbed = database_probed_;

@@ -149,6 +149,10 @@ void Supervisor::drain() {
   asio::post(data_loop_, [this] { worker_.drain(); });
 }
 
+void Supervisor::shut_down() {
+  asio::post(data_loop_, [this] { worker_.shut_down(); });
+}
+
 void Supervisor::wait_signal() {
   signals_.async_wait([this](const boost::system::error_code& ec, int number) {
     if (ec) return;
@@ -160,7 +164,7 @@ void Supervisor::wait_signal() {
       std::_Exit(3);
     } else {
       signalled_ = true;
-      drain();
+      shut_down();
     }
     wait_signal();
   });

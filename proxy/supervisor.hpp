@@ -45,6 +45,7 @@ class Supervisor {
 
  private:
   void wait_signal();
+  void shut_down();
   /// For the console: RELOAD, SET, SHUTDOWN. On the control loop.
   std::string request(const ConsoleCommand& command);
   std::string set(const std::string& key, const std::string& value);

@@ -1,6 +1,7 @@
 #include "proxy/worker.hpp"
 
 #include <netinet/tcp.h>
+#include <poll.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -39,6 +40,16 @@ milliseconds rest_after(const conf::Upstream& upstream) {
 bool same_connections(const conf::PoolSettings& a, const conf::PoolSettings& b) {
   return a.mode == b.mode && a.keepAlive == b.keepAlive && a.keepAliveInitialDelayMillis == b.keepAliveInitialDelayMillis &&
          a.maxUses == b.maxUses && a.maxLifetimeSeconds == b.maxLifetimeSeconds;
+}
+
+/// No connection of the pool is open or being closed: what the next connect hears counts for all who wait.
+bool stands_alone(const PoolEntry& entry) {
+  return entry.pool.open() <= entry.connecting;
+}
+
+/// The server has refused the last login, and it is too early to try again.
+bool is_refused(const PoolEntry& entry, pool::Time now) {
+  return is_permanent(entry.last_failure.sqlstate) && !entry.backoff.may_try(now, true) && stands_alone(entry);
 }
 
 }  // namespace
@@ -166,6 +177,7 @@ void Worker::listen() {
         if (nobody == asio::error::connection_refused) ::unlink(path.c_str());  // what a crash has left
         auto acceptor = std::make_shared<Local>(data_.get_executor(), asio::local::stream_protocol::endpoint(path));
         ::chmod(path.c_str(), 0777);
+        listening_.push_back(acceptor->native_handle());
         close_listeners_.push_back([acceptor, path] {
           boost::system::error_code ignored;
           acceptor->close(ignored);
@@ -178,6 +190,7 @@ void Worker::listen() {
       for (const conf::Listening& one : conf::open_listeners(where, 1024)) {
         auto acceptor = std::make_shared<Tcp>(data_.get_executor());
         acceptor->assign(one.family == AF_INET6 ? asio::ip::tcp::v6() : asio::ip::tcp::v4(), one.fd);
+        listening_.push_back(one.fd);
         close_listeners_.push_back([acceptor] {
           boost::system::error_code ignored;
           acceptor->close(ignored);
@@ -192,6 +205,7 @@ void Worker::listen() {
     }
   }
   started_ = true;
+  if (quits_at() != pool::Time::max()) kick();
 }
 
 // --- logins and leases
@@ -289,6 +303,7 @@ void Worker::want_server(ClientSession& client) {
   PoolEntry& entry = *client.entry();
   if (!entry.paused && !entry.listener.wants() && entry.pool.waiting_count() == 0)
     if (ServerConnection* server = take_idle(entry)) return server->lease(client);
+  if (is_refused(entry, now())) return client.on_wait_failed(entry.last_failure, true);
   entry.pool.wait(client, now());
   kick();
   serve(entry);
@@ -404,7 +419,7 @@ void Worker::on_connect_failed(ServerConnection& server, const protocol::ErrorFi
     database_seen(upstream_of(entry.database), false, error.message);
   entry.servers.erase(server.id());
   check_operations();
-  if (is_permanent(error.sqlstate)) {
+  if (is_permanent(error.sqlstate) && stands_alone(entry)) {
     while (pool::Waiter* waiter = entry.pool.next_waiter()) static_cast<ClientSession*>(waiter)->on_wait_failed(error, true);
   }
   kick();
@@ -432,8 +447,8 @@ void Worker::on_client_closed(ClientSession& client) {
   asio::post(data_, [this, id = client.id(), console = client.is_console()] {
     clients_.erase(id);
     if (console) abandon_operation(id);
-    if (clients_.size() == consoles_ && !console) {
-      idle_since_ = now();
+    if (clients_.size() == consoles_) {
+      if (idle_since_ == pool::Time::max()) idle_since_ = now();  // who hasn't logged in, as a port probe, was no client
       kick();
     }
     check_stopped();
@@ -581,15 +596,18 @@ void Worker::tick() {
       client->close();
     }
   }
-  const bool exit_on_idle = config_->pool.allowExitOnIdle && had_client_ && clients_.size() == consoles_;
-  if (exit_on_idle && !draining_ && t - idle_since_ >= milliseconds(config_->pool.idleTimeoutMillis)) {
-    log::info("exit_on_idle", {}, "no clients for {} ms: exiting (pool.allowExitOnIdle)", config_->pool.idleTimeoutMillis);
+  if (t >= quits_at()) {
+    if (had_client_)
+      log::info("exit_on_idle", {}, "no clients for {} ms: exiting (pool.allowExitOnIdle)", config_->pool.idleTimeoutMillis);
+    else
+      log::info("exit_if_unused", {}, "no client has come in {} ms: exiting (shutdown.exitIfUnusedMillis)",
+                config_->shutdown.exitIfUnusedMillis);
     drain();
   }
-  if (busy)
-    arm_tick(milliseconds(100));
-  else
-    arm_tick(exit_on_idle ? milliseconds(100) : idle_check);
+  if (t >= drain_at_) drain();
+  for (const pool::Time at : {quits_at(), drain_at_})
+    if (at != pool::Time::max()) idle_check = std::min(idle_check, std::chrono::ceil<milliseconds>(at - t));
+  arm_tick(busy ? milliseconds(100) : idle_check);
   check_stopped();
   ++meter.counters.ticks;
   meter.counters.tickNanos += static_cast<std::uint64_t>((pool::Clock::now() - t).count());
@@ -597,7 +615,24 @@ void Worker::tick() {
 
 // --- the end
 
+pool::Time Worker::quits_at() const {
+  if (draining_ || clients_.size() > consoles_) return pool::Time::max();
+  if (had_client_) return config_->pool.allowExitOnIdle ? idle_since_ + milliseconds(config_->pool.idleTimeoutMillis) : pool::Time::max();
+  const std::uint32_t unused = config_->shutdown.exitIfUnusedMillis;
+  return unused > 0 ? started_at_ + milliseconds(unused) : pool::Time::max();
+}
+
+void Worker::shut_down() {
+  const std::uint32_t delay = config_->shutdown.delayMillis;
+  if (delay == 0 || draining_) return drain();
+  drain_at_ = now() + milliseconds(delay);
+  log::info("leaving", {}, "the drain begins in {} ms (shutdown.delayMillis); until then everything is served", delay);
+  stir();
+  kick();
+}
+
 void Worker::drain() {
+  drain_at_ = pool::Time::max();
   if (draining_ && !waits_for_clients_) return;
   draining_ = true;
   waits_for_clients_ = false;
@@ -621,14 +656,20 @@ void Worker::check_stopped() {
     for (const auto& console : consoles) console->fatal("57P01", "terminating connection due to administrator command");
     return;
   }
+  if (somebody_knocks() && now() < drain_until_) return;
   for (const auto& close_listener : close_listeners_) close_listener();
   close_listeners_.clear();
+  listening_.clear();
   bool left = false;
   for (auto& [key, entry] : pools_) {
     std::vector<std::shared_ptr<ServerConnection>> all;
     for (auto& [id, server] : entry->servers) all.push_back(server);
     for (const auto& server : all) {
       if (server->state() == ServerConnection::State::Connecting) continue;
+      if (const auto* running = server->alive() ? server->pipeline.front() : nullptr; running && running->owner != protocol::kProxy) {
+        server->send_cancel();  // its client has died: the server would go on without anybody
+        cut_short_ = true;
+      }
       server->close(pool::CloseReason::Drain);
     }
     left |= !all.empty();
@@ -640,8 +681,15 @@ void Worker::check_stopped() {
   if (on_stopped) on_stopped(exit_code_);
 }
 
+bool Worker::somebody_knocks() const {
+  return std::any_of(listening_.begin(), listening_.end(), [](int fd) {
+    pollfd listener{fd, POLLIN, 0};
+    return ::poll(&listener, 1, 0) == 1;
+  });
+}
+
 bool Worker::farewell_over() {
-  if (farewell_at_ == pool::Time{}) farewell_at_ = now() + milliseconds(exit_code_ == 0 ? 50 : 1000);
+  if (farewell_at_ == pool::Time{}) farewell_at_ = now() + milliseconds(exit_code_ == 0 && !cut_short_ ? 50 : 1000);
   return now() >= farewell_at_;
 }
 
@@ -675,7 +723,16 @@ bool Worker::is_connected(const std::string& upstream) {
   });
 }
 
+PoolEntry* Worker::refused_pool() const {
+  const auto it = pools_.find({upstream_.dbname, upstream_.user});
+  if (it == pools_.end() || !is_permanent(it->second->last_failure.sqlstate) || !stands_alone(*it->second)) return nullptr;
+  return it->second.get();
+}
+
 void Worker::probe(std::function<void()> done) {
+  // Nobody else may log in while the proxy isn't ready, so that a new password would go unnoticed.
+  if (PoolEntry* refused = refused_pool(); refused && refused->backoff.may_try(now(), true) && refused->connecting == 0 && !refused->paused)
+    open_server(*refused, {});
   // A connect is the probe: it needs no client, no query, and says what a client would hear.
   conf::Upstream upstream = config_->upstream;
   upstream.passwordCommand.clear();  // nobody logs in

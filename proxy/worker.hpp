@@ -107,9 +107,10 @@ class Worker {
   void listen();
   void reload(Prepared prepared);
   void adjust(std::shared_ptr<const conf::Config> config);  ///< to settings that differ from before by SET alone
-  void drain();                                             ///< as at SIGTERM
-  void stop(ConsoleCommand::Stop how);                      ///< as SHUTDOWN says
-  std::function<void(int exit_code)> on_stopped;            ///< nothing is left
+  void shut_down();                                         ///< as at SIGTERM: drains after shutdown.delayMillis
+  void drain();
+  void stop(ConsoleCommand::Stop how);            ///< as SHUTDOWN says
+  std::function<void(int exit_code)> on_stopped;  ///< nothing is left
   /// What a snapshot holds besides counts: who is connected; what the statements cost.
   using Detail = pool::Snapshot::Detail;
   pool::Snapshot snapshot(Detail detail = Detail::None);
@@ -258,6 +259,12 @@ class Worker {
   void run_runnable();
   void login_over();
   void check_stopped();
+  /// When it ends by itself because nobody uses it; max: it doesn't.
+  pool::Time quits_at() const;
+  /// Who has connected and isn't accepted yet would be reset if the listeners were closed now.
+  bool somebody_knocks() const;
+  /// The pool of the upstream's own user and database, if the server refuses its login and no connection is left.
+  PoolEntry* refused_pool() const;
   bool is_paused(const std::string& database) const;
   void set_paused();
   void close_outdated(PoolEntry& entry);  ///< idle ones
@@ -289,6 +296,7 @@ class Worker {
   std::map<std::pair<std::string, std::string>, std::unique_ptr<PoolEntry>> pools_;
   boost::unordered_flat_map<std::uint32_t, std::shared_ptr<ClientSession>> clients_;
   std::vector<std::function<void()>> close_listeners_;
+  std::vector<int> listening_;
   SslContext client_tls_;
   conf::ConnectParams upstream_;  // the global upstream as read at start or reload
   std::map<std::string, DatabaseEntry> databases_;
@@ -299,7 +307,8 @@ class Worker {
   pool::Time turn_began_{};
   std::uint64_t next_server_ = 1, last_request_ = 0;
   bool draining_ = false, started_ = false, stopped_ = false, had_client_ = false;
-  pool::Time drain_until_ = pool::Time::max(), idle_since_ = pool::Time::max(), started_at_;
+  bool cut_short_ = false;  // queries are being cancelled at the end
+  pool::Time drain_at_ = pool::Time::max(), drain_until_ = pool::Time::max(), idle_since_ = pool::Time::max(), started_at_;
   std::array<std::uint64_t, static_cast<std::size_t>(pool::RejectReason::kCount)> rejected_{};
   std::map<std::string, std::uint64_t, std::less<>> errors_;
   pool::Snapshot::Database database_ = pool::Snapshot::Database::Unknown;

@@ -85,6 +85,28 @@ TEST(AdminServer, HealthFollowsTheSnapshot) {
   }
 }
 
+TEST(AdminServer, IsNotReadyBeforeTheDrainNorWhileTheLoginIsRefused) {
+  AdminServer server;
+  server.edit([](pool::Snapshot& s) { s.leaving = true; });
+  Response ready = server.get("/health/ready");
+  EXPECT_EQ(ready.status, 503);
+  EXPECT_NE(ready.body.find("shutdown.delayMillis"), std::string::npos);
+  EXPECT_EQ(server.get("/health").status, 200);
+  server.edit([](pool::Snapshot& s) {
+    s.leaving = false;
+    s.loginRefused = "password authentication failed for user \"app\"";
+  });
+  ready = server.get("/health/ready");
+  EXPECT_EQ(ready.status, 503);
+  EXPECT_EQ(json::parse(ready.body).at("reason").as_string(),
+            "the database refuses the login: password authentication failed for user \"app\"");
+  const Response health = server.get("/health");
+  EXPECT_EQ(health.status, 503);
+  EXPECT_EQ(json::parse(health.body).at("checks").at("database").at("error").as_string(),
+            "password authentication failed for user \"app\"");
+  EXPECT_EQ(server.get("/health/live").status, 200);
+}
+
 TEST(AdminServer, ASilentDataLoopIsNotAlive) {
   AdminServer server;
   server.hold();

@@ -1,0 +1,211 @@
+"""A Job's pod: a script beside the sidecar; the pod is complete when both have ended. And what comes before: the start."""
+import pathlib
+import signal
+import subprocess
+import time
+
+import pytest
+
+import harness
+import wire
+from harness import DATABASE, PASSWORD, USER
+
+# What a Job's container runs. $PGSIDECAR is the binary, PG* are psql's.
+WAIT = '"$PGSIDECAR" wait --max 30s\n'
+MIGRATION = 'psql -Xq -v ON_ERROR_STOP=1 -c "CREATE TABLE IF NOT EXISTS migrated (n int)" -c "INSERT INTO migrated VALUES (1)"\n'
+FAILING = 'psql -Xq -v ON_ERROR_STOP=1 -c "SELECT 1/0"\n'
+
+
+def job(proxy, script, **environment):
+    """Runs the script with sh; its exit code."""
+    done = subprocess.run(["sh", "-ec", script], capture_output=True, text=True, timeout=60,
+                          env={**proxy.environment(), "PGSIDECAR": str(proxy.binary), "PGSIDECAR_CONFIG": str(proxy.config_file),
+                               "ADMIN": f"http://127.0.0.1:{proxy.admin_port}", **environment})
+    print(done.stdout, done.stderr)
+    return done.returncode
+
+
+@pytest.mark.parametrize("script, code", [(MIGRATION, 0), (FAILING, 1)])
+def test_exits_when_the_last_client_has_left(proxies, script, code):
+    proxy = proxies({"pool": {"allowExitOnIdle": True, "idleTimeoutMillis": 300}})
+    assert job(proxy, WAIT + script) == code
+    assert proxy.wait_exit(20) == 0
+    assert "pool.allowExitOnIdle" in proxy.log_text()
+
+
+@pytest.mark.parametrize("script", ["exit 1\n", "psql -Xqc 'SELECT 1' -p 1\n", "PGPASSWORD=wrong psql -Xqc 'SELECT 1'\n"])
+def test_exits_though_no_client_has_come(proxies, script):
+    """The script fails before it connects, connects elsewhere, or can't log in."""
+    proxy = proxies({"pool": {"allowExitOnIdle": True, "idleTimeoutMillis": 300}, "shutdown": {"exitIfUnusedMillis": 2000}})
+    assert job(proxy, WAIT + script) != 0
+    assert proxy.wait_exit(20) == 0
+    assert "shutdown.exitIfUnusedMillis" in proxy.log_text()
+
+
+def test_unused_is_from_the_start_and_never_after_a_client(proxies):
+    proxy = proxies({"shutdown": {"exitIfUnusedMillis": 1000}})
+    with proxy.connect() as connection:
+        connection.execute("SELECT 1")
+    with pytest.raises(subprocess.TimeoutExpired):
+        proxy.wait_exit(1.5)
+    assert proxy.stop() == 0
+    proxy = proxies({"shutdown": {"exitIfUnusedMillis": 500}})
+    with wire.Wire(proxy.port) as undecided:  # its login is under way when the time is up
+        with pytest.raises(subprocess.TimeoutExpired):
+            proxy.wait_exit(1)
+        assert undecided.login(USER, PASSWORD, DATABASE) is None
+    with pytest.raises(subprocess.TimeoutExpired):
+        proxy.wait_exit(0.5)
+
+
+def test_port_probes_do_not_keep_it_from_ending(proxies):
+    """A tcpSocket probe each 100 ms isn't a client, neither at the beginning nor after the last."""
+    for config, client in (({"shutdown": {"exitIfUnusedMillis": 700}}, False), ({"pool": {"allowExitOnIdle": True, "idleTimeoutMillis": 700}}, True)):
+        proxy = proxies(config)
+        if client:
+            proxy.connect().close()
+        deadline = time.monotonic() + 20
+        while proxy.running() and time.monotonic() < deadline:
+            try:
+                wire.Wire(proxy.port).sock.close()
+            except OSError:
+                pass
+            time.sleep(0.1)
+        assert proxy.wait_exit(1) == 0
+
+
+def test_waiting_for_the_end_costs_nothing(proxies):
+    """Not a look at the clock each 100 ms."""
+    if harness.sanitized():
+        pytest.skip("a sanitizer has a thread of its own")
+    proxy = proxies({"pool": {"allowExitOnIdle": True, "idleTimeoutMillis": 600000}, "shutdown": {"exitIfUnusedMillis": 600000}})
+
+    def sleeps():
+        before = proxy.switches()
+        time.sleep(2)
+        return proxy.switches() - before <= 2
+    harness.poll(sleeps, 20, "it waits for a client asleep")
+    proxy.connect().close()
+    harness.poll(sleeps, 20, "it waits for its end asleep")
+
+
+ENDS = {
+    "shutdown": '"$PGSIDECAR" shutdown\n',
+    "quitquitquit": 'curl -fsS -X POST "$ADMIN/quitquitquit"\n',
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("script, code", [(MIGRATION, 0), (FAILING, 1)])
+def test_the_script_ends_it(proxies, end, script, code):
+    """trap: also where the migration fails."""
+    proxy = proxies({"admin": {"quitquitquit": True}})
+    assert job(proxy, f"trap '{ENDS[end].strip()}' EXIT\n{WAIT}{script}") == code
+    assert proxy.wait_exit(20) == 0
+
+
+def test_wait_and_shutdown_tell_what_is_wrong(proxies):
+    proxy = proxies()
+    assert proxy.stop() == 0
+    done = proxy.command("wait", "--max", "300ms", "--config", str(proxy.config_file))
+    assert done.returncode == 1 and "not ready within 300 ms" in done.stderr and "PGSIDECAR_ADMIN_LISTEN" in done.stderr
+    done = proxy.command("shutdown", "--config", str(proxy.config_file))
+    assert done.returncode == 1 and "is it running" in done.stderr
+
+
+# ---- start
+
+def test_listens_before_anything_else(pg, proxies):
+    """Of the time from exec to listening the processor's part, the least of some starts: it is the same on a busy machine."""
+    if harness.sanitized():
+        pytest.skip("a sanitizer's start is its own")
+    spent = []
+    for _ in range(5):
+        proxy = proxies({"pool": {"min": 2}}, url=pg.url(port=harness.free_port()))
+        spent.append(proxy.cpu_seconds())
+        assert proxy.http("/health/startup")[0] == 200 and proxy.http("/health/ready")[0] == 200
+        proxy.stop()
+    print(f"{min(spent) * 1000:.1f} ms of CPU until it listens")
+    assert min(spent) < 0.020
+
+
+def test_clients_come_before_the_database(proxies):
+    """They wait as long as connectionTimeoutMillis says, then get the database's own error; who waits when it comes up is served."""
+    with harness.Postgres() as late:
+        late.stop()
+        proxy = proxies({"pool": {"connectionTimeoutMillis": 1000}}, server=late)
+        began = time.monotonic()
+        with wire.Wire(proxy.port) as early:
+            error = early.login(USER, PASSWORD, DATABASE).error
+        assert time.monotonic() - began >= 0.9
+        assert error["C"] == "08006" and "Connection refused" in error["M"]
+        status, ready = proxy.json("/health/ready")
+        assert status == 503 and "Connection refused" in ready["reason"]
+        assert proxy.http("/health/startup")[0] == proxy.http("/health/live")[0] == 200
+        proxy.write_config(harness.merge(proxy.config, {"pool": {"connectionTimeoutMillis": 60000}}))
+        proxy.signal(signal.SIGHUP)
+        harness.poll(lambda: "connectionTimeoutMillis changed" in proxy.log_text(), what="it reloads")
+
+        def work(index):
+            if index == 0:
+                harness.poll(lambda: proxy.stats()["waitingCount"] == 5, what="they wait")
+                return late.start()
+            with proxy.connect(connect_timeout=60) as connection:
+                return connection.execute("SELECT 1").fetchone()
+        assert harness.threads(6, work)[1:] == [(1,)] * 5
+        harness.poll(lambda: proxy.http("/health/ready")[0] == 200, what="it is ready again")
+
+
+def refusals(server, since):
+    return server.log.read_text()[since:].count("password authentication failed")
+
+
+def test_wrong_credentials_are_told_at_once_and_do_not_hammer_the_server(proxies, pg, tmp_path):
+    secret = tmp_path / "secret"
+    secret.write_text("wrong")
+    proxy = proxies({"pool": {"connectionTimeoutMillis": 20000}, "users": {USER: {"password": PASSWORD}}},
+                    url=pg.url(password="PASSWORD").replace("PASSWORD", f"${{file:{secret}}}"))
+    since = len(pg.log.read_text())
+    refused, until = 0, time.monotonic() + 4
+
+    def insist(_):
+        nonlocal refused
+        while time.monotonic() < until:
+            began = time.monotonic()
+            with wire.Wire(proxy.port, timeout=30) as client:
+                error = client.login(USER, PASSWORD, DATABASE).error
+            assert error["C"] == "28P01" and error["M"] == f'password authentication failed for user "{USER}"'
+            assert time.monotonic() - began < 10  # half of connectionTimeoutMillis
+            refused += 1
+    harness.threads(4, insist)
+    tries = refusals(pg, since)
+    print(f"{refused} clients were refused, {tries} times the server was asked")
+    assert refused > 40 and tries <= 20
+    status, ready = proxy.json("/health/ready")
+    assert status == 503 and f'password authentication failed for user "{USER}"' in ready["reason"]
+    assert proxy.http("/health/live")[0] == proxy.http("/health/startup")[0] == 200
+    # The probes alone find out that the secret has been put right.
+    secret.write_text(PASSWORD)
+    harness.poll(lambda: proxy.http("/health/ready")[0] == 200, 20, "it is ready", 0.2)
+    with proxy.connect() as connection:
+        assert connection.execute("SELECT 1").fetchone() == (1,)
+
+
+def test_a_changed_password_does_not_fail_clients_of_open_connections(proxies, pg):
+    """The pool can't grow any more, but it has a connection, which whoever waits gets in turn."""
+    proxy = proxies({"pool": {"max": 2, "connectionTimeoutMillis": 30000}})
+    with proxy.connect() as one, proxy.connect() as two:
+        one.execute("BEGIN")
+        pg.sql(f"ALTER ROLE {USER} PASSWORD 'changed'")
+        try:
+            since = len(pg.log.read_text())
+
+            def work(index):
+                if index:
+                    return two.execute("SELECT 2").fetchone()
+                harness.poll(lambda: refusals(pg, since), what="a second connection was tried")
+                assert proxy.http("/health/ready")[0] == 200
+                one.execute("COMMIT")
+            assert harness.threads(2, work)[1] == (2,)
+        finally:
+            pg.sql(f"ALTER ROLE {USER} PASSWORD '{PASSWORD}'")
