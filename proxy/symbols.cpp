@@ -57,6 +57,7 @@ std::string short_name(std::string_view demangled) {
   }
   out.resize(std::min(out.find(" ["), out.size()));  // [clone .cold]
   if (out.ends_with(" const")) out.resize(out.size() - 6);
+  while (out.ends_with(' ')) out.pop_back();  // operator<< <char>
   const std::size_t space = out.rfind(' ');
   return space == std::string::npos || std::string_view(out).substr(0, space).ends_with(kOperator) ? out : out.substr(space + 1);
 }

@@ -54,8 +54,8 @@ struct Link : Pair {
       for (auto* socket : {&client, &server}) socket->set_option(ip::tcp::no_delay(true));
       near.reset();
       far.reset();
-      near.emplace(Socket(loop.get_executor(), ip::tcp::v4(), client.release()));
-      far.emplace(Socket(loop.get_executor(), ip::tcp::v4(), server.release()));
+      near.emplace(Socket(loop.get_executor(), ip::tcp::v4(), client.release()), meter);
+      far.emplace(Socket(loop.get_executor(), ip::tcp::v4(), server.release()), meter);
     }
     if (kind != Kind::Tls12 && kind != Kind::Tls13) return;
     near->start_tls(kind == Kind::Tls12 ? contexts().client12.get() : contexts().client.get(), false);
@@ -88,6 +88,19 @@ TEST_P(Transports, MovesBytesBothWays) {
   EXPECT_EQ(arrived(*link.far, 11), "hello world");
   EXPECT_EQ(test::write(*link.far, {"back"}).bytes, 4u);
   EXPECT_EQ(arrived(*link.near, 4), "back");
+}
+
+TEST_P(Transports, ItsSystemCallsAreCounted) {
+  Link link(GetParam());
+  test::read_all(*link.near);  // tickets
+  const pool::LoopCounters before = link.meter.counters;
+  test::write(*link.near, {"some", "thing"});
+  EXPECT_EQ(link.meter.counters.sends, before.sends + 1) << "one for all pieces";
+  EXPECT_EQ(arrived(*link.far, 9), "something");
+  EXPECT_GE(link.meter.counters.receives, before.receives + 1);
+  const bool tls = link.near->is_tls();
+  EXPECT_EQ(link.meter.counters.clientHandshakes.full, tls ? 1u : 0u);
+  EXPECT_EQ(link.meter.counters.serverHandshakes.full, tls ? 1u : 0u);
 }
 
 TEST_P(Transports, NothingToWriteIsOk) {
