@@ -31,6 +31,7 @@ enum class Route {
   Metrics,
   Reload,
   Drain,
+  Upgrade,
   Pause,
   Resume,
   Reconnect,

@@ -457,7 +457,7 @@ void ServerConnection::settle() {
     return worker_.kick();
   }
   if (entry_.pool.worn_out(*this, worker_.now(), reason)) {
-    ++entry_.replacements;
+    if (reason != pool::CloseReason::Drain) ++entry_.replacements;
     close(reason);
     return worker_.serve(entry_);
   }

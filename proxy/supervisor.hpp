@@ -1,5 +1,5 @@
-// The process's life: the data loop and the control loop with its thread, signals, reload, drain, the admin port. Joined to
-// admin by callbacks, which main.cpp makes.
+// The process's life: the data loop and the control loop with its thread, signals, reload, drain, the online restart, the admin port.
+// Joined to admin by callbacks, which main.cpp makes.
 #pragma once
 
 #include <boost/asio/executor_work_guard.hpp>
@@ -8,16 +8,19 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "conf/load.hpp"
 #include "proxy/control.hpp"
+#include "proxy/launch.hpp"
+#include "proxy/notify.hpp"
 #include "proxy/worker.hpp"
 
 namespace pgsidecar::proxy {
 
 class Supervisor {
  public:
-  Supervisor(std::string config_path, std::shared_ptr<const conf::Config> config, conf::Environment env);
+  Supervisor(std::string config_path, std::shared_ptr<const conf::Config> config, conf::Environment env, Program program);
 
   boost::asio::io_context& control_loop() { return control_loop_; }
 
@@ -33,12 +36,22 @@ class Supervisor {
   /// Has the data loop do it; `done` gets empty or why it couldn't, on the control loop.
   void command(const pool::Command& command, std::function<void(std::string error)> done);
   const conf::Config& config() const { return *config_; }  ///< on the control loop
+  /// Starts the binary anew and hands the sockets over. `done` gets an error or the new process's id. On the control loop.
+  using UpgradeDone = std::function<void(std::string error, int pid)>;
+  void upgrade(UpgradeDone done);
+  std::function<std::vector<conf::Listening>()> other_sockets;  ///< that are handed over too
+  void status(const std::string& line) { notifier_.status(line); }
 
-  /// Listens, then runs until stopped. `listening` is called once the clients' port is open. Returns the exit code.
-  int run(const std::function<void()>& listening, const std::function<void()>& stopping);
+  /// Listens, then runs until stopped. `listening` is called once clients are accepted, `stopping` when they aren't any more and at the
+  /// end. Returns the exit code.
+  int run(conf::PassedSockets& passed, std::function<void()> listening, std::function<void()> stopping);
 
  private:
   void wait_signal();
+  void listen(conf::PassedSockets& passed, std::function<void()> listening);
+  void become_main();
+  void launch_with(std::vector<conf::Listening> sockets);
+  void finish_upgrade(const std::string& error, int pid);
   /// For the console: RELOAD, SET, SHUTDOWN. On the control loop.
   std::string request(const ConsoleCommand& command);
   std::string set(const std::string& key, const std::string& value);
@@ -51,6 +64,11 @@ class Supervisor {
   Control control_;
   Worker worker_;
   boost::asio::signal_set signals_;
+  Program program_;
+  Notifier notifier_;
+  std::function<void()> stopping_;
+  UpgradeDone upgrade_done_;  // one is under way
+  int successor_ = 0;         // the process that has taken over
   bool signalled_ = false;
   int exit_code_ = 0;
 };

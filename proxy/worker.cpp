@@ -1,16 +1,10 @@
 #include "proxy/worker.hpp"
 
-#include <netinet/tcp.h>
-#include <sys/socket.h>
-#include <sys/stat.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <boost/asio/bind_allocator.hpp>
 #include <boost/asio/post.hpp>
 #include <utility>
 
-#include "conf/listen.hpp"
 #include "conf/load.hpp"
 #include "proxy/log.hpp"
 
@@ -24,9 +18,6 @@ namespace {
 std::uint64_t micros(pool::Clock::duration d) {
   return static_cast<std::uint64_t>(std::max<std::int64_t>(0, std::chrono::duration_cast<std::chrono::microseconds>(d).count()));
 }
-
-/// A process's number on any Linux is smaller, so that a client's is never a server's.
-constexpr std::uint32_t kMaxPid = 1u << 22;
 
 /// A failure that more tries won't mend: wrong credentials, no such database.
 bool is_permanent(std::string_view sqlstate) {
@@ -85,87 +76,6 @@ void Worker::reload(std::shared_ptr<const conf::Config> config) {
     return std::none_of(databases_.begin(), databases_.end(), [&](const auto& one) { return one.second.upstream == upstream.first; });
   });
   kick();
-}
-
-// --- listening
-
-template <class Acceptor>
-void Worker::accept(std::shared_ptr<Acceptor> acceptor) {
-  acceptor->async_accept(
-      [this, acceptor](const boost::system::error_code& ec,
-                       typename Acceptor::protocol_type::socket::template rebind_executor<asio::io_context::executor_type>::other socket) {
-        if (ec == asio::error::operation_aborted || !acceptor->is_open()) return;
-        if (ec) {
-          log::error("accept_failed", {}, "accept: {}", ec.message());
-          auto timer = std::make_shared<asio::steady_timer>(data_, milliseconds(100));
-          timer->async_wait([this, acceptor, timer](const boost::system::error_code&) { accept(acceptor); });
-          return;
-        }
-        std::string peer = "unix socket";
-        if constexpr (std::is_same_v<typename Acceptor::protocol_type, asio::ip::tcp>) {
-          boost::system::error_code ignored;
-          const auto remote = socket.remote_endpoint(ignored);
-          peer = conf::print_address(remote.address().to_string(), remote.port());
-          const int one = 1;
-          ::setsockopt(socket.native_handle(), IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
-          ::setsockopt(socket.native_handle(), SOL_SOCKET, SO_KEEPALIVE, &one, sizeof one);
-        }
-        std::uint32_t id = 0;
-        do id = static_cast<std::uint32_t>(random_()) & 0x7fffffff;
-        while (id <= kMaxPid || clients_.contains(id));
-        auto client = std::make_shared<ClientSession>(*this, Socket(std::move(socket)), id, std::move(peer));
-        clients_.emplace(id, client);
-        client->start();
-        kick();
-        if (++logging_in_ >= config_->limits.maxLoginClients)
-          paused_.emplace_back([this, acceptor] { accept(acceptor); });
-        else
-          accept(acceptor);
-      });
-}
-
-void Worker::listen() {
-  using Tcp = asio::basic_socket_acceptor<asio::ip::tcp, asio::io_context::executor_type>;
-  using Local = asio::basic_socket_acceptor<asio::local::stream_protocol, asio::io_context::executor_type>;
-  for (const conf::Listen& where : config_->listen) {
-    const std::string text =
-        where.kind == conf::Listen::Kind::Unix ? "unix:" + where.directory : conf::print_address(where.host, where.port);
-    try {
-      if (where.kind == conf::Listen::Kind::Unix) {
-        const std::string path = where.directory + "/.s.PGSQL." + std::to_string(where.port);
-        asio::local::stream_protocol::socket other(data_);
-        boost::system::error_code nobody;
-        other.connect(asio::local::stream_protocol::endpoint(path), nobody);
-        if (!nobody) throw boost::system::system_error(asio::error::address_in_use);
-        if (nobody == asio::error::connection_refused) ::unlink(path.c_str());  // what a crash has left
-        auto acceptor = std::make_shared<Local>(data_.get_executor(), asio::local::stream_protocol::endpoint(path));
-        ::chmod(path.c_str(), 0777);
-        close_listeners_.push_back([acceptor, path] {
-          boost::system::error_code ignored;
-          acceptor->close(ignored);
-          ::unlink(path.c_str());
-        });
-        accept(acceptor);
-        log::info("listening", {}, "listening on {}", path);
-        continue;
-      }
-      for (const conf::Listening& one : conf::open_listeners(where, 1024)) {
-        auto acceptor = std::make_shared<Tcp>(data_.get_executor());
-        acceptor->assign(one.family == AF_INET6 ? asio::ip::tcp::v6() : asio::ip::tcp::v4(), one.fd);
-        close_listeners_.push_back([acceptor] {
-          boost::system::error_code ignored;
-          acceptor->close(ignored);
-        });
-        log::info("listening", {}, "listening on {}", one.address);
-        accept(acceptor);
-      }
-    } catch (const std::runtime_error& e) {
-      const auto* system = dynamic_cast<const std::system_error*>(&e);
-      throw std::runtime_error("cannot listen on " + text + ": " + (system ? system->code().message() : e.what()) +
-                               " (change `listen` or PGSIDECAR_LISTEN)");
-    }
-  }
-  started_ = true;
 }
 
 // --- logins and leases
@@ -227,6 +137,7 @@ PoolEntry* Worker::find_pool(const std::string& database, const std::string& use
   entry->passes_password_on = passes_password_on(user);
   entry->paused = is_paused(database);
   entry->number = static_cast<std::uint32_t>(pools_.size()) + 1;
+  if (succession_) succession_->join(*entry);
   if (!databases_.contains(database)) databases_[database] = describe(database);
   return pools_.emplace(std::move(key), std::move(entry)).first->second.get();
 }
@@ -280,8 +191,17 @@ void Worker::run_runnable() {
 }
 
 void Worker::serve(PoolEntry& entry) {
+  serve_from(entry);
+  if (succession_) succession_->balance(entry);
+}
+
+bool Worker::wants_listener(const PoolEntry& entry) const {
+  return entry.listener.wants_server(now()) && entry.clients > 0 && (!draining_ || waits_for_clients_);
+}
+
+void Worker::serve_from(PoolEntry& entry) {
   if (entry.paused) return;
-  const bool listens = entry.listener.wants_server(now()) && entry.clients > 0 && !draining_;
+  const bool listens = wants_listener(entry);
   if (listens && entry.pool.any_idle()) {
     auto* idle = static_cast<ServerConnection*>(entry.pool.any_idle());
     idle->unlink();
@@ -297,7 +217,7 @@ void Worker::serve(PoolEntry& entry) {
       entry.logins.pop_front();
       continue;
     }
-    if (entry.pool.open() >= entry.pool.settings().max) {
+    if (entry.pool.open() >= entry.pool.capacity()) {
       if (pool::Slot* idle = entry.pool.take(now())) static_cast<ServerConnection*>(idle)->close(pool::CloseReason::Idle);
       break;
     }
@@ -305,17 +225,17 @@ void Worker::serve(PoolEntry& entry) {
     entry.logins.pop_front();
   }
   if (now() < entry.retry_at || (entry.passes_password_on && !entry.given_password)) return;
-  const conf::PoolSettings& settings = entry.pool.settings();
+  const std::uint32_t capacity = entry.pool.capacity();
   std::uint32_t open = entry.pool.wanted(entry.connecting);
   const bool wanted = entry.clients > 0 && !draining_;
   if (entry.replacements > 0) {
-    const std::uint32_t places = settings.max - std::min(settings.max, entry.pool.open());
+    const std::uint32_t places = capacity - std::min(capacity, entry.pool.open());
     const std::uint32_t now_possible = std::min(places, entry.replacements);
     open = std::max(open, wanted ? now_possible : 0);
     entry.replacements = wanted ? entry.replacements - now_possible : 0;
   }
-  if (open == 0 && wanted && entry.pool.staying() < settings.min && entry.pool.open() < settings.max) open = 1;
-  if (open == 0 && listens && !entry.listener.has_server() && entry.connecting == 0 && entry.pool.open() < settings.max) open = 1;
+  if (open == 0 && wanted && entry.pool.staying() < entry.pool.settings().min && entry.pool.open() < capacity) open = 1;
+  if (open == 0 && listens && !entry.listener.has_server() && entry.connecting == 0 && entry.pool.open() < capacity) open = 1;
   if (entry.failures > 0) open = std::min(open, entry.connecting == 0 ? 1u : 0u);  // one probes for all
   for (; open > 0; --open) open_server(entry, {});
 }
@@ -412,8 +332,8 @@ void Worker::cancel(std::uint32_t pid, std::string_view key) {
     return one.second->key_pid() == pid && own.size() == key.size() && !own.empty() &&
            CRYPTO_memcmp(own.data(), key.data(), own.size()) == 0;
   });
-  if (it == clients_.end()) return;
-  it->second->on_cancel();
+  if (it != clients_.end()) return it->second->on_cancel();
+  if (succession_) succession_->cancel(pid, key);
 }
 
 std::string Worker::execute(const pool::Command& command) {
@@ -484,8 +404,9 @@ void Worker::tick() {
       }
       const conf::PoolSettings& settings = entry->pool.settings();
       std::string message = "timed out after " + std::to_string(settings.connectionTimeoutMillis) +
-                            " ms waiting for a server connection: " + std::to_string(entry->pool.open()) + " of " +
+                            " ms waiting for a server connection: " + std::to_string(entry->pool.open() + entry->pool.lent()) + " of " +
                             std::to_string(settings.max) + " in use";
+      if (entry->pool.lent() > 0) message += ", " + std::to_string(entry->pool.lent()) + " by the other process of an online restart";
       ClientSession* longest = nullptr;
       for (auto& [id, server] : entry->servers)
         if (server->client() && (!longest || server->client()->transaction_since < longest->transaction_since)) longest = server->client();
@@ -523,7 +444,8 @@ void Worker::tick() {
     }
   }
   for (const auto& client : due) client->on_deadline(t);
-  if (draining_ && t >= drain_until_ && exit_code_ == 0) {
+  if (retired_ && waits_for_clients_ && t >= drain_until_) drain();
+  if (draining_ && !waits_for_clients_ && t >= drain_until_ && exit_code_ == 0) {
     exit_code_ = 3;
     std::vector<std::shared_ptr<ClientSession>> left;
     for (auto& [id, client] : clients_) left.push_back(client);
@@ -536,7 +458,7 @@ void Worker::tick() {
     }
   }
   const bool exit_on_idle = config_->pool.allowExitOnIdle && had_client_ && clients_.size() == consoles_;
-  if (exit_on_idle && !draining_ && t - idle_since_ >= milliseconds(config_->pool.idleTimeoutMillis)) {
+  if (exit_on_idle && !draining_ && !succession_ && t - idle_since_ >= milliseconds(config_->pool.idleTimeoutMillis)) {
     log::info("exit_on_idle", {}, "no clients for {} ms: exiting (pool.allowExitOnIdle)", config_->pool.idleTimeoutMillis);
     drain();
   }
@@ -551,11 +473,13 @@ void Worker::tick() {
 
 void Worker::drain() {
   if (draining_ && !waits_for_clients_) return;
+  if (succession_) succession_->abandon("it is shutting down");
   draining_ = true;
   waits_for_clients_ = false;
+  if (on_draining) on_draining();
   drain_until_ = now() + milliseconds(config_->shutdown.timeoutMillis);
   log::info("draining", {}, "draining: {} clients, at most {} ms", clients_.size() - consoles_, config_->shutdown.timeoutMillis);
-  if (!config_->shutdown.acceptWhileDraining) {
+  if (!config_->shutdown.acceptWhileDraining || retired_) {
     // New ones are accepted and told so, until nothing is left.
     std::vector<std::shared_ptr<ClientSession>> all;
     for (auto& [id, client] : clients_) all.push_back(client);
@@ -566,15 +490,14 @@ void Worker::drain() {
 }
 
 void Worker::check_stopped() {
-  if (!draining_ || stopped_ || clients_.size() > consoles_) return;
+  if (!draining_ || stopped_ || is_handing_over() || clients_.size() > consoles_) return;
   if (!clients_.empty()) {
     std::vector<std::shared_ptr<ClientSession>> consoles;
     for (auto& [id, client] : clients_) consoles.push_back(client);
     for (const auto& console : consoles) console->fatal("57P01", "terminating connection due to administrator command");
     return;
   }
-  for (const auto& close_listener : close_listeners_) close_listener();
-  close_listeners_.clear();
+  close_ports(true);
   bool left = false;
   for (auto& [key, entry] : pools_) {
     std::vector<std::shared_ptr<ServerConnection>> all;
