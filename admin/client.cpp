@@ -25,6 +25,7 @@ using namespace std::chrono_literals;
 using std::chrono::milliseconds;
 
 constexpr milliseconds kRequestTime = 5s;
+constexpr milliseconds kUpgradeTime = 20s;
 constexpr milliseconds kPollTime = 200ms;
 
 struct Result {
@@ -143,6 +144,14 @@ int shutdown(const conf::Admin& settings) {
   const char* path = settings.quitquitquit ? "/quitquitquit" : "/api/admin/drain";
   const Result result = request(settings, http::verb::post, path, kRequestTime);
   return result.status == 200 ? 0 : complain("shutdown", explain(settings, path, result));
+}
+
+int upgrade(const conf::Admin& settings) {
+  const char* path = "/api/admin/upgrade";
+  const Result result = request(settings, http::verb::post, path, kUpgradeTime);
+  if (result.status != 200) return complain("upgrade", explain(settings, path, result));
+  std::printf("%s\n", result.text.c_str());
+  return 0;
 }
 
 }  // namespace pgsidecar::admin

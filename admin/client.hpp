@@ -1,4 +1,4 @@
-// The other end of the admin port, for the subcommands `healthcheck`, `wait` and `shutdown`: small
+// The other end of the admin port, for the subcommands `healthcheck`, `wait`, `shutdown` and `upgrade`: small
 // synchronous requests. Each returns the process's exit code, 0 or 1, and explains a failure on stderr.
 #pragma once
 
@@ -17,5 +17,8 @@ int wait_ready(const conf::Admin& settings, std::chrono::milliseconds max);
 /// Asks it to end in order: POST /quitquitquit if that is on, else POST /api/admin/drain. Returns when it has
 /// agreed, not when it is gone.
 int shutdown(const conf::Admin& settings);
+
+/// Asks it to have the binary started anew: POST /api/admin/upgrade. Returns when the new process has taken over, or won't.
+int upgrade(const conf::Admin& settings);
 
 }  // namespace pgsidecar::admin

@@ -33,6 +33,7 @@ constexpr Endpoint kEndpoints[] = {
     {"/api/monitoring/config", Route::Config, "the configuration in use, secrets redacted"},
     {"/api/admin/reload", Route::Reload, "reads the configuration again"},
     {"/api/admin/drain", Route::Drain, "finishes what is active, then ends"},
+    {"/api/admin/upgrade", Route::Upgrade, "starts the binary anew, which takes over; this process serves the clients that it has"},
     {"/api/admin/pause", Route::Pause, "?database=NAME, or all: closes server connections as they are released, clients wait"},
     {"/api/admin/resume", Route::Resume, "?database=NAME, or all: ends a pause"},
     {"/api/admin/reconnect", Route::Reconnect, "?database=NAME, or all: replaces server connections as they are released"},

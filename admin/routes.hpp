@@ -33,6 +33,7 @@ enum class Route {
   Metrics,
   Reload,
   Drain,
+  Upgrade,
   Pause,
   Resume,
   Reconnect,

@@ -46,6 +46,7 @@ constexpr std::uint64_t kBodyLimit = std::uint64_t{16} * 1024;
 constexpr auto kRequestTime = 5s;   // from the first wait for a request to its last byte; also to write the answer
 constexpr auto kSnapshotTime = 1s;  // a data loop that is silent for so long isn't alive
 constexpr auto kPauseTime = 30s;    // in which the server connections of a paused database are released
+constexpr auto kUpgradeTime = 15s;  // longer than a new process has to be ready
 constexpr auto kProbeTime = 10s;    // longer than connectionTimeoutMillis' default
 constexpr auto kRecheckTime = 1s;   // between probes of a database that is known to be down
 constexpr auto kLingerTime = 1s;    // so that an answer to an unread request isn't lost to a reset
@@ -90,6 +91,7 @@ struct Wait {
   SnapshotPtr snapshot;
   std::string error;  // of a command
   std::string text;   // of stacks
+  int pid = 0;        // of the process that has taken over
   bool answered = false;
 };
 
@@ -135,7 +137,9 @@ class Server::Impl : public std::enable_shared_from_this<Impl> {
   Impl(asio::io_context& control, const conf::Admin& settings, Callbacks callbacks)
       : control_(control), settings_(settings), callbacks_(std::move(callbacks)), stream_(control) {}
 
-  void listen();
+  void listen(conf::PassedSockets& passed);
+  void begin();
+  std::vector<conf::Listening> listening() const { return sockets_; }
   std::uint16_t port() const { return port_; }
   void set(conf::Admin settings) {
     settings.enabled = settings_.enabled;
@@ -153,11 +157,13 @@ class Server::Impl : public std::enable_shared_from_this<Impl> {
   asio::awaitable<Answer> command(Route route, std::uint64_t id);
   asio::awaitable<Answer> stacks(std::string_view query);
   asio::awaitable<Answer> operate(Route route, std::string_view query);
+  asio::awaitable<Answer> upgrade();
   asio::awaitable<void> perform(const pool::Command& command, std::shared_ptr<Wait> wait);
   asio::awaitable<void> write(Session& session, const Answer& answer, unsigned version, bool head, bool keep_alive, error_code& ec);
   asio::awaitable<void> linger(Session& session);
   asio::awaitable<void> stream(Session& session);
 
+  void add(const conf::Listening& socket);
   void admit(tcp::socket socket);
   bool make_room();
   void refuse(tcp::socket& socket);
@@ -171,6 +177,7 @@ class Server::Impl : public std::enable_shared_from_this<Impl> {
   conf::Admin settings_;
   const Callbacks callbacks_;
   std::list<tcp::acceptor> acceptors_;
+  std::vector<conf::Listening> sockets_;  // the same, of which they are the owners
   std::uint16_t port_ = 0;
   bool stopped_ = false;
   std::list<std::shared_ptr<Session>> sessions_;
@@ -181,7 +188,17 @@ class Server::Impl : public std::enable_shared_from_this<Impl> {
   Stream stream_;
 };
 
-void Server::Impl::listen() {
+void Server::Impl::add(const conf::Listening& socket) {
+  acceptors_.emplace_back(control_).assign(socket.family == AF_INET6 ? tcp::v6() : tcp::v4(), socket.fd);
+  sockets_.push_back(socket);
+  port_ = acceptors_.back().local_endpoint().port();
+}
+
+void Server::Impl::begin() {
+  for (tcp::acceptor& acceptor : acceptors_) asio::co_spawn(control_, accept_loop(shared_from_this(), acceptor), asio::detached);
+}
+
+void Server::Impl::listen(conf::PassedSockets& passed) {
   if (!settings_.enabled) return;
   const auto& where = settings_.listen;
   const std::string shown = conf::print_address(where.host, where.port);
@@ -191,12 +208,12 @@ void Server::Impl::listen() {
   };
   if (where.kind != conf::Listen::Kind::Tcp) fail("the admin port can't be a unix socket");
 
+  for (const conf::Listening& one : passed.take_passed(true)) {
+    if (one.family == AF_UNIX) throw std::runtime_error("LISTEN_FDS: the admin port can't be a unix socket: " + one.address);
+    add(one);
+  }
   try {
-    for (const conf::Listening& one : conf::open_listeners(where, 128)) {
-      acceptors_.emplace_back(control_).assign(one.family == AF_INET6 ? tcp::v6() : tcp::v4(), one.fd);
-      port_ = acceptors_.back().local_endpoint().port();
-      asio::co_spawn(control_, accept_loop(shared_from_this(), acceptors_.back()), asio::detached);
-    }
+    for (const conf::Listening& one : conf::open_listeners(where, 128, passed, true)) add(one);
   } catch (const std::system_error& e) {
     fail(e.code().value() == EADDRINUSE ? "the port is already in use, often by the application itself" : e.code().message());
   } catch (const std::runtime_error& e) {
@@ -558,6 +575,27 @@ asio::awaitable<Answer> Server::Impl::operate(Route route, std::string_view quer
   co_return reply;
 }
 
+asio::awaitable<Answer> Server::Impl::upgrade() {
+  if (stopped_ || !callbacks_.upgrade) co_return failure(503, "shutting down");
+  const auto wait = std::make_shared<Wait>(control_);
+  wait->timer.expires_after(kUpgradeTime);
+  std::function<void(std::string, int)> done = [weak = std::weak_ptr(wait)](std::string error, int pid) {
+    if (const auto waiting = weak.lock()) {
+      waiting->error = std::move(error);
+      waiting->pid = pid;
+      waiting->finish(nullptr);
+    }
+  };
+  callbacks_.upgrade(std::move(done));
+  error_code ec;
+  if (!wait->answered) co_await wait->timer.async_wait(asio::redirect_error(asio::use_awaitable, ec));
+  if (!wait->answered) co_return failure(503, "the new process was not ready within 15 s");
+  if (!wait->error.empty()) co_return failure(409, wait->error, "this process stays in charge; the log has what the new one said");
+  Answer reply;
+  reply.body = "{\"ok\":true,\"action\":\"upgrade\",\"pid\":" + std::to_string(wait->pid) + "}\n";
+  co_return reply;
+}
+
 asio::awaitable<Answer> Server::Impl::answer(const Session& session, const Request& request) {
   const std::string_view target = view(request.target());
   const auto mark = std::min(target.find('?'), target.size());
@@ -586,6 +624,10 @@ asio::awaitable<Answer> Server::Impl::answer(const Session& session, const Reque
   }
   if (route >= Route::Pause && route <= Route::Reconnect) {
     Answer done = co_await operate(route, query);
+    co_return done;
+  }
+  if (route == Route::Upgrade) {
+    Answer done = co_await upgrade();
     co_return done;
   }
   if (endpoint->changes()) co_return change(*endpoint);
@@ -689,8 +731,14 @@ Server::Server(asio::io_context& control, const conf::Admin& settings, Callbacks
 Server::~Server() {
   impl_->stop();
 }
-void Server::listen() {
-  impl_->listen();
+void Server::listen(conf::PassedSockets& passed) {
+  impl_->listen(passed);
+}
+void Server::begin() {
+  impl_->begin();
+}
+std::vector<conf::Listening> Server::listening() const {
+  return impl_->listening();
 }
 void Server::set(const conf::Admin& settings) {
   impl_->set(settings);

@@ -11,10 +11,12 @@
 #include <memory>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "admin/alerts.hpp"
 #include "admin/monitor.hpp"
 #include "conf/config.hpp"
+#include "conf/listen.hpp"
 #include "pool/stats.hpp"
 
 namespace pgsidecar::admin {
@@ -29,6 +31,8 @@ class Server {
     std::function<void(SnapshotReceiver)> probe;  ///< asks the database first
     /// reload, drain or quit; returns empty on success or an error text.
     std::function<std::string(std::string_view action)> act;
+    /// Has a new process take over; `done` gets why none has, or which.
+    std::function<void(std::function<void(std::string error, int pid)> done)> upgrade;
     /// Done on the data loop; `done` gets empty or why it couldn't be, on the control loop.
     std::function<void(const pool::Command&, std::function<void(std::string error)> done)> command;
     std::function<std::string(std::uint32_t window, std::uint32_t step)> history;     ///< a document
@@ -46,9 +50,12 @@ class Server {
   Server(const Server&) = delete;
   Server& operator=(const Server&) = delete;
 
-  /// Does nothing if the port is off. Throws std::runtime_error with a text that names the key if it can't
-  /// listen.
-  void listen();
+  /// Opens what `listen` says and takes what was passed on for the admin port. Does nothing if the port is off. Throws
+  /// std::runtime_error with a text that names the key if it can't listen.
+  void listen(conf::PassedSockets& passed);
+  /// Accepts connections.
+  void begin();
+  std::vector<conf::Listening> listening() const;  ///< the sockets
   /// All but the port counts from now on.
   void set(const conf::Admin& settings);
   /// The port listened on; 0 before listen().

@@ -48,6 +48,8 @@ bool Pool::worn_out(const Slot& slot, Time now, CloseReason& reason) const {
   if (slot.condemned || staying() > settings_.max) return reason = CloseReason::Reload, true;
   if (slot.use_limit != 0 && slot.uses >= slot.use_limit) return reason = CloseReason::MaxUses, true;
   if (now >= slot.lifetime_end) return reason = CloseReason::Lifetime, true;
+  // One that nobody has had yet serves somebody first.
+  if (lent_ > 0 && slot.uses > 0 && staying() > capacity()) return reason = CloseReason::Drain, true;
   return false;
 }
 
@@ -95,8 +97,8 @@ Slot* Pool::outdated(Time now, CloseReason& reason) {
 
 std::uint32_t Pool::wanted(std::uint32_t connecting) const {
   const auto waiting = static_cast<std::uint32_t>(waiters_.size());
-  if (waiting <= connecting || open() >= settings_.max) return 0;
-  return std::min(waiting - connecting, settings_.max - open());
+  if (waiting <= connecting || open() >= capacity()) return 0;
+  return std::min(waiting - connecting, capacity() - open());
 }
 
 }  // namespace pgsidecar::pool

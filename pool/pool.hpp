@@ -3,6 +3,7 @@
 // first come first served. The permits bound what exists, connections being opened and closed included.
 #pragma once
 
+#include <algorithm>
 #include <boost/intrusive/list.hpp>
 #include <chrono>
 #include <cstdint>
@@ -66,6 +67,10 @@ class Pool {
   Permits& permits() { return permits_; }
   std::uint32_t open() const { return permits_.held; }                        ///< those being opened and closed included
   std::uint32_t staying() const { return permits_.held - permits_.leaving; }  ///< those being closed left out
+  /// Places that another process has, for a time (an online restart).
+  void set_lent(std::uint32_t places) { lent_ = places; }
+  std::uint32_t lent() const { return lent_; }
+  std::uint32_t capacity() const { return settings_.max - std::min(settings_.max, lent_); }  ///< of `max`, this process's
   std::size_t idle_count() const { return idle_.size(); }
   std::size_t waiting_count() const { return waiters_.size(); }
   Time oldest_wait() const { return waiters_.empty() ? Time::max() : waiters_.front().since; }
@@ -93,7 +98,7 @@ class Pool {
   void put_idle(Slot& slot, Time now);
   /// An idle connection that has been idle or alive too long, off the idle list; nullptr if none.
   Slot* outdated(Time now, CloseReason& reason);
-  /// How many connections to open now: one for each waiter that none being opened is for, within `max`.
+  /// How many connections to open now: one for each waiter that none being opened is for, within the capacity.
   std::uint32_t wanted(std::uint32_t connecting) const;
   /// Without use for so long nothing is kept, `min` or not; zero: what `min` says is.
   void set_rest(std::chrono::milliseconds after) { rest_after_ = after; }
@@ -115,6 +120,7 @@ class Pool {
   Permits permits_;
   std::chrono::milliseconds rest_after_{};
   bool resting_ = false;
+  std::uint32_t lent_ = 0;
   Slots idle_;       // front: last used
   Waiters waiters_;  // front: first come
   bool away_ = false;

@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <iostream>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -35,6 +36,7 @@ constexpr const char* kHelp =
     "  pgsidecar healthcheck             exit 0 if the running pgsidecar is alive\n"
     "  pgsidecar wait [--max 30s]        wait until it is ready\n"
     "  pgsidecar shutdown                tell it to drain and exit\n"
+    "  pgsidecar upgrade                 have it started anew, as the binary and the configuration are now, without a pause\n"
     "  pgsidecar --version | --help\n"
     "\n"
     "Every key of the configuration is also an environment variable: PGSIDECAR_ and its path in upper snake\n"
@@ -84,8 +86,8 @@ Arguments parse(int argc, char** argv) {
     } else if (argument == "--max" || argument.starts_with("--max=")) {
       arguments.max = parse_duration(value("--max"));
       if (arguments.max.count() < 0) usage("--max takes a duration such as 30s");
-    } else if (!have_command &&
-               (argument == "run" || argument == "check" || argument == "healthcheck" || argument == "wait" || argument == "shutdown")) {
+    } else if (!have_command && (argument == "run" || argument == "check" || argument == "healthcheck" || argument == "wait" ||
+                                 argument == "shutdown" || argument == "upgrade")) {
       arguments.command = argument;
       have_command = true;
     } else {
@@ -95,11 +97,25 @@ Arguments parse(int argc, char** argv) {
   return arguments;
 }
 
-int run(const Arguments& arguments, std::shared_ptr<const conf::Config> config, const conf::Environment& env) {
+/// For `systemctl status`.
+std::string status_line(const pool::Snapshot& snapshot) {
+  std::uint32_t waiting = 0, used = 0, idle = 0;
+  for (const pool::PoolSnapshot& pool : snapshot.pools) {
+    waiting += pool.clientsWaiting;
+    used += pool.serversActive;
+    idle += pool.serversIdle;
+  }
+  return std::to_string(snapshot.clients) + " clients, " + std::to_string(waiting) +
+         " of them waiting; server connections: " + std::to_string(used) + " in use, " + std::to_string(idle) + " idle" +
+         (snapshot.draining ? "; draining" : "");
+}
+
+int run(const Arguments& arguments, std::shared_ptr<const conf::Config> config, const conf::Environment& env, proxy::Program program,
+        conf::PassedSockets& passed) {
   ::mallopt(M_ARENA_MAX, 2);  // two threads allocate
   proxy::count_tls_memory();
   proxy::log::start(config->log);
-  proxy::Supervisor supervisor(arguments.config, config, env);
+  proxy::Supervisor supervisor(arguments.config, config, env, std::move(program));
   admin::Server::Callbacks callbacks;
   callbacks.snapshot = [&](pool::Snapshot::Detail detail, proxy::Supervisor::SnapshotDone done) {
     supervisor.snapshot(detail, std::move(done));
@@ -135,8 +151,10 @@ int run(const Arguments& arguments, std::shared_ptr<const conf::Config> config, 
     supervisor.drain();
     return {};
   };
+  callbacks.upgrade = [&](std::function<void(std::string, int)> done) { supervisor.upgrade(std::move(done)); };
   admin::Server server(supervisor.control_loop(), config->admin, std::move(callbacks));
-  if (config->admin.enabled) server.listen();
+  server.listen(passed);
+  supervisor.other_sockets = [&] { return server.listening(); };
   monitor.add([&](const admin::Sample& sample) {
     history.add(sample);
     profile.add(sample);
@@ -160,8 +178,14 @@ int run(const Arguments& arguments, std::shared_ptr<const conf::Config> config, 
     server.set(supervisor.config().admin);
     monitor.wake();
   };
+  monitor.add([&](const admin::Sample& sample) {
+    if (sample.snapshot) supervisor.status(status_line(*sample.snapshot));
+    return admin::Monitor::kNever;
+  });
   return supervisor.run(
+      passed,
       [&] {
+        server.begin();
         if (config->admin.enabled)
           proxy::log::info("admin_listening", {}, "admin at http://{}:{}", config->admin.listen.host, server.port());
         monitor.start();
@@ -178,26 +202,37 @@ int run(const Arguments& arguments, std::shared_ptr<const conf::Config> config, 
 int main(int argc, char** argv) {
   const Arguments arguments = parse(argc, argv);
   const conf::Environment env = conf::process_environment();
-  std::shared_ptr<const conf::Config> config;
   try {
     if (arguments.command == "healthcheck") return admin::healthcheck(conf::load_admin(arguments.config, env));
     if (arguments.command == "wait") return admin::wait_ready(conf::load_admin(arguments.config, env), arguments.max);
     if (arguments.command == "shutdown") return admin::shutdown(conf::load_admin(arguments.config, env));
-    config = std::make_shared<const conf::Config>(conf::load(arguments.config, env));
+    if (arguments.command == "upgrade") return admin::upgrade(conf::load_admin(arguments.config, env));
+    if (arguments.command == "check") {
+      const conf::Config config = conf::load(arguments.config, env);
+      for (const std::string& warning : conf::upstream_warnings(config, env)) std::cerr << "pgsidecar: warning: " << warning << "\n";
+      std::cout << conf::to_redacted_yaml(config);
+      return 0;
+    }
   } catch (const conf::ConfigError& e) {
     std::cerr << "pgsidecar: " << e.what() << "\n";
     return kMistake;
   }
-  if (arguments.command == "check") {
-    for (const std::string& warning : conf::upstream_warnings(*config, env)) std::cerr << "pgsidecar: warning: " << warning << "\n";
-    std::cout << conf::to_redacted_yaml(*config);
-    return 0;
-  }
+  std::optional<conf::PassedSockets> passed;
+  // Told to the process that this one was to take over from, too.
+  const auto fail = [&](const std::string& why, int code) {
+    if (const int link = passed ? passed->take_link() : -1; link >= 0) proxy::Succession::tell_failure(link, why);
+    proxy::log::stop(code);
+    std::cerr << "pgsidecar: " << why << "\n";
+    return code;
+  };
   try {
-    return run(arguments, config, env);
+    proxy::Program program = proxy::Program::of(argc, argv);
+    passed.emplace(conf::PassedSockets::from_environment());
+    auto config = std::make_shared<const conf::Config>(conf::load(arguments.config, env));
+    return run(arguments, std::move(config), env, std::move(program), *passed);
+  } catch (const conf::ConfigError& e) {
+    return fail(e.what(), kMistake);
   } catch (const std::exception& e) {
-    proxy::log::stop(1);
-    std::cerr << "pgsidecar: " << e.what() << "\n";
-    return 1;
+    return fail(e.what(), 1);
   }
 }

@@ -174,13 +174,17 @@ void Worker::stop(ConsoleCommand::Stop how) {
   if (how == ConsoleCommand::Stop::WaitForServers) return drain();
   if (how == ConsoleCommand::Stop::WaitForClients) {
     if (draining_) return;
+    if (succession_) succession_->abandon("it is shutting down");
     draining_ = waits_for_clients_ = true;
+    if (on_draining) on_draining();
     log::info("shutting_down", {}, "shutting down once its {} clients have left", clients_.size() - consoles_);
     kick();
     return check_stopped();
   }
   log::info("shutting_down", {}, "shutting down at once");
+  if (succession_) succession_->abandon("it is shutting down");
   draining_ = true;
+  if (on_draining) on_draining();
   waits_for_clients_ = false;
   std::vector<std::shared_ptr<ClientSession>> all;
   for (auto& [id, client] : clients_) all.push_back(client);

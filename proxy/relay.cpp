@@ -283,7 +283,7 @@ bool ClientSession::close_unserved(Bytes whole) {
 // A client that prepares what a server has accepted for the same session settings doesn't wait for a server of its own. It may be
 // that those who hold the servers wait for this client: pgbench prepares blockingly while its other clients hold transactions.
 bool ClientSession::parse_unserved(Bytes whole) {
-  if (!rewrites() || entry_->pool.any_idle() || entry_->pool.open() < entry_->pool.settings().max) return false;
+  if (!rewrites() || entry_->pool.any_idle() || entry_->pool.open() < entry_->pool.capacity()) return false;
   protocol::Reader reader(whole.subspan(kHeaderSize));
   const std::string_view name = reader.cstring();
   const Bytes body = reader.rest();

@@ -475,7 +475,7 @@ void ServerConnection::settle() {
   }
   const bool one_too_many = entry_.pool.staying() > entry_.pool.settings().max;
   if (entry_.pool.worn_out(*this, worker_.now(), reason)) {
-    if (!one_too_many) ++entry_.replacements;
+    if (!one_too_many && reason != pool::CloseReason::Drain) ++entry_.replacements;
     close(reason);
     return worker_.serve(entry_);
   }

@@ -1,11 +1,13 @@
 #include "proxy/supervisor.hpp"
 
 #include <sys/resource.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <boost/asio/post.hpp>
 #include <csignal>
 #include <thread>
+#include <utility>
 
 #include "proxy/console_config.hpp"
 #include "proxy/log.hpp"
@@ -42,16 +44,20 @@ void raise_file_limit(std::uint64_t wanted) {
 
 }  // namespace
 
-Supervisor::Supervisor(std::string config_path, std::shared_ptr<const conf::Config> config, conf::Environment env)
+Supervisor::Supervisor(std::string config_path, std::shared_ptr<const conf::Config> config, conf::Environment env, Program program)
     : config_path_(std::move(config_path)),
       config_(config),
       env_(env),
       control_(control_loop_, data_loop_, std::move(env)),
       worker_(data_loop_, control_, Prepared(std::move(config), env_)),
       signals_(control_loop_, SIGTERM, SIGINT, SIGHUP),
-      files_(control_loop_, [this] {
-        if (!files_.unchanged()) reload();
-      }) {
+      files_(control_loop_,
+             [this] {
+               if (!files_.unchanged()) reload();
+             }),
+      program_(std::move(program)),
+      notifier_(control_loop_, env_) {
+  signals_.add(SIGUSR2);
   std::signal(SIGPIPE, SIG_IGN);
   worker_.on_request = [this](const ConsoleCommand& command, std::function<void(std::string)> done) {
     asio::post(control_loop_, [this, command, done = std::move(done)]() mutable {
@@ -86,6 +92,13 @@ void Supervisor::watch(SnapshotDone done, std::function<void()> happened) {
 }
 
 std::string Supervisor::reload() {
+  if (successor_ != 0) return "process " + std::to_string(successor_) + " has taken over: reload that one";
+  struct Told {
+    explicit Told(Notifier& to) : notifier(to) { notifier.reloading(); }
+    ~Told() { notifier.ready(); }
+    Notifier& notifier;
+  };
+  const Told told(notifier_);
   changed_files_.merge(files_.changed());
   try {
     auto next = std::make_shared<const conf::Config>(conf::load(config_path_, env_));
@@ -153,11 +166,65 @@ void Supervisor::shut_down() {
   asio::post(data_loop_, [this] { worker_.shut_down(); });
 }
 
+// --- the online restart
+
+void Supervisor::upgrade(UpgradeDone done) {
+  if (upgrade_done_) {
+    log::warn("upgrade_failed", {}, "upgrade: one is under way");
+    return done("an upgrade is under way", 0);
+  }
+  upgrade_done_ = std::move(done);
+  if (::getpid() == 1)
+    return finish_upgrade("process 1 cannot be replaced, since its end is the container's: start a new container in its place", 0);
+  asio::post(data_loop_, [this] {
+    asio::post(control_loop_, [this, why = worker_.why_no_successor(), sockets = worker_.listening()] {
+      if (!why.empty()) return finish_upgrade(why, 0);
+      launch_with(sockets);
+    });
+  });
+}
+
+void Supervisor::launch_with(std::vector<conf::Listening> sockets) {
+  if (other_sockets)
+    for (const conf::Listening& one : other_sockets()) sockets.push_back(one);
+  const Launched launched = launch(program_, sockets);
+  if (!launched.error.empty()) return finish_upgrade(launched.error, 0);
+  log::info("upgrade_started", {}, "upgrade: {} is started as process {}, to take over", program_.path, launched.pid);
+  asio::post(data_loop_, [this, launched] {
+    worker_.succeed(launched.link, launched.pid, [this, pid = launched.pid](const std::string& error) {
+      asio::post(control_loop_, [this, pid, error] { finish_upgrade(error, pid); });
+    });
+  });
+}
+
+void Supervisor::finish_upgrade(const std::string& error, int pid) {
+  const UpgradeDone done = std::exchange(upgrade_done_, nullptr);
+  if (error.empty()) {
+    successor_ = pid;
+    notifier_.hand_over(pid);
+    if (stopping_) std::exchange(stopping_, nullptr)();
+  } else {
+    log::error("upgrade_failed", {}, "upgrade: nothing has changed: {}", error);
+  }
+  done(error, pid);
+  if (!error.empty()) return;
+  // Behind the answer to who has asked for it.
+  asio::post(control_loop_, [this] { asio::post(data_loop_, [this] { worker_.handed_over(); }); });
+}
+
+void Supervisor::become_main() {
+  notifier_.begin([this](std::function<void()> alive) {
+    asio::post(data_loop_, [this, alive = std::move(alive)]() mutable { asio::post(control_loop_, std::move(alive)); });
+  });
+}
+
 void Supervisor::wait_signal() {
   signals_.async_wait([this](const boost::system::error_code& ec, int number) {
     if (ec) return;
     if (number == SIGHUP) {
       reload();
+    } else if (number == SIGUSR2) {
+      upgrade([](const std::string&, int) {});
     } else if (signalled_) {
       log::warn("second_signal", {}, "second signal: ending at once");
       log::stop(3);
@@ -170,15 +237,32 @@ void Supervisor::wait_signal() {
   });
 }
 
-int Supervisor::run(const std::function<void()>& listening, const std::function<void()>& stopping) {
+void Supervisor::listen(conf::PassedSockets& passed, std::function<void()> listening) {
+  worker_.listen(passed);
+  const int link = passed.take_link();
+  const conf::PassedSockets not_wanted(std::move(passed));
+  if (link < 0) {
+    worker_.begin();
+    listening();
+    return become_main();
+  }
+  worker_.on_taken_over = [this, listening = std::move(listening)] { asio::post(control_loop_, listening); };
+  worker_.on_alone = [this] { asio::post(control_loop_, [this] { become_main(); }); };
+  worker_.take_place(link, [this](std::function<void()> then) {
+    asio::post(control_loop_, [this, then = std::move(then)]() mutable { asio::post(data_loop_, std::move(then)); });
+  });
+}
+
+int Supervisor::run(conf::PassedSockets& passed, std::function<void()> listening, std::function<void()> stopping) {
   raise_file_limit(config_->limits.maxClients + kOtherFiles);
+  stopping_ = std::move(stopping);
+  worker_.on_draining = [this] { asio::post(control_loop_, [this] { notifier_.stopping(); }); };
   worker_.on_stopped = [this](int code) {
     exit_code_ = code;
     data_loop_.stop();
   };
   files_.set(conf::files_of(*config_, config_path_, env_), config_->watchConfig);
-  worker_.listen();
-  listening();
+  listen(passed, std::move(listening));
   wait_signal();
   auto control_guard = asio::make_work_guard(control_loop_);
   stacks_.add(0, "data");
@@ -200,16 +284,20 @@ int Supervisor::run(const std::function<void()>& listening, const std::function<
     log::error("loop_failed", {}, "data loop: {}", e.what());
     exit_code_ = 1;
   }
-  asio::post(control_loop_, [this, &stopping] {
-    stopping();
+  asio::post(control_loop_, [this] {
+    if (stopping_) stopping_();
+    notifier_.end();
     boost::system::error_code ignored;
     signals_.clear(ignored);
     // It has ended in order: what comes in the last moment doesn't change the exit code.
-    for (const int number : {SIGTERM, SIGINT, SIGHUP}) std::signal(number, SIG_IGN);
+    for (const int number : {SIGTERM, SIGINT, SIGHUP, SIGUSR2}) std::signal(number, SIG_IGN);
     control_loop_.stop();
   });
   control.join();
-  log::info("stopped", {}, "stopped");
+  if (successor_ == 0)
+    log::info("stopped", {}, "stopped");
+  else
+    log::info("stopped", {}, "process {} has stopped, {} goes on", ::getpid(), successor_);
   log::stop(exit_code_);
   return exit_code_;
 }

@@ -1,5 +1,5 @@
-// The process's life: the data loop and the control loop with its thread, signals, reload, drain, the admin port. Joined to
-// admin by callbacks, which main.cpp makes.
+// The process's life: the data loop and the control loop with its thread, signals, reload, drain, the online restart, the admin port.
+// Joined to admin by callbacks, which main.cpp makes.
 #pragma once
 
 #include <boost/asio/executor_work_guard.hpp>
@@ -9,10 +9,13 @@
 #include <memory>
 #include <set>
 #include <string>
+#include <vector>
 
 #include "conf/load.hpp"
 #include "proxy/control.hpp"
 #include "proxy/file_watch.hpp"
+#include "proxy/launch.hpp"
+#include "proxy/notify.hpp"
 #include "proxy/stacks.hpp"
 #include "proxy/worker.hpp"
 
@@ -20,7 +23,7 @@ namespace pgsidecar::proxy {
 
 class Supervisor {
  public:
-  Supervisor(std::string config_path, std::shared_ptr<const conf::Config> config, conf::Environment env);
+  Supervisor(std::string config_path, std::shared_ptr<const conf::Config> config, conf::Environment env, Program program);
 
   boost::asio::io_context& control_loop() { return control_loop_; }
 
@@ -39,13 +42,23 @@ class Supervisor {
   /// What the loops do, sampled; on the control loop.
   void stacks(std::chrono::seconds time, StackSampler::Done done) { stacks_.sample(time, std::move(done)); }
   const conf::Config& config() const { return *config_; }  ///< on the control loop
+  /// Starts the binary anew and hands the sockets over. `done` gets an error or the new process's id. On the control loop.
+  using UpgradeDone = std::function<void(std::string error, int pid)>;
+  void upgrade(UpgradeDone done);
+  std::function<std::vector<conf::Listening>()> other_sockets;  ///< that are handed over too
+  void status(const std::string& line) { notifier_.status(line); }
 
-  /// Listens, then runs until stopped. `listening` is called once the clients' port is open. Returns the exit code.
-  int run(const std::function<void()>& listening, const std::function<void()>& stopping);
+  /// Listens, then runs until stopped. `listening` is called once clients are accepted, `stopping` when they aren't any more and at the
+  /// end. Returns the exit code.
+  int run(conf::PassedSockets& passed, std::function<void()> listening, std::function<void()> stopping);
 
  private:
   void wait_signal();
   void shut_down();
+  void listen(conf::PassedSockets& passed, std::function<void()> listening);
+  void become_main();
+  void launch_with(std::vector<conf::Listening> sockets);
+  void finish_upgrade(const std::string& error, int pid);
   /// For the console: RELOAD, SET, SHUTDOWN. On the control loop.
   std::string request(const ConsoleCommand& command);
   std::string set(const std::string& key, const std::string& value);
@@ -62,6 +75,11 @@ class Supervisor {
   boost::asio::signal_set signals_;
   FileWatch files_;                      // of the configuration
   std::set<std::string> changed_files_;  // since it was last loaded
+  Program program_;
+  Notifier notifier_;
+  std::function<void()> stopping_;
+  UpgradeDone upgrade_done_;  // one is under way
+  int successor_ = 0;         // the process that has taken over
   bool signalled_ = false;
   int exit_code_ = 0;
 };

@@ -1,10 +1,6 @@
 #include "proxy/worker.hpp"
 
-#include <netinet/tcp.h>
 #include <poll.h>
-#include <sys/socket.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <bit>
@@ -12,7 +8,6 @@
 #include <boost/asio/post.hpp>
 #include <utility>
 
-#include "conf/listen.hpp"
 #include "conf/load.hpp"
 #include "proxy/log.hpp"
 
@@ -22,9 +17,6 @@ namespace asio = boost::asio;
 using std::chrono::milliseconds;
 
 namespace {
-
-/// A process's number on any Linux is smaller, so that a client's is never a server's.
-constexpr std::uint32_t kMaxPid = 1u << 22;
 
 /// A failure that more tries won't mend: wrong credentials, no such database.
 bool is_permanent(std::string_view sqlstate) {
@@ -124,90 +116,6 @@ void Worker::reload(Prepared prepared) {
   kick();
 }
 
-// --- listening
-
-template <class Acceptor>
-void Worker::accept(std::shared_ptr<Acceptor> acceptor) {
-  acceptor->async_accept(
-      [this, acceptor](const boost::system::error_code& ec,
-                       typename Acceptor::protocol_type::socket::template rebind_executor<asio::io_context::executor_type>::other socket) {
-        if (ec == asio::error::operation_aborted || !acceptor->is_open()) return;
-        if (ec) {
-          log::error("accept_failed", {}, "accept: {}", ec.message());
-          auto timer = std::make_shared<asio::steady_timer>(data_, milliseconds(100));
-          timer->async_wait([this, acceptor, timer](const boost::system::error_code&) { accept(acceptor); });
-          return;
-        }
-        std::string peer = "unix socket";
-        if constexpr (std::is_same_v<typename Acceptor::protocol_type, asio::ip::tcp>) {
-          boost::system::error_code ignored;
-          const auto remote = socket.remote_endpoint(ignored);
-          peer = conf::print_address(remote.address().to_string(), remote.port());
-          const int one = 1;
-          ::setsockopt(socket.native_handle(), IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
-          ::setsockopt(socket.native_handle(), SOL_SOCKET, SO_KEEPALIVE, &one, sizeof one);
-        }
-        std::uint32_t id = 0;
-        do id = static_cast<std::uint32_t>(random_()) & 0x7fffffff;
-        while (id <= kMaxPid || clients_.contains(id));
-        auto client = std::make_shared<ClientSession>(*this, Socket(std::move(socket)), id, std::move(peer));
-        clients_.emplace(id, client);
-        client->start();
-        kick();
-        if (++logging_in_ >= config_->limits.maxLoginClients)
-          paused_.emplace_back([this, acceptor] { accept(acceptor); });
-        else
-          accept(acceptor);
-      });
-}
-
-void Worker::listen() {
-  using Tcp = asio::basic_socket_acceptor<asio::ip::tcp, asio::io_context::executor_type>;
-  using Local = asio::basic_socket_acceptor<asio::local::stream_protocol, asio::io_context::executor_type>;
-  for (const conf::Listen& where : config_->listen) {
-    const std::string text =
-        where.kind == conf::Listen::Kind::Unix ? "unix:" + where.directory : conf::print_address(where.host, where.port);
-    try {
-      if (where.kind == conf::Listen::Kind::Unix) {
-        const std::string path = where.directory + "/.s.PGSQL." + std::to_string(where.port);
-        asio::local::stream_protocol::socket other(data_);
-        boost::system::error_code nobody;
-        other.connect(asio::local::stream_protocol::endpoint(path), nobody);
-        if (!nobody) throw boost::system::system_error(asio::error::address_in_use);
-        if (nobody == asio::error::connection_refused) ::unlink(path.c_str());  // what a crash has left
-        auto acceptor = std::make_shared<Local>(data_.get_executor(), asio::local::stream_protocol::endpoint(path));
-        ::chmod(path.c_str(), 0777);
-        listening_.push_back(acceptor->native_handle());
-        close_listeners_.push_back([acceptor, path] {
-          boost::system::error_code ignored;
-          acceptor->close(ignored);
-          ::unlink(path.c_str());
-        });
-        accept(acceptor);
-        log::info("listening", {}, "listening on {}", path);
-        continue;
-      }
-      for (const conf::Listening& one : conf::open_listeners(where, 1024)) {
-        auto acceptor = std::make_shared<Tcp>(data_.get_executor());
-        acceptor->assign(one.family == AF_INET6 ? asio::ip::tcp::v6() : asio::ip::tcp::v4(), one.fd);
-        listening_.push_back(one.fd);
-        close_listeners_.push_back([acceptor] {
-          boost::system::error_code ignored;
-          acceptor->close(ignored);
-        });
-        log::info("listening", {}, "listening on {}", one.address);
-        accept(acceptor);
-      }
-    } catch (const std::runtime_error& e) {
-      const auto* system = dynamic_cast<const std::system_error*>(&e);
-      throw std::runtime_error("cannot listen on " + text + ": " + (system ? system->code().message() : e.what()) +
-                               " (change `listen` or PGSIDECAR_LISTEN)");
-    }
-  }
-  started_ = true;
-  if (quits_at() != pool::Time::max()) kick();
-}
-
 // --- logins and leases
 
 std::optional<std::string> Worker::secret_of(const std::string& user) {
@@ -269,6 +177,7 @@ PoolEntry* Worker::find_pool(const std::string& database, const std::string& use
   entry->paused = is_paused(database);
   entry->pool.set_rest(rest_after(entry->upstream));
   entry->number = static_cast<std::uint32_t>(pools_.size()) + 1;
+  if (succession_) succession_->join(*entry);
   if (!databases_.contains(database)) databases_[database] = describe(database);
   PoolEntry* added = pools_.emplace(std::move(key), std::move(entry)).first->second.get();
   weigh_capacity(upstream_of(database));
@@ -325,8 +234,17 @@ void Worker::run_runnable() {
 }
 
 void Worker::serve(PoolEntry& entry) {
+  serve_from(entry);
+  if (succession_) succession_->balance(entry);
+}
+
+bool Worker::wants_listener(const PoolEntry& entry) const {
+  return entry.listener.wants_server(now()) && entry.clients > 0 && (!draining_ || waits_for_clients_);
+}
+
+void Worker::serve_from(PoolEntry& entry) {
   if (entry.paused) return;
-  const bool listens = entry.listener.wants_server(now()) && entry.clients > 0 && !draining_;
+  const bool listens = wants_listener(entry);
   if (listens && entry.pool.any_idle()) {
     auto* idle = static_cast<ServerConnection*>(entry.pool.any_idle());
     idle->unlink();
@@ -342,7 +260,7 @@ void Worker::serve(PoolEntry& entry) {
       entry.logins.pop_front();
       continue;
     }
-    if (entry.pool.open() >= entry.pool.settings().max) {
+    if (entry.pool.open() >= entry.pool.capacity()) {
       if (pool::Slot* idle = entry.pool.take(now())) static_cast<ServerConnection*>(idle)->close(pool::CloseReason::Idle);
       break;
     }
@@ -351,16 +269,17 @@ void Worker::serve(PoolEntry& entry) {
   }
   if (!entry.backoff.may_try(now(), entry.pool.waiting_count() > 0) || (entry.passes_password_on && !entry.given_password)) return;
   const conf::PoolSettings& settings = entry.pool.settings();
+  const std::uint32_t capacity = entry.pool.capacity();
   std::uint32_t open = entry.pool.wanted(entry.connecting);
   const bool wanted = entry.clients > 0 && !draining_;
   if (entry.replacements > 0) {
-    const std::uint32_t places = settings.max - std::min(settings.max, entry.pool.open());
+    const std::uint32_t places = capacity - std::min(capacity, entry.pool.open());
     const std::uint32_t now_possible = std::min(places, entry.replacements);
     open = std::max(open, wanted ? now_possible : 0);
     entry.replacements = wanted ? entry.replacements - now_possible : 0;
   }
-  if (open == 0 && wanted && !entry.pool.resting() && entry.pool.staying() < settings.min && entry.pool.open() < settings.max) open = 1;
-  if (open == 0 && listens && !entry.listener.has_server() && entry.connecting == 0 && entry.pool.open() < settings.max) open = 1;
+  if (open == 0 && wanted && !entry.pool.resting() && entry.pool.staying() < settings.min && entry.pool.open() < capacity) open = 1;
+  if (open == 0 && listens && !entry.listener.has_server() && entry.connecting == 0 && entry.pool.open() < capacity) open = 1;
   if (entry.backoff.failures() > 0) open = std::min(open, entry.connecting == 0 ? 1u : 0u);  // one probes for all
   for (; open > 0; --open) open_server(entry, {});
 }
@@ -463,8 +382,8 @@ void Worker::cancel(std::uint32_t pid, std::string_view key) {
     return one.second->key_pid() == pid && own.size() == key.size() && !own.empty() &&
            CRYPTO_memcmp(own.data(), key.data(), own.size()) == 0;
   });
-  if (it == clients_.end()) return;
-  it->second->on_cancel();
+  if (it != clients_.end()) return it->second->on_cancel();
+  if (succession_) succession_->cancel(pid, key);
 }
 
 std::string Worker::execute(const pool::Command& command) {
@@ -541,9 +460,10 @@ void Worker::tick() {
       }
       const conf::PoolSettings& settings = entry->pool.settings();
       std::string message = "timed out after " + std::to_string(entry->pool.wait_limit()) +
-                            " ms waiting for a server connection: " + std::to_string(entry->pool.open()) + " of " +
+                            " ms waiting for a server connection: " + std::to_string(entry->pool.open() + entry->pool.lent()) + " of " +
                             std::to_string(settings.max) + " in use";
       if (entry->connecting > 0) message += ", of which " + std::to_string(entry->connecting) + " being opened";
+      if (entry->pool.lent() > 0) message += ", " + std::to_string(entry->pool.lent()) + " by the other process of an online restart";
       ClientSession* longest = nullptr;
       for (auto& [id, server] : entry->servers)
         if (server->client() && (!longest || server->client()->transaction_since < longest->transaction_since)) longest = server->client();
@@ -584,7 +504,8 @@ void Worker::tick() {
     }
   }
   for (const auto& client : due) client->on_deadline(t);
-  if (draining_ && t >= drain_until_ && exit_code_ == 0) {
+  if (retired_ && waits_for_clients_ && t >= drain_until_) drain();
+  if (draining_ && !waits_for_clients_ && t >= drain_until_ && exit_code_ == 0) {
     exit_code_ = 3;
     std::vector<std::shared_ptr<ClientSession>> left;
     for (auto& [id, client] : clients_) left.push_back(client);
@@ -616,7 +537,7 @@ void Worker::tick() {
 // --- the end
 
 pool::Time Worker::quits_at() const {
-  if (draining_ || clients_.size() > consoles_) return pool::Time::max();
+  if (draining_ || succession_ || clients_.size() > consoles_) return pool::Time::max();
   if (had_client_) return config_->pool.allowExitOnIdle ? idle_since_ + milliseconds(config_->pool.idleTimeoutMillis) : pool::Time::max();
   const std::uint32_t unused = config_->shutdown.exitIfUnusedMillis;
   return unused > 0 ? started_at_ + milliseconds(unused) : pool::Time::max();
@@ -634,11 +555,13 @@ void Worker::shut_down() {
 void Worker::drain() {
   drain_at_ = pool::Time::max();
   if (draining_ && !waits_for_clients_) return;
+  if (succession_) succession_->abandon("it is shutting down");
   draining_ = true;
   waits_for_clients_ = false;
+  if (on_draining) on_draining();
   drain_until_ = now() + milliseconds(config_->shutdown.timeoutMillis);
   log::info("draining", {}, "draining: {} clients, at most {} ms", clients_.size() - consoles_, config_->shutdown.timeoutMillis);
-  if (!config_->shutdown.acceptWhileDraining) {
+  if (!config_->shutdown.acceptWhileDraining || retired_) {
     // New ones are accepted and told so, until nothing is left.
     std::vector<std::shared_ptr<ClientSession>> all;
     for (auto& [id, client] : clients_) all.push_back(client);
@@ -649,7 +572,7 @@ void Worker::drain() {
 }
 
 void Worker::check_stopped() {
-  if (!draining_ || stopped_ || clients_.size() > consoles_) return;
+  if (!draining_ || stopped_ || is_handing_over() || clients_.size() > consoles_) return;
   if (!clients_.empty()) {
     std::vector<std::shared_ptr<ClientSession>> consoles;
     for (auto& [id, client] : clients_) consoles.push_back(client);
@@ -657,9 +580,7 @@ void Worker::check_stopped() {
     return;
   }
   if (somebody_knocks() && now() < drain_until_) return;
-  for (const auto& close_listener : close_listeners_) close_listener();
-  close_listeners_.clear();
-  listening_.clear();
+  close_ports(true);
   bool left = false;
   for (auto& [key, entry] : pools_) {
     std::vector<std::shared_ptr<ServerConnection>> all;
@@ -682,8 +603,8 @@ void Worker::check_stopped() {
 }
 
 bool Worker::somebody_knocks() const {
-  return std::any_of(listening_.begin(), listening_.end(), [](int fd) {
-    pollfd listener{fd, POLLIN, 0};
+  return std::any_of(ports_.begin(), ports_.end(), [](const Port& port) {
+    pollfd listener{port.socket.fd, POLLIN, 0};
     return ::poll(&listener, 1, 0) == 1;
   });
 }

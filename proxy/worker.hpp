@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "conf/config.hpp"
+#include "conf/listen.hpp"
 #include "pool/addresses.hpp"
 #include "pool/backoff.hpp"
 #include "pool/pool.hpp"
@@ -33,6 +34,7 @@
 #include "proxy/log.hpp"
 #include "proxy/meter.hpp"
 #include "proxy/server_connection.hpp"
+#include "proxy/succession.hpp"
 
 namespace pgsidecar::proxy {
 
@@ -103,14 +105,37 @@ class Worker {
   Worker(boost::asio::io_context& data, Control& control, Prepared prepared);
   ~Worker();
 
-  /// Throws std::runtime_error naming the address and the key to change.
-  void listen();
+  /// Opens the clients' ports, those that were passed on included. Throws std::runtime_error naming the address and the key to change.
+  void listen(conf::PassedSockets& passed);
+  void begin();  ///< accepts clients
   void reload(Prepared prepared);
   void adjust(std::shared_ptr<const conf::Config> config);  ///< to settings that differ from before by SET alone
   void shut_down();                                         ///< as at SIGTERM: drains after shutdown.delayMillis
   void drain();
   void stop(ConsoleCommand::Stop how);            ///< as SHUTDOWN says
+  std::function<void()> on_draining;              ///< it ends: at SIGTERM or for another reason
   std::function<void(int exit_code)> on_stopped;  ///< nothing is left
+
+  // An online restart (succession.hpp).
+  std::string why_no_successor() const;            ///< empty: one may be started
+  std::vector<conf::Listening> listening() const;  ///< what it would get
+  std::function<void()> on_taken_over;             ///< as successor: clients come here now
+  std::function<void()> on_alone;                  ///< as successor: nobody thinks that the predecessor is in charge any more
+  void succeed(int link, pid_t successor, std::function<void(std::string error)> done);
+  void take_place(int link, std::function<void(std::function<void()> then)> other_loop);  ///< of the process at the other end
+  void handed_over();                                                                     ///< whom it concerns has been told
+  bool retired() const { return retired_; }  ///< its place is taken: it serves the clients that it has
+  bool had_client() const { return had_client_; }
+  bool database_is_up() const { return database_ == pool::Snapshot::Database::Up; }
+  PoolEntry* pool_of(const std::string& database, const std::string& user);  ///< null: there is none yet
+  void for_each_pool(const std::function<void(PoolEntry&)>& what);
+  std::uint32_t missing(const PoolEntry& entry) const;  ///< connections that somebody waits for
+  void close_surplus(PoolEntry& entry);                 ///< idle ones beyond its capacity
+  void suspend_accepting();
+  void resume_accepting();
+  void take_over(bool had_client);
+  void retire(pid_t successor);
+  void on_peer_ended(const Succession& which);
   /// What a snapshot holds besides counts: who is connected; what the statements cost.
   using Detail = pool::Snapshot::Detail;
   pool::Snapshot snapshot(Detail detail = Detail::None);
@@ -208,11 +233,16 @@ class Worker {
   void kick();  ///< deadlines are near: the tick runs soon
   bool draining() const { return draining_; }
   static constexpr std::uint32_t kMostConsoles = 16;
+  /// A process's number on any Linux is smaller, so that a client's is never a server's.
+  static constexpr std::uint32_t kMaxPid = 1u << 22;
   bool is_console(const std::string& database) const;  ///< what a client calls the SQL console
   bool admit_console();
   bool abandon_operation(std::uint32_t owner);  ///< False: it has none
   bool disabled(const std::string& database) const { return disabled_databases_.contains(database); }
-  bool refuses_clients() const { return draining_ && (waits_for_clients_ || !config_->shutdown.acceptWhileDraining); }
+  bool refuses_clients() const {
+    if (retired_) return !waits_for_clients_;  // those that come were accepted before
+    return draining_ && (waits_for_clients_ || !config_->shutdown.acceptWhileDraining);
+  }
   const Averages& averages() const { return averages_; }
   bool full() const { return logged_in_ >= config_->limits.maxClients; }
   std::size_t clients() const { return clients_.size(); }
@@ -250,11 +280,23 @@ class Worker {
   void stir() {
     if (watcher_) std::exchange(watcher_, nullptr)();
   }
+  /// One of the sockets that clients connect to.
+  struct Port {
+    conf::Listening socket;
+    std::function<void()> accept, cancel, close;
+  };
+  void serve_from(PoolEntry& entry);
+  bool wants_listener(const PoolEntry& entry) const;
   void open_server(PoolEntry& entry, std::optional<ServerConnection::Login> login);
   bool may_be_waking(const std::string& upstream) const;
   void weigh_capacity(const std::string& upstream);
+  conf::Listening open_unix(const conf::Listen& where, conf::PassedSockets& passed);
+  void add_port(const conf::Listening& socket);
+  template <class Acceptor>
+  void add_acceptor(const conf::Listening& socket, const typename Acceptor::protocol_type& protocol);
   template <class Acceptor>
   void accept(std::shared_ptr<Acceptor> acceptor);
+  void close_ports(bool unlink);
   void tick();
   void run_runnable();
   void login_over();
@@ -265,6 +307,7 @@ class Worker {
   bool somebody_knocks() const;
   /// The pool of the upstream's own user and database, if the server refuses its login and no connection is left.
   PoolEntry* refused_pool() const;
+  bool is_handing_over() const { return handing_over_ || (succession_ && succession_->state() == Succession::State::Passing); }
   bool is_paused(const std::string& database) const;
   void set_paused();
   void close_outdated(PoolEntry& entry);  ///< idle ones
@@ -295,8 +338,9 @@ class Worker {
   pool::Time tick_at_ = pool::Time::max();
   std::map<std::pair<std::string, std::string>, std::unique_ptr<PoolEntry>> pools_;
   boost::unordered_flat_map<std::uint32_t, std::shared_ptr<ClientSession>> clients_;
-  std::vector<std::function<void()>> close_listeners_;
-  std::vector<int> listening_;
+  std::vector<Port> ports_;
+  bool accepting_ = false, retired_ = false, handing_over_ = false;
+  std::shared_ptr<Succession> succession_;  // while the other process lives
   SslContext client_tls_;
   conf::ConnectParams upstream_;  // the global upstream as read at start or reload
   std::map<std::string, DatabaseEntry> databases_;

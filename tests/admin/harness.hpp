@@ -161,7 +161,9 @@ inline conf::Admin settings() {
 class AdminServer {
  public:
   explicit AdminServer(const conf::Admin& admin = settings()) : server_(control_, admin, callbacks()) {
-    server_.listen();
+    conf::PassedSockets none;
+    server_.listen(none);
+    server_.begin();
     monitor_.add([this](const Sample& sample) { return server_.publish(sample); });
     monitor_.start();
     thread_ = std::thread([this] { control_.run(); });

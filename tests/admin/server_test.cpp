@@ -385,8 +385,9 @@ TEST(AdminServer, ATakenPortNamesTheKey) {
   same.listen.port = first.port();
   asio::io_context io;
   Server second(io, same, {});
+  conf::PassedSockets none;
   try {
-    second.listen();
+    second.listen(none);
     FAIL() << "listens twice";
   } catch (const std::runtime_error& e) {
     const std::string text = e.what();
@@ -401,7 +402,9 @@ TEST(AdminServer, OffListensNowhere) {
   off.enabled = false;
   asio::io_context io;
   Server server(io, off, {});
-  server.listen();
+  conf::PassedSockets none;
+  server.listen(none);
+  server.begin();
   EXPECT_EQ(server.port(), 0);
   EXPECT_EQ(io.run(), 0u);
 }

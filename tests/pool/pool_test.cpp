@@ -219,5 +219,32 @@ TEST_F(PoolTest, IdlesOutDownToMin) {
   EXPECT_EQ(reason, CloseReason::Reload);
 }
 
+TEST_F(PoolTest, LentPlacesAreNotItsOwn) {
+  settings.max = 3;
+  make();
+  pool->set_lent(2);
+  EXPECT_EQ(pool->capacity(), 1u);
+  Waiter first, second;
+  pool->wait(first, now);
+  pool->wait(second, now);
+  EXPECT_EQ(pool->wanted(0), 1u);
+  Permit p1(pool->permits()), p2(pool->permits());
+  EXPECT_EQ(pool->wanted(0), 0u);
+  Slot slot;
+  pool->admit(slot, now, 0);
+  CloseReason reason{};
+  EXPECT_FALSE(pool->worn_out(slot, now, reason));
+  pool->lease(slot);
+  EXPECT_TRUE(pool->worn_out(slot, now, reason));  // there is one too many, and it has served
+  EXPECT_EQ(reason, CloseReason::Drain);
+  p2.leave();
+  EXPECT_FALSE(pool->worn_out(slot, now, reason));
+  EXPECT_EQ(pool->wanted(0), 0u);  // it counts until it is gone
+  pool->set_lent(7);
+  EXPECT_EQ(pool->capacity(), 0u);
+  pool->set_lent(0);
+  EXPECT_EQ(pool->wanted(0), 1u);
+}
+
 }  // namespace
 }  // namespace pgsidecar::pool
