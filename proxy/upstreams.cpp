@@ -12,6 +12,8 @@ namespace {
 /// Within this time a server that sleeps is awake; what takes longer is an outage.
 constexpr std::chrono::seconds kWakeUp{30};
 
+constexpr int kMostNamed = 8;  // pools, in a line of the log
+
 }  // namespace
 
 // --- room
@@ -31,22 +33,25 @@ void Worker::saw_capacity(const std::string& upstream, std::uint32_t max, std::u
 
 void Worker::weigh_capacity(const std::string& upstream) {
   const auto seen = upstreams_.find(upstream);
-  if (seen == upstreams_.end() || seen->second.maxConnections == 0) return;
+  if (seen == upstreams_.end() || seen->second.maxConnections == 0 || outweighed_.contains(upstream)) return;
   pool::Snapshot::Upstream weighed = seen->second;
   std::string sum;
+  int pools = 0;
   for (const auto& [key, entry] : pools_) {
     if (upstream_of(entry->database) != upstream) continue;
     const std::uint32_t max = entry->pool.settings().max;
     weighed.maxByUs += max;
-    sum += (sum.empty() ? "" : " + ") + std::to_string(max) + " (" + entry->user + "@" + entry->database + ")";
+    if (++pools <= kMostNamed) sum += (sum.empty() ? "" : " + ") + fmt::format("{} ({}@{})", max, entry->user, entry->database);
   }
+  if (pools > kMostNamed) sum += " + ...";
   const std::string left = fmt::format("upstream {} allows {} connections - {} reserved = {}", upstream, weighed.maxConnections,
                                        weighed.reserved, weighed.usable());
   if (!weighed.too_small()) {
     if (weighed_.insert(upstream).second)
       log::info("capacity", {}, "{}; this pgsidecar may open {}: there is room for {} such", left, weighed.maxByUs,
                 weighed.usable() / std::max(1u, weighed.maxByUs));
-  } else if (outweighed_.insert(upstream).second) {
+  } else {
+    outweighed_.insert(upstream);
     log::warn("capacity", {}, "{}; this pgsidecar may open {} = {}: lower pool.max, or raise the server's max_connections", left, sum,
               weighed.maxByUs);
   }
