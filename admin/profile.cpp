@@ -76,10 +76,14 @@ void write_handshakes(Json& json, std::string_view name, const pool::Handshakes&
 void write_memory(Json& json, const pool::MemoryOwners& owners, std::size_t history) {
   const auto heap = ::mallinfo2();
   const std::uint64_t used = heap.uordblks + heap.hblkhd;
-  const std::pair<const char*, std::uint64_t> named[] = {
-      {"clients", owners.clients},       {"servers", owners.servers},   {"tls", owners.tls},
-      {"statements", owners.statements}, {"settings", owners.settings}, {"statistics", owners.statistics},
-      {"catalog", owners.catalog},       {"history", history},          {"log", owners.log}};
+  const std::pair<const char*, std::uint64_t> named[] = {{"clients", owners.clients},
+                                                         {"servers", owners.servers},
+                                                         {"statements", owners.statements},
+                                                         {"settings", owners.settings},
+                                                         {"statistics", owners.statistics},
+                                                         {"catalog", owners.catalog},
+                                                         {"history", history},
+                                                         {"log", owners.log}};
   json.key("memory").begin('{').field("rssBytes", read_process().residentBytes);
   json.field("heapBytes", used).field("freeBytes", std::uint64_t{heap.fordblks}).key("owners").begin('{');
   std::uint64_t sum = 0;

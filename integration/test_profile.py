@@ -85,9 +85,10 @@ def test_tls_handshakes_of_both_sides(proxies, pg):
             client.execute("SELECT 1")
         proxy.http("/api/admin/reconnect", method="POST")
         poll(lambda: proxy.stats()["totalCount"] == 0)
-    seen = profile(proxy)["tlsHandshakes"]
+    seen, connects = profile(proxy)["tlsHandshakes"], proxy.stats()["perPool"][0]["connects"]
     assert (seen["clients"]["full"], seen["clients"]["resumed"], seen["clients"]["failed"]) == (3, 0, 0)
-    assert (seen["servers"]["full"], seen["servers"]["resumed"], seen["servers"]["failed"]) == (3, 0, 0)  # PostgreSQL resumes nothing
+    assert (seen["servers"]["full"], seen["servers"]["resumed"], seen["servers"]["failed"]) == (connects, 0, 0)  # PostgreSQL resumes nothing
+    assert connects >= 3
     assert 0 < seen["clients"]["msEach"] < 100 and 0 < seen["servers"]["msEach"] < 100
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -153,7 +154,7 @@ def test_who_holds_the_memory(proxies):
     with proxy.connect() as first:
         first.execute("SELECT 1")
         before = memory()
-        assert before["owners"]["tls"] > 50_000 and before["owners"]["history"] > 100_000 and before["owners"]["servers"] > 500
+        assert before["owners"]["history"] > 100_000 and before["owners"]["servers"] > 50_000
         assert before["owners"]["other"] < 0.5 * before["heapBytes"], before
         held = [proxy.connect() for _ in range(300)]
         after = memory()
@@ -192,9 +193,7 @@ def test_stacks(proxies):
 
 
 def test_stacks_one_at_a_time(proxy):
-    first = threading.Thread(target=proxy.http, args=(f"{PROFILE}/stacks?seconds=3",), daemon=True)
-    first.start()
-    refused = poll(lambda: (answer := proxy.http(f"{PROFILE}/stacks?seconds=1", timeout=30))[0] == 409 and answer, 3, "the second is refused")
-    assert "already" in json.loads(refused[2])["error"]
-    first.join(30)
+    answers = harness.threads(2, lambda _: proxy.http(f"{PROFILE}/stacks?seconds=5", timeout=30))
+    assert sorted(answer[0] for answer in answers) == [200, 409]
+    assert "already" in next(json.loads(answer[2])["error"] for answer in answers if answer[0] == 409)
     assert proxy.http(f"{PROFILE}/stacks?seconds=1", timeout=30)[0] == 200

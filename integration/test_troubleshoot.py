@@ -105,7 +105,7 @@ def test_a_client_gets_53300(proxies):
             proxy.connect()
         clients, server = (json.loads(answer) for answer in ask(proxy, "A client gets 53300"))
         assert (clients["clients"]["total"], clients["clients"]["max"], clients["timeouts"]) == (1, 1, [0])
-        assert (server["maxConnections"], server["usedByUs"]) == (100, 1)
+        assert server["maxConnections"] == 100 and server["usedByUs"] >= 1
 
 
 def test_a_connection_is_kept(proxies):

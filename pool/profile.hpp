@@ -64,11 +64,10 @@ struct LoopSnapshot {
   Lag lag;
 };
 
-/// Who holds how much of the heap, in bytes; to some percent. OpenSSL's is exact.
+/// Who holds how much of the heap, in bytes; to some percent.
 struct MemoryOwners {
-  std::uint64_t clients = 0;     ///< sessions, what they have sent and not taken, names of prepared statements
+  std::uint64_t clients = 0;     ///< sessions, their TLS, what they have sent and not taken, names of prepared statements
   std::uint64_t servers = 0;     ///< the same of server connections
-  std::uint64_t tls = 0;         ///< OpenSSL: contexts, sessions, buffers, certificates
   std::uint64_t statements = 0;  ///< texts of prepared statements
   std::uint64_t statistics = 0;  ///< of statements and pools
   std::uint64_t settings = 0;    ///< clients' session settings

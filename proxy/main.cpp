@@ -20,7 +20,6 @@
 #include "conf/load.hpp"
 #include "proxy/log.hpp"
 #include "proxy/supervisor.hpp"
-#include "proxy/tls.hpp"
 
 namespace {
 
@@ -113,7 +112,6 @@ std::string status_line(const pool::Snapshot& snapshot) {
 int run(const Arguments& arguments, std::shared_ptr<const conf::Config> config, const conf::Environment& env, proxy::Program program,
         conf::PassedSockets& passed) {
   ::mallopt(M_ARENA_MAX, 2);  // two threads allocate
-  proxy::count_tls_memory();
   proxy::log::start(config->log);
   proxy::Supervisor supervisor(arguments.config, config, env, std::move(program));
   admin::Server::Callbacks callbacks;

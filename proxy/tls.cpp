@@ -1,7 +1,6 @@
 #include "proxy/tls.hpp"
 
 #include <arpa/inet.h>
-#include <malloc.h>
 #include <openssl/err.h>
 #include <openssl/evp.h>
 #include <openssl/pem.h>
@@ -10,8 +9,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <atomic>
-#include <cstdlib>
 #include <ctime>
 #include <stdexcept>
 #include <vector>
@@ -28,27 +25,6 @@ constexpr unsigned kAlpnSize = sizeof kAlpn - 1;
   const char* reason = code ? ERR_reason_error_string(code) : nullptr;
   ERR_clear_error();
   throw std::runtime_error(what + (reason ? std::string(": ") + reason : std::string()));
-}
-
-std::atomic<std::uint64_t> g_bytes{0};  // OpenSSL's memory functions are the process's
-
-void* take(std::size_t size, const char* /*file*/, int /*line*/) {
-  void* block = std::malloc(size);
-  g_bytes.fetch_add(::malloc_usable_size(block), std::memory_order_relaxed);
-  return block;
-}
-
-void* resize(void* block, std::size_t size, const char* /*file*/, int /*line*/) {
-  const std::size_t before = ::malloc_usable_size(block);
-  void* moved = std::realloc(block, size);
-  if (!moved && size > 0) return nullptr;  // it is as it was
-  g_bytes.fetch_add(::malloc_usable_size(moved) - before, std::memory_order_relaxed);
-  return moved;
-}
-
-void give_back(void* block, const char* /*file*/, int /*line*/) {
-  g_bytes.fetch_sub(::malloc_usable_size(block), std::memory_order_relaxed);
-  std::free(block);
 }
 
 /// The newest session of a context, for resumption. Attached to the context and freed with it.
@@ -111,14 +87,6 @@ bool is_address(const std::string& host) {
 }
 
 }  // namespace
-
-bool count_tls_memory() {
-  return CRYPTO_set_mem_functions(take, resize, give_back) == 1;
-}
-
-std::uint64_t tls_memory() {
-  return g_bytes.load(std::memory_order_relaxed);
-}
 
 SslContext make_server_context(const conf::Tls& tls) {
   SslContext context(SSL_CTX_new(TLS_server_method()));

@@ -27,10 +27,6 @@ SslContext make_server_context(const conf::Tls& tls);
 /// the CA, as libpq does); keeps the newest session for resumption. Throws std::runtime_error.
 SslContext make_client_context(const conf::ConnectParams& params);
 
-/// Counts what OpenSSL takes from the heap from now on. Before its first use; false: that has been.
-bool count_tls_memory();
-std::uint64_t tls_memory();  ///< bytes; any thread may ask
-
 /// Prepares one connection to `host`: SNI (unless an IP literal or sslsni=0), the name or address to verify
 /// (verify-full), ALPN if sslnegotiation=direct, the session to resume.
 void prepare_client(SSL* ssl, const conf::ConnectParams& params, const conf::Host& host);

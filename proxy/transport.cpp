@@ -16,24 +16,70 @@ namespace {
 
 constexpr std::size_t kRecord = 16 * 1024;
 
-/// Counts the system calls that OpenSSL makes for us.
-long on_bio(BIO* bio, int operation, const char* /*data*/, std::size_t /*size*/, int /*argi*/, long /*argl*/, int result,
-            std::size_t* /*processed*/) {
-  Meter& meter = *reinterpret_cast<Meter*>(BIO_get_callback_arg(bio));
-  switch (operation) {
-    case BIO_CB_READ:
-      ++meter.counters.receives;
-      meter.enter(pool::Phase::Receive);
-      break;
-    case BIO_CB_WRITE:
-      ++meter.counters.sends;
-      meter.enter(pool::Phase::Send);
-      break;
-    case BIO_CB_READ | BIO_CB_RETURN:
-    case BIO_CB_WRITE | BIO_CB_RETURN: meter.enter(pool::Phase::Tls); break;
-    default: break;
-  }
-  return result;
+// What OpenSSL reads and writes by: as its own socket BIO, but counted and timed as ours.
+struct Wire {
+  Meter& meter;
+  int fd;
+  bool ended = false;
+};
+
+Wire& wire_of(BIO* bio) {
+  return *static_cast<Wire*>(BIO_get_data(bio));
+}
+
+bool would_block() {
+  return errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR;
+}
+
+int read_wire(BIO* bio, char* out, std::size_t size, std::size_t* got) {
+  Wire& wire = wire_of(bio);
+  const Meter::Span span(wire.meter, pool::Phase::Receive);
+  ++wire.meter.counters.receives;
+  BIO_clear_retry_flags(bio);
+  errno = 0;
+  const ssize_t n = ::recv(wire.fd, out, size, MSG_DONTWAIT);
+  *got = static_cast<std::size_t>(std::max<ssize_t>(0, n));
+  wire.ended = n == 0;
+  if (n < 0 && would_block()) BIO_set_retry_read(bio);
+  return n > 0 ? 1 : static_cast<int>(n);
+}
+
+int write_wire(BIO* bio, const char* bytes, std::size_t size, std::size_t* taken) {
+  Wire& wire = wire_of(bio);
+  const Meter::Span span(wire.meter, pool::Phase::Send);
+  ++wire.meter.counters.sends;
+  BIO_clear_retry_flags(bio);
+  errno = 0;
+  const ssize_t n = ::send(wire.fd, bytes, size, MSG_NOSIGNAL | MSG_DONTWAIT);
+  *taken = static_cast<std::size_t>(std::max<ssize_t>(0, n));
+  if (n < 0 && would_block()) BIO_set_retry_write(bio);
+  return n > 0 ? 1 : static_cast<int>(n);
+}
+
+long control_wire(BIO* bio, int command, long /*number*/, void* /*pointer*/) {
+  if (command == BIO_CTRL_EOF) return wire_of(bio).ended;
+  return command == BIO_CTRL_FLUSH;
+}
+
+int destroy_wire(BIO* bio) {
+  delete static_cast<Wire*>(BIO_get_data(bio));
+  return 1;
+}
+
+BIO* new_wire(Meter& meter, int fd) {
+  static BIO_METHOD* const method = [] {
+    BIO_METHOD* m = BIO_meth_new(BIO_get_new_index() | BIO_TYPE_SOURCE_SINK, "counted socket");
+    BIO_meth_set_read_ex(m, read_wire);
+    BIO_meth_set_write_ex(m, write_wire);
+    BIO_meth_set_ctrl(m, control_wire);
+    BIO_meth_set_destroy(m, destroy_wire);
+    return m;
+  }();
+  BIO* bio = BIO_new(method);
+  if (!bio) return nullptr;
+  BIO_set_data(bio, new Wire{meter, fd});
+  BIO_set_init(bio, 1);
+  return bio;
 }
 
 }  // namespace
@@ -168,9 +214,8 @@ void Transport::start_tls(SSL_CTX* context, bool server) {
   if (!ssl_) return;
   SSL_set_read_ahead(ssl_.get(), 1);  // a record's header and body by one read
   SSL_set_mode(ssl_.get(), SSL_MODE_ENABLE_PARTIAL_WRITE | SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER);
-  SSL_set_fd(ssl_.get(), static_cast<int>(socket_.native_handle()));
-  BIO_set_callback_arg(SSL_get_rbio(ssl_.get()), reinterpret_cast<char*>(&meter_));  // the same for writing
-  BIO_set_callback_ex(SSL_get_rbio(ssl_.get()), on_bio);
+  BIO* wire = new_wire(meter_, static_cast<int>(socket_.native_handle()));
+  SSL_set_bio(ssl_.get(), wire, wire);
   if (server)
     SSL_set_accept_state(ssl_.get());
   else

@@ -1,7 +1,7 @@
 // One connection's bytes: a non-blocking TCP or unix socket, plain or TLS, with OpenSSL driven directly on the
 // descriptor. Decides how bytes move, not what they mean. Never blocks, never allocates per call; holds no read buffer.
 // Used by client_session and server_connection. Readiness, then read: wait, read until WouldBlock, wait again.
-// OpenSSL writes by write(2): the process ignores SIGPIPE (supervisor).
+// OpenSSL too reads and writes by calls of ours, which are counted.
 #pragma once
 
 #include <openssl/ssl.h>

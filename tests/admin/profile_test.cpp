@@ -127,7 +127,7 @@ TEST_F(ProfileTest, LagAndHandshakes) {
 
 TEST_F(ProfileTest, OwnersAndTheRestAreTheHeap) {
   snapshot_.memory.clients = 2000;
-  snapshot_.memory.tls = 3000;
+  snapshot_.memory.servers = 3000;
   const auto memory = ask(10, 1s).at("memory");
   double sum = 0;
   for (const auto& [name, bytes] : memory.at("owners").as_object()) sum += bytes.to_number<double>();
