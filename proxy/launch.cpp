@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include <array>
+#include <cerrno>
 #include <csignal>
 #include <cstdlib>
 #include <cstring>
@@ -95,6 +96,8 @@ Program Program::of(int argc, char** argv) {
     }
   std::error_code ec;
   program.path = std::filesystem::read_symlink("/proc/self/exe", ec).string();
+  constexpr std::string_view kReplaced = " (deleted)";
+  if (program.path.ends_with(kReplaced)) program.path.resize(program.path.size() - kReplaced.size());
   return program;
 }
 
@@ -148,7 +151,7 @@ Launched launch(const Program& program, const std::vector<conf::Listening>& sock
     if (word < 0) failure = -word;
     if (word > 0) launched.pid = word;
   }
-  if (failure != 0) return failed(failure);
+  if (failure != 0 || launched.pid == 0) return failed(failure != 0 ? failure : ECHILD);
   own.all = {link[1]};
   launched.link = link[0];
   return launched;

@@ -49,6 +49,7 @@ void Notifier::begin(std::function<void(std::function<void()> alive)> ask) {
   if (std::exchange(speaks_, true)) return;
   ask_ = std::move(ask);
   ready();
+  if (!status_.empty()) send("STATUS=" + status_);
   if (period_.count() > 0 && !address_.empty()) watch();
 }
 

@@ -158,14 +158,14 @@ std::string Worker::why_no_successor() const {
   if (succession_)
     return "process " + std::to_string(succession_->peer()) +
            ", from which this one took over, still has clients; try again when it has ended (SIGTERM makes them leave)";
-  if (all_paused_ || !paused_databases_.empty() || !disabled_databases_.empty())
-    return "databases are paused or disabled, which the new process wouldn't know: RESUME or ENABLE them first";
+  if (operated()) return "databases are paused or disabled, which the new process wouldn't know: RESUME or ENABLE them first";
   return {};
 }
 
 void Worker::succeed(int link, pid_t successor, std::function<void(std::string error)> done) {
   succession_ = std::make_shared<Succession>(*this, link, successor, std::move(done));
   succession_->start();
+  if (draining_) succession_->abandon("it is shutting down");
 }
 
 void Worker::take_place(int link, std::function<void(std::function<void()> then)> other_loop) {

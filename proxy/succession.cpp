@@ -112,6 +112,7 @@ void Succession::on_message(std::vector<std::string_view> fields) {
   if (what == "ready" && !successor_ && state_ == State::Preparing) {
     if (!fields[1].empty() && worker_.database_is_up())
       return fail("it cannot reach the database, which this process can: " + std::string(fields[1]));
+    if (worker_.operated()) return fail("databases are paused or disabled, which it wouldn't know");
     return pass();
   }
   if (what == "failed" && !successor_) {

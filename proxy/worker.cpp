@@ -662,19 +662,26 @@ void Worker::probe(std::function<void()> done) {
       database_seen(name_of(upstream_), false, found->error);
       return done();
     }
-    auto socket = std::make_shared<Socket>(data_.get_executor());
-    auto timer = std::make_shared<asio::steady_timer>(data_, milliseconds(900));
-    timer->async_wait([socket, timer](const boost::system::error_code& ec) {
-      boost::system::error_code ignored;
-      if (!ec) socket->cancel(ignored);
-    });
-    const pool::Time begun = now();
-    socket->async_connect(found->targets.front().endpoint, [this, socket, timer, begun, done](const boost::system::error_code& ec) {
-      timer->cancel();
-      database_seen(name_of(upstream_), !ec, ec ? ec.message() : std::string());
-      if (!ec) database_took(name_of(upstream_), now() - begun, true);
-      done();
-    });
+    probe_from(found, 0, done);
+  });
+}
+
+/// The first of the targets, from this one on, that answers.
+void Worker::probe_from(std::shared_ptr<const Upstream> found, std::size_t target, std::function<void()> done) {
+  auto socket = std::make_shared<Socket>(data_.get_executor());
+  auto timer = std::make_shared<asio::steady_timer>(data_, milliseconds(900));
+  timer->async_wait([socket, timer](const boost::system::error_code& ec) {
+    boost::system::error_code ignored;
+    if (!ec) socket->cancel(ignored);
+  });
+  const pool::Time begun = now();
+  const auto& endpoint = found->targets[target].endpoint;
+  socket->async_connect(endpoint, [this, found, target, socket, timer, begun, done](const boost::system::error_code& ec) {
+    timer->cancel();
+    if (ec && target + 1 < found->targets.size()) return probe_from(found, target + 1, done);
+    database_seen(name_of(upstream_), !ec, ec ? ec.message() : std::string());
+    if (!ec) database_took(name_of(upstream_), now() - begun, true);
+    done();
   });
 }
 

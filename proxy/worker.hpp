@@ -124,7 +124,7 @@ class Worker {
   void succeed(int link, pid_t successor, std::function<void(std::string error)> done);
   void take_place(int link, std::function<void(std::function<void()> then)> other_loop);  ///< of the process at the other end
   void handed_over();                                                                     ///< whom it concerns has been told
-  bool retired() const { return retired_; }  ///< its place is taken: it serves the clients that it has
+  bool operated() const { return all_paused_ || !paused_databases_.empty() || !disabled_databases_.empty(); }  ///< by an operator
   bool had_client() const { return had_client_; }
   bool database_is_up() const { return database_ == pool::Snapshot::Database::Up; }
   PoolEntry* pool_of(const std::string& database, const std::string& user);  ///< null: there is none yet
@@ -307,6 +307,7 @@ class Worker {
   bool somebody_knocks() const;
   /// The pool of the upstream's own user and database, if the server refuses its login and no connection is left.
   PoolEntry* refused_pool() const;
+  void probe_from(std::shared_ptr<const Upstream> found, std::size_t target, std::function<void()> done);
   bool is_handing_over() const { return handing_over_ || (succession_ && succession_->state() == Succession::State::Passing); }
   bool is_paused(const std::string& database) const;
   void set_paused();
@@ -339,7 +340,8 @@ class Worker {
   std::map<std::pair<std::string, std::string>, std::unique_ptr<PoolEntry>> pools_;
   boost::unordered_flat_map<std::uint32_t, std::shared_ptr<ClientSession>> clients_;
   std::vector<Port> ports_;
-  bool accepting_ = false, retired_ = false, handing_over_ = false;
+  bool accepting_ = false, handing_over_ = false;
+  bool retired_ = false;                    // its place is taken: it serves the clients that it has
   std::shared_ptr<Succession> succession_;  // while the other process lives
   SslContext client_tls_;
   conf::ConnectParams upstream_;  // the global upstream as read at start or reload
