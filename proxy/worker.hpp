@@ -176,7 +176,6 @@ class Worker {
   pool::Time now() const { return turns_ > 0 ? turn_began_ : pool::Clock::now(); }  ///< read once a turn
   std::span<std::uint8_t> scratch() { return scratch_; }
   std::span<std::uint8_t> tls_scratch() { return tls_scratch_; }
-  std::minstd_rand& random_engine() { return random_; }
   double random() { return std::uniform_real_distribution<>(0, 1)(random_); }
 
   Meter meter;
