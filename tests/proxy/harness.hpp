@@ -239,7 +239,9 @@ class Proxy {
     // Statements have been coming and going for a long time: their numbers are long.
     for (int i = 0; i < 100'000; ++i) worker_->statements.intern(std::to_string(i));
     worker_->on_stopped = [this](int) { data_loop_.stop(); };
-    worker_->listen();
+    conf::PassedSockets none;
+    worker_->listen(none);
+    worker_->begin();
     data_thread_ = std::thread([this] {
       on_data_thread = true;
       data_loop_.run();
