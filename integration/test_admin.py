@@ -523,9 +523,9 @@ def test_names_cannot_break_log_json_or_metrics(proxies, form):
     assert len(lines) > 5
     for line in lines:
         if form == "json":
-            assert set(json.loads(line)) >= {"time", "level", "message"}
+            assert set(json.loads(line)) >= {"time", "level", "event", "message"}
         else:
-            assert re.match(r"\d{4}-\d\d-\d\dT[\d:.]+Z (trace|debug|info|warning|error) [^\x00-\x1f]*$", line), line
+            assert re.match(r"\d{4}-\d\d-\d\dT[\d:.]+Z (trace|debug|info|warn|error) \[[a-z_]+\] [^\x00-\x1f]*$", line), line
 
 
 def test_a_stalled_log_does_not_stall_clients(pg):

@@ -107,7 +107,7 @@ def test_pressure_begins_and_ends_everywhere(proxies):
         path, headers = receiver.headers[0]
         assert path == "/hook?x=1" and headers["Authorization"] == "Bearer t0ken" and headers["Content-Type"] == "application/json"
         log = proxy.log_text()
-        assert re.search(r"warning alert pool_pressure \(warning\): 1 client waits", log) and "info alert pool_pressure ended: " in log
+        assert re.search(r"warn \[alert\] alert pool_pressure \(warning\): 1 client waits", log) and "info [alert_ended] alert pool_pressure ended: " in log
         config = proxy.http("/api/monitoring/config")[2]
         assert "t0ken" not in config + log and receiver.url not in config  # both may be secrets
 
