@@ -80,7 +80,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   /// Its name for a statement with this id; null: none.
   const std::string* name_of(std::uint64_t id) const;
   /// The client's name in the error of such a Parse.
-  const std::string* pending_parse_error() const { return parse_error_ ? &*parse_error_ : nullptr; }
+  const std::string* pending_parse_error() const { return parse_error_.get(); }
   void forget_pending_parse_error() { parse_error_.reset(); }
   void on_notification(const protocol::Notification& notification);  ///< from the leased connection
   /// Its ReadyForQuery is here, outside a transaction. True: it goes to the client later, behind the notifications before it.
@@ -227,7 +227,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   SettingsRef login_settings_;  // brought at its login
   std::unique_ptr<Pin> pin_;
   std::vector<Pending> pending_;
-  std::optional<std::string> parse_error_;
+  std::unique_ptr<std::string> parse_error_;  // the statement's name as the client has it
   std::unique_ptr<LostTransaction> lost_;
   std::unique_ptr<ClientConsole> console_;
   std::unique_ptr<Subscriber> subscriber_;  // of one that listens, or is about to

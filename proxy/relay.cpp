@@ -485,7 +485,7 @@ void ClientSession::on_name_done(bool ok) {
     return;
   }
   if (!done.statement) {
-    parse_error_ = done.name;
+    parse_error_ = std::make_unique<std::string>(done.name);
   } else if (statements.find(done.name) == done.statement) {
     statements.erase(done.name);
     if (done.before) statements.set(done.name, done.before);

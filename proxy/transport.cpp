@@ -133,9 +133,7 @@ IoResult Transport::failed(int result) {
     default: {
       const unsigned long code = ERR_peek_error();
       if (ERR_GET_REASON(code) == SSL_R_UNEXPECTED_EOF_WHILE_READING) return {IoStatus::Eof, 0};
-      char text[256];
-      ERR_error_string_n(code, text, sizeof text);
-      error_ = code ? ERR_reason_error_string(code) ? ERR_reason_error_string(code) : text : "";
+      error_ = code;
       return {IoStatus::Error, 0};
     }
   }
@@ -245,7 +243,11 @@ std::string Transport::tls_error() const {
   if (const long verify = SSL_get_verify_result(ssl_.get()); verify != X509_V_OK)
     return std::string("certificate verify failed: ") + X509_verify_cert_error_string(verify) +
            " (sslrootcert=FILE names the CA; sslmode=require encrypts without verification)";
-  return error_.empty() ? "connection closed during the TLS handshake" : error_;
+  if (error_ == 0) return "connection closed during the TLS handshake";
+  if (const char* reason = ERR_reason_error_string(error_)) return reason;
+  char text[256];
+  ERR_error_string_n(error_, text, sizeof text);
+  return text;
 }
 
 void Transport::shutdown_send() {

@@ -81,7 +81,7 @@ class Transport {
   Socket socket_;
   Meter& meter_;
   std::unique_ptr<SSL, SslDelete> ssl_;
-  std::string error_;
+  unsigned long error_ = 0;  // OpenSSL's code of the last failure
   bool wants_write_ = false;
   bool pending_ = false;
 };
