@@ -382,6 +382,12 @@ class Proxy(Process):
         self.listening_at = time.monotonic()
 
     def log_text(self):
+        """What is in the log once nothing is added to it any more: a thread of its own writes it."""
+        size = -1
+        for _ in range(50):
+            if not self.log.exists() or size == (size := self.log.stat().st_size):
+                break
+            time.sleep(0.02)
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
     def command(self, *arguments, environment=None, timeout=30):

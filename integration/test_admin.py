@@ -614,7 +614,7 @@ def test_reload_names_what_needs_a_restart(proxies):
     assert curl(proxy, "/api/admin/reload", "-X", "POST")[0] == 200
     harness.poll(lambda: "limits.maxClients changed" in proxy.log_text(), what="it is told")
     for key in ("listen", "admin.listen"):
-        assert f"reload: {key} changed, which needs a restart" in proxy.log_text()
+        harness.poll(lambda: f"reload: {key} changed, which needs a restart" in proxy.log_text(), what=key)
     proxy.config_file.write_text("pool: {max: many}\n")
     status, body = curl(proxy, "/api/admin/reload", "-X", "POST")
     assert status == 409 and "pool.max" in json.loads(body)["error"]

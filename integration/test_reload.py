@@ -124,7 +124,7 @@ def test_a_rotated_password_of_the_upstream(proxies, pg, tmp_path):
         try:
             put(secret, "rotated\n")
             reload(proxy)
-            assert f"the file {secret} changed" in proxy.log_text()
+            harness.poll(lambda: f"the file {secret} changed" in proxy.log_text())
             harness.poll(lambda: (w.value("SELECT 1"), server_pids(proxy))[1] not in ([], first), what="another connection")
             assert raw(proxy, password="rotated").value("SELECT 1") == "1"
         finally:
@@ -148,7 +148,7 @@ def test_rotated_certificates(proxies, tmp_path):
     put(tmp_path / "server.key", after)
     reload(proxy)
     assert certificate(proxy, tmp_path / "ca.crt") != first
-    assert f"the file {tmp_path / 'server.crt'} changed" in proxy.log_text()
+    harness.poll(lambda: f"the file {tmp_path / 'server.crt'} changed" in proxy.log_text())
 
 
 def test_the_upstreams_ca(proxies, pg, tmp_path):
