@@ -2,6 +2,7 @@
 
 #include <strings.h>
 
+#include <algorithm>
 #include <cstring>
 
 #include "protocol/messages.hpp"
@@ -26,6 +27,13 @@ bool ends_transaction(std::string_view sql) {
       return false;
     first = false;
   }
+}
+
+/// Of a text that ends a transaction: by what asks for its effects to stay.
+bool commits(std::string_view sql) {
+  sql.remove_prefix(std::min(sql.find_first_not_of(" \t\r\n\v\f;"), sql.size()));
+  return ::strncasecmp(sql.data(), "commit", std::min<std::size_t>(6, sql.size())) == 0 ||
+         ::strncasecmp(sql.data(), "end", std::min<std::size_t>(3, sql.size())) == 0;
 }
 
 void LostTransaction::refuse(std::string& out) {
@@ -59,8 +67,10 @@ bool LostTransaction::answer(char type, protocol::Bytes body, protocol::ClientSt
   switch (type) {
     case 'Q': {
       statements.clear_unnamed();
-      const bool over = ends_transaction(reader.cstring());
-      if (over)
+      const std::string_view sql = reader.cstring();
+      const bool over = ends_transaction(sql);
+      // Who hasn't heard of the loss must not take a COMMIT for done: it fails, as one does that violates a deferred constraint.
+      if (over && (told_ || !commits(sql)))
         complete();
       else
         refuse(out);
@@ -80,12 +90,15 @@ bool LostTransaction::answer(char type, protocol::Bytes body, protocol::ClientSt
       empty(Backend::ParseComplete);
       return false;
     }
-    case 'B':
+    case 'B': {
       reader.cstring();
-      bound_ = ends(statements.find(reader.cstring())) && reader.ok();
+      const protocol::StatementRef statement = statements.find(reader.cstring());
+      bound_ = ends(statement) && reader.ok();
       if (!bound_) return fail();
+      commits_ = commits(statement->body);
       empty(Backend::BindComplete);
       return false;
+    }
     case 'D':
       if (reader.u8() == 'S') {
         if (!ends(statements.find(reader.cstring())) || !reader.ok()) return fail();
@@ -97,8 +110,9 @@ bool LostTransaction::answer(char type, protocol::Bytes body, protocol::ClientSt
       return false;
     case 'E':
       if (!bound_) return fail();
-      complete();
       ended_ = true;
+      if (!told_ && commits_) return fail();
+      complete();
       return false;
     case 'C':
       if (reader.u8() == 'S') {

@@ -26,6 +26,7 @@ class LostTransaction {
   std::string sqlstate_, message_;
   bool told_;
   bool bound_ = false;     // a portal that does is bound
+  bool commits_ = false;   // by COMMIT
   bool ended_ = false;     // it was executed; counts at Sync
   bool skipping_ = false;  // up to Sync, after an error
 };

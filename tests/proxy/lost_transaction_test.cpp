@@ -74,6 +74,8 @@ TEST(LostTransaction, Conversations) {
       {{"Q:SELECT 1"}, "EZE"},
       {{"Q:SELECT 1", "Q:SELECT 2"}, "E!ZEEZE", false},
       {{"Q:COMMIT"}, "CZI", true, true},
+      {{"Q:COMMIT"}, "E!ZI", false, true},  // not done, and not heard of yet
+      {{"Q: end work;"}, "E!ZI", false, true},
       {{"Q:ROLLBACK"}, "CZI", false, true},
       {{"Q:SELECT 1", "Q:rollback;"}, "E!ZECZI", false, true},
       {{"Q:ROLLBACK TO SAVEPOINT a"}, "EZE"},
@@ -83,7 +85,8 @@ TEST(LostTransaction, Conversations) {
       {{"P:=SELECT 1", "B:", "D", "E", "S"}, "EZE"},
       {{"P:=SELECT 1", "B:", "D", "E", "S"}, "E!ZE", false},
       {{"P:=COMMIT", "B:", "D", "E", "S"}, "12nCZI", true, true},
-      {{"P:=COMMIT", "B:", "E", "S"}, "12CZI", false, true},
+      {{"P:=COMMIT", "B:", "E", "S"}, "12E!ZI", false, true},
+      {{"P:=ROLLBACK", "B:", "E", "S"}, "12CZI", false, true},
       {{"P:=COMMIT", "D:", "B:", "E", "S"}, "1tn2CZI", true, true},
       {{"P:=COMMIT", "S", "B:", "E", "S"}, "1ZE2CZI", true, true},
       {{"P:=COMMIT", "B:", "S"}, "12ZE"},  // bound and not executed
