@@ -57,7 +57,7 @@ class Router:
         self.wakes_in, self.awake_at, self.way = wakes_in, None, way
         if way == "refused":
             self._close_listener()
-        self.pg.sql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE backend_type = 'client backend' AND client_port > 0")
+        self.pg.sql("SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE backend_type = 'client backend' AND client_port > 0")
 
     def begin_to_wake(self):
         """Where no connect can be seen, since it is refused."""

@@ -325,14 +325,14 @@ echo "$token"
 
     def expire(self):
         self.server.sql(f'ALTER ROLE "{IAM}" PASSWORD \'none that anybody knows\'')
-        self.server.sql(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = '{IAM}'")
+        self.server.sql(f"SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE usename = '{IAM}'")
 
 
 @pytest.fixture
 def tokens(server, tmp_path):
     """tokens(...) -> Tokens"""
     yield lambda **keys: Tokens(server, tmp_path, **keys)
-    server.sql(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = '{IAM}'")
+    server.sql(f"SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE usename = '{IAM}'")
 
 
 def with_tokens(proxies, server, tokens, config=None, **upstream):

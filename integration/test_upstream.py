@@ -375,7 +375,7 @@ def test_names_are_looked_up_anew_each_time(proxies, pg, tmp_path):
     hosts.write_text("127.0.0.1 db.test\n")
     harness.poll(lambda: login() is None, 15, "the new address is used")
     hosts.write_text("::1 db.test\n127.0.0.3 db.test\n127.0.0.1 db.test\n")
-    pg.sql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'app'")
+    pg.sql("SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE usename = 'app'")
     harness.poll(lambda: login() is None, 15, "each of a name's addresses is tried")
 
 
