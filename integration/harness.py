@@ -29,12 +29,13 @@ USER, PASSWORD, DATABASE = "app", "app secret/@:%", "app"
 OTHER_USER, OTHER_PASSWORD, OTHER_DATABASE = "other", "other-secret", "other"
 
 _ports = set()
+WORKER, WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 
 
 def free_port():
-    """A free port below the range from which outgoing connections take theirs."""
+    """A free port below the range from which outgoing connections take theirs; no other process of this test run gets the same."""
     while True:
-        port = random.randrange(20000, 32000)
+        port = random.randrange(20000 + WORKER, 32000, WORKERS)
         if port in _ports:
             continue
         with socket.socket() as sock:

@@ -10,15 +10,17 @@ namespace {
 
 constexpr std::string_view kEllipsis = "...";
 
-enum CharClass : std::uint8_t { kOther = 0, kBlank = 1, kDigit = 2, kWord = 4 };
+enum CharClass : std::uint8_t { kOther = 0, kBlank = 1, kDigit = 2, kWord = 4, kLetter = 8, kSymbol = 16 };
 
 constexpr std::array<std::uint8_t, 256> kClasses = [] {
   std::array<std::uint8_t, 256> table{};
   for (const char c : {' ', '\t', '\r', '\n', '\v', '\f'}) table[static_cast<unsigned char>(c)] = kBlank;
-  for (unsigned c = 'a'; c <= 'z'; ++c) table[c] = table[c - 32] = kWord;
+  for (unsigned c = 'a'; c <= 'z'; ++c) table[c] = table[c - 32] = kWord | kLetter;
   for (unsigned c = '0'; c <= '9'; ++c) table[c] = kWord | kDigit;
-  for (unsigned c = 0x80; c < 256; ++c) table[c] = kWord;
-  table['_'] = table['$'] = kWord;
+  for (unsigned c = 0x80; c < 256; ++c) table[c] = kWord | kLetter;
+  table['_'] = kWord | kLetter;
+  table['$'] = kWord;
+  for (const char c : {'(', ')', ',', ';', '.', '=', '<', '>', '*', '+', ':', '[', ']'}) table[static_cast<unsigned char>(c)] = kSymbol;
   return table;
 }();
 
@@ -60,36 +62,29 @@ std::uint64_t short_word(std::string_view s) {
   return byte(0) << 16 | byte(n / 2) << 8 | byte(n - 1);
 }
 
-/// The token at the front. Empty input isn't given.
-Token token(std::string_view s) {
+std::size_t past_word(std::string_view s, std::size_t from) {
+  while (from < s.size() && is(s[from], kWord)) ++from;
+  return from;
+}
+
+/// A token that has a rule of its own: quoted texts, numbers, comments, parameters.
+[[gnu::noinline]] Token special_token(std::string_view s) {
   using Kind = Token::Kind;
-  const auto words = [&](std::size_t i) {
-    while (i < s.size() && is(s[i], kWord)) ++i;
-    return i;
-  };
   const char c = s[0];
-  if (is(c, kBlank)) {
-    std::size_t i = 1;
-    while (i < s.size() && is(s[i], kBlank)) ++i;
-    return {Kind::Blank, i};
-  }
+  const char next = s.size() > 1 ? s[1] : '\0';
   if (is(c, kDigit)) {
     std::size_t i = 1;
     while (i < s.size() && (is(s[i], kWord) || s[i] == '.' || ((s[i] == '+' || s[i] == '-') && (s[i - 1] | 32) == 'e' && s[1] != 'x'))) ++i;
     return {Kind::Literal, i};
   }
-  const char next = s.size() > 1 ? s[1] : '\0';
-  if (next == '\'' && std::string_view("eEbBxXnN").find(c) != std::string_view::npos)
-    return {Kind::Literal, quoted(s, 2, '\'', c == 'e' || c == 'E')};
   if (c == '$') {
-    if (is(next, kDigit)) return {Kind::Parameter, words(1)};
+    if (is(next, kDigit)) return {Kind::Parameter, past_word(s, 1)};
     const std::size_t tag_end = s.find('$', 1);
-    if (tag_end == std::string_view::npos || words(1) < tag_end) return {Kind::Other, 1};
+    if (tag_end == std::string_view::npos || past_word(s, 1) < tag_end) return {Kind::Other, 1};
     const std::string_view tag = s.substr(0, tag_end + 1);
     const std::size_t close = s.find(tag, tag_end + 1);
     return {Kind::Literal, close == std::string_view::npos ? s.size() : close + tag.size()};
   }
-  if (is(c, kWord)) return {Kind::Other, words(1)};
   if (c == '\'') return {Kind::Literal, quoted(s, 1, '\'', false)};
   if (c == '"') return {Kind::Other, quoted(s, 1, '"', false)};
   if (c == '-' && next == '-') return {Kind::Blank, std::min(s.find_first_of("\r\n"), s.size())};
@@ -103,7 +98,18 @@ Token token(std::string_view s) {
     }
     return {Kind::Blank, std::min(i, s.size())};
   }
-  return {Kind::Other, 1};
+  if (next == '\'' && std::string_view("eEbBxXnN").find(c) != std::string_view::npos)
+    return {Kind::Literal, quoted(s, 2, '\'', c == 'e' || c == 'E')};
+  return {Kind::Other, is(c, kLetter) ? past_word(s, 1) : 1};
+}
+
+/// The token at the front. Empty input isn't given.
+Token token(std::string_view s) {
+  using Kind = Token::Kind;
+  if (is(s[0], kLetter) && (s.size() == 1 || s[1] != '\'')) return {Kind::Other, past_word(s, 1)};
+  if (is(s[0], kSymbol)) return {Kind::Other, 1};
+  if (is(s[0], kBlank)) return {Kind::Blank, 1};
+  return special_token(s);
 }
 
 std::size_t blanks(std::string_view s) {

@@ -16,8 +16,17 @@ constexpr bool is_word_start(unsigned char c) {
 constexpr bool is_digit(unsigned char c) {
   return static_cast<unsigned>(c) - '0' < 10u;
 }
+constexpr std::array<bool, 256> kWordCharacters = [] {
+  std::array<bool, 256> table{};
+  for (unsigned c = 0; c < 256; ++c)
+    table[c] = is_word_start(static_cast<unsigned char>(c)) || is_digit(static_cast<unsigned char>(c)) || c == '$';
+  return table;
+}();
 constexpr bool is_word(unsigned char c) {
-  return is_word_start(c) || is_digit(c) || c == '$';
+  return kWordCharacters[c];
+}
+constexpr bool is_blank(char c) {
+  return c == ' ' || (c >= '\t' && c <= '\r');
 }
 
 /// Compares a word, in any case, with a lower-case one.
@@ -417,8 +426,6 @@ class Scanner {
     return out;
   }
 
-  static bool is_blank(char c) { return c == ' ' || (c >= '\t' && c <= '\r'); }
-
   /// Passes blanks and comments. False: a comment has no end.
   bool pass_blanks() {
     for (;;) {
@@ -487,8 +494,25 @@ class Scanner {
   /// The next token: 'w' word, '"' quoted identifier, ';', or another character. False at the end.
   bool next() {
     for (;;) {
-      if (!pass_blanks() || p_ == end_) return false;
+      while (p_ != end_ && is_blank(*p_)) ++p_;
+      if ((peek(0) == '-' || peek(0) == '/') && !pass_blanks()) return false;
+      if (p_ == end_) return false;
       const auto c = static_cast<unsigned char>(*p_);
+      if (is_word_start(c)) {
+        const char* const begin = p_;
+        const char* p = p_ + 1;
+        while (p != end_ && is_word(static_cast<unsigned char>(*p))) ++p;
+        p_ = p;
+        word_ = {begin, static_cast<std::size_t>(p - begin)};
+        kind_ = 'w';
+        if (word_.size() > 1) return true;
+        if ((*begin | 32) == 'e' && peek(0) == '\'') {
+          if (!escaped()) return false;
+          continue;
+        }
+        if ((*begin | 32) == 'u' && peek(0) == '&' && peek(1) == '"') residue_ |= kUnreadable;  // its escapes may spell any name
+        return true;
+      }
       if (c == '\'') {
         const char* begin = p_ + 1;
         if (!quoted('\'', !conforming_)) return false;
@@ -506,20 +530,6 @@ class Scanner {
         if (!quoted('"', false)) return false;
         word_ = {begin, static_cast<std::size_t>(p_ - 1 - begin)};
         kind_ = '"';
-        return true;
-      }
-      if (is_word_start(c)) {
-        const char* begin = p_;
-        while (p_ != end_ && is_word(static_cast<unsigned char>(*p_))) ++p_;
-        word_ = {begin, static_cast<std::size_t>(p_ - begin)};
-        if (p_ != end_ && *p_ == '\'' && word_.size() == 1 && (*begin | 32) == 'e') {
-          if (!escaped()) return false;
-          continue;
-        }
-        if (word_.size() == 1 && (*begin | 32) == 'u' && peek(0) == '&' && peek(1) == '"') {
-          residue_ |= kUnreadable;  // its escapes may spell any name
-        }
-        kind_ = 'w';
         return true;
       }
       if (is_digit(c)) {
