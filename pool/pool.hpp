@@ -93,7 +93,7 @@ class Pool {
     ++slot.uses;
     ++counters_.leases;
   }
-  /// Why a connection that comes back must be closed, if it must; also when `max` is less than it was.
+  /// Why a connection that comes back must be closed, if it must; also when the capacity is less than it was.
   bool worn_out(const Slot& slot, Time now, CloseReason& reason) const;
   void put_idle(Slot& slot, Time now);
   /// An idle connection that has been idle or alive too long, off the idle list; nullptr if none.

@@ -90,6 +90,7 @@ const char* to_string(CloseReason reason) {
     case CloseReason::Tls: return "tls";
     case CloseReason::Broken: return "broken";
     case CloseReason::Reload: return "reload";
+    case CloseReason::Surplus: return "surplus";
     case CloseReason::Drain: return "drain";
     case CloseReason::kCount: break;
   }

@@ -2,7 +2,6 @@
 
 #include <strings.h>
 
-#include <algorithm>
 #include <cstring>
 
 #include "protocol/messages.hpp"
@@ -12,28 +11,26 @@ namespace pgsidecar::proxy {
 using protocol::Backend;
 using protocol::Writer;
 
-bool ends_transaction(std::string_view sql) {
+TransactionEnd transaction_end(std::string_view sql) {
   constexpr std::string_view kBlank = " \t\r\n\v\f;";
-  bool first = true;
+  auto end = TransactionEnd::None;
   const auto is = [](std::string_view a, const char* b) { return a.size() == std::strlen(b) && ::strncasecmp(a.data(), b, a.size()) == 0; };
   while (true) {
     const auto begin = sql.find_first_not_of(kBlank);
-    if (begin == std::string_view::npos) return !first;
+    if (begin == std::string_view::npos) return end;
     sql.remove_prefix(begin);
     const std::string_view word = sql.substr(0, sql.find_first_of(kBlank));
     sql.remove_prefix(word.size());
-    if (first ? !(is(word, "commit") || is(word, "end") || is(word, "rollback") || is(word, "abort"))
-              : !(is(word, "work") || is(word, "transaction")))
-      return false;
-    first = false;
+    if (end != TransactionEnd::None) {
+      if (!is(word, "work") && !is(word, "transaction")) return TransactionEnd::None;
+    } else if (is(word, "commit") || is(word, "end")) {
+      end = TransactionEnd::Commit;
+    } else if (is(word, "rollback") || is(word, "abort")) {
+      end = TransactionEnd::Rollback;
+    } else {
+      return end;
+    }
   }
-}
-
-/// Of a text that ends a transaction: by what asks for its effects to stay.
-bool commits(std::string_view sql) {
-  sql.remove_prefix(std::min(sql.find_first_not_of(" \t\r\n\v\f;"), sql.size()));
-  return ::strncasecmp(sql.data(), "commit", std::min<std::size_t>(6, sql.size())) == 0 ||
-         ::strncasecmp(sql.data(), "end", std::min<std::size_t>(3, sql.size())) == 0;
 }
 
 void LostTransaction::refuse(std::string& out) {
@@ -48,9 +45,11 @@ void LostTransaction::refuse(std::string& out) {
 bool LostTransaction::answer(char type, protocol::Bytes body, protocol::ClientStatements& statements, protocol::StatementCache& cache,
                              std::string& out) {
   protocol::Reader reader(body);
-  const auto ends = [](const protocol::StatementRef& statement) {
-    return statement && ends_transaction(std::string_view(statement->body).substr(0, statement->body.find('\0')));
+  const auto end_of = [](const protocol::StatementRef& statement) {
+    return statement ? transaction_end(std::string_view(statement->body).substr(0, statement->body.find('\0'))) : TransactionEnd::None;
   };
+  // Who hasn't heard of the loss must not take a COMMIT for done: it fails, as one does that violates a deferred constraint.
+  const auto fails = [&](TransactionEnd end) { return end == TransactionEnd::None || (end == TransactionEnd::Commit && !told_); };
   const auto complete = [&] { Writer(out).begin(Backend::CommandComplete).cstring("ROLLBACK").end(); };
   const auto empty = [&](Backend reply) { Writer(out).begin(reply).end(); };
   const auto fail = [&] {
@@ -67,13 +66,12 @@ bool LostTransaction::answer(char type, protocol::Bytes body, protocol::ClientSt
   switch (type) {
     case 'Q': {
       statements.clear_unnamed();
-      const std::string_view sql = reader.cstring();
-      const bool over = ends_transaction(sql);
-      // Who hasn't heard of the loss must not take a COMMIT for done: it fails, as one does that violates a deferred constraint.
-      if (over && (told_ || !commits(sql)))
-        complete();
-      else
+      const TransactionEnd end = transaction_end(reader.cstring());
+      const bool over = end != TransactionEnd::None;
+      if (fails(end))
         refuse(out);
+      else
+        complete();
       protocol::write_ready_for_query(out, over ? protocol::TxStatus::Idle : protocol::TxStatus::Failed);
       return over;
     }
@@ -85,33 +83,32 @@ bool LostTransaction::answer(char type, protocol::Bytes body, protocol::ClientSt
       const std::string_view name = reader.cstring();
       const protocol::Bytes rest = reader.rest();
       protocol::Reader text(rest);
-      if (!ends_transaction(text.cstring()) || text.left() < 2 || (!name.empty() && statements.find(name))) return fail();
+      if (transaction_end(text.cstring()) == TransactionEnd::None || text.left() < 2 || (!name.empty() && statements.find(name)))
+        return fail();
       statements.set(name, cache.intern({reinterpret_cast<const char*>(rest.data()), rest.size()}));
       empty(Backend::ParseComplete);
       return false;
     }
     case 'B': {
       reader.cstring();
-      const protocol::StatementRef statement = statements.find(reader.cstring());
-      bound_ = ends(statement) && reader.ok();
-      if (!bound_) return fail();
-      commits_ = commits(statement->body);
+      bound_ = end_of(statements.find(reader.cstring()));
+      if (!reader.ok()) bound_ = TransactionEnd::None;
+      if (bound_ == TransactionEnd::None) return fail();
       empty(Backend::BindComplete);
       return false;
     }
     case 'D':
       if (reader.u8() == 'S') {
-        if (!ends(statements.find(reader.cstring())) || !reader.ok()) return fail();
+        if (end_of(statements.find(reader.cstring())) == TransactionEnd::None || !reader.ok()) return fail();
         Writer(out).begin(Backend::ParameterDescription).u16(0).end();
-      } else if (!bound_) {
+      } else if (bound_ == TransactionEnd::None) {
         return fail();
       }
       empty(Backend::NoData);
       return false;
     case 'E':
-      if (!bound_) return fail();
-      ended_ = true;
-      if (!told_ && commits_) return fail();
+      ended_ |= bound_ != TransactionEnd::None;
+      if (fails(bound_)) return fail();
       complete();
       return false;
     case 'C':

@@ -10,6 +10,10 @@
 
 namespace pgsidecar::proxy {
 
+/// How one statement ends a transaction: by COMMIT or END, by ROLLBACK (not to a savepoint) or ABORT, or not at all.
+enum class TransactionEnd { None, Commit, Rollback };
+TransactionEnd transaction_end(std::string_view sql);
+
 class LostTransaction {
  public:
   /// `told`: the client has heard the error already.
@@ -25,13 +29,9 @@ class LostTransaction {
 
   std::string sqlstate_, message_;
   bool told_;
-  bool bound_ = false;     // a portal that does is bound
-  bool commits_ = false;   // by COMMIT
-  bool ended_ = false;     // it was executed; counts at Sync
-  bool skipping_ = false;  // up to Sync, after an error
+  TransactionEnd bound_ = TransactionEnd::None;  // what the portal that is bound does
+  bool ended_ = false;                           // it was executed; counts at Sync
+  bool skipping_ = false;                        // up to Sync, after an error
 };
-
-/// One statement that ends a transaction: COMMIT, END, ROLLBACK, ABORT, not to a savepoint.
-bool ends_transaction(std::string_view sql);
 
 }  // namespace pgsidecar::proxy

@@ -473,9 +473,8 @@ void ServerConnection::settle() {
     deadline = worker_.now() + std::chrono::seconds(5);
     return worker_.kick();
   }
-  const bool one_too_many = entry_.pool.staying() > entry_.pool.settings().max;
   if (entry_.pool.worn_out(*this, worker_.now(), reason)) {
-    if (!one_too_many && reason != pool::CloseReason::Drain) ++entry_.replacements;
+    if (reason != pool::CloseReason::Surplus) ++entry_.replacements;
     close(reason);
     return worker_.serve(entry_);
   }

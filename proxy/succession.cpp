@@ -168,7 +168,7 @@ void Succession::ready(const std::string& database_error) {
 
 void Succession::pass() {
   state_ = State::Passing;
-  worker_.suspend_accepting();
+  worker_.ports().suspend();
   worker_.for_each_pool([this](PoolEntry& entry) {
     const std::uint32_t max = entry.pool.settings().max;
     Share& share = shares_[{entry.database, entry.user}];
@@ -193,7 +193,7 @@ void Succession::fail(const std::string& why) {
   if (state_ == State::Over) return;
   const auto self = shared_from_this();
   if (!ended_) ::kill(peer_, SIGKILL);
-  if (state_ == State::Passing) worker_.resume_accepting();
+  if (state_ == State::Passing) worker_.ports().accept();
   close();
   worker_.on_peer_ended(*this);
   if (done_) std::exchange(done_, nullptr)(why);
@@ -241,7 +241,7 @@ void Succession::balance(const Key& key, Share& share, PoolEntry* entry) {
   const std::uint32_t used = pool.staying() - static_cast<std::uint32_t>(pool.idle_count());
   const std::uint32_t most = max - (waiting > 0 ? half : std::min(half, used));
   pool.set_lent(std::max(share.given, std::min(share.given + share.wanted, most)));
-  worker_.close_surplus(*entry);
+  worker_.close_outdated(*entry);
   const std::uint32_t room = max - std::min(max, pool.open());
   const std::uint32_t now = std::min(pool.lent(), std::max(room, share.given));
   if (now > share.given) give(key, share, now - share.given);

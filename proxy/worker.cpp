@@ -52,7 +52,12 @@ Prepared::Prepared(std::shared_ptr<const conf::Config> from, const conf::Environ
 }
 
 Worker::Worker(asio::io_context& data, Control& control, Prepared prepared)
-    : data_(data), control_(control), timer_(data), started_at_(pool::Clock::now()), averages_(started_at_) {
+    : data_(data),
+      control_(control),
+      timer_(data),
+      ports_(data, [this](Socket socket, std::string peer) { return add_client(std::move(socket), std::move(peer)); }),
+      started_at_(pool::Clock::now()),
+      averages_(started_at_) {
   use_config(std::move(prepared));
 }
 
@@ -196,9 +201,30 @@ void Worker::verify(ClientSession& client, std::string password) {
   serve(entry);
 }
 
+void Worker::listen(conf::PassedSockets& passed) {
+  ports_.open(config_->listen, passed);
+}
+
+void Worker::begin() {
+  started_ = true;
+  ports_.accept();
+  if (quits_at() != pool::Time::max()) kick();
+}
+
+bool Worker::add_client(Socket socket, std::string peer) {
+  std::uint32_t id = 0;
+  do id = static_cast<std::uint32_t>(random_()) & 0x7fffffff;
+  while (id <= kMaxPid || clients_.contains(id));
+  auto client = std::make_shared<ClientSession>(*this, std::move(socket), id, std::move(peer));
+  clients_.emplace(id, client);
+  client->start();
+  kick();
+  return ++logging_in_ < config_->limits.maxLoginClients;
+}
+
 void Worker::login_over() {
   --logging_in_;
-  for (const auto& resume : std::exchange(paused_, {})) resume();
+  ports_.more();
 }
 
 void Worker::on_login() {
@@ -579,8 +605,8 @@ void Worker::check_stopped() {
     for (const auto& console : consoles) console->fatal("57P01", "terminating connection due to administrator command");
     return;
   }
-  if (somebody_knocks() && now() < drain_until_) return;
-  close_ports(true);
+  if (ports_.somebody_knocks() && now() < drain_until_) return;
+  ports_.close(true);
   bool left = false;
   for (auto& [key, entry] : pools_) {
     std::vector<std::shared_ptr<ServerConnection>> all;
@@ -600,13 +626,6 @@ void Worker::check_stopped() {
   stopped_ = true;
   timer_.cancel();
   if (on_stopped) on_stopped(exit_code_);
-}
-
-bool Worker::somebody_knocks() const {
-  return std::any_of(ports_.begin(), ports_.end(), [](const Port& port) {
-    pollfd listener{port.socket.fd, POLLIN, 0};
-    return ::poll(&listener, 1, 0) == 1;
-  });
 }
 
 bool Worker::farewell_over() {

@@ -4,8 +4,6 @@
 
 #include <array>
 #include <boost/asio/io_context.hpp>
-#include <boost/asio/ip/tcp.hpp>
-#include <boost/asio/local/stream_protocol.hpp>
 #include <boost/asio/steady_timer.hpp>
 #include <boost/unordered/unordered_flat_map.hpp>
 #include <deque>
@@ -33,6 +31,7 @@
 #include "proxy/listener.hpp"
 #include "proxy/log.hpp"
 #include "proxy/meter.hpp"
+#include "proxy/ports.hpp"
 #include "proxy/server_connection.hpp"
 #include "proxy/succession.hpp"
 
@@ -130,9 +129,8 @@ class Worker {
   PoolEntry* pool_of(const std::string& database, const std::string& user);  ///< null: there is none yet
   void for_each_pool(const std::function<void(PoolEntry&)>& what);
   std::uint32_t missing(const PoolEntry& entry) const;  ///< connections that somebody waits for
-  void close_surplus(PoolEntry& entry);                 ///< idle ones beyond its capacity
-  void suspend_accepting();
-  void resume_accepting();
+  void close_outdated(PoolEntry& entry);                ///< idle ones
+  Ports& ports() { return ports_; }
   void take_over(bool had_client);
   void retire(pid_t successor);
   void on_peer_ended(const Succession& which);
@@ -279,38 +277,24 @@ class Worker {
   void stir() {
     if (watcher_) std::exchange(watcher_, nullptr)();
   }
-  /// One of the sockets that clients connect to.
-  struct Port {
-    conf::Listening socket;
-    std::function<void()> accept, cancel, close;
-  };
   void serve_from(PoolEntry& entry);
   bool wants_listener(const PoolEntry& entry) const;
   void open_server(PoolEntry& entry, std::optional<ServerConnection::Login> login);
   bool may_be_waking(const std::string& upstream) const;
   void weigh_capacity(const std::string& upstream);
-  conf::Listening open_unix(const conf::Listen& where, conf::PassedSockets& passed);
-  void add_port(const conf::Listening& socket);
-  template <class Acceptor>
-  void add_acceptor(const conf::Listening& socket, const typename Acceptor::protocol_type& protocol);
-  template <class Acceptor>
-  void accept(std::shared_ptr<Acceptor> acceptor);
-  void close_ports(bool unlink);
+  bool add_client(Socket socket, std::string peer);  ///< False: no more may be logging in
   void tick();
   void run_runnable();
   void login_over();
   void check_stopped();
   /// When it ends by itself because nobody uses it; max: it doesn't.
   pool::Time quits_at() const;
-  /// Who has connected and isn't accepted yet would be reset if the listeners were closed now.
-  bool somebody_knocks() const;
   /// The pool of the upstream's own user and database, if the server refuses its login and no connection is left.
   PoolEntry* refused_pool() const;
   void probe_from(std::shared_ptr<const Upstream> found, std::size_t target, std::function<void()> done);
   bool is_handing_over() const { return handing_over_ || (succession_ && succession_->state() == Succession::State::Passing); }
   bool is_paused(const std::string& database) const;
   void set_paused();
-  void close_outdated(PoolEntry& entry);  ///< idle ones
   void outdate_servers(PoolEntry& entry, const std::function<bool(const ServerConnection&)>& which);
   bool is_away(const PoolEntry& entry) const;
   bool is_gone(const ServerConnection& server) const;
@@ -338,15 +322,14 @@ class Worker {
   pool::Time tick_at_ = pool::Time::max();
   std::map<std::pair<std::string, std::string>, std::unique_ptr<PoolEntry>> pools_;
   boost::unordered_flat_map<std::uint32_t, std::shared_ptr<ClientSession>> clients_;
-  std::vector<Port> ports_;
-  bool accepting_ = false, handing_over_ = false;
+  Ports ports_;
+  bool handing_over_ = false;
   bool retired_ = false;                    // its place is taken: it serves the clients that it has
   std::shared_ptr<Succession> succession_;  // while the other process lives
   SslContext client_tls_;
   conf::ConnectParams upstream_;  // the global upstream as read at start or reload
   std::map<std::string, DatabaseEntry> databases_;
   std::uint32_t logging_in_ = 0, logged_in_ = 0;
-  std::vector<std::function<void()>> paused_;  // accepting goes on when fewer clients are logging in
   std::vector<std::shared_ptr<ClientSession>> runnable_, running_;
   int turns_ = 0;
   pool::Time turn_began_{};

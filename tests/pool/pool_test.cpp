@@ -151,7 +151,7 @@ TEST_F(PoolTest, ShrinksToALowerMax) {
   pool->set_settings(settings);
   for (int left = 3; left > 1; --left) {
     EXPECT_NE(pool->outdated(now, reason), nullptr);
-    EXPECT_EQ(reason, CloseReason::Reload);
+    EXPECT_EQ(reason, CloseReason::Surplus);
     permits[left - 1]->leave();
   }
   EXPECT_EQ(pool->outdated(now, reason), nullptr);
@@ -236,7 +236,7 @@ TEST_F(PoolTest, LentPlacesAreNotItsOwn) {
   EXPECT_FALSE(pool->worn_out(slot, now, reason));
   pool->lease(slot);
   EXPECT_TRUE(pool->worn_out(slot, now, reason));  // there is one too many, and it has served
-  EXPECT_EQ(reason, CloseReason::Drain);
+  EXPECT_EQ(reason, CloseReason::Surplus);
   p2.leave();
   EXPECT_FALSE(pool->worn_out(slot, now, reason));
   EXPECT_EQ(pool->wanted(0), 0u);  // it counts until it is gone

@@ -145,12 +145,12 @@ TEST(LostTransaction, MessagesCutShortAreRefused) {
 }
 
 TEST(LostTransaction, StatementsThatEndOne) {
-  for (const char* sql :
-       {"COMMIT", "commit", "End", "ROLLBACK", "abort", "COMMIT;", " ;COMMIT WORK ; ", "ROLLBACK\tTRANSACTION", "\nEND\n"})
-    EXPECT_TRUE(ends_transaction(sql)) << sql;
+  for (const char* sql : {"COMMIT", "commit", "End", "COMMIT;", " ;COMMIT WORK ; ", "\nEND\n"})
+    EXPECT_EQ(transaction_end(sql), TransactionEnd::Commit) << sql;
+  for (const char* sql : {"ROLLBACK", "abort", "ROLLBACK\tTRANSACTION"}) EXPECT_EQ(transaction_end(sql), TransactionEnd::Rollback) << sql;
   for (const char* sql : {"", ";", "COMMITTED", "COMMIT PREPARED 'x'", "ROLLBACK TO a", "ROLLBACK AND CHAIN", "ROLLBACK; SELECT 1",
                           "SELECT 1; ROLLBACK", "SELECT 1", "work", "COM", "ROLLBACK WORK TO SAVEPOINT a"})
-    EXPECT_FALSE(ends_transaction(sql)) << sql;
+    EXPECT_EQ(transaction_end(sql), TransactionEnd::None) << sql;
 }
 
 }  // namespace
