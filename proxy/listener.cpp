@@ -241,6 +241,10 @@ Subscriber::Verdict Subscriber::ahead(std::uint32_t residue, std::string_view sq
     if (asks) return refuse("pg_listening_channels() in a transaction", simple);
     if (unsure_) return refuse("LISTEN or UNLISTEN after another one and ROLLBACK TO SAVEPOINT", simple);
     if (real_ == Real::No) {
+      if (listener_.has_server() && !listener_.up()) {
+        waiting_ = waits_for_listener_ = true;  // it must hear the marker, which tells a COMMIT from a ROLLBACK
+        return Verdict::Wait;
+      }
       inject(materialise_sql());
       real_ = Real::InTransaction;
     }

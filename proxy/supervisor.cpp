@@ -271,6 +271,8 @@ int Supervisor::run(conf::PassedSockets& passed, std::function<void()> listening
     for (;;) {
       try {
         control_loop_.run();
+        control_loop_.restart();
+        control_loop_.poll();  // who has asked for what ended it gets the answer
         return;
       } catch (const std::exception& e) {
         log::error("loop_failed", {}, "control loop: {}", e.what());
