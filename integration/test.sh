@@ -16,7 +16,7 @@ for argument in "$@"; do
   esac
 done
 
-core=(test_harness.py test_basic.py test_pooling.py test_protocol.py test_faults.py test_admin.py test_pins.py test_catalog.py test_listen.py test_equality.py test_activity.py test_console.py test_failover.py test_reload.py)
+core=(test_harness.py test_basic.py test_pooling.py test_protocol.py test_faults.py test_admin.py test_pins.py test_catalog.py test_listen.py test_equality.py test_activity.py test_console.py test_failover.py test_reload.py test_upgrade.py test_profile.py)
 failed=()
 
 unit_tests() {
