@@ -1,32 +1,15 @@
 #include "protocol/normalize.hpp"
 
 #include <algorithm>
-#include <array>
 #include <cstring>
+
+#include "protocol/characters.hpp"
 
 namespace pgsidecar::protocol {
 
 namespace {
 
 constexpr std::string_view kEllipsis = "...";
-
-enum CharClass : std::uint8_t { kOther = 0, kBlank = 1, kDigit = 2, kWord = 4, kLetter = 8, kSymbol = 16 };
-
-constexpr std::array<std::uint8_t, 256> kClasses = [] {
-  std::array<std::uint8_t, 256> table{};
-  for (const char c : {' ', '\t', '\r', '\n', '\v', '\f'}) table[static_cast<unsigned char>(c)] = kBlank;
-  for (unsigned c = 'a'; c <= 'z'; ++c) table[c] = table[c - 32] = kWord | kLetter;
-  for (unsigned c = '0'; c <= '9'; ++c) table[c] = kWord | kDigit;
-  for (unsigned c = 0x80; c < 256; ++c) table[c] = kWord | kLetter;
-  table['_'] = kWord | kLetter;
-  table['$'] = kWord;
-  for (const char c : {'(', ')', ',', ';', '.', '=', '<', '>', '*', '+', ':', '[', ']'}) table[static_cast<unsigned char>(c)] = kSymbol;
-  return table;
-}();
-
-bool is(char c, CharClass what) {
-  return (kClasses[static_cast<unsigned char>(c)] & what) != 0;
-}
 
 std::size_t quoted(std::string_view s, std::size_t from, char quote, bool escapes) {
   for (std::size_t i = from; i < s.size(); ++i) {

@@ -1,9 +1,9 @@
 #include "protocol/sql_scan.hpp"
 
 #include <algorithm>
-#include <array>
 #include <cstddef>
 
+#include "protocol/characters.hpp"
 #include "protocol/harmless.hpp"
 
 namespace pgsidecar::protocol {
@@ -11,22 +11,16 @@ namespace pgsidecar::protocol {
 namespace {
 
 constexpr bool is_word_start(unsigned char c) {
-  return static_cast<unsigned>(c | 32) - 'a' < 26u || c == '_' || c >= 0x80;
+  return is(static_cast<char>(c), kLetter);
 }
 constexpr bool is_digit(unsigned char c) {
-  return static_cast<unsigned>(c) - '0' < 10u;
+  return is(static_cast<char>(c), kDigit);
 }
-constexpr std::array<bool, 256> kWordCharacters = [] {
-  std::array<bool, 256> table{};
-  for (unsigned c = 0; c < 256; ++c)
-    table[c] = is_word_start(static_cast<unsigned char>(c)) || is_digit(static_cast<unsigned char>(c)) || c == '$';
-  return table;
-}();
 constexpr bool is_word(unsigned char c) {
-  return kWordCharacters[c];
+  return is(static_cast<char>(c), kWord);
 }
 constexpr bool is_blank(char c) {
-  return c == ' ' || (c >= '\t' && c <= '\r');
+  return is(c, kBlank);
 }
 
 /// Compares a word, in any case, with a lower-case one.
