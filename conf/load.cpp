@@ -531,6 +531,36 @@ std::vector<std::string> upstream_warnings(const Config& config, const Environme
   return warnings;
 }
 
+namespace {
+
+/// NAME_SERVICE_HOST, NAME_PORT=tcp://..., NAME_PORT_6432_TCP_ADDR and so on (Kubernetes documentation, Accessing the Service).
+bool of_a_service(std::string_view name, std::string_view value) {
+  const auto port = name.find("_PORT_");
+  return name.find("_SERVICE_HOST") != name.npos || name.find("_SERVICE_PORT") != name.npos ||
+         (name.ends_with("_PORT") && value.find("://") != value.npos) ||
+         (port != name.npos && port + 6 < name.size() && name[port + 6] >= '0' && name[port + 6] <= '9');
+}
+
+}  // namespace
+
+std::vector<std::string> unused_variables(const std::string& path, const Environment& env, const char* const* variables) {
+  constexpr std::string_view kPrefix = "PGSIDECAR_", kFile = "PGSIDECAR_CONFIG";
+  std::set<std::string, std::less<>> used{std::string(kFile)};
+  load(path, [&](std::string_view name) {
+    if (name.starts_with(kPrefix)) used.emplace(name);
+    return env(name);
+  });
+  const std::vector<std::string_view> known(used.begin(), used.end());
+  std::vector<std::string> lines;
+  for (; *variables; ++variables) {
+    const std::string_view variable = *variables;
+    const std::string_view name = variable.substr(0, variable.find('='));
+    if (!name.starts_with(kPrefix) || used.contains(name) || of_a_service(name, variable.substr(name.size()))) continue;
+    lines.push_back("the environment variable " + std::string(name) + " is no setting and is ignored" + did_you_mean(name, known));
+  }
+  return lines;
+}
+
 Config load_text(std::string_view yaml, std::string_view name, const Environment& env) {
   Config config;
   std::vector<std::string> mistakes;

@@ -51,6 +51,10 @@ ConnectParams resolve_upstream(const Upstream& upstream, const Environment& env)
 /// What works and is likely not meant, of all upstreams, a line each. Never a secret.
 std::vector<std::string> upstream_warnings(const Config& config, const Environment& env);
 
+/// What of the environment (`variables`: as environ) is named like a key of the configuration from `path` and is none, and isn't
+/// used by `${VAR}` either; a line each. What Kubernetes sets for a Service of that name isn't meant. Throws ConfigError.
+std::vector<std::string> unused_variables(const std::string& path, const Environment& env, const char* const* variables);
+
 /// A database's settings with a user's keys over them.
 PoolSettings overlay(PoolSettings settings, const std::map<std::string, std::string>& keys);
 

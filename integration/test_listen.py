@@ -15,6 +15,9 @@ from harness import DATABASE, PASSWORD, USER
 
 CHANNELS = "SELECT coalesce(string_agg(c, ',' ORDER BY c), '') FROM pg_listening_channels() AS c"
 
+# The last that the listener was asked is what sets it up.
+KILL_LISTENER = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query ~ '^SELECT pg_catalog.set_config.*LISTEN pgsidecar_'"
+
 
 def raw(proxy, **parameters):
     w = wire.Wire(proxy.port)
@@ -351,9 +354,7 @@ def test_lost_listener_comes_back_and_says_so(pool, pg):
     with raw(pool) as w, raw(pool) as quiet:
         do(w, "LISTEN a")
         for losses in range(1, 4):
-            # The last that it was asked is what sets it up.
-            kill = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query ~ '^SELECT pg_catalog.set_config.*LISTEN pgsidecar_'"
-            harness.poll(lambda: pg.sql(kill), what="the listening backend is there")
+            harness.poll(lambda: pg.sql(KILL_LISTENER), what="the listening backend is there")
             message = w.recv()
             assert message.type == "N" and message.error["S"] == "WARNING" and "notifications may have been lost" in message.error["M"]
             notify(pg, "a", str(losses))
@@ -363,6 +364,29 @@ def test_lost_listener_comes_back_and_says_so(pool, pg):
         assert quiet.value("SELECT 1") == "1"
         assert not pending(quiet)
     assert "pgsidecar_listener_losses_total" in pool.http("/metrics")[2]
+
+
+@pytest.mark.parametrize("change", ["UNLISTEN *", "LISTEN b"])
+@pytest.mark.parametrize("end", ["COMMIT", "ROLLBACK"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_changes_in_a_transaction_with_a_lost_listener(pool, pg, change, end, when):
+    """Whether they were committed may not be known then. The client is told so at the latest at the end of the transaction."""
+    with raw(pool) as w:
+        do(w, "LISTEN a")
+        do(w, "BEGIN")
+        if when == "after":
+            do(w, change)
+        harness.poll(lambda: pg.sql(KILL_LISTENER), what="the listening backend is there")
+        harness.poll(lambda: listening(pool)["losses"] == 1, what="its loss is known")
+        if when == "before":
+            do(w, change)
+        try:
+            assert not [m for m in w.ask(wire.query(end)) if m.type == "E"]
+            committed = "a,b" if change == "LISTEN b" else ""
+            assert w.value(CHANNELS) == (committed if end == "COMMIT" else "a")
+        except wire.Closed:
+            assert (change, end) != ("LISTEN b", "COMMIT"), "the connection itself listens to b then"
+    harness.poll(lambda: listening(pool)["clients"] == 0 and listening(pool)["channels"] == 0, what="all are unsubscribed")
 
 
 def test_all_connections_lost_under_listening_clients(pool, pg):

@@ -197,6 +197,7 @@ std::string Subscriber::notify_sql(std::uint64_t marker) const {
 
 std::vector<std::string> Subscriber::materialise_sql() {
   begin_ = listener_.expect(*this);
+  deaf_ = !listener_.up();
   std::vector<std::string> statements{"LISTEN " + listener_.marker_channel()};
   for (const std::string& channel : channels_) statements.push_back("LISTEN " + quoted(channel));
   statements.push_back(notify_sql(begin_));
@@ -382,6 +383,7 @@ void Subscriber::advance() {
 
 void Subscriber::on_marker(std::uint64_t marker) {
   inbox_.mark_listener(marker);
+  heard_ |= marker == begin_;
   if (step_ != Step::Marking || marker != end_) return;
   reached_ = true;
   finish_if_done();
@@ -403,6 +405,9 @@ protocol::HandOver Subscriber::hand_over() {
 
 void Subscriber::finish() {
   const auto alive = client_.shared_from_this();
+  if (real_ == Real::InTransaction && rows_ && rows_->empty() && deaf_ && !heard_)
+    return client_.fatal("58000", "whether this client's LISTEN or UNLISTEN was committed isn't known",
+                         "The connection that listens for it was lost during the transaction. Connect and LISTEN again.");
   std::string out;
   become(inbox_.settle(hand_over(), pids(), out));
   answer(std::move(out));
@@ -450,7 +455,7 @@ void Subscriber::reset_turn() {
   step_ = Step::None;
   real_ = Real::No;
   rows_.reset();
-  fence_ = unsure_ = marked_ = reached_ = false;
+  fence_ = unsure_ = marked_ = reached_ = deaf_ = heard_ = false;
 }
 
 void Subscriber::on_server_lost() {
@@ -468,6 +473,7 @@ void Subscriber::on_notification(const Notification& notification) {
 }
 
 void Subscriber::on_listener_gone() {
+  deaf_ |= begin_ != 0;
   if (step_ == Step::Marking) {
     reached_ = true;
     return finish_if_done();

@@ -1,5 +1,6 @@
 // The command line, and the joining of proxy and admin.
 #include <malloc.h>
+#include <unistd.h>
 
 #include <cstdio>
 #include <cstdlib>
@@ -113,6 +114,7 @@ int run(const Arguments& arguments, std::shared_ptr<const conf::Config> config, 
         conf::PassedSockets& passed) {
   ::mallopt(M_ARENA_MAX, 2);  // two threads allocate
   proxy::log::start(config->log);
+  for (const std::string& line : conf::unused_variables(arguments.config, env, ::environ)) proxy::log::warn("unused_variable", {}, "{}", line);
   proxy::Supervisor supervisor(arguments.config, config, env, std::move(program));
   admin::Server::Callbacks callbacks;
   callbacks.snapshot = [&](pool::Snapshot::Detail detail, proxy::Supervisor::SnapshotDone done) {
@@ -207,7 +209,9 @@ int main(int argc, char** argv) {
     if (arguments.command == "upgrade") return admin::upgrade(conf::load_admin(arguments.config, env));
     if (arguments.command == "check") {
       const conf::Config config = conf::load(arguments.config, env);
-      for (const std::string& warning : conf::upstream_warnings(config, env)) std::cerr << "pgsidecar: warning: " << warning << "\n";
+      std::vector<std::string> warnings = conf::upstream_warnings(config, env);
+      for (std::string& line : conf::unused_variables(arguments.config, env, ::environ)) warnings.push_back(std::move(line));
+      for (const std::string& warning : warnings) std::cerr << "pgsidecar: warning: " << warning << "\n";
       std::cout << conf::to_redacted_yaml(config);
       return 0;
     }

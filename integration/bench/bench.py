@@ -9,6 +9,7 @@ a shared machine; the ratio of the two within one run does, and the table gives 
   integration/bench/bench.py [--seconds 4] [--rounds 3] [--only cpu,memory,start,idle] [--against OTHER/pgsidecar]
 """
 import argparse
+import concurrent.futures as futures
 import contextlib
 import os
 import pathlib
@@ -79,14 +80,13 @@ def cpu(pg, seconds, rounds, theirs, name):
     print("|---|---|--:|--:|--:|--:|---|--:|")
     worst = 0
     for tls in (False, True):
-        with running(alone(ours(pg, tls))) as a, running(alone(theirs(pg, tls))) as b:
+        with running(alone(ours(pg, tls))) as a, running(alone(theirs(pg, tls))) as b, futures.ThreadPoolExecutor(2) as both:
             for load, arguments, clients in CASES:
                 for proxy in (a, b):
                     transactions(proxy, arguments, clients, 1)  # connections are opened
                 micros, ratios, tps = {a: [], b: []}, [], {a: [], b: []}
-                for number in range(rounds):
-                    for proxy in (a, b) if number % 2 == 0 else (b, a):
-                        count, used = transactions(proxy, arguments, clients, seconds)
+                for _ in range(rounds):
+                    for proxy, (count, used) in zip((a, b), both.map(lambda p: transactions(p, arguments, clients, seconds), (a, b))):
                         micros[proxy].append(used / count * 1e6)
                         tps[proxy].append(count / seconds)
                     ratios.append(micros[a][-1] / micros[b][-1])

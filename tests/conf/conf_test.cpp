@@ -285,6 +285,28 @@ TEST(Load, KeysBesideTheUpstream) {
   EXPECT_EQ(shown.find("a,b"), std::string::npos);
 }
 
+TEST(Load, VariablesThatAreNoSettings) {
+  const std::string file = testing::TempDir() + "variables.yaml";
+  std::ofstream(file) << "upstream: {url: \"postgresql://u:${PGSIDECAR_SECRET}@h/d\"}\n";
+  const Environment env = environment({{"PGSIDECAR_SECRET", "s"}, {"PGSIDECAR_POOL_MAX", "3"}});
+  const char* const variables[] = {"PATH=/bin",
+                                   "PGSIDECAR_SECRET=s",
+                                   "PGSIDECAR_POOL_MAX=3",
+                                   "PGSIDECAR_CONFIG=x.yaml",
+                                   "PGSIDECAR_UPSTREAM_SSLMODE=require",
+                                   "PGSIDECAR_POOL_MAXUSE=9",
+                                   "PGSIDECAR_SERVICE_HOST=10.0.0.1",
+                                   "PGSIDECAR_SERVICE_PORT_SQL=6432",
+                                   "PGSIDECAR_PORT=tcp://10.0.0.1:6432",
+                                   "PGSIDECAR_PORT_6432_TCP_ADDR=10.0.0.1",
+                                   "PGSIDECAR_ADMIN_PORT=9090",
+                                   nullptr};
+  EXPECT_EQ(unused_variables(file, env, variables),
+            (std::vector<std::string>{
+                "the environment variable PGSIDECAR_POOL_MAXUSE is no setting and is ignored (did you mean \"PGSIDECAR_POOL_MAX_USES\"?)",
+                "the environment variable PGSIDECAR_ADMIN_PORT is no setting and is ignored (did you mean \"PGSIDECAR_ADMIN_TOKEN\"?)"}));
+}
+
 TEST(Load, APasswordCommandOfTheEnvironment) {
   const auto with = [](const char* command) {
     return load_text("", "x",
