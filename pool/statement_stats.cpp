@@ -9,7 +9,9 @@ namespace pgsidecar::pool {
 
 StatementHandle StatementStats::find(std::uint32_t pool, std::uint64_t fingerprint, std::string_view sql, Time now) {
   const auto handle = [this](std::size_t slot) { return std::uint64_t{records_[slot].generation} << 32 | (slot + 1); };
-  if (const auto it = index_.find({pool, fingerprint}); it != index_.end()) return handle(it->second);
+  std::uint32_t& recent = recent_[fingerprint % recent_.size()];
+  if (recent < records_.size() && records_[recent].fingerprint == fingerprint && records_[recent].pool == pool) return handle(recent);
+  if (const auto it = index_.find({pool, fingerprint}); it != index_.end()) return handle(recent = it->second);
   const std::size_t slot = make_room();
   Record& record = records_[slot];
   record.pool = pool;

@@ -91,13 +91,16 @@ Token token(std::string_view s) {
   using Kind = Token::Kind;
   if (is(s[0], kLetter) && (s.size() == 1 || s[1] != '\'')) return {Kind::Other, past_word(s, 1)};
   if (is(s[0], kSymbol)) return {Kind::Other, 1};
-  if (is(s[0], kBlank)) return {Kind::Blank, 1};
   return special_token(s);
 }
 
 std::size_t blanks(std::string_view s) {
   std::size_t at = 0;
   while (at < s.size()) {
+    if (is(s[at], kBlank)) {
+      ++at;
+      continue;
+    }
     const Token t = token(s.substr(at));
     if (t.kind != Token::Kind::Blank) break;
     at += t.size;
@@ -148,6 +151,11 @@ void normalize(std::string_view sql, Sink&& sink) {
   bool gap = false, first = true, row = false;  // row: in parentheses that hold values only
   char before = '\0';
   while (!sql.empty()) {
+    if (is(sql[0], kBlank)) {
+      gap = !first;
+      sql.remove_prefix(1);
+      continue;
+    }
     const Token t = token(sql);
     const std::string_view text = sql.substr(0, t.size);
     sql.remove_prefix(t.size);

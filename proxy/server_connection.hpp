@@ -56,6 +56,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
     std::uint64_t rows = 0, bytes = 0;
     std::string sqlstate, tags;
     pool::StatementHandle first = 0, last = 0;                           ///< of the transaction
+    bool first_may_begin = false;                                        ///< `first` may be the BEGIN itself
     pool::StatementHandle named = 0;                                     ///< what the last Parse or Bind was about
     pool::StatementHandle portal = 0;                                    ///< the unnamed portal's
     std::vector<std::pair<std::string, pool::StatementHandle>> portals;  ///< the named ones', at most kMostPortals
