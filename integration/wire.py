@@ -150,9 +150,9 @@ class Wire:
         return message
 
     def until(self, kind="Z"):
-        """All messages up to the first of the type given, which is the last of the list."""
+        """All messages up to the first of one of the types given, which is the last of the list."""
         messages = []
-        while not messages or messages[-1].type != kind:
+        while not messages or messages[-1].type not in kind:
             messages.append(self.recv())
         return messages
 

@@ -304,7 +304,7 @@ TEST(Load, VariablesThatAreNoSettings) {
   EXPECT_EQ(unused_variables(file, env, variables),
             (std::vector<std::string>{
                 "the environment variable PGSIDECAR_POOL_MAXUSE is no setting and is ignored (did you mean \"PGSIDECAR_POOL_MAX_USES\"?)",
-                "the environment variable PGSIDECAR_ADMIN_PORT is no setting and is ignored (did you mean \"PGSIDECAR_ADMIN_TOKEN\"?)"}));
+                "the environment variable PGSIDECAR_ADMIN_PORT is no setting and is ignored (did you mean \"PGSIDECAR_ADMIN_HOSTS\"?)"}));
 }
 
 TEST(Load, APasswordCommandOfTheEnvironment) {
