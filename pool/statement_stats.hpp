@@ -69,7 +69,7 @@ class StatementStats {
   std::vector<std::uint64_t> weights_;  // microseconds spent, of records_; a newcomer takes over that of whom it displaces
   boost::unordered_flat_map<Key, std::uint32_t> index_;
   std::array<std::uint32_t, 64> recent_{};  // slots by the low bits of a fingerprint: where to look first
-  std::size_t hand_ = 0;  // so that of equal weights not the same always goes
+  std::size_t hand_ = 0;                    // so that of equal weights not the same always goes
   std::uint64_t evicted_ = 0, next_id_ = 1;
   Time since_;
 };

@@ -114,7 +114,8 @@ int run(const Arguments& arguments, std::shared_ptr<const conf::Config> config, 
         conf::PassedSockets& passed) {
   ::mallopt(M_ARENA_MAX, 2);  // two threads allocate
   proxy::log::start(config->log);
-  for (const std::string& line : conf::unused_variables(arguments.config, env, ::environ)) proxy::log::warn("unused_variable", {}, "{}", line);
+  for (const std::string& line : conf::unused_variables(arguments.config, env, ::environ))
+    proxy::log::warn("unused_variable", {}, "{}", line);
   proxy::Supervisor supervisor(arguments.config, config, env, std::move(program));
   admin::Server::Callbacks callbacks;
   callbacks.snapshot = [&](pool::Snapshot::Detail detail, proxy::Supervisor::SnapshotDone done) {

@@ -1,6 +1,7 @@
 #!/usr/bin/python3
 """pgsidecar beside Debian's PgBouncer (transaction mode, the same pool of 15), or with --against beside another build of pgsidecar, in one
-run, alternating; prints Markdown tables.
+run; prints Markdown tables. PgBouncer and pgsidecar take turns: at the same time they would compete. Two builds run at the same time, so that
+what disturbs one disturbs the other: 1 % shows.
 
 CPU is the proxy process's own, from the kernel's scheduler statistics, divided by pgbench's count of transactions. The proxy has a CPU
 to itself, the server and pgbench have the rest: where the scheduler puts a wake-up decides 15 % otherwise. Absolute times say little on
@@ -74,19 +75,19 @@ def transactions(proxy, arguments, clients, seconds):
     return int(re.search(r"transactions actually processed: (\d+)", done.stdout)[1]), cpu
 
 
-def cpu(pg, seconds, rounds, theirs, name):
+def cpu(pg, seconds, rounds, theirs, name, at_once):
     print("\n### CPU of the proxy per transaction\n")
     print(f"| upstream | load | clients | pgsidecar, µs | {name}, µs | ratio | spread | tps, pgsidecar / {name} |")
     print("|---|---|--:|--:|--:|--:|---|--:|")
     worst = 0
     for tls in (False, True):
-        with running(alone(ours(pg, tls))) as a, running(alone(theirs(pg, tls))) as b, futures.ThreadPoolExecutor(2) as both:
+        with running(alone(ours(pg, tls))) as a, running(alone(theirs(pg, tls))) as b, futures.ThreadPoolExecutor(2 if at_once else 1) as runs:
             for load, arguments, clients in CASES:
                 for proxy in (a, b):
                     transactions(proxy, arguments, clients, 1)  # connections are opened
                 micros, ratios, tps = {a: [], b: []}, [], {a: [], b: []}
                 for _ in range(rounds):
-                    for proxy, (count, used) in zip((a, b), both.map(lambda p: transactions(p, arguments, clients, seconds), (a, b))):
+                    for proxy, (count, used) in zip((a, b), runs.map(lambda p: transactions(p, arguments, clients, seconds), (a, b))):
                         micros[proxy].append(used / count * 1e6)
                         tps[proxy].append(count / seconds)
                     ratios.append(micros[a][-1] / micros[b][-1])
@@ -185,7 +186,7 @@ def main():
         environment = {**os.environ, "PGPASSWORD": PASSWORD}
         subprocess.run(["pgbench", "-i", "-q", "-s", "50" if "cpu" in wanted else "1", "-h", "127.0.0.1", "-p", str(pg.port), "-U", USER, DATABASE], env=environment, check=True, capture_output=True)
         if "cpu" in wanted:
-            worst = cpu(pg, options.seconds, options.rounds, other, name)
+            worst = cpu(pg, options.seconds, options.rounds, other, name, at_once=bool(options.against))
         if "memory" in wanted:
             memory(pg, other)
         if "start" in wanted:
