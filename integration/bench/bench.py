@@ -1,7 +1,7 @@
 #!/usr/bin/python3
 """pgsidecar beside Debian's PgBouncer (transaction mode, the same pool of 15), or with --against beside another build of pgsidecar, in one
-run; prints Markdown tables. PgBouncer and pgsidecar take turns: at the same time they would compete. Two builds run at the same time, so that
-what disturbs one disturbs the other: 1 % shows.
+run; prints Markdown tables. One client each, and two builds, run at the same time, so that what disturbs one disturbs the other: 1 % shows.
+PgBouncer and pgsidecar with 50 clients take turns: they would compete for the CPU.
 
 CPU is the proxy process's own, from the kernel's scheduler statistics, divided by pgbench's count of transactions. The proxy has a CPU
 to itself, the server and pgbench have the rest: where the scheduler puts a wake-up decides 15 % otherwise. Absolute times say little on
@@ -81,13 +81,14 @@ def cpu(pg, seconds, rounds, theirs, name, at_once):
     print("|---|---|--:|--:|--:|--:|---|--:|")
     worst = 0
     for tls in (False, True):
-        with running(alone(ours(pg, tls))) as a, running(alone(theirs(pg, tls))) as b, futures.ThreadPoolExecutor(2 if at_once else 1) as runs:
+        with running(alone(ours(pg, tls))) as a, running(alone(theirs(pg, tls))) as b, futures.ThreadPoolExecutor(2) as both:
             for load, arguments, clients in CASES:
+                each = both.map if at_once or clients == 1 else map
                 for proxy in (a, b):
                     transactions(proxy, arguments, clients, 1)  # connections are opened
                 micros, ratios, tps = {a: [], b: []}, [], {a: [], b: []}
                 for _ in range(rounds):
-                    for proxy, (count, used) in zip((a, b), runs.map(lambda p: transactions(p, arguments, clients, seconds), (a, b))):
+                    for proxy, (count, used) in zip((a, b), each(lambda p: transactions(p, arguments, clients, seconds), (a, b))):
                         micros[proxy].append(used / count * 1e6)
                         tps[proxy].append(count / seconds)
                     ratios.append(micros[a][-1] / micros[b][-1])
