@@ -543,19 +543,23 @@ bool of_a_service(std::string_view name, std::string_view value) {
 
 }  // namespace
 
-std::vector<std::string> unused_variables(const std::string& path, const Environment& env, const char* const* variables) {
-  constexpr std::string_view kPrefix = "PGSIDECAR_", kFile = "PGSIDECAR_CONFIG";
-  std::set<std::string, std::less<>> used{std::string(kFile)};
-  load(path, [&](std::string_view name) {
-    if (name.starts_with(kPrefix)) used.emplace(name);
+Environment noting(const Environment& env, std::set<std::string, std::less<>>& asked) {
+  return [env, &asked](std::string_view name) {
+    asked.emplace(name);
     return env(name);
-  });
-  const std::vector<std::string_view> known(used.begin(), used.end());
+  };
+}
+
+std::vector<std::string> unused_variables(const std::set<std::string, std::less<>>& asked, const char* const* variables) {
+  constexpr std::string_view kPrefix = "PGSIDECAR_", kFile = "PGSIDECAR_CONFIG";
+  std::vector<std::string_view> known{kFile};
+  for (const std::string& name : asked)
+    if (name.starts_with(kPrefix)) known.push_back(name);
   std::vector<std::string> lines;
   for (; *variables; ++variables) {
     const std::string_view variable = *variables;
     const std::string_view name = variable.substr(0, variable.find('='));
-    if (!name.starts_with(kPrefix) || used.contains(name) || of_a_service(name, variable.substr(name.size()))) continue;
+    if (!name.starts_with(kPrefix) || name == kFile || asked.contains(name) || of_a_service(name, variable.substr(name.size()))) continue;
     lines.push_back("the environment variable " + std::string(name) + " is no setting and is ignored" + did_you_mean(name, known));
   }
   return lines;

@@ -51,9 +51,12 @@ ConnectParams resolve_upstream(const Upstream& upstream, const Environment& env)
 /// What works and is likely not meant, of all upstreams, a line each. Never a secret.
 std::vector<std::string> upstream_warnings(const Config& config, const Environment& env);
 
-/// What of the environment (`variables`: as environ) is named like a key of the configuration from `path` and is none, and isn't
-/// used by `${VAR}` either; a line each. What Kubernetes sets for a Service of that name isn't meant. Throws ConfigError.
-std::vector<std::string> unused_variables(const std::string& path, const Environment& env, const char* const* variables);
+/// `env`, which notes in `asked` what it is asked for. `asked` must outlive it.
+Environment noting(const Environment& env, std::set<std::string, std::less<>>& asked);
+
+/// What of the environment (`variables`: as environ) is named like a key and wasn't asked for by load(), be it as a key or by
+/// `${VAR}`; a line each. What Kubernetes sets for a Service of that name isn't meant.
+std::vector<std::string> unused_variables(const std::set<std::string, std::less<>>& asked, const char* const* variables);
 
 /// A database's settings with a user's keys over them.
 PoolSettings overlay(PoolSettings settings, const std::map<std::string, std::string>& keys);

@@ -86,7 +86,7 @@ std::size_t past_word(std::string_view s, std::size_t from) {
   return {Kind::Other, is(c, kLetter) ? past_word(s, 1) : 1};
 }
 
-/// The token at the front. Empty input isn't given.
+/// The token at the front. Neither empty input nor a blank is given.
 Token token(std::string_view s) {
   using Kind = Token::Kind;
   if (is(s[0], kLetter) && (s.size() == 1 || s[1] != '\'')) return {Kind::Other, past_word(s, 1)};
@@ -99,11 +99,13 @@ std::size_t blanks(std::string_view s) {
   while (at < s.size()) {
     if (is(s[at], kBlank)) {
       ++at;
-      continue;
+    } else if (s[at] == '-' || s[at] == '/') {
+      const Token comment = special_token(s.substr(at));
+      if (comment.kind != Token::Kind::Blank) break;
+      at += comment.size;
+    } else {
+      break;
     }
-    const Token t = token(s.substr(at));
-    if (t.kind != Token::Kind::Blank) break;
-    at += t.size;
   }
   return at;
 }
@@ -150,19 +152,15 @@ template <class Sink>
 void normalize(std::string_view sql, Sink&& sink) {
   bool gap = false, first = true, row = false;  // row: in parentheses that hold values only
   char before = '\0';
-  while (!sql.empty()) {
-    if (is(sql[0], kBlank)) {
+  for (;;) {
+    if (const std::size_t blank = blanks(sql)) {
       gap = !first;
-      sql.remove_prefix(1);
-      continue;
+      sql.remove_prefix(blank);
     }
+    if (sql.empty()) return;
     const Token t = token(sql);
     const std::string_view text = sql.substr(0, t.size);
     sql.remove_prefix(t.size);
-    if (t.kind == Token::Kind::Blank) {
-      gap = !first;
-      continue;
-    }
     if (!sink(gap, t.kind == Token::Kind::Literal ? std::string_view("?") : text)) return;
     gap = first = false;
     if (t.is_value()) {

@@ -51,6 +51,7 @@ class Inbox {
   void mark_leased(std::uint64_t marker) { leased_.push_back({marker, 0, {}, {}}); }
   /// A message that goes between the listener's notifications.
   void insert(std::string message);
+  bool marked_by_listener(std::uint64_t marker) const { return marked(listener_, marker); }
   std::size_t bytes() const { return bytes_; }
   bool empty() const { return listener_.empty() && leased_.empty(); }
 

@@ -383,7 +383,6 @@ void Subscriber::advance() {
 
 void Subscriber::on_marker(std::uint64_t marker) {
   inbox_.mark_listener(marker);
-  heard_ |= marker == begin_;
   if (step_ != Step::Marking || marker != end_) return;
   reached_ = true;
   finish_if_done();
@@ -405,7 +404,7 @@ protocol::HandOver Subscriber::hand_over() {
 
 void Subscriber::finish() {
   const auto alive = client_.shared_from_this();
-  if (real_ == Real::InTransaction && rows_ && rows_->empty() && deaf_ && !heard_)
+  if (real_ == Real::InTransaction && rows_ && rows_->empty() && deaf_ && !inbox_.marked_by_listener(begin_))
     return client_.fatal("58000", "whether this client's LISTEN or UNLISTEN was committed isn't known",
                          "The connection that listens for it was lost during the transaction. Connect and LISTEN again.");
   std::string out;
@@ -455,7 +454,7 @@ void Subscriber::reset_turn() {
   step_ = Step::None;
   real_ = Real::No;
   rows_.reset();
-  fence_ = unsure_ = marked_ = reached_ = deaf_ = heard_ = false;
+  fence_ = unsure_ = marked_ = reached_ = deaf_ = false;
 }
 
 void Subscriber::on_server_lost() {

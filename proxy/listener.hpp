@@ -146,7 +146,7 @@ class Subscriber {
   bool waiting_ = false, waits_for_listener_ = false;
   bool ready_held_ = false, fence_ = false, unsure_ = false, told_ok_ = true;
   bool marked_ = false, reached_ = false;  // of Marking: by the leased connection, by the listener
-  bool deaf_ = false, heard_ = false;      // the listener may have missed the marker `begin_`; it hasn't
+  bool deaf_ = false;                      // since `begin_` was expected there was a time without a listener
   bool overflowed_ = false;
   std::uint64_t begin_ = 0, own_ = 0, end_ = 0;
 };

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <iostream>
 #include <optional>
+#include <set>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -111,11 +112,10 @@ std::string status_line(const pool::Snapshot& snapshot) {
 }
 
 int run(const Arguments& arguments, std::shared_ptr<const conf::Config> config, const conf::Environment& env, proxy::Program program,
-        conf::PassedSockets& passed) {
+        conf::PassedSockets& passed, const std::vector<std::string>& unused_variables) {
   ::mallopt(M_ARENA_MAX, 2);  // two threads allocate
   proxy::log::start(config->log);
-  for (const std::string& line : conf::unused_variables(arguments.config, env, ::environ))
-    proxy::log::warn("unused_variable", {}, "{}", line);
+  for (const std::string& line : unused_variables) proxy::log::warn("unused_variable", {}, "{}", line);
   proxy::Supervisor supervisor(arguments.config, config, env, std::move(program));
   admin::Server::Callbacks callbacks;
   callbacks.snapshot = [&](pool::Snapshot::Detail detail, proxy::Supervisor::SnapshotDone done) {
@@ -203,15 +203,16 @@ int run(const Arguments& arguments, std::shared_ptr<const conf::Config> config, 
 int main(int argc, char** argv) {
   const Arguments arguments = parse(argc, argv);
   const conf::Environment env = conf::process_environment();
+  std::set<std::string, std::less<>> asked;
   try {
     if (arguments.command == "healthcheck") return admin::healthcheck(conf::load_admin(arguments.config, env));
     if (arguments.command == "wait") return admin::wait_ready(conf::load_admin(arguments.config, env), arguments.max);
     if (arguments.command == "shutdown") return admin::shutdown(conf::load_admin(arguments.config, env));
     if (arguments.command == "upgrade") return admin::upgrade(conf::load_admin(arguments.config, env));
     if (arguments.command == "check") {
-      const conf::Config config = conf::load(arguments.config, env);
+      const conf::Config config = conf::load(arguments.config, conf::noting(env, asked));
       std::vector<std::string> warnings = conf::upstream_warnings(config, env);
-      for (std::string& line : conf::unused_variables(arguments.config, env, ::environ)) warnings.push_back(std::move(line));
+      for (std::string& line : conf::unused_variables(asked, ::environ)) warnings.push_back(std::move(line));
       for (const std::string& warning : warnings) std::cerr << "pgsidecar: warning: " << warning << "\n";
       std::cout << conf::to_redacted_yaml(config);
       return 0;
@@ -231,8 +232,8 @@ int main(int argc, char** argv) {
   try {
     proxy::Program program = proxy::Program::of(argc, argv);
     passed.emplace(conf::PassedSockets::from_environment());
-    auto config = std::make_shared<const conf::Config>(conf::load(arguments.config, env));
-    return run(arguments, std::move(config), env, std::move(program), *passed);
+    auto config = std::make_shared<const conf::Config>(conf::load(arguments.config, conf::noting(env, asked)));
+    return run(arguments, std::move(config), env, std::move(program), *passed, conf::unused_variables(asked, ::environ));
   } catch (const conf::ConfigError& e) {
     return fail(e.what(), kMistake);
   } catch (const std::exception& e) {

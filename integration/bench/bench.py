@@ -87,8 +87,9 @@ def cpu(pg, seconds, rounds, theirs, name, at_once):
                 for proxy in (a, b):
                     transactions(proxy, arguments, clients, 1)  # connections are opened
                 micros, ratios, tps = {a: [], b: []}, [], {a: [], b: []}
-                for _ in range(rounds):
-                    for proxy, (count, used) in zip((a, b), each(lambda p: transactions(p, arguments, clients, seconds), (a, b))):
+                for number in range(rounds):
+                    order = (a, b) if number % 2 == 0 else (b, a)
+                    for proxy, (count, used) in zip(order, each(lambda p: transactions(p, arguments, clients, seconds), order)):
                         micros[proxy].append(used / count * 1e6)
                         tps[proxy].append(count / seconds)
                     ratios.append(micros[a][-1] / micros[b][-1])
