@@ -204,6 +204,24 @@ def test_both_share_a_small_pool(start, most):
     assert 0 < watch.most <= most, watch.most
 
 
+def test_both_listen(start):
+    """Each process keeps a connection to listen on, and the third is whose who asks."""
+    proxy = start({"pool": {"max": 3, "connectionTimeoutMillis": 8000}})
+    with harness.Watch(proxy.pg, f"usename = '{USER}'") as watch:
+        with proxy.connect() as stays:
+            stays.execute("LISTEN news")
+            old = proxy.upgrade()
+            with proxy.connect() as new:
+                new.execute("LISTEN news")
+                for number in range(30):
+                    for connection in (stays, new):
+                        assert connection.execute("SELECT %s", (number,)).fetchone() == (number,)
+                proxy.pg.sql("SELECT pg_notify('news', 'x')", database=DATABASE)
+                assert [next(connection.notifies()).payload for connection in (stays, new)] == ["x", "x"]
+        expect_end(old)
+    assert 0 < watch.most <= 3, watch.most
+
+
 def test_sessions_go_on(start):
     """In a transaction, with state of every kind; each keeps it, and leaves the old process by itself."""
     proxy = start()
