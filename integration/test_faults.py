@@ -2,6 +2,7 @@
 import os
 import random
 import signal
+import socket
 import struct
 import threading
 import time
@@ -364,6 +365,61 @@ def test_what_a_session_had_is_not_lost_unnoticed(proxies):
         recovers(proxy)
 
 
+@pytest.mark.parametrize("reset", [False, True])
+def test_a_servers_end_that_comes_with_its_answer(pg, proxies, reset):
+    """Both are there before either is read, as under load."""
+    with Gate(pg.port) as gate:
+        proxy = proxies({"pool": {"max": 2, "connectionTimeoutMillis": 10000}}, url=pg.url(port=gate.port))
+        with raw(proxy) as w:
+            for ask_at_once in (False, reset):
+                assert w.value("SELECT 'before'") == "before"
+                proxy.signal(signal.SIGSTOP)
+                try:
+                    w.send(wire.query("SELECT 'last'"))
+                    gate.stall()
+                    proxy.signal(signal.SIGCONT)
+                    time.sleep(0.2)  # the question is at the gate
+                    proxy.signal(signal.SIGSTOP)
+                    gate.resume()
+                    time.sleep(0.3)  # the answer is at the proxy
+                    gate.cut(reset)
+                    time.sleep(0.1)
+                finally:
+                    proxy.signal(signal.SIGCONT)
+                assert [m.row for m in w.until() if m.type == "D"] == [[b"last"]]
+                if not ask_at_once:
+                    harness.poll(lambda: proxy.stats()["totalCount"] == 0, 5, "the end is noticed")
+                assert w.value("SELECT 'after'") == "after"
+
+
+@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize("last", ["a query", "half a message", "no Sync", "in a transaction", "of COPY"])
+def test_a_clients_end_that_comes_with_its_last_bytes(proxies, last, reset):
+    frames = {"a query": [wire.query("SELECT 1")], "half a message": [wire.query("SELECT 1")[:-3]], "no Sync": [wire.parse("SELECT 1"), wire.bind()],
+              "in a transaction": [wire.parse("SELECT 1"), wire.bind()], "of COPY": [wire.copy_data(b"1\n")]}[last]
+    proxy = proxies({"pool": {"max": 1, "connectionTimeoutMillis": 5000}})
+    with raw(proxy) as w:
+        for _ in range(2):
+            assert w.value("SELECT 1") == "1"
+        if last == "in a transaction":
+            w.ask(wire.query("BEGIN"))
+        if last == "of COPY":
+            assert kinds(w.ask(wire.query("CREATE TABLE IF NOT EXISTS dropped (a int)"))) in ("CZ", "NCZ")
+            w.send(wire.query("COPY dropped FROM STDIN"))
+            assert w.recv().type == "G"
+        proxy.signal(signal.SIGSTOP)
+        try:
+            w.send(*frames)
+            if reset:
+                w.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            w.sock.close()
+            time.sleep(0.1)
+        finally:
+            proxy.signal(signal.SIGCONT)
+    harness.poll(lambda: proxy.stats()["activeCount"] == 0 and proxy.json("/api/monitoring/clients")[1]["clients"] == [], 5, "the client is gone")
+    recovers(proxy)
+
+
 def test_sliced_and_delayed(pg, proxies):
     """One byte a segment both ways, TLS upstream."""
     with Gate(pg.port) as upstream:
@@ -439,7 +495,6 @@ def test_clients_that_drop_leave_nothing_behind(proxies, pg):
                 w.send(*[(wire.query("BEGIN"), wire.query("SELECT 1")), (wire.query("SELECT pg_sleep(0.05)"),), (wire.parse("SELECT 1"), wire.bind()),
                          (wire.query("SELECT repeat('x', 100) FROM generate_series(1, 5000)"),), (b"Q\0\0",)][kind - 2])
             if rng.random() < 0.5:
-                import socket
                 w.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             w.sock.close()
 

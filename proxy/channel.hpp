@@ -2,6 +2,7 @@
 // didn't take, and which readiness is being waited for. A channel holds no buffer while nothing is pending.
 #pragma once
 
+#include <chrono>
 #include <span>
 #include <string>
 
@@ -12,7 +13,8 @@
 namespace pgsidecar::proxy {
 
 inline constexpr std::size_t kScratch = 64 * 1024;
-inline constexpr std::size_t kHighMark = 256 * 1024;  // unsent bytes at which the other side isn't read any more
+inline constexpr std::chrono::milliseconds kLook{250};  // after which an end is looked for that a wait may not have told of
+inline constexpr std::size_t kHighMark = 256 * 1024;    // unsent bytes at which the other side isn't read any more
 
 struct Channel {
   Channel(Socket socket, Meter& meter) : transport(std::move(socket), meter) {}

@@ -119,7 +119,7 @@ void ClientSession::handle_tls() {
     return close();
   }
   transition(State::Startup);
-  on_readable({});
+  on_readable();
 }
 
 void ClientSession::begin_login(protocol::Startup startup) {

@@ -46,12 +46,15 @@ const std::string& ClientSession::application() const {
 void ClientSession::wait_readable() {
   if (channel_.reading || state_ == State::Closed) return;
   channel_.reading = true;
-  channel_.transport.wait_readable([self = shared_from_this()](const boost::system::error_code& ec) { self->on_readable(ec); });
+  channel_.transport.wait_readable(state_ == State::Closing, [self = shared_from_this()](const boost::system::error_code& ec) {
+    self->channel_.reading = false;
+    if (!ec) self->on_readable();
+  });
+  if (channel_.transport.may_miss()) worker_.arm_tick(kLook);
 }
 
-void ClientSession::on_readable(const boost::system::error_code& ec) {
-  channel_.reading = false;
-  if (ec || state_ == State::Closed) return;
+void ClientSession::on_readable() {
+  if (state_ == State::Closed) return;
   const Worker::Turn turn(worker_);
   if (state_ == State::Tls) return handle_tls();
   if (!began_) {
@@ -91,10 +94,15 @@ void ClientSession::on_readable(const boost::system::error_code& ec) {
     if (got.bytes < worker_.scratch().size() && !channel_.transport.pending()) break;
   }
   if (channel_.transport.pending()) {
-    boost::asio::post(worker_.loop(), [self = shared_from_this()] { self->on_readable({}); });
+    boost::asio::post(worker_.loop(), [self = shared_from_this()] { self->on_readable(); });
     return;
   }
   wait_readable();
+}
+
+bool ClientSession::look() {
+  if (channel_.transport.has_missed()) boost::asio::post(worker_.loop(), [self = shared_from_this()] { self->on_readable(); });
+  return channel_.transport.may_miss();
 }
 
 void ClientSession::read_on() {
@@ -131,7 +139,7 @@ void ClientSession::wait_writable() {
     if (self->state_ == State::Closing) return self->close();
     if (self->server_) self->server_->resume_reading();
     if (self->state_ == State::Console) return self->resume_console();
-    self->on_readable({});
+    self->on_readable();
   });
 }
 

@@ -94,6 +94,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   void send(Gather& gather);
   std::size_t queued() const { return channel_.queued(); }
   void on_deadline(pool::Time now);
+  bool look();  ///< for what a wait doesn't tell of; true: look again
   pool::Time login_deadline = pool::Time::max();
   pool::Time request_since{}, transaction_since{};
 
@@ -143,7 +144,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   void end_by_limit(std::string_view sqlstate, std::string_view message, std::string_view key, std::uint32_t millis);
   void tell_leak(pool::Time now);
   void wait_readable();
-  void on_readable(const boost::system::error_code& ec);
+  void on_readable();
   void wait_writable();
   void on_taken();  ///< the client has read all that was there for it
   void read_on();   ///< works off what is unread

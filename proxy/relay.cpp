@@ -507,7 +507,7 @@ void ClientSession::on_statements_gone() {
 
 void ClientSession::resume_reading() {
   boost::asio::post(worker_.loop(), [self = shared_from_this()] {
-    if (self->state_ != State::Closed && !self->channel_.reading) self->on_readable({});
+    if (self->state_ != State::Closed && !self->channel_.reading) self->on_readable();
   });
 }
 

@@ -63,12 +63,16 @@ void ServerConnection::transition(State next) {
 void ServerConnection::wait_readable() {
   if (channel_->reading || state_ == State::Closed) return;
   channel_->reading = true;
-  channel_->transport.wait_readable([self = shared_from_this()](const boost::system::error_code& ec) { self->on_readable(ec); });
+  const bool for_end = !answered_ || !alive();
+  channel_->transport.wait_readable(for_end, [self = shared_from_this()](const boost::system::error_code& ec) {
+    self->channel_->reading = false;
+    if (!ec) self->on_readable();
+  });
+  if (channel_->transport.may_miss()) worker_.arm_tick(kLook);
 }
 
-void ServerConnection::on_readable(const boost::system::error_code& ec) {
-  channel_->reading = false;
-  if (ec || state_ == State::Closed) return;
+void ServerConnection::on_readable() {
+  if (state_ == State::Closed) return;
   const Worker::Turn turn(worker_);
   for (int round = 0; round < 4; ++round) {
     if (client_ && client_->queued() > kHighMark) return;  // resumed when the client has read
@@ -93,16 +97,22 @@ void ServerConnection::on_readable(const boost::system::error_code& ec) {
     if (got.bytes < worker_.scratch().size() && !channel_->transport.pending()) break;
   }
   if (channel_->transport.pending()) {
-    boost::asio::post(worker_.loop(), [self = shared_from_this()] { self->on_readable({}); });
+    boost::asio::post(worker_.loop(), [self = shared_from_this()] { self->on_readable(); });
     return;
   }
   wait_readable();
 }
 
+bool ServerConnection::look() {
+  if (!channel_) return false;
+  if (channel_->transport.has_missed()) boost::asio::post(worker_.loop(), [self = shared_from_this()] { self->on_readable(); });
+  return channel_->transport.may_miss();
+}
+
 void ServerConnection::resume_reading() {
   if (alive() && !channel_->reading)
     boost::asio::post(worker_.loop(), [self = shared_from_this()] {
-      if (self->alive() && !self->channel_->reading) self->on_readable({});
+      if (self->alive() && !self->channel_->reading) self->on_readable();
     });
 }
 
@@ -116,14 +126,8 @@ void ServerConnection::send(Gather& gather) {
 
 void ServerConnection::read_last_words() {
   boost::asio::post(worker_.loop(), [self = shared_from_this()] {
-    if (self->alive() && !self->channel_->reading) self->on_readable({});
+    if (self->alive()) self->on_readable();
   });
-}
-
-bool ServerConnection::has_unread() {
-  char byte = 0;
-  return ::recv(channel_->transport.socket().native_handle(), &byte, 1, MSG_PEEK | MSG_DONTWAIT) >= 0 ||
-         (errno != EAGAIN && errno != EINTR);
 }
 
 void ServerConnection::wait_writable() {
@@ -146,6 +150,7 @@ std::size_t ServerConnection::process(Bytes in) {
   ClientSession* const reader = client_;
   const auto reader_alive = reader ? reader->shared_from_this() : nullptr;
   bool ready = false;
+  answered_ = false;
   while (at < in.size() && alive()) {
     const Bytes left = in.subspan(at);
     if (pass_left_ > 0) {
@@ -173,8 +178,10 @@ std::size_t ServerConnection::process(Bytes in) {
       break;
     }
     at += available.size();
-    ready |= type == Backend::ReadyForQuery;
+    answered_ = type == Backend::ReadyForQuery;
+    ready |= answered_;
   }
+  answered_ &= at == in.size();
   if (reader && reader->server() == this)
     reader->send(out);
   else

@@ -72,7 +72,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   PoolEntry& entry() const { return entry_; }
   const Upstream* upstream() const { return upstream_.get(); }  ///< as it was when this was connected; null: it isn't yet
   const Target& target() const { return target_; }
-  bool has_unread();  ///< the server has said something, or closed its end
+  bool has_unread() { return channel_->transport.has_unread(); }  ///< the server has said something, or closed its end
   ClientSession* client() { return client_; }
   const std::map<std::string, std::string>& parameters() const { return parameters_; }
   log::About about(std::string_view sqlstate = {}) const;  ///< for the log
@@ -152,6 +152,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   pool::ServerRow row();
   std::size_t footprint() const;  ///< of the heap, TLS left out
   void on_deadline(pool::Time now);
+  bool look();  ///< for what a wait doesn't tell of; true: look again
   pool::Time deadline = pool::Time::max();
 
  private:
@@ -177,7 +178,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
 
   void transition(State next);
   void wait_readable();
-  void on_readable(const boost::system::error_code& ec);
+  void on_readable();
   void wait_writable();
   std::size_t process(protocol::Bytes in);
   bool on_frame(protocol::Backend type, protocol::Bytes available, std::size_t total);
@@ -223,6 +224,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   std::map<std::string, std::string> parameters_;
   ClientSession* client_ = nullptr;
   std::size_t pass_left_ = 0;  // of a message that is passing through
+  bool answered_ = false;      // ReadyForQuery is the last that was read
   bool pass_forward_ = false;
   bool listener_ = false;  // the pool's
   bool asking_residue_ = false, residue_failed_ = false, own_query_failed_ = false;

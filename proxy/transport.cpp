@@ -21,6 +21,7 @@ struct Wire {
   Meter& meter;
   int fd;
   bool ended = false;
+  bool drained = false;
 };
 
 Wire& wire_of(BIO* bio) {
@@ -31,13 +32,20 @@ bool would_block() {
   return errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR;
 }
 
+// `drained`: there are no more bytes, since there were fewer than asked for (epoll(7), "Questions and answers").
+ssize_t receive(int fd, void* out, std::size_t size, bool& drained) {
+  const ssize_t n = ::recv(fd, out, size, MSG_DONTWAIT);
+  drained = n > 0 ? static_cast<std::size_t>(n) < size : n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK);
+  return n;
+}
+
 int read_wire(BIO* bio, char* out, std::size_t size, std::size_t* got) {
   Wire& wire = wire_of(bio);
   const Meter::Span span(wire.meter, pool::Phase::Receive);
   ++wire.meter.counters.receives;
   BIO_clear_retry_flags(bio);
   errno = 0;
-  const ssize_t n = ::recv(wire.fd, out, size, MSG_DONTWAIT);
+  const ssize_t n = receive(wire.fd, out, size, wire.drained);
   *got = static_cast<std::size_t>(std::max<ssize_t>(0, n));
   wire.ended = n == 0;
   if (n < 0 && would_block()) BIO_set_retry_read(bio);
@@ -91,17 +99,38 @@ Transport::Transport(Socket socket, Meter& meter) : socket_(std::move(socket)), 
 
 IoResult Transport::read(std::span<std::uint8_t> out) {
   if (!socket_.is_open()) return {IoStatus::Error, 0};
-  if (!ssl_) {
-    const Meter::Span span(meter_, pool::Phase::Receive);
-    for (;;) {
-      ++meter_.counters.receives;
-      const ssize_t n = ::recv(socket_.native_handle(), out.data(), out.size(), MSG_DONTWAIT);
-      if (n > 0) return {IoStatus::Ok, static_cast<std::size_t>(n)};
-      if (n == 0) return {IoStatus::Eof, 0};
-      if (errno == EINTR) continue;
-      return {errno == EAGAIN || errno == EWOULDBLOCK ? IoStatus::WouldBlock : IoStatus::Error, 0};
-    }
+  if (ssl_) {
+    const IoResult result = read_tls(out);
+    drained_ = !pending_ && wire_of(SSL_get_rbio(ssl_.get())).drained;
+    return result;
   }
+  const Meter::Span span(meter_, pool::Phase::Receive);
+  for (;;) {
+    ++meter_.counters.receives;
+    const ssize_t n = receive(socket_.native_handle(), out.data(), out.size(), drained_);
+    if (n > 0) return {IoStatus::Ok, static_cast<std::size_t>(n)};
+    if (n == 0) return {IoStatus::Eof, 0};
+    if (errno == EINTR) continue;
+    return {drained_ ? IoStatus::WouldBlock : IoStatus::Error, 0};
+  }
+}
+
+bool Transport::has_missed() {
+  if (doubt_ != Doubt::Old) {
+    if (doubt_ == Doubt::Fresh) doubt_ = Doubt::Old;
+    return false;
+  }
+  if (has_unread()) return true;
+  doubt_ = Doubt::None;
+  return false;
+}
+
+bool Transport::has_unread() {
+  char byte = 0;
+  return ::recv(socket_.native_handle(), &byte, 1, MSG_PEEK | MSG_DONTWAIT) >= 0 || !would_block();
+}
+
+IoResult Transport::read_tls(std::span<std::uint8_t> out) {
   // A record holds at most 16 KiB, so that a full buffer takes several reads.
   const Meter::Span span(meter_, pool::Phase::Tls);
   std::size_t total = 0;
@@ -158,7 +187,9 @@ IoResult Transport::write(std::span<const std::span<const std::uint8_t>> pieces,
       message.msg_iov = vectors.data();
       message.msg_iovlen = count;
       ++meter_.counters.sends;
-      const ssize_t n = ::sendmsg(socket_.native_handle(), &message, MSG_NOSIGNAL | MSG_DONTWAIT);
+      constexpr int flags = MSG_NOSIGNAL | MSG_DONTWAIT;
+      const int fd = socket_.native_handle();
+      const ssize_t n = count == 1 ? ::send(fd, vectors[0].iov_base, size, flags) : ::sendmsg(fd, &message, flags);  // send is cheaper
       if (n < 0) {
         if (errno == EINTR) continue;
         return {errno == EAGAIN || errno == EWOULDBLOCK ? IoStatus::WouldBlock : IoStatus::Error, total};

@@ -6,8 +6,6 @@
 
 #include <openssl/ssl.h>
 
-#include <boost/asio/generic/stream_protocol.hpp>
-#include <boost/asio/io_context.hpp>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -16,10 +14,9 @@
 #include <utility>
 
 #include "proxy/meter.hpp"
+#include "proxy/readiness.hpp"
 
 namespace pgsidecar::proxy {
-
-using Socket = boost::asio::basic_stream_socket<boost::asio::generic::stream_protocol, boost::asio::io_context::executor_type>;
 
 enum class IoStatus { Ok, WouldBlock, Eof, Error };
 
@@ -55,12 +52,19 @@ class Transport {
   void shutdown_send();  ///< close_notify on TLS (best effort), then half close
   void close();          ///< once; later calls do nothing
 
+  /// After a read that left no bytes this makes no system call, and doesn't tell of the stream's end, nor of a reset, that came together
+  /// with the last of them: has_missed() does, which somebody has to call within a moment. `for_end`: that moment is too long.
   template <class Handler>
-  void wait_readable(Handler&& h) {
+  void wait_readable(bool for_end, Handler&& h) {
     const Meter::Span span(meter_, pool::Phase::Wait);
-    ++meter_.counters.waits;
-    socket_.async_wait(Socket::wait_read, std::forward<Handler>(h));
+    const bool quiet = std::exchange(drained_, false) && !for_end;
+    doubt_ = quiet ? Doubt::Fresh : Doubt::None;
+    meter_.counters.waits += !quiet;
+    wait_until_readable(socket_, quiet, std::forward<Handler>(h));
   }
+  bool may_miss() const { return doubt_ != Doubt::None; }
+  bool has_missed();  ///< looks only if the wait has lasted since it was asked before
+  bool has_unread();  ///< bytes in the kernel, or the end of the stream, or an error
   template <class Handler>
   void wait_writable(Handler&& h) {
     const Meter::Span span(meter_, pool::Phase::Wait);
@@ -77,6 +81,7 @@ class Transport {
     }
   };
   IoResult failed(int result);  // of an OpenSSL call
+  IoResult read_tls(std::span<std::uint8_t> out);
 
   Socket socket_;
   Meter& meter_;
@@ -84,6 +89,8 @@ class Transport {
   unsigned long error_ = 0;  // OpenSSL's code of the last failure
   bool wants_write_ = false;
   bool pending_ = false;
+  bool drained_ = false;                                                      // the last read left no bytes in the kernel
+  enum class Doubt : std::uint8_t { None, Fresh, Old } doubt_ = Doubt::None;  // whether what is waited for may be there already
 };
 
 }  // namespace pgsidecar::proxy

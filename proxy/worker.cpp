@@ -464,6 +464,7 @@ void Worker::tick() {
   stir();
   if (averages_.due(t)) averages_.take(sums(), t);
   bool busy = draining_;
+  bool in_doubt = false;
   milliseconds idle_check = std::chrono::hours(1);
   for (auto& [key, entry] : pools_) {
     entry->pool.set_away(is_away(*entry), t);
@@ -506,6 +507,7 @@ void Worker::tick() {
     std::vector<std::shared_ptr<ServerConnection>> due;
     for (auto& [id, server] : entry->servers) {
       busy |= !server->alive() || server->state() == ServerConnection::State::Resetting;
+      in_doubt |= server->look();
       if (t >= server->deadline) due.push_back(server);
     }
     for (const auto& server : due) server->on_deadline(t);
@@ -522,6 +524,7 @@ void Worker::tick() {
   }
   std::vector<std::shared_ptr<ClientSession>> due;
   for (auto& [id, client] : clients_) {
+    in_doubt |= client->look();
     if (const pool::Time at = client->check_limits(t); at != pool::Time::max())
       idle_check = std::min(idle_check, std::chrono::ceil<milliseconds>(at - t));
     if (client->login_deadline != pool::Time::max()) {
@@ -554,6 +557,7 @@ void Worker::tick() {
   if (t >= drain_at_) drain();
   for (const pool::Time at : {quits_at(), drain_at_})
     if (at != pool::Time::max()) idle_check = std::min(idle_check, std::chrono::ceil<milliseconds>(at - t));
+  if (in_doubt) idle_check = std::min(idle_check, kLook);
   arm_tick(busy ? milliseconds(100) : idle_check);
   check_stopped();
   ++meter.counters.ticks;

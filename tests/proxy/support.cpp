@@ -58,7 +58,15 @@ Identity Certificates::make(const Wish& wish, const Identity* issuer) {
 
 }  // namespace pgsidecar::proxy::test
 
-// In place of the C library's: takes what the budget allows, then says that the buffer is full.
+// In place of the C library's: take what the budget allows, then say that the buffer is full.
+extern "C" ssize_t send(int fd, const void* bytes, std::size_t size, int flags) {
+  iovec vector{const_cast<void*>(bytes), size};
+  msghdr message{};
+  message.msg_iov = &vector;
+  message.msg_iovlen = 1;
+  return ::sendmsg(fd, &message, flags);
+}
+
 extern "C" ssize_t sendmsg(int fd, const msghdr* message, int flags) {
   long& budget = pgsidecar::proxy::test::g_send_budget;
   ++pgsidecar::proxy::test::g_sends;

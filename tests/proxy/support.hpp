@@ -26,7 +26,7 @@ namespace pgsidecar::proxy::test {
 
 /// What sendmsg still takes in this program; negative: as much as the kernel does (support.cpp).
 extern long g_send_budget;
-extern int g_sends;  ///< calls of sendmsg so far
+extern int g_sends;  ///< calls of send and sendmsg so far
 
 using Bytes = std::span<const std::uint8_t>;
 inline Bytes view(const std::string& s) {

@@ -207,6 +207,95 @@ TEST_P(Transports, AFullBufferOfSeveralRecords) {
   EXPECT_EQ(got, text);
 }
 
+/// Waits, and counts how often that was over.
+struct Waiting {
+  explicit Waiting(Link& on) : link(on) {}
+  void wait(bool for_end = false) {
+    link.far->wait_readable(for_end, [this](const boost::system::error_code& ec) { over += !ec; });
+  }
+  int run() {
+    link.loop.restart();
+    link.loop.run_for(std::chrono::milliseconds(20));
+    return std::exchange(over, 0);
+  }
+  Link& link;
+  int over = 0;
+};
+
+TEST_P(Transports, AWaitAfterAReadThatLeftNothingMakesNoSystemCall) {
+  Link link(GetParam());
+  Waiting waiting(link);
+  const std::uint64_t& waits = link.meter.counters.waits;
+  waiting.wait();
+  EXPECT_EQ(waits, 1u);
+  for (int round = 0; round < 5; ++round) {
+    test::write(*link.near, {"to wake it"});
+    EXPECT_EQ(waiting.run(), 1);
+    EXPECT_EQ(arrived(*link.far, 10), "to wake it");
+    const std::uint64_t before = waits;
+    waiting.wait();
+    EXPECT_EQ(waits, before) << round;
+    if (waiting.run() > 0) {  // Asio had heard of something that has been read since
+      EXPECT_EQ(round, 0);
+      EXPECT_EQ(read_all(*link.far), "");
+      waiting.wait();
+    }
+    EXPECT_EQ(waiting.run(), 0);
+  }
+  test::write(*link.near, {"one"});
+  EXPECT_EQ(waiting.run(), 1);
+  EXPECT_EQ(arrived(*link.far, 3), "one");
+  test::write(*link.near, {"before it waits"});
+  ::usleep(1000);
+  waiting.wait();
+  EXPECT_EQ(waiting.run(), 1) << "of what came while nobody waited";
+  EXPECT_EQ(link.far->read(std::span(test::scratch()).first(3)).bytes, 3u);
+  if (!link.far->is_tls()) {
+    const std::uint64_t before = waits;
+    waiting.wait();
+    EXPECT_EQ(waits, before + 1) << "since there is more";
+    EXPECT_EQ(waiting.run(), 1);
+  }
+}
+
+TEST_P(Transports, AnEndThatComesWithTheLastBytesIsMissedUnlessAskedFor) {
+  for (const bool reset : {false, true}) {
+    for (const bool for_end : {false, true}) {
+      Link link(GetParam());
+      read_all(*link.near);  // tickets: a close with something unread is a reset
+      Waiting waiting(link);
+      for (int spent = 0; spent < 2; ++spent) {
+        test::write(*link.near, {"first"});
+        waiting.wait();
+        EXPECT_EQ(waiting.run(), 1);
+        EXPECT_EQ(arrived(*link.far, 5), "first");
+      }
+      waiting.wait();
+      EXPECT_EQ(waiting.run(), 0);
+      EXPECT_TRUE(link.far->may_miss());
+      EXPECT_FALSE(link.far->has_missed());
+      EXPECT_TRUE(link.far->may_miss()) << "not looked yet";
+      EXPECT_FALSE(link.far->has_missed());
+      EXPECT_FALSE(link.far->may_miss()) << "looked once, nothing can be missed any more";
+      test::write(*link.near, {"last"});
+      const linger at_once{.l_onoff = reset, .l_linger = 0};
+      ::setsockopt(link.near->socket().native_handle(), SOL_SOCKET, SO_LINGER, &at_once, sizeof at_once);
+      link.near->close();
+      ::usleep(1000);
+      EXPECT_EQ(waiting.run(), 1);
+      EXPECT_EQ(link.far->read(test::scratch()).bytes, 4u);
+      waiting.wait(for_end);
+      EXPECT_EQ(waiting.run(), for_end ? 1 : 0);
+      EXPECT_FALSE(link.far->has_missed());
+      EXPECT_EQ(link.far->has_missed(), !for_end);
+      EXPECT_EQ(link.far->has_missed(), !for_end) << "until it is read";
+      IoStatus last{};
+      EXPECT_EQ(read_all(*link.far, &last), "");
+      EXPECT_TRUE(last == IoStatus::Eof || (reset && last == IoStatus::Error));
+    }
+  }
+}
+
 TEST_P(Transports, AHalfCloseIsTheEndAfterWhatWasSent) {
   Link link(GetParam());
   test::write(*link.near, {"last"});
