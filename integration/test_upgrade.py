@@ -222,6 +222,33 @@ def test_both_listen(start):
     assert 0 < watch.most <= 3, watch.most
 
 
+def test_one_listens_where_two_are_too_many(start):
+    """With two connections in all, the one that isn't listened on is whose who asks."""
+    proxy = start({"pool": {"max": 2, "connectionTimeoutMillis": 8000}})
+    with harness.Watch(proxy.pg, f"usename = '{USER}'") as watch:
+        with proxy.connect() as stays:
+            stays.execute("LISTEN news")
+            old = proxy.upgrade()
+            with proxy.connect() as new:
+                for _ in range(3):
+                    with pytest.raises(psycopg.errors.FeatureNotSupported, match="LISTEN needs a second server connection") as refused:
+                        new.execute(" listen news")
+                    assert "pool.max to 3" in refused.value.diag.message_hint
+                for number in range(30):
+                    for connection in (stays, new):
+                        assert connection.execute("SELECT %s", (number,)).fetchone() == (number,)
+                new.execute("UNLISTEN *")
+                proxy.pg.sql("SELECT pg_notify('news', 'x')", database=DATABASE)
+                assert next(stays.notifies()).payload == "x"
+                stays.close()
+                expect_end(old)
+                new.execute("LISTEN news")
+                proxy.pg.sql("SELECT pg_notify('news', 'y')", database=DATABASE)
+                assert next(new.notifies()).payload == "y"
+                assert new.execute("SELECT 1").fetchone() == (1,)
+    assert 0 < watch.most <= 2, watch.most
+
+
 def test_sessions_go_on(start):
     """In a transaction, with state of every kind; each keeps it, and leaves the old process by itself."""
     proxy = start()

@@ -72,6 +72,10 @@ bool Listener::usable() const {
   return entry_.pool.settings().max > 1;
 }
 
+bool Listener::crowded() const {
+  return !server_ && entry_.pool.settings().max == 2 && entry_.pool.lent() > 0;
+}
+
 void Listener::adopt(ServerConnection& server) {
   server_ = &server;
   setting_up_ = true;

@@ -31,6 +31,8 @@ class Listener {
 
   /// A pool of one connection has none to spare: its clients are pinned.
   bool usable() const;
+  /// A pool of two has none to spare either, while the other process of an online restart holds one: LISTEN is refused until then.
+  bool crowded() const;
   bool has_server() const { return server_ != nullptr; }
   bool up() const { return server_ && !setting_up_; }
   /// There are channels and no connection to listen on.

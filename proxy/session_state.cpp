@@ -1,5 +1,7 @@
 // What a client's statements leave in the session: which texts need a look, what the server then says, what is carried and what
 // pins. Part of ClientSession.
+#include <strings.h>
+
 #include <algorithm>
 
 #include "protocol/normalize.hpp"
@@ -51,6 +53,13 @@ constexpr struct {
                  {protocol::kBackendPid, "pg_backend_pid()", "In transaction mode it differs from one transaction to the next."},
                  {protocol::kSeed, "setseed", "Seed and use random() within one statement's source instead."},
                  {protocol::kLibrary, "LOAD and dblink_connect", "session_preload_libraries on the server loads a library for all."}};
+
+/// Whether its first statement is LISTEN.
+bool listens(std::string_view sql) {
+  constexpr std::string_view kWord = "listen";
+  sql.remove_prefix(std::min(sql.find_first_not_of(" \t\r\n"), sql.size()));
+  return sql.size() > kWord.size() && ::strncasecmp(sql.data(), kWord.data(), kWord.size()) == 0;
+}
 
 /// Nothing resets these but the connection's end.
 constexpr std::uint32_t kIndelible = pool::bit(PinReason::RandomSeed) | pool::bit(PinReason::Library);
@@ -109,9 +118,15 @@ Subscriber::Verdict ClientSession::listen_ahead(std::uint32_t residue, std::stri
   return subscriber_->ahead(residue, sql, simple);
 }
 
-// pool.onUnsupported: error. What only the server finds out afterwards, in a function, is pinned all the same.
+// What only the server finds out afterwards, in a function, is pinned all the same.
 bool ClientSession::refuse(std::string_view sql, std::uint32_t residue, bool simple) {
-  if (entry_->pool.settings().onUnsupported != conf::OnUnsupported::Error || !rewrites()) return false;
+  if (!rewrites()) return false;
+  if (residue & protocol::kListen && entry_->listener.crowded() && listens(sql)) {
+    server_->raise(simple, "LISTEN needs a second server connection, which the other process of an online restart has (pool.max)",
+                   "Try again when it has ended, or set pool.max to 3 or more.");
+    return true;
+  }
+  if (entry_->pool.settings().onUnsupported != conf::OnUnsupported::Error) return false;
   if ((residue & ~kPassive) == 0) return false;
   const std::uint32_t needed = protocol::needs_session(sql, server_->conforming_strings());
   const auto row = std::find_if(std::begin(kRefusals), std::end(kRefusals), [&](const auto& r) { return r.residue == needed; });

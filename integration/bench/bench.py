@@ -3,11 +3,11 @@
 run; prints Markdown tables. One client each, and two builds, run at the same time, so that what disturbs one disturbs the other: 1 % shows.
 PgBouncer and pgsidecar with 50 clients take turns: they would compete for the CPU.
 
-CPU is the proxy process's own, from the kernel's scheduler statistics, divided by pgbench's count of transactions. The proxy has a CPU
-to itself, the server and pgbench have the rest: where the scheduler puts a wake-up decides 15 % otherwise. Absolute times say little on
-a shared machine; the ratio of the two within one run does, and the table gives its spread over the rounds.
+CPU is the proxy process's own, from the kernel's scheduler statistics, divided by pgbench's count of transactions, logins left out. The
+proxy has a CPU to itself, the server and pgbench have the rest: where the scheduler puts a wake-up decides 15 % otherwise. Absolute times
+say little on a shared machine; the ratio of the two within one run does, and the table gives its spread over the rounds.
 
-  integration/bench/bench.py [--seconds 4] [--rounds 3] [--only cpu,memory,start,idle] [--against OTHER/pgsidecar]
+  integration/bench/bench.py [--seconds 4] [--rounds 3] [--only cpu,login,memory,start,idle] [--against OTHER/pgsidecar]
 """
 import argparse
 import concurrent.futures as futures
@@ -64,15 +64,21 @@ def other_build(binary):
     return make
 
 
-def transactions(proxy, arguments, clients, seconds):
-    """(transactions, CPU seconds of the proxy) of one pgbench run."""
+def pgbench(proxy, *arguments):
+    """(transactions, CPU seconds of the proxy)"""
     before = proxy.cpu_seconds()
-    done = subprocess.run(["pgbench", "-n", "-c", str(clients), "-j", "1", "-T", str(seconds), *arguments], env=proxy.environment(),
-                          capture_output=True, text=True, timeout=seconds + 120)
+    done = subprocess.run(["pgbench", "-n", "-j", "1", *arguments], env=proxy.environment(), capture_output=True, text=True, timeout=300)
     cpu = proxy.cpu_seconds() - before
     if done.returncode:
         raise SystemExit(f"pgbench failed with {proxy.kind}:\n{done.stderr}")
-    return int(re.search(r"transactions actually processed: (\d+)", done.stdout)[1]), cpu
+    return int(re.search(r"transactions actually processed: (\d+)(?:/\d+)?", done.stdout)[1]), cpu
+
+
+def transactions(proxy, arguments, clients, seconds):
+    """(transactions, CPU seconds of the proxy) of so many seconds, without the logins: a run of one transaction a client is taken off."""
+    count, used = pgbench(proxy, "-c", str(clients), "-T", str(seconds), *arguments)
+    logins, login = pgbench(proxy, "-c", str(clients), "-t", "1", *arguments)
+    return count - logins, used - login
 
 
 def cpu(pg, seconds, rounds, theirs, name, at_once):
@@ -98,6 +104,20 @@ def cpu(pg, seconds, rounds, theirs, name, at_once):
                 print(f"| {'TLS' if tls else 'plain'} | {load} | {clients} | {statistics.median(micros[a]):.1f} | {statistics.median(micros[b]):.1f} "
                       f"| **{ratio:.2f}** | {min(ratios):.2f} to {max(ratios):.2f} | {statistics.median(tps[a]) / statistics.median(tps[b]):.2f} |", flush=True)
     return worst
+
+
+def login(pg, theirs, rounds=5, clients=50):
+    print("\n### CPU of the proxy for a login by SCRAM and one query\n")
+    print("| | median, µs |")
+    print("|---|--:|")
+    for make in (ours, theirs):
+        with running(make(pg, True)) as proxy:
+            pgbench(proxy, "-S", "-c", str(clients), "-t", "1")  # connections are opened
+            micros = []
+            for _ in range(rounds):
+                count, used = pgbench(proxy, "-S", "-c", str(clients), "-t", "1")
+                micros.append(used / count * 1e6)
+        print(f"| {proxy.kind} | {statistics.median(micros):.0f} |", flush=True)
 
 
 def memory(pg, theirs, clients=1000):
@@ -175,7 +195,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=int, default=4, help="length of each pgbench run")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", default="cpu,memory,start,idle")
+    parser.add_argument("--only", default="cpu,login,memory,start,idle")
     parser.add_argument("--against", metavar="BINARY", help="another build of pgsidecar instead of PgBouncer")
     parser.add_argument("--assert-ratio", type=float, help="exit 1 if a CPU ratio's median is above this")
     options = parser.parse_args()
@@ -189,6 +209,8 @@ def main():
         subprocess.run(["pgbench", "-i", "-q", "-s", "50" if "cpu" in wanted else "1", "-h", "127.0.0.1", "-p", str(pg.port), "-U", USER, DATABASE], env=environment, check=True, capture_output=True)
         if "cpu" in wanted:
             worst = cpu(pg, options.seconds, options.rounds, other, name, at_once=bool(options.against))
+        if "login" in wanted:
+            login(pg, other)
         if "memory" in wanted:
             memory(pg, other)
         if "start" in wanted:
