@@ -141,7 +141,7 @@ TEST_F(StackSamplerTest, FindsWhatBurnsCpu) {
   std::istringstream lines(folded_);
   for (std::string line; std::getline(lines, line);) samples += std::stoul(line.substr(line.rfind(' ')));
   EXPECT_GE(samples, 1u);
-  EXPECT_LE(samples, std::size_t{StackSampler::kHz} + 1);
+  EXPECT_LE(samples, std::size_t{StackSampler::kHz} * 3 / 2);  // the second may end late
 }
 
 TEST_F(StackSamplerTest, OneAtATimeAndThenAgain) {
