@@ -156,36 +156,36 @@ def test_the_configuration_is_shown_without_secrets(proxy):
 def test_statements_are_counted_by_their_normalised_text(proxies):
     proxy = proxies()
     with proxy.connect() as connection:
-        connection.execute("CREATE TABLE counted (id int PRIMARY KEY, v text)")
+        connection.execute("CREATE TABLE measured (id int PRIMARY KEY, v text)")
         try:
             for i in range(8):
-                connection.execute(f"INSERT INTO counted VALUES ({i}, 'value {i}'), ({i + 100}, 'x')")
+                connection.execute(f"INSERT INTO measured VALUES ({i}, 'value {i}'), ({i + 100}, 'x')")
             for i in range(9):
-                connection.execute("SELECT v FROM counted WHERE id = %s", (i,), prepare=i % 2 == 0)
+                connection.execute("SELECT v FROM measured WHERE id = %s", (i,), prepare=i % 2 == 0)
             for n in range(1, 5):
-                connection.execute("SELECT v FROM counted WHERE id IN (%s)" % ",".join(str(i) for i in range(n)))
+                connection.execute("SELECT v FROM measured WHERE id IN (%s)" % ",".join(str(i) for i in range(n)))
             for _ in range(3):
                 with pytest.raises(psycopg.errors.UniqueViolation):
-                    connection.execute("INSERT INTO counted VALUES (1, 'again')")
+                    connection.execute("INSERT INTO measured VALUES (1, 'again')")
             for sql in ("SELECT nothing", "SELECT %s::int / 0"):
                 with pytest.raises(psycopg.Error):
                     connection.execute(sql, (5,) if "%s" in sql else None)
         finally:
-            connection.execute("DROP TABLE counted")
-    row = statement(proxy, "INSERT INTO counted VALUES (?, ...), ...")
+            connection.execute("DROP TABLE measured")
+    row = statement(proxy, "INSERT INTO measured VALUES (?, ...), ...")
     assert (row["calls"], row["rows"], row["errorCount"]) == (8, 16, 0)
-    row = statement(proxy, "SELECT v FROM counted WHERE id = $1")
+    row = statement(proxy, "SELECT v FROM measured WHERE id = $1")
     assert (row["calls"], row["rows"]) == (9, 8) and row["bytes"] > 9 * 10
     assert row["user"] == harness.USER and row["database"] == harness.DATABASE
-    assert [statement(proxy, "SELECT v FROM counted WHERE id IN (?)")["calls"], statement(proxy, "SELECT v FROM counted WHERE id IN (?, ...)")["calls"]] == [1, 3]
-    row = statement(proxy, "INSERT INTO counted VALUES (?, ...)")
+    assert [statement(proxy, "SELECT v FROM measured WHERE id IN (?)")["calls"], statement(proxy, "SELECT v FROM measured WHERE id IN (?, ...)")["calls"]] == [1, 3]
+    row = statement(proxy, "INSERT INTO measured VALUES (?, ...)")
     assert row["errors"] == {"23505": 3} and row["errorCount"] == row["calls"] == 3
     assert statement(proxy, "SELECT nothing")["errors"] == {"42703": 1}
     assert statement(proxy, "SELECT $1::int / ?")["errors"] == {"22012": 1}
     assert row["maxMs"] >= row["p99Ms"] >= row["p50Ms"] > 0 and abs(row["totalMs"] - row["waitMs"] - row["serverMs"] - row["clientMs"]) < 0.01
     assert row["firstSeen"] <= row["lastSeen"]
     most = api(proxy, "queries?sort=errors&limit=1")["queries"]
-    assert [one["statement"] for one in most] == ["INSERT INTO counted VALUES (?, ...)"]
+    assert [one["statement"] for one in most] == ["INSERT INTO measured VALUES (?, ...)"]
     assert post(proxy, "/api/admin/queries/reset")[0] == 200
     assert api(proxy, "queries")["tracked"] == 0
 
