@@ -4,6 +4,7 @@ PGSIDECAR names the binary (default: build/release/pgsidecar). For checking the 
 Debian's PgBouncer in its place where a test doesn't need more, and HARNESS_PROXY=direct the server itself: what a test of the
 protocol expects of the proxy must be what PostgreSQL does.
 """
+import functools
 import json
 import os
 import pathlib
@@ -346,6 +347,8 @@ class Proxy(Process):
                 "upstream": {"url": url or pg.url()},
                 "admin": {"listen": f"127.0.0.1:{self.admin_port}"},
                 "pool": {"min": 0}}
+        if sanitized(binary):
+            base["alerts"] = {"memoryMb": 100000}
         self.config = merge(base, config or {})
         self.write_config()
         self.extra, self.arguments = environment or {}, list(arguments)
@@ -459,6 +462,7 @@ def merge(base, over):
     return result
 
 
+@functools.cache
 def sanitized(binary=BINARY):
     """True for a build with a sanitizer, whose memory and speed mean nothing."""
     linked = subprocess.run(["ldd", binary], capture_output=True, text=True).stdout

@@ -1,7 +1,7 @@
 #!/bin/bash
 # Everything that is tested, on a fresh Debian 12: packages, build, unit tests, integration tests.
 #   integration/test.sh               the release build
-#   integration/test.sh --sanitize    besides: ASan+UBSan and TSan builds under the unit and the core integration tests
+#   integration/test.sh --sanitize    besides: all of them with ASan+UBSan and with TSan too
 # Further arguments go to pytest, e.g. -k cancel. The files of integration tests run two at a time; -n 0 runs one after the other.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
@@ -16,7 +16,6 @@ for argument in "$@"; do
   esac
 done
 
-core=(test_harness.py test_basic.py test_pooling.py test_protocol.py test_faults.py test_admin.py test_pins.py test_catalog.py test_listen.py test_equality.py test_activity.py test_console.py test_failover.py test_reload.py test_upgrade.py test_profile.py)
 failed=()
 
 unit_tests() {
@@ -28,15 +27,14 @@ unit_tests() {
   grep -E 'tests passed|tests failed' "$root/build/$1-ctest.log" || true
 }
 
-# integration_tests PRESET [FILE...]
+# integration_tests PRESET
 integration_tests() {
   local preset=$1
-  shift
   step "integration tests ($preset)"
   (cd "$root/integration" &&
     PGSIDECAR=$root/build/$preset/pgsidecar NODE_PATH=$root/build/node/usr/share/nodejs \
       ASAN_OPTIONS=detect_stack_use_after_return=1 UBSAN_OPTIONS=print_stacktrace=1 TSAN_OPTIONS=halt_on_error=0:exitcode=66 \
-      /usr/bin/python3 -m pytest -q -n 2 --dist loadfile --durations=5 "$@" ${arguments[@]+"${arguments[@]}"}) || failed+=("integration tests ($preset)")
+      /usr/bin/python3 -m pytest -q -n 2 --dist loadfile --durations=5 ${arguments[@]+"${arguments[@]}"}) || failed+=("integration tests ($preset)")
 }
 
 install_packages test
@@ -52,7 +50,7 @@ if [ $sanitize = yes ]; then
   for preset in dev tsan; do
     build $preset
     unit_tests $preset
-    integration_tests $preset "${core[@]}"
+    integration_tests $preset
   done
 fi
 
