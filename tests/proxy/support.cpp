@@ -10,7 +10,7 @@
 namespace pgsidecar::proxy::test {
 
 long g_send_budget = -1;
-int g_sends = 0;
+std::atomic<int> g_sends = 0;
 
 Identity Certificates::make(const Wish& wish, const Identity* issuer) {
   Identity identity;

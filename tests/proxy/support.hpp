@@ -10,6 +10,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <boost/asio/io_context.hpp>
 #include <boost/asio/local/stream_protocol.hpp>
 #include <filesystem>
@@ -26,7 +27,7 @@ namespace pgsidecar::proxy::test {
 
 /// What sendmsg still takes in this program; negative: as much as the kernel does (support.cpp).
 extern long g_send_budget;
-extern int g_sends;  ///< calls of send and sendmsg so far
+extern std::atomic<int> g_sends;  ///< calls of send and sendmsg so far
 
 using Bytes = std::span<const std::uint8_t>;
 inline Bytes view(const std::string& s) {
