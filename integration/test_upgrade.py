@@ -204,49 +204,56 @@ def test_both_share_a_small_pool(start, most):
     assert 0 < watch.most <= most, watch.most
 
 
-def test_both_listen(start):
-    """Each process keeps a connection to listen on, and the third is whose who asks."""
-    proxy = start({"pool": {"max": 3, "connectionTimeoutMillis": 8000}})
+@contextlib.contextmanager
+def listening_while_upgraded(start, most):
+    """(proxy, the old process, its client that listens, a client of the new one), with `most` server connections in all."""
+    proxy = start({"pool": {"max": most, "connectionTimeoutMillis": 8000}})
     with harness.Watch(proxy.pg, f"usename = '{USER}'") as watch:
         with proxy.connect() as stays:
             stays.execute("LISTEN news")
             old = proxy.upgrade()
             with proxy.connect() as new:
-                new.execute("LISTEN news")
-                for number in range(30):
-                    for connection in (stays, new):
-                        assert connection.execute("SELECT %s", (number,)).fetchone() == (number,)
-                proxy.pg.sql("SELECT pg_notify('news', 'x')", database=DATABASE)
-                assert [next(connection.notifies()).payload for connection in (stays, new)] == ["x", "x"]
+                yield proxy, old, stays, new
         expect_end(old)
-    assert 0 < watch.most <= 3, watch.most
+    assert 0 < watch.most <= most, watch.most
+
+
+def take_turns(connections):
+    for number in range(30):
+        for connection in connections:
+            assert connection.execute("SELECT %s", (number,)).fetchone() == (number,)
+
+
+def hears(connection, payload):
+    return next(connection.notifies()).payload == payload
+
+
+def test_both_listen(start):
+    """Each process keeps a connection to listen on, and the third is whose who asks."""
+    with listening_while_upgraded(start, most=3) as (proxy, _, stays, new):
+        new.execute("LISTEN news")
+        take_turns((stays, new))
+        proxy.pg.sql("SELECT pg_notify('news', 'x')", database=DATABASE)
+        assert hears(stays, "x") and hears(new, "x")
 
 
 def test_one_listens_where_two_are_too_many(start):
     """With two connections in all, the one that isn't listened on is whose who asks."""
-    proxy = start({"pool": {"max": 2, "connectionTimeoutMillis": 8000}})
-    with harness.Watch(proxy.pg, f"usename = '{USER}'") as watch:
-        with proxy.connect() as stays:
-            stays.execute("LISTEN news")
-            old = proxy.upgrade()
-            with proxy.connect() as new:
-                for _ in range(3):
-                    with pytest.raises(psycopg.errors.FeatureNotSupported, match="LISTEN needs a second server connection") as refused:
-                        new.execute(" listen news")
-                    assert "pool.max to 3" in refused.value.diag.message_hint
-                for number in range(30):
-                    for connection in (stays, new):
-                        assert connection.execute("SELECT %s", (number,)).fetchone() == (number,)
-                new.execute("UNLISTEN *")
-                proxy.pg.sql("SELECT pg_notify('news', 'x')", database=DATABASE)
-                assert next(stays.notifies()).payload == "x"
-                stays.close()
-                expect_end(old)
-                new.execute("LISTEN news")
-                proxy.pg.sql("SELECT pg_notify('news', 'y')", database=DATABASE)
-                assert next(new.notifies()).payload == "y"
-                assert new.execute("SELECT 1").fetchone() == (1,)
-    assert 0 < watch.most <= 2, watch.most
+    with listening_while_upgraded(start, most=2) as (proxy, old, stays, new):
+        for _ in range(3):
+            with pytest.raises(psycopg.errors.FeatureNotSupported, match="LISTEN needs a second server connection") as refused:
+                new.execute(" listen news")
+            assert "pool.max to 3" in refused.value.diag.message_hint
+        take_turns((stays, new))
+        new.execute("UNLISTEN *")
+        proxy.pg.sql("SELECT pg_notify('news', 'x')", database=DATABASE)
+        assert hears(stays, "x")
+        stays.close()
+        expect_end(old)
+        new.execute("LISTEN news")
+        proxy.pg.sql("SELECT pg_notify('news', 'y')", database=DATABASE)
+        assert hears(new, "y")
+        assert new.execute("SELECT 1").fetchone() == (1,)
 
 
 def test_sessions_go_on(start):

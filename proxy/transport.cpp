@@ -33,22 +33,25 @@ bool would_block() {
 }
 
 // `drained`: there are no more bytes, since there were fewer than asked for (epoll(7), "Questions and answers").
-ssize_t receive(int fd, void* out, std::size_t size, bool& drained) {
-  const ssize_t n = ::recv(fd, out, size, MSG_DONTWAIT);
-  drained = n > 0 ? static_cast<std::size_t>(n) < size : n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK);
+ssize_t receive(Meter& meter, int fd, void* out, std::size_t size, bool& drained) {
+  const Meter::Span span(meter, pool::Phase::Receive);
+  ssize_t n;
+  do {
+    ++meter.counters.receives;
+    n = ::recv(fd, out, size, MSG_DONTWAIT);
+  } while (n < 0 && errno == EINTR);
+  drained = n > 0 ? static_cast<std::size_t>(n) < size : n < 0 && would_block();
   return n;
 }
 
 int read_wire(BIO* bio, char* out, std::size_t size, std::size_t* got) {
   Wire& wire = wire_of(bio);
-  const Meter::Span span(wire.meter, pool::Phase::Receive);
-  ++wire.meter.counters.receives;
   BIO_clear_retry_flags(bio);
   errno = 0;
-  const ssize_t n = receive(wire.fd, out, size, wire.drained);
+  const ssize_t n = receive(wire.meter, wire.fd, out, size, wire.drained);
   *got = static_cast<std::size_t>(std::max<ssize_t>(0, n));
   wire.ended = n == 0;
-  if (n < 0 && would_block()) BIO_set_retry_read(bio);
+  if (n < 0 && wire.drained) BIO_set_retry_read(bio);
   return n > 0 ? 1 : static_cast<int>(n);
 }
 
@@ -104,15 +107,10 @@ IoResult Transport::read(std::span<std::uint8_t> out) {
     drained_ = !pending_ && wire_of(SSL_get_rbio(ssl_.get())).drained;
     return result;
   }
-  const Meter::Span span(meter_, pool::Phase::Receive);
-  for (;;) {
-    ++meter_.counters.receives;
-    const ssize_t n = receive(socket_.native_handle(), out.data(), out.size(), drained_);
-    if (n > 0) return {IoStatus::Ok, static_cast<std::size_t>(n)};
-    if (n == 0) return {IoStatus::Eof, 0};
-    if (errno == EINTR) continue;
-    return {drained_ ? IoStatus::WouldBlock : IoStatus::Error, 0};
-  }
+  const ssize_t n = receive(meter_, socket_.native_handle(), out.data(), out.size(), drained_);
+  if (n > 0) return {IoStatus::Ok, static_cast<std::size_t>(n)};
+  if (n == 0) return {IoStatus::Eof, 0};
+  return {drained_ ? IoStatus::WouldBlock : IoStatus::Error, 0};
 }
 
 bool Transport::has_missed() {
