@@ -126,8 +126,8 @@ int healthcheck(const conf::Admin& settings) {
   return result.status == 200 ? 0 : complain("healthcheck", explain(settings, path, result));
 }
 
-int wait_ready(const conf::Admin& settings, milliseconds max) {
-  const char* path = "/health/ready";
+int wait(const conf::Admin& settings, milliseconds max, bool started) {
+  const char* path = started ? "/health/startup" : "/health/ready";
   const auto deadline = std::chrono::steady_clock::now() + max;
   for (;;) {
     const auto left = std::chrono::duration_cast<milliseconds>(deadline - std::chrono::steady_clock::now());
@@ -135,7 +135,8 @@ int wait_ready(const conf::Admin& settings, milliseconds max) {
     if (result.status == 200) return 0;
     const auto now = std::chrono::steady_clock::now();
     if (!settings.enabled || now + kPollTime >= deadline)
-      return complain("wait", "not ready within " + std::to_string(max.count()) + " ms: " + explain(settings, path, result));
+      return complain("wait", std::string(started ? "not started" : "not ready") + " within " + std::to_string(max.count()) +
+                                  " ms: " + explain(settings, path, result));
     std::this_thread::sleep_for(kPollTime);
   }
 }

@@ -11,8 +11,8 @@ namespace pgsidecar::admin {
 /// 0 if the pgsidecar at `settings.listen` is alive (GET /health/live).
 int healthcheck(const conf::Admin& settings);
 
-/// Asks /health/ready until it says yes or `max` is over.
-int wait_ready(const conf::Admin& settings, std::chrono::milliseconds max);
+/// Asks /health/ready, or with `started` /health/startup, until it says yes or `max` is over.
+int wait(const conf::Admin& settings, std::chrono::milliseconds max, bool started);
 
 /// Asks it to end in order: POST /quitquitquit if that is on, else POST /api/admin/drain. Returns when it has
 /// agreed, not when it is gone.

@@ -40,7 +40,7 @@ namespace {
 // /proc/self/stat may contain spaces and parentheses, so fields are counted after the last ')'.
 double read_start_time() {
   std::ifstream self("/proc/self/stat");
-  std::string line, word;
+  std::string line;
   std::getline(self, line);
   const auto close = line.rfind(')');
   if (close == std::string::npos) return 0;
@@ -50,15 +50,15 @@ double read_start_time() {
     if (at != std::string::npos) ++at;
   }
   if (at == std::string::npos) return 0;
-  double ticks = 0, boot = 0;
+  double ticks = 0;
   std::from_chars(line.data() + at, line.data() + line.size(), ticks);
-  std::ifstream stat("/proc/stat");
-  while (stat >> word) {
-    if (word != "btime") continue;
-    stat >> boot;
-    break;
-  }
-  return boot + ticks / static_cast<double>(sysconf(_SC_CLK_TCK));
+  const auto seconds = [](clockid_t clock) {
+    timespec t{};
+    clock_gettime(clock, &t);
+    return static_cast<double>(t.tv_sec) + static_cast<double>(t.tv_nsec) / 1e9;
+  };
+  const double booted = seconds(CLOCK_REALTIME) - seconds(CLOCK_BOOTTIME);  // the kernel's btime, where /proc/stat isn't to be seen
+  return booted + ticks / static_cast<double>(sysconf(_SC_CLK_TCK));
 }
 
 double to_seconds(const timeval& t) {

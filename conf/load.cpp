@@ -32,7 +32,7 @@ class Reader {
       : file_(file), env_(env), config_(config), mistakes_(mistakes) {}
 
   void read(const YAML::Node& root) {
-    if (!root.IsNull() && !root.IsMap()) mistake(root, "", "a mapping of keys is expected");
+    if (!root.IsNull() && !root.IsMap()) return mistake(root, "", "a mapping of keys is expected");
     no_duplicates(root, "");
     for (const auto& entry : root) {
       const std::string name = entry.first.Scalar();
@@ -410,6 +410,7 @@ class Reader {
         check_file(path, file);
     if (config_.auth.method == AuthMethod::Cert && (tls.ca.empty() || tls.mode == TlsMode::Disable))
       mistake("auth.method", "cert needs TLS (tls.mode) and tls.ca, the CA of the clients' certificates");
+    check_file("admin.tokenFile", config_.admin.tokenFile);
     check_pool("pool", config_.pool);
     if (config_.pool.min > config_.pool.max) return;  // told once
     for (const auto& [name, database] : config_.databases) check_pool("databases." + name + ".pool", database.pool);
@@ -515,6 +516,21 @@ ConnectParams resolve_upstream(const Upstream& upstream, const Environment& env)
   return parse_connection_string(expand_until(url, env, at == url.npos ? 0 : at), keys, env, upstream.dbname);
 }
 
+namespace {
+
+bool nobody_can_log_in(const Config& config, const Environment& env) {
+  if (config.auth.method == AuthMethod::Trust || config.auth.method == AuthMethod::Cert) return false;
+  for (const auto& [name, user] : config.users)
+    if (user.password || name == "*") return false;
+  try {
+    return resolve_upstream(config.upstream, env).password.empty();
+  } catch (const ConfigError&) {  // its password can't be read now
+    return false;
+  }
+}
+
+}  // namespace
+
 std::vector<std::string> upstream_warnings(const Config& config, const Environment& env) {
   std::vector<std::string> warnings;
   std::set<std::string> told;
@@ -528,6 +544,9 @@ std::vector<std::string> upstream_warnings(const Config& config, const Environme
   };
   add("upstream", config.upstream);
   for (const auto& [name, database] : config.databases) add("databases." + name + ".upstream", database.upstream);
+  if (nobody_can_log_in(config, env))
+    warnings.push_back(
+        "nobody can log in, since no password is known that a client must prove: put one into upstream.url or users, or set auth.method");
   return warnings;
 }
 

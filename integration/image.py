@@ -27,6 +27,7 @@ import harness
 import wire
 
 DOCKERFILE = harness.ROOT / "Dockerfile"
+NAME = "pgsidecar:latest"
 CERTIFICATES = "/etc/ssl/certs/ca-certificates.crt"
 # The base's own parts of the closure, which any image of Debian has.
 BASE_LIBRARIES = re.compile(r"/(ld-linux[^/]*|libc|libm|libssl|libcrypto|libgcc_s)\.so")
@@ -122,12 +123,20 @@ def build(binary, directory, commit=""):
     architecture = subprocess.run(["dpkg", "--print-architecture"], check=True, capture_output=True, text=True).stdout.strip()
     described = {"architecture": architecture, "os": "linux", "created": "1970-01-01T00:00:00Z", "config": config,
                  "rootfs": {"type": "layers", "diff_ids": ["sha256:" + hashlib.sha256(layer).hexdigest()]}}
-    manifest = add({"schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json",
-                    "config": add(described, "config.v1+json"), "layers": [add(packed, "layer.v1.tar+gzip")]}, "manifest.v1+json")
-    index = {"schemaVersion": 2, "manifests": [{**manifest, "annotations": {"org.opencontainers.image.ref.name": "latest"}}]}
+    parts = {"config": add(described, "config.v1+json"), "layers": [add(packed, "layer.v1.tar+gzip")]}
+    manifest = add({"schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json", **parts}, "manifest.v1+json")
+    names = {"org.opencontainers.image.ref.name": NAME, "io.containerd.image.name": "docker.io/library/" + NAME}
+    index = {"schemaVersion": 2, "manifests": [{**manifest, "annotations": names}]}
+
+    def place(part):
+        return "blobs/" + part["digest"].replace(":", "/")
+
+    # What a docker without containerd's image store loads.
+    docker = [{"Config": place(parts["config"]), "RepoTags": [NAME], "Layers": [place(layer) for layer in parts["layers"]]}]
     archive = directory / "pgsidecar.oci.tar"
     with tarfile.open(archive, "w", format=tarfile.USTAR_FORMAT) as tar:
         files = {"oci-layout": b'{"imageLayoutVersion":"1.0.0"}', "index.json": json.dumps(index, sort_keys=True).encode(),
+                 "manifest.json": json.dumps(docker, sort_keys=True).encode(),
                  **{"blobs/sha256/" + digest: blobs[digest] for digest in sorted(blobs)}}
         for name, content in files.items():
             entry = tarfile.TarInfo(name)

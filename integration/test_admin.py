@@ -649,7 +649,7 @@ def test_every_key_is_a_variable(proxy):
     """Each key of the example, given another value by its variable, is that in what check prints."""
     example = yaml.safe_load((harness.ROOT / "conf/pgsidecar.yaml").read_text())
     given = {"listen": "127.0.0.1:7001", "pool.mode": "session", "pool.residueCheck": "always", "pool.onUnsupported": "error", "auth.method": "md5", "admin.listen": "127.0.0.1:7002",
-             "admin.tokenFile": "/x", "admin.hosts": "a,b", "admin.users": "a,b", "admin.statsUsers": "c", "log.level": "debug", "log.format": "json", "pool.min": "1"}
+             "admin.tokenFile": "/dev/null", "admin.hosts": "a,b", "admin.users": "a,b", "admin.statsUsers": "c", "log.level": "debug", "log.format": "json", "pool.min": "1"}
     for section in ("pool", "limits", "admin", "metrics", "alerts", "shutdown"):
         for key, default in example[section].items():
             if f"{section}.{key}" not in given:

@@ -362,6 +362,29 @@ def test_a_write_that_a_standby_refuses(pair, proxies):
     recovers(proxy)
 
 
+def test_a_write_refused_behind_the_only_address(pair, proxies):
+    """Behind it there may be another server by now, as behind a Kubernetes Service: connections are made anew."""
+    primary, standby = pair
+    with Gate(standby.port) as service:
+        url = f"postgresql://{USER}:{harness.percent(PASSWORD)}@127.0.0.1:{service.port}/{DATABASE}?sslmode=require"
+        proxy = proxies({"pool": {"max": 2, **LONG}}, url=url)
+        insert = wire.query("INSERT INTO written VALUES ('behind it')")
+        with raw(proxy) as w:
+            assert w.value("SELECT pg_is_in_recovery()") == "t"
+            service.target = ("127.0.0.1", primary.port)
+            (error,) = errors(w.ask(insert))
+            assert error["C"] == "25006"
+            harness.poll(lambda: not errors(w.ask(insert)), 20, "the primary is found")
+            # Who writes where there is no primary doesn't make it connect for each write.
+            service.target = ("127.0.0.1", standby.port)
+            service.cut()
+            harness.poll(lambda: w.value("SELECT pg_is_in_recovery()") == "t", 20, "it is at the standby again")
+            before = proxy.stats()["perPool"][0]["connects"]
+            assert [error["C"] for _ in range(50) for error in errors(w.ask(insert))] == ["25006"] * 50
+            assert proxy.stats()["perPool"][0]["connects"] - before <= 2
+        recovers(proxy)
+
+
 # ---- DNS
 
 class Names:

@@ -1,12 +1,16 @@
 """The image: what is in it, that it is the same each time, and a container of it before a real server, as its user, on a read-only root,
 without capabilities."""
 import dataclasses
+import gzip
+import hashlib
+import json
 import os
 import pathlib
 import re
 import resource
 import signal
 import subprocess
+import tarfile
 import threading
 
 import pytest
@@ -68,6 +72,19 @@ def test_is_the_same_each_time(image, tmp_path):
         os.umask(before)
     assert again.digest == image.digest
     assert image_module.build(harness.BINARY, tmp_path / "other", "ba9876543210").digest != image.digest
+
+
+def test_loads_by_its_name(image):
+    """A docker without containerd's image store reads manifest.json, others index.json."""
+    with tarfile.open(image.archive) as tar:
+        (docker,) = json.load(tar.extractfile("manifest.json"))
+        (index,) = json.load(tar.extractfile("index.json"))["manifests"]
+        manifest = json.load(tar.extractfile("blobs/" + index["digest"].replace(":", "/")))
+        assert docker["RepoTags"] == [index["annotations"]["org.opencontainers.image.ref.name"]] == ["pgsidecar:latest"]
+        assert [docker["Config"], *docker["Layers"]] == ["blobs/" + part["digest"].replace(":", "/") for part in (manifest["config"], *manifest["layers"])]
+        described = json.load(tar.extractfile(docker["Config"]))
+        layers = [gzip.decompress(tar.extractfile(layer).read()) for layer in docker["Layers"]]
+        assert described["rootfs"]["diff_ids"] == ["sha256:" + hashlib.sha256(layer).hexdigest() for layer in layers]
 
 
 def test_configuration_is_the_dockerfiles(image):

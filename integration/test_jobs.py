@@ -1,9 +1,12 @@
 """A Job's pod: a script beside the sidecar; the pod is complete when both have ended. And what comes before: the start."""
+import os
 import pathlib
 import signal
 import subprocess
+import threading
 import time
 
+import psycopg
 import pytest
 
 import harness
@@ -40,6 +43,19 @@ def test_exits_though_no_client_has_come(proxies, script):
     assert job(proxy, WAIT + script) != 0
     assert proxy.wait_exit(20) == 0
     assert "shutdown.exitIfUnusedMillis" in proxy.log_text()
+
+
+def test_whom_the_database_refuses_was_no_client(proxies, pg):
+    """Neither does it keep the pod from ending, nor does it end the pod while the database is still coming."""
+    dead = {"url": f"postgresql://{USER}:{harness.percent(PASSWORD)}@127.0.0.1:{harness.free_port()}/{DATABASE}"}
+    proxy = proxies({"pool": {"connectionTimeoutMillis": 300}, "shutdown": {"exitIfUnusedMillis": 2000}}, **dead)
+    assert job(proxy, "psql -Xqc 'SELECT 1'\n") != 0
+    assert proxy.wait_exit(20) == 0
+    assert "shutdown.exitIfUnusedMillis" in proxy.log_text()
+    proxy = proxies({"pool": {"connectionTimeoutMillis": 300, "allowExitOnIdle": True, "idleTimeoutMillis": 200}}, **dead)
+    assert job(proxy, "psql -Xqc 'SELECT 1'\n") != 0
+    with pytest.raises(subprocess.TimeoutExpired):
+        proxy.wait_exit(1)
 
 
 def test_unused_is_from_the_start_and_never_after_a_client(proxies):
@@ -104,6 +120,17 @@ def test_the_script_ends_it(proxies, end, script, code):
     assert proxy.wait_exit(20) == 0
 
 
+def test_wait_for_the_start_alone(proxies):
+    """What a container's postStart asks for: in an outage it would keep the application from starting."""
+    proxy = proxies(url=f"postgresql://{USER}:x@127.0.0.1:{harness.free_port()}/{DATABASE}")
+    proxy.json("/api/monitoring/compute-health?probe=1")  # it knows by now that the database is down
+    assert proxy.command("wait", "--max", "300ms", "--config", str(proxy.config_file)).returncode == 1
+    assert proxy.command("wait", "--started", "--max", "300ms", "--config", str(proxy.config_file)).returncode == 0
+    proxy.stop()
+    done = proxy.command("wait", "--started", "--max", "300ms", "--config", str(proxy.config_file))
+    assert done.returncode == 1 and "not started within 300 ms" in done.stderr
+
+
 def test_wait_and_shutdown_tell_what_is_wrong(proxies):
     proxy = proxies()
     assert proxy.stop() == 0
@@ -156,6 +183,25 @@ def test_clients_come_before_the_database(proxies):
         harness.poll(lambda: proxy.http("/health/ready")[0] == 200, what="it is ready again")
 
 
+def test_what_it_is_told_before_it_listens_is_not_lost(tmp_path):
+    """As process 1 it would never hear of it, as another one it would be killed by it."""
+    secret = tmp_path / "secret"
+    os.mkfifo(secret)
+    process = subprocess.Popen([harness.BINARY], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               env={"PGSIDECAR_LISTEN": f"127.0.0.1:{harness.free_port()}", "PGSIDECAR_ADMIN_LISTEN": "off",
+                                    "PGSIDECAR_UPSTREAM_URL": f"postgresql://{USER}:${{file:{secret}}}@127.0.0.1:{harness.free_port()}/{DATABASE}"})
+
+    def feed():
+        while process.poll() is None:
+            with open(secret, "w") as pipe:  # it reads its configuration now
+                process.send_signal(signal.SIGTERM)
+                time.sleep(0.1)
+                pipe.write("x")
+    threading.Thread(target=feed, daemon=True).start()
+    # In order, or by the second at once (3): it is told twice where it reads the file more than once.
+    assert process.wait(20) in (0, 3)
+
+
 def refusals(server, since):
     return server.log.read_text()[since:].count("password authentication failed")
 
@@ -189,6 +235,35 @@ def test_wrong_credentials_are_told_at_once_and_do_not_hammer_the_server(proxies
     harness.poll(lambda: proxy.http("/health/ready")[0] == 200, 20, "it is ready", 0.2)
     with proxy.connect() as connection:
         assert connection.execute("SELECT 1").fetchone() == (1,)
+
+
+def test_refused_credentials_do_not_disconnect_clients(proxies, pg):
+    """Between a password's change on the server and here: an error to each request, and everything goes on by itself."""
+    proxy = proxies({"pool": {"max": 2, "connectionTimeoutMillis": 20000}})
+    with proxy.connect(prepare_threshold=None) as client, wire.Wire(proxy.port) as pipelining:
+        client.execute("SET application_name = 'kept'")
+        assert pipelining.login(USER, PASSWORD, DATABASE) is None
+        pg.sql(f"ALTER ROLE {USER} PASSWORD 'changed'")
+        try:
+            pg.sql(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = '{USER}'")
+            for _ in range(3):
+                with pytest.raises(psycopg.errors.InvalidPassword) as refused:
+                    client.execute("SELECT 1")
+                assert refused.value.diag.severity == "ERROR"
+            many = 2000
+            pipelining.send(*[wire.query("SELECT 1")] * many)
+            answers = [m.type for _ in range(many) for m in pipelining.until()]
+            assert answers == ["E", "Z"] * many
+        finally:
+            pg.sql(f"ALTER ROLE {USER} PASSWORD '{PASSWORD}'")
+
+        def works():
+            try:
+                return client.execute("SHOW application_name").fetchone() == ("kept",)
+            except psycopg.errors.InvalidPassword:
+                return False
+        harness.poll(works, 20, "it goes on")
+        assert pipelining.value("SELECT 1") == "1"
 
 
 def test_a_changed_password_does_not_fail_clients_of_open_connections(proxies, pg):

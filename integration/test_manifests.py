@@ -241,6 +241,7 @@ def test_runs_as_it_stands(name, image, tmp_path, monkeypatch):
             assert {kind: ask(POD_IP, port, probe["path"]) for kind, probe in probes.items()} == {kind: 200 for kind in probes}
             for hook in spec.get("lifecycle", {}).values():
                 assert container.exec(*hook["exec"]["command"]).returncode == 0
+                assert "--started" in hook["exec"]["command"]  # a database that is away mustn't keep the container from starting
             assert container.exec("/usr/local/bin/pgsidecar", "healthcheck").returncode == 0
             # The application's URL, from the same pod; nobody else reaches the database through it.
             (application,) = (c for c in pod["containers"] if c["name"] != "pgsidecar")

@@ -79,7 +79,8 @@ class Wanted(visitors.Visitor):
         self.want("Discard", "Reset")
 
     def visit_TransactionStmt(self, ancestors, node):
-        self.want("Transaction")
+        if node.kind not in (enums.TransactionStmtKind.TRANS_STMT_SAVEPOINT, enums.TransactionStmtKind.TRANS_STMT_RELEASE):
+            self.want("Transaction")
 
     def visit_RangeVar(self, ancestors, node):
         if node.relpersistence == "t" or (node.schemaname or "").startswith("pg_temp"):

@@ -240,9 +240,9 @@ def test_both_listen(start):
 def test_one_listens_where_two_are_too_many(start):
     """With two connections in all, the one that isn't listened on is whose who asks."""
     with listening_while_upgraded(start, most=2) as (proxy, old, stays, new):
-        for _ in range(3):
+        for text in (" listen news", "/* heard /* by */ */ LISTEN news", "SELECT 1; LISTEN news", "LISTEN news"):
             with pytest.raises(psycopg.errors.FeatureNotSupported, match="LISTEN needs a second server connection") as refused:
-                new.execute(" listen news")
+                new.execute(text)
             assert "pool.max to 3" in refused.value.diag.message_hint
         take_turns((stays, new))
         new.execute("UNLISTEN *")

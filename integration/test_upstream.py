@@ -343,6 +343,38 @@ def test_connect_timeout_counts_for_each_host(through, pg):
         assert "t TLS" in through({"url": url}, wait=15000)
 
 
+def test_a_silent_host_leaves_time_for_the_next(proxies, pg):
+    """Whose machine is gone: nothing answers, not even a refusal. Clients get through within their time."""
+    with contextlib.ExitStack() as sockets:
+        hosts = ""
+        for _ in range(2):
+            silent, filler = (sockets.enter_context(socket.socket()) for _ in range(2))
+            silent.bind(("127.0.0.1", 0))
+            silent.listen(0)
+            filler.connect(silent.getsockname())  # what comes now is dropped, since nobody accepts
+            hosts += f"127.0.0.1:{silent.getsockname()[1]},"
+        hosts += f"127.0.0.1:{pg.port}"
+        proxy = proxies({"pool": {"connectionTimeoutMillis": 4000}},
+                        url=f"postgresql://{USER}:{harness.percent(PASSWORD)}@{hosts}/{DATABASE}?sslmode=require")
+
+        def work(_):
+            with proxy.connect() as client:
+                return client.execute("SELECT 1").fetchone()
+        assert harness.threads(4, work) == [(1,)] * 4
+
+
+def test_who_waits_for_a_connect_is_told_for_which(proxies, pg):
+    with Gate(pg.port) as gate:
+        gate.silent = True
+        proxy = proxies({"pool": {"max": 3, "connectionTimeoutMillis": 1000}},
+                        url=f"postgresql://{USER}:{harness.percent(PASSWORD)}@127.0.0.1:{gate.port}/{DATABASE}?sslmode=require&connect_timeout=20")
+        with wire.Wire(proxy.port) as client:
+            error = client.login(USER, PASSWORD, DATABASE).error
+        assert error["C"] == "08006"
+        assert re.fullmatch(r"timed out after 1000 ms waiting for a server connection: 1 of 3 in use, of which 1 being opened: "
+                            rf'connecting to server at "127.0.0.1", port {gate.port} for 1\.\d s', error["M"])
+
+
 def test_keepalive_of_the_connection(proxies, pg):
     for query, idle in (("", range(1, 11)), ("&keepalives_idle=33&keepalives_interval=7&keepalives_count=3", range(20, 34)), ("&keepalives=0", None)):
         proxy = proxies(url=url(pg, "sslmode=require" + query)["url"])

@@ -154,7 +154,7 @@ class Scanner {
     if (n_ == 1) {
       switch (word_[0] | 32) {
         case 's':
-          if (any(word_, {"start", "savepoint"})) residue_ |= kTransaction;
+          if (is(word_, "start")) residue_ |= kTransaction;
           break;
         case 'b':
           if (is(word_, "begin")) residue_ |= kTransaction;
@@ -174,7 +174,7 @@ class Scanner {
             residue_ |= kPrepared;
           break;
         case 'r':
-          if (any(word_, {"rollback", "release"}))
+          if (is(word_, "rollback"))
             residue_ |= kTransaction;
           else if (is(word_, "reset"))
             residue_ |= kSettings | kReset;
@@ -196,7 +196,7 @@ class Scanner {
           break;
         case 'l':
           if (is(word_, "listen"))
-            residue_ |= kListen;
+            residue_ |= kListen | kNewChannel;
           else if (is(word_, "load"))
             residue_ |= kLibrary;
           break;

@@ -21,7 +21,7 @@ enum Residue : std::uint32_t {
   kCode = 1u << 6,               ///< DO, CALL: anything may happen
   kDiscard = 1u << 7,            ///< DISCARD
   kBackendPid = 1u << 8,         ///< pg_backend_pid(), unless it only leaves the own session out (`pid <> pg_backend_pid()`)
-  kTransaction = 1u << 9,        ///< not residue: BEGIN, START, COMMIT, END, ROLLBACK, ABORT, SAVEPOINT, PREPARE TRANSACTION
+  kTransaction = 1u << 9,        ///< not residue: BEGIN, START, COMMIT, END, ROLLBACK, ABORT, PREPARE TRANSACTION
   kCustomSetting = 1u << 10,     ///< SET app.x, set_config of such a name or of one not written out: the server can't list these
   kReset = 1u << 11,             ///< RESET, SET ... DEFAULT, DISCARD: what the client brought at its login comes back
   kFunction = 1u << 12,          ///< calls a function that isn't known to be harmless
@@ -34,10 +34,11 @@ enum Residue : std::uint32_t {
   kPrivateStatement = 1u << 19,  ///< not of a text: a statement was prepared after kMeaning in the same transaction
   kChannels = 1u << 20,          ///< not residue: pg_listening_channels, which tells what the session listens to
   kNotify = 1u << 21,            ///< not residue: NOTIFY, pg_notify
+  kNewChannel = 1u << 22,        ///< not residue by itself: LISTEN
   kUnreadable = 1u << 31,        ///< unterminated quote or comment and the like
 };
 /// Of no account by themselves.
-inline constexpr std::uint32_t kPassive = kTransaction | kSequenceWrite | kDrop | kMeaning | kChannels | kNotify;
+inline constexpr std::uint32_t kPassive = kTransaction | kSequenceWrite | kDrop | kMeaning | kChannels | kNotify | kNewChannel;
 
 /// The names of what these bits leave behind, as operators are told; nothing for passive ones.
 std::vector<std::string> residue_names(std::uint32_t residue);

@@ -57,8 +57,7 @@ pool::Time ClientSession::check_limits(pool::Time now) {
                       "57014",
                       "canceling statement due to query timeout while waiting for a server connection",
                       "pool.queryTimeoutMillis is " + std::to_string(limits.queryTimeoutMillis) + " ms, the wait included.",
-                      {}},
-                     false);
+                      {}});
       return pool::Time::max();
     }
     if (server_ && !std::exchange(server_->running.overdue, true)) {

@@ -280,6 +280,7 @@ void ClientSession::greet() {
   log::debug("client_login", about(), "client {}: user {} database {} from {} logged in", id_, login_->user, login_->database,
              login_->peer);
   login_.reset();
+  worker_.on_greeted();
   transition(server_ ? State::Active : State::Ready);
   send(worker_.to_client);
 }

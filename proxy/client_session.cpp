@@ -93,15 +93,16 @@ void ClientSession::on_readable() {
     if (state_ == State::Closed || state_ == State::Tls) return;
     if (got.bytes < worker_.scratch().size() && !channel_.transport.pending()) break;
   }
-  if (channel_.transport.pending()) {
-    boost::asio::post(worker_.loop(), [self = shared_from_this()] { self->on_readable(); });
-    return;
-  }
+  if (channel_.transport.pending()) return read_soon();
   wait_readable();
 }
 
+void ClientSession::read_soon() {
+  boost::asio::post(worker_.loop(), [self = shared_from_this()] { self->on_readable(); });
+}
+
 bool ClientSession::look() {
-  if (channel_.transport.has_missed()) boost::asio::post(worker_.loop(), [self = shared_from_this()] { self->on_readable(); });
+  if (channel_.transport.has_missed()) read_soon();
   return channel_.transport.may_miss();
 }
 
@@ -316,14 +317,13 @@ void ClientSession::on_cancel() {
   if (state_ == State::Console) return cancel_console();
   if (waiting() || keeps_request()) {
     unlink();
-    return on_wait_failed({"ERROR", "57014", "canceling statement due to user request", {}, {}}, false);
+    return on_wait_failed({"ERROR", "57014", "canceling statement due to user request", {}, {}});
   }
   if (server_) server_->cancel();
 }
 
-void ClientSession::on_wait_failed(const protocol::ErrorFields& error, bool is_fatal) {
+void ClientSession::on_wait_failed(const protocol::ErrorFields& error) {
   if (state_ == State::Greeting) return on_greeting_failed(error);
-  if (is_fatal) return fatal(error.sqlstate, error.message, error.hint, error.detail);
   if (!server_) transition(State::Ready);
   in_request_ = false;
   worker_.count_error(error.sqlstate);

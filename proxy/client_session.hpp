@@ -59,7 +59,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   /// A server connection is leased to it now: what waited goes on.
   void on_lease(ServerConnection& server);
   /// No server connection came in time, or the pool has none to give.
-  void on_wait_failed(const protocol::ErrorFields& error, bool fatal);
+  void on_wait_failed(const protocol::ErrorFields& error);
   /// A CancelRequest with its key has come.
   void on_cancel();
   /// The server connection died under it.
@@ -145,6 +145,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   void tell_leak(pool::Time now);
   void wait_readable();
   void on_readable();
+  void read_soon();  ///< in a turn of its own
   void wait_writable();
   void on_taken();  ///< the client has read all that was there for it
   void read_on();   ///< works off what is unread
@@ -186,7 +187,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   void evict();
   std::uint32_t note_residue(std::string_view sql, std::uint32_t known);
   std::uint32_t note_residue(const protocol::Statement& statement);
-  Subscriber::Verdict listen_ahead(std::uint32_t residue, std::string_view sql, bool simple);
+  Subscriber::Verdict listen_ahead(std::uint32_t residue, bool simple);
   bool refuse(std::string_view sql, std::uint32_t residue, bool simple);
   void note_names(std::string_view sql, std::uint32_t residue);
   void use_sequences();

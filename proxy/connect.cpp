@@ -68,8 +68,18 @@ class TimeLimit {
   std::shared_ptr<State> state_;
 };
 
-std::string failed_to(const Target& target) {
-  return "connection to server at \"" + target.host.name + "\", port " + std::to_string(target.host.port) + " failed: ";
+std::string printed(const Target& target) {
+  return "server at \"" + target.host.name + "\", port " + std::to_string(target.host.port);
+}
+
+std::string expired_after(std::uint32_t millis) {
+  return "timeout expired after " + std::to_string(millis) + " ms";
+}
+
+/// Of several addresses one that is silent, since its machine is gone, leaves time for the others.
+std::uint32_t first_answer_millis(const Upstream& upstream, std::uint32_t millis) {
+  if (upstream.params.connectTimeoutMillis) return millis;
+  return std::min(millis, std::max<std::uint32_t>(1500, millis / static_cast<std::uint32_t>(upstream.targets.size())));
 }
 
 /// What an attempt to open a connection is made of; `channel` is what it makes.
@@ -80,7 +90,8 @@ struct Opening {
   pool::Pool& pool;
   std::optional<Channel>& channel;
   TimeLimit& limit;
-  bool tls;  ///< asked for, then what it is
+  std::uint32_t first_answer_millis;  ///< until the host has accepted the connection
+  bool tls;                           ///< asked for, then what it is
   bool handshake_failed = false;
 };
 
@@ -93,8 +104,12 @@ awaitable<std::string> open_channel(Opening& o) {
   if (ec) co_return ec.message();
   set_socket_options(socket, params, o.pool.settings(), o.target.endpoint.protocol().family() != AF_UNIX);
   o.limit.watch(socket);
-  co_await socket.async_connect(o.target.endpoint, asio::redirect_error(use_awaitable, ec));
-  if (ec) co_return ec.message();
+  {
+    TimeLimit first_answer(o.worker, o.first_answer_millis);
+    first_answer.watch(socket);
+    co_await socket.async_connect(o.target.endpoint, asio::redirect_error(use_awaitable, ec));
+    if (ec) co_return first_answer.expired() ? expired_after(o.first_answer_millis) : ec.message();
+  }
   o.channel.emplace(std::move(socket), o.worker.meter);
   Transport& transport = o.channel->transport;
   o.limit.watch(transport.socket());
@@ -175,6 +190,8 @@ void ServerConnection::connect(std::optional<Login> login) {
 }
 
 awaitable<std::shared_ptr<const Upstream>> ServerConnection::look_up() {
+  attempt = {entry_.upstream.passwordCommand.empty() ? "looking up the server's address" : "asking upstream.passwordCommand",
+             worker_.now()};
   asio::steady_timer answer(worker_.loop(), asio::steady_timer::time_point::max());
   std::shared_ptr<const Upstream> upstream;
   Control::Done done = [&upstream, &answer](std::shared_ptr<const Upstream> found) {
@@ -206,12 +223,12 @@ awaitable<std::string> ServerConnection::try_hosts() {
       const auto wanted = prefer_standby && round == 0 ? conf::TargetSessionAttrs::Standby
                           : prefer_standby             ? conf::TargetSessionAttrs::Any
                                                        : upstream->params.targetSessionAttrs;
-      for (int attempt = 0; attempt < 2; ++attempt) {
+      for (int tried = 1; tried <= 2; ++tried) {
         error = co_await log_in(upstream, target, tls, wanted);
         if (error.empty() || state_ == State::Closed) break;
         // prefer: a refusal with TLS is tried without; allow: the other way round.
         const bool other = (mode == conf::SslMode::Prefer && tls) || (mode == conf::SslMode::Allow && !tls);
-        if (attempt != 0 || !other || !retry_other_tls_) break;
+        if (tried == 2 || !other || !retry_other_tls_) break;
         tls = !tls;
       }
       if (error.empty()) entry_.addresses.worked(address_of(target));
@@ -243,6 +260,7 @@ awaitable<void> ServerConnection::run_connect(std::shared_ptr<ServerConnection> 
   entry_.pool.counters().connect.record(static_cast<std::uint64_t>(std::chrono::duration_cast<std::chrono::microseconds>(took).count()));
   worker_.database_took(worker_.upstream_of(entry_.database), took, false);
   ++entry_.pool.counters().connects;
+  attempt = {};
   conforming_strings_ = parameters_["standard_conforming_strings"] != "off";
   settings = entry_.settings.intern({});
   if (settings->welcome.empty()) settings->welcome = parameters_;
@@ -270,10 +288,11 @@ awaitable<std::string> ServerConnection::log_in(std::shared_ptr<const Upstream> 
   channel_.reset();
   std::uint32_t millis = params.connectTimeoutMillis ? params.connectTimeoutMillis : entry_.pool.settings().connectionTimeoutMillis;
   if (millis == 0) millis = 30000;
+  attempt = {"connecting to " + printed(target), worker_.now()};
   TimeLimit limit(worker_, millis);
   std::string failure;
   try {
-    Opening opening{worker_, *upstream, target, entry_.pool, channel_, limit, tls};
+    Opening opening{worker_, *upstream, target, entry_.pool, channel_, limit, first_answer_millis(*upstream, millis), tls};
     failure = co_await open_channel(opening);
     retry_other_tls_ = opening.handshake_failed;
     if (failure.empty()) {
@@ -289,13 +308,13 @@ awaitable<std::string> ServerConnection::log_in(std::shared_ptr<const Upstream> 
   } catch (const boost::system::system_error& e) {
     failure = e.code().message();
   }
-  if (limit.expired()) failure = "timeout expired after " + std::to_string(millis) + " ms";
+  if (limit.expired()) failure = expired_after(millis);
   if (failure.empty()) {
     upstream_ = std::move(upstream);
     target_ = std::move(target);
     co_return failure;
   }
-  co_return failed_to(target) + failure;
+  co_return "connection to " + printed(target) + " failed: " + failure;
 }
 
 /// Reads until channel_->unread holds a whole message. Empty, or why there is none.
@@ -444,9 +463,10 @@ void ServerConnection::send_cancel() {
 // On a connection of its own, encrypted as the one that it is about; over when the server has closed it.
 awaitable<void> ServerConnection::run_cancel(std::shared_ptr<ServerConnection> /*keeps this alive*/) {
   std::optional<Channel> channel;
-  TimeLimit limit(worker_, 5000);
+  constexpr std::uint32_t kMillis = 5000;
+  TimeLimit limit(worker_, kMillis);
   try {
-    Opening opening{worker_, *upstream_, target_, entry_.pool, channel, limit, channel_->transport.is_tls()};
+    Opening opening{worker_, *upstream_, target_, entry_.pool, channel, limit, kMillis, channel_->transport.is_tls()};
     std::string failure = co_await open_channel(opening);
     if (failure.empty()) {
       Gather request;

@@ -124,16 +124,16 @@ void Worker::recheck(PoolEntry& entry) {
 
 void Worker::on_write_refused(const ServerConnection& server) {
   PoolEntry& entry = server.entry();
-  if (now() - entry.write_refused_at < seconds(5)) return;
+  if (now() - entry.write_refused_at < seconds(10)) return;
   entry.write_refused_at = now();
   control_.resolve(entry.upstream, [this, &entry, here = address_of(server.target())](const std::shared_ptr<const Upstream>& found) {
     const bool elsewhere =
         std::any_of(found->targets.begin(), found->targets.end(), [&](const Target& target) { return address_of(target) != here; });
-    if (!elsewhere) return;
     const Turn turn(*this);
-    log::warn("write_refused", entry.about("25006"),
-              "{}@{}: a standby has refused a write: looking for the primary among the other addresses", entry.user, entry.database);
-    entry.addresses.failed(here, now());
+    log::warn("write_refused", entry.about("25006"), "{}@{}: a standby has refused a write: {}", entry.user, entry.database,
+              elsewhere ? "looking for the primary among the other addresses"
+                        : "connecting anew, in case another server has this address by now");
+    if (elsewhere) entry.addresses.failed(here, now());
     outdate_address(entry, here);
     kick();
   });

@@ -1,7 +1,6 @@
 #include "proxy/listener.hpp"
 
 #include <openssl/rand.h>
-#include <strings.h>
 
 #include <array>
 #include <boost/asio/post.hpp>
@@ -43,17 +42,6 @@ std::string random_name() {
   std::string name = "pgsidecar_";
   for (const unsigned char byte : bytes) name += fmt::format("{:02x}", byte);
   return name;
-}
-
-/// SAVEPOINT and RELEASE undo nothing.
-bool only_nests(std::string_view sql) {
-  const auto first = sql.find_first_not_of(" \t\r\n");
-  if (first == std::string_view::npos || sql.find(';') < sql.size() - 1) return false;
-  sql.remove_prefix(first);
-  const auto begins = [&](std::string_view word) {
-    return sql.size() > word.size() && ::strncasecmp(sql.data(), word.data(), word.size()) == 0;
-  };
-  return begins("savepoint") || begins("release");
 }
 
 bool writes(std::string_view tag) {
@@ -215,14 +203,14 @@ void Subscriber::inject(const std::vector<std::string>& statements) {
   for (const std::string& statement : statements) server.ask_extended(statement);
 }
 
-Subscriber::Verdict Subscriber::ahead(std::uint32_t residue, std::string_view sql, bool simple) {
+Subscriber::Verdict Subscriber::ahead(std::uint32_t residue, bool simple) {
   if (channels_.empty()) return Verdict::Go;
   const auto& pipeline = client_.server_->pipeline;
   if (pipeline.failed()) return Verdict::Go;
   const bool boundary = !pipeline.unsynced();
   const bool outside = boundary && pipeline.empty() && pipeline.status() == protocol::TxStatus::Idle;
   fence_ |= (residue & (protocol::kNotify | protocol::kFunction | protocol::kCode | protocol::kUnreadable)) != 0;
-  unsure_ |= real_ == Real::InTransaction && (residue & protocol::kTransaction) && !only_nests(sql);
+  unsure_ |= real_ == Real::InTransaction && (residue & protocol::kTransaction);
 
   const bool asks = residue & protocol::kChannels;
   const bool changes = asks || (residue & (protocol::kListen | protocol::kDiscard)) || (outside && (residue & protocol::kFunction));

@@ -84,7 +84,7 @@ class Subscriber {
   ~Subscriber();
 
   // The client's side.
-  Verdict ahead(std::uint32_t residue, std::string_view sql, bool simple);
+  Verdict ahead(std::uint32_t residue, bool simple);
   bool busy() const { return in_turn() || waiting_; }  ///< what the client sends has to wait
   bool in_turn() const { return step_ != Step::None; }
   bool waits_for_listener() const { return waits_for_listener_; }

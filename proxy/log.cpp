@@ -80,7 +80,10 @@ void write(spdlog::level::level_enum level, std::string_view event, const About&
   append_key(line, "sqlstate", about.sqlstate);
   line += kSeparator;
   line += message;
-  spdlog::log(level, std::string_view(line));
+  try {
+    spdlog::log(level, std::string_view(line));
+  } catch (const spdlog::spdlog_ex&) {  // stop() has ended the queue
+  }
 }
 
 void start(const conf::Log& settings) {
@@ -108,7 +111,7 @@ std::size_t footprint() {
 void stop(int exit_code) {
   auto done = std::make_shared<std::promise<void>>();
   std::thread([done] {
-    spdlog::shutdown();
+    spdlog::details::registry::instance().set_tp(nullptr);  // ends the queue and not the logger, which others may be using
     done->set_value();
   }).detach();
   if (done->get_future().wait_for(std::chrono::seconds(1)) != std::future_status::ready) std::_Exit(exit_code);

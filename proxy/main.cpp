@@ -35,7 +35,7 @@ constexpr const char* kHelp =
     "  pgsidecar [run] [--config FILE]   run; with DATABASE_URL set no file is needed\n"
     "  pgsidecar check [--config FILE]   validate, print the effective configuration (secrets redacted)\n"
     "  pgsidecar healthcheck             exit 0 if the running pgsidecar is alive\n"
-    "  pgsidecar wait [--max 30s]        wait until it is ready\n"
+    "  pgsidecar wait [--max 30s]        wait until it is ready; with --started until it listens, whatever the database does\n"
     "  pgsidecar shutdown                tell it to drain and exit\n"
     "  pgsidecar upgrade                 have it started anew, as the binary and the configuration are now, without a pause\n"
     "  pgsidecar --version | --help\n"
@@ -47,6 +47,7 @@ constexpr const char* kHelp =
 struct Arguments {
   std::string command = "run", config;
   std::chrono::milliseconds max{30000};
+  bool started = false;
 };
 
 /// "30s", "500ms", "2m" or seconds; negative if it is none.
@@ -87,6 +88,8 @@ Arguments parse(int argc, char** argv) {
     } else if (argument == "--max" || argument.starts_with("--max=")) {
       arguments.max = parse_duration(value("--max"));
       if (arguments.max.count() < 0) usage("--max takes a duration such as 30s");
+    } else if (argument == "--started") {
+      arguments.started = true;
     } else if (!have_command && (argument == "run" || argument == "check" || argument == "healthcheck" || argument == "wait" ||
                                  argument == "shutdown" || argument == "upgrade")) {
       arguments.command = argument;
@@ -206,7 +209,7 @@ int main(int argc, char** argv) {
   std::set<std::string, std::less<>> asked;
   try {
     if (arguments.command == "healthcheck") return admin::healthcheck(conf::load_admin(arguments.config, env));
-    if (arguments.command == "wait") return admin::wait_ready(conf::load_admin(arguments.config, env), arguments.max);
+    if (arguments.command == "wait") return admin::wait(conf::load_admin(arguments.config, env), arguments.max, arguments.started);
     if (arguments.command == "shutdown") return admin::shutdown(conf::load_admin(arguments.config, env));
     if (arguments.command == "upgrade") return admin::upgrade(conf::load_admin(arguments.config, env));
     if (arguments.command == "check") {
@@ -229,6 +232,7 @@ int main(int argc, char** argv) {
     std::cerr << "pgsidecar: " << why << "\n";
     return code;
   };
+  proxy::hold_signals();
   try {
     proxy::Program program = proxy::Program::of(argc, argv);
     passed.emplace(conf::PassedSockets::from_environment());

@@ -138,7 +138,7 @@ std::size_t ClientSession::on_query(Bytes available, std::size_t total) {
     statement = note_statement(protocol::fingerprint_sql(sql), sql);
     const std::uint32_t residue = protocol::scan_sql(sql, server_->conforming_strings());
     if (refuse(sql, residue, true)) return total;
-    switch (listen_ahead(note_residue(sql, residue), sql, true)) {
+    switch (listen_ahead(note_residue(sql, residue), true)) {
       case Subscriber::Verdict::Wait: return 0;
       case Subscriber::Verdict::Refused: return total;
       case Subscriber::Verdict::Go: break;
@@ -224,7 +224,7 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
       shared ? worker_.statements.intern(body, settings->meaning) : worker_.statements.make(body, settings->meaning);
   server_->running.named = note_statement(*statement);
   if (refuse(text_of(*statement), statement->residue, false)) return total;
-  if (listen_ahead(note_residue(*statement), text_of(*statement), false) == Subscriber::Verdict::Wait) return 0;
+  if (listen_ahead(note_residue(*statement), false) == Subscriber::Verdict::Wait) return 0;
   if (statement->residue & protocol::kPrepared) adopt_named(text_of(*statement));
   if (!shared && !name.empty()) residue_ |= protocol::kPrivateStatement;
   auto& held = server_->statements;
@@ -373,7 +373,7 @@ std::size_t ClientSession::on_bind(Bytes available, std::size_t total) {
     return available.size();
   }
   const auto statement = statements.find(name);
-  if (statement && subscriber_ && listen_ahead(note_residue(*statement), text_of(*statement), false) == Subscriber::Verdict::Wait) return 0;
+  if (statement && subscriber_ && listen_ahead(note_residue(*statement), false) == Subscriber::Verdict::Wait) return 0;
   note_bind(portal, statement);
   auto& held = server_->statements;
   auto& queries = entry_->pool.counters().queries;

@@ -96,16 +96,17 @@ void ServerConnection::on_readable() {
     if (state_ == State::Closed) return;
     if (got.bytes < worker_.scratch().size() && !channel_->transport.pending()) break;
   }
-  if (channel_->transport.pending()) {
-    boost::asio::post(worker_.loop(), [self = shared_from_this()] { self->on_readable(); });
-    return;
-  }
+  if (channel_->transport.pending()) return read_soon();
   wait_readable();
+}
+
+void ServerConnection::read_soon() {
+  boost::asio::post(worker_.loop(), [self = shared_from_this()] { self->on_readable(); });
 }
 
 bool ServerConnection::look() {
   if (!channel_) return false;
-  if (channel_->transport.has_missed()) boost::asio::post(worker_.loop(), [self = shared_from_this()] { self->on_readable(); });
+  if (channel_->transport.has_missed()) read_soon();
   return channel_->transport.may_miss();
 }
 
@@ -120,14 +121,8 @@ void ServerConnection::send(Gather& gather) {
   if (gather.empty()) return;
   if (!alive()) return gather.clear();
   entry_.pool.counters().serverBytesSent += gather.size();
-  if (!channel_->send(gather, worker_.tls_scratch())) return read_last_words();
+  if (!channel_->send(gather, worker_.tls_scratch())) return read_soon();  // what the server said before it went
   if (channel_->queued() > 0) wait_writable();
-}
-
-void ServerConnection::read_last_words() {
-  boost::asio::post(worker_.loop(), [self = shared_from_this()] {
-    if (self->alive()) self->on_readable();
-  });
 }
 
 void ServerConnection::wait_writable() {
@@ -137,7 +132,7 @@ void ServerConnection::wait_writable() {
     Channel& channel = *self->channel_;
     channel.writing = false;
     if (ec || !self->alive()) return;
-    if (!channel.flush(self->worker_.tls_scratch())) return self->read_last_words();
+    if (!channel.flush(self->worker_.tls_scratch())) return self->read_soon();
     if (channel.queued() > 0) return self->wait_writable();
     if (self->client_) self->client_->resume_reading();
   });

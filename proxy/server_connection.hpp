@@ -65,6 +65,13 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   };
   static constexpr std::size_t kMostPortals = 64;
 
+  /// What its being opened waits for, as clients are told that wait for it.
+  struct Attempt {
+    std::string what;
+    pool::Time since{};
+  };
+  Attempt attempt;
+
   void connect(std::optional<Login> login = {});  ///< starts; ends in Worker::on_connected or on_connect_failed
   State state() const { return state_; }
   std::uint64_t id() const { return id_; }
@@ -179,6 +186,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   void transition(State next);
   void wait_readable();
   void on_readable();
+  void read_soon();  ///< in a turn of its own
   void wait_writable();
   std::size_t process(protocol::Bytes in);
   bool on_frame(protocol::Backend type, protocol::Bytes available, std::size_t total);
@@ -194,7 +202,6 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   void apply_failed(const protocol::ErrorFields& error);
   void ask(std::uint64_t note, std::string_view sql);
   void lost(const std::string& sqlstate, const std::string& reason);
-  void read_last_words();  ///< sending has failed: what the server has said before it went is still to be read
   bool is_on(const char* parameter) const;
   void on_role_changed();   ///< a standby was promoted
   void on_write_refused();  ///< 25006

@@ -1,6 +1,5 @@
 // What a client's statements leave in the session: which texts need a look, what the server then says, what is carried and what
 // pins. Part of ClientSession.
-#include <strings.h>
 
 #include <algorithm>
 
@@ -54,13 +53,6 @@ constexpr struct {
                  {protocol::kSeed, "setseed", "Seed and use random() within one statement's source instead."},
                  {protocol::kLibrary, "LOAD and dblink_connect", "session_preload_libraries on the server loads a library for all."}};
 
-/// Whether its first statement is LISTEN.
-bool listens(std::string_view sql) {
-  constexpr std::string_view kWord = "listen";
-  sql.remove_prefix(std::min(sql.find_first_not_of(" \t\r\n"), sql.size()));
-  return sql.size() > kWord.size() && ::strncasecmp(sql.data(), kWord.data(), kWord.size()) == 0;
-}
-
 /// Nothing resets these but the connection's end.
 constexpr std::uint32_t kIndelible = pool::bit(PinReason::RandomSeed) | pool::bit(PinReason::Library);
 
@@ -113,15 +105,15 @@ std::uint32_t ClientSession::note_residue(std::string_view sql, std::uint32_t kn
   return residue;
 }
 
-Subscriber::Verdict ClientSession::listen_ahead(std::uint32_t residue, std::string_view sql, bool simple) {
+Subscriber::Verdict ClientSession::listen_ahead(std::uint32_t residue, bool simple) {
   if (!subscriber_ || entry_->pool.settings().residueCheck == conf::ResidueCheck::Never) return Subscriber::Verdict::Go;
-  return subscriber_->ahead(residue, sql, simple);
+  return subscriber_->ahead(residue, simple);
 }
 
 // What only the server finds out afterwards, in a function, is pinned all the same.
 bool ClientSession::refuse(std::string_view sql, std::uint32_t residue, bool simple) {
   if (!rewrites()) return false;
-  if (residue & protocol::kListen && entry_->listener.crowded() && listens(sql)) {
+  if ((residue & protocol::kNewChannel) && entry_->listener.crowded()) {
     server_->raise(simple, "LISTEN needs a second server connection, which the other process of an online restart has (pool.max)",
                    "Try again when it has ended, or set pool.max to 3 or more.");
     return true;

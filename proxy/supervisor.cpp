@@ -42,7 +42,18 @@ void raise_file_limit(std::uint64_t wanted) {
               static_cast<std::uint64_t>(limit.rlim_cur));
 }
 
+void mask_signals(int how) {
+  sigset_t set;
+  sigemptyset(&set);
+  for (const int number : {SIGTERM, SIGINT, SIGHUP, SIGUSR2}) sigaddset(&set, number);
+  ::pthread_sigmask(how, &set, nullptr);
+}
+
 }  // namespace
+
+void hold_signals() {
+  mask_signals(SIG_BLOCK);
+}
 
 Supervisor::Supervisor(std::string config_path, std::shared_ptr<const conf::Config> config, conf::Environment env, Program program)
     : config_path_(std::move(config_path)),
@@ -59,6 +70,7 @@ Supervisor::Supervisor(std::string config_path, std::shared_ptr<const conf::Conf
       notifier_(control_loop_, env_) {
   signals_.add(SIGUSR2);
   std::signal(SIGPIPE, SIG_IGN);
+  mask_signals(SIG_UNBLOCK);
   worker_.on_request = [this](const ConsoleCommand& command, std::function<void(std::string)> done) {
     asio::post(control_loop_, [this, command, done = std::move(done)]() mutable {
       asio::post(data_loop_, [error = request(command), done = std::move(done)] { done(error); });

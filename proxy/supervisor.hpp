@@ -21,6 +21,9 @@
 
 namespace pgsidecar::proxy {
 
+/// Keeps what the process is told until a Supervisor takes it: process 1 would never hear of it.
+void hold_signals();
+
 class Supervisor {
  public:
   Supervisor(std::string config_path, std::shared_ptr<const conf::Config> config, conf::Environment env, Program program);

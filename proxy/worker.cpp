@@ -230,7 +230,6 @@ void Worker::login_over() {
 void Worker::on_login() {
   login_over();
   ++logged_in_;
-  had_client_ = true;
   idle_since_ = pool::Time::max();
 }
 
@@ -238,9 +237,15 @@ void Worker::want_server(ClientSession& client) {
   PoolEntry& entry = *client.entry();
   if (!entry.paused && !entry.listener.wants() && entry.pool.waiting_count() == 0)
     if (ServerConnection* server = take_idle(entry)) return server->lease(client);
-  if (is_refused(entry, now())) return client.on_wait_failed(entry.last_failure, true);
   entry.pool.wait(client, now());
   kick();
+  if (is_refused(entry, now())) {  // the client is in the middle of a request
+    asio::post(data_, [this, &entry] {
+      const Turn turn(*this);
+      if (is_refused(entry, now())) refuse_waiters(entry);
+    });
+    return;
+  }
   serve(entry);
 }
 
@@ -358,17 +363,20 @@ void Worker::on_connect_failed(ServerConnection& server, const protocol::ErrorFi
     else
       log::warn("connect_failed", server.about(error.sqlstate), "{}", failure);
   }
+  if (is_permanent(error.sqlstate)) upstream_times_[upstream_of(entry.database)].connect_begun = {};  // it isn't asleep
   if (is_answer(error.sqlstate))
     database_seen(upstream_of(entry.database), true);
   else if (!wakes)
     database_seen(upstream_of(entry.database), false, error.message);
   entry.servers.erase(server.id());
   check_operations();
-  if (is_permanent(error.sqlstate) && stands_alone(entry)) {
-    while (pool::Waiter* waiter = entry.pool.next_waiter()) static_cast<ClientSession*>(waiter)->on_wait_failed(error, true);
-  }
+  if (is_permanent(error.sqlstate) && stands_alone(entry)) refuse_waiters(entry);
   kick();
   check_stopped();
+}
+
+void Worker::refuse_waiters(PoolEntry& entry) {
+  while (pool::Waiter* waiter = entry.pool.next_waiter()) static_cast<ClientSession*>(waiter)->on_wait_failed(entry.last_failure);
 }
 
 void Worker::on_server_closed(ServerConnection& server) {
@@ -458,6 +466,37 @@ void Worker::close_outdated(PoolEntry& entry) {
   while (pool::Slot* slot = entry.pool.outdated(now(), reason)) static_cast<ServerConnection*>(slot)->close(reason);
 }
 
+protocol::ErrorFields Worker::wait_error(const PoolEntry& entry) const {
+  if (!entry.paused && entry.backoff.failures() > 0 && !entry.last_failure.message.empty()) return entry.last_failure;
+  const auto seconds_since = [this](pool::Time then) { return std::chrono::duration<double>(now() - then).count(); };
+  protocol::ErrorFields error{"ERROR", "53300", {}, {}, {}};
+  std::string& text = error.message = fmt::format("timed out after {} ms waiting for a server connection: ", entry.pool.wait_limit());
+  if (entry.paused) {
+    text += "database \"" + entry.database + "\" is paused";
+    return error;
+  }
+  text += fmt::format("{} of {} in use", entry.pool.open() + entry.pool.lent(), entry.pool.settings().max);
+  if (entry.connecting > 0) {
+    text += fmt::format(", of which {} being opened", entry.connecting);
+    const ServerConnection::Attempt* longest = nullptr;
+    for (const auto& [id, server] : entry.servers)
+      if (!server->attempt.what.empty() && (!longest || server->attempt.since < longest->since)) longest = &server->attempt;
+    if (longest) text += fmt::format(": {} for {:.1f} s", longest->what, seconds_since(longest->since));
+    if (entry.pool.open() == entry.connecting && entry.pool.lent() == 0) error.sqlstate = "08006";
+  }
+  if (entry.pool.lent() > 0) text += fmt::format(", {} by the other process of an online restart", entry.pool.lent());
+  ClientSession* longest = nullptr;
+  for (const auto& [id, server] : entry.servers)
+    if (server->client() && (!longest || server->client()->transaction_since < longest->transaction_since)) longest = server->client();
+  if (longest) {
+    const auto& pipeline = longest->server()->pipeline;
+    text += fmt::format("; longest held {:.1f} s by client {} (application \"{}\"){}", seconds_since(longest->transaction_since),
+                        longest->id(), longest->application(),
+                        pipeline.empty() && pipeline.status() != protocol::TxStatus::Idle ? ", idle in transaction" : "");
+  }
+  return error;
+}
+
 void Worker::tick() {
   const pool::Time t = now();
   lag.record(std::exchange(tick_at_, pool::Time::max()), t);
@@ -469,39 +508,8 @@ void Worker::tick() {
   for (auto& [key, entry] : pools_) {
     entry->pool.set_away(is_away(*entry), t);
     while (pool::Waiter* waiter = entry->pool.expired(t)) {
-      auto& client = *static_cast<ClientSession*>(waiter);
       ++entry->pool.counters().waitTimeouts;
-      if (entry->paused) {
-        client.on_wait_failed({"ERROR",
-                               "53300",
-                               "timed out after " + std::to_string(entry->pool.wait_limit()) +
-                                   " ms waiting for a server connection: database \"" + entry->database + "\" is paused",
-                               {},
-                               {}},
-                              false);
-        continue;
-      }
-      if (entry->backoff.failures() > 0 && !entry->last_failure.message.empty()) {
-        client.on_wait_failed(entry->last_failure, false);
-        continue;
-      }
-      const conf::PoolSettings& settings = entry->pool.settings();
-      std::string message = "timed out after " + std::to_string(entry->pool.wait_limit()) +
-                            " ms waiting for a server connection: " + std::to_string(entry->pool.open() + entry->pool.lent()) + " of " +
-                            std::to_string(settings.max) + " in use";
-      if (entry->connecting > 0) message += ", of which " + std::to_string(entry->connecting) + " being opened";
-      if (entry->pool.lent() > 0) message += ", " + std::to_string(entry->pool.lent()) + " by the other process of an online restart";
-      ClientSession* longest = nullptr;
-      for (auto& [id, server] : entry->servers)
-        if (server->client() && (!longest || server->client()->transaction_since < longest->transaction_since)) longest = server->client();
-      if (longest) {
-        const auto held = std::chrono::duration<double>(t - longest->transaction_since).count();
-        const auto status = longest->server()->pipeline.status();
-        message += "; longest held " + fmt::format("{:.1f}", held) + " s by client " + std::to_string(longest->id()) + " (application \"" +
-                   longest->application() + "\")" +
-                   (longest->server()->pipeline.empty() && status != protocol::TxStatus::Idle ? ", idle in transaction" : "");
-      }
-      client.on_wait_failed({"ERROR", "53300", std::move(message), {}, {}}, false);
+      static_cast<ClientSession*>(waiter)->on_wait_failed(wait_error(*entry));
     }
     close_outdated(*entry);
     std::vector<std::shared_ptr<ServerConnection>> due;
@@ -550,7 +558,7 @@ void Worker::tick() {
     if (had_client_)
       log::info("exit_on_idle", {}, "no clients for {} ms: exiting (pool.allowExitOnIdle)", config_->pool.idleTimeoutMillis);
     else
-      log::info("exit_if_unused", {}, "no client has come in {} ms: exiting (shutdown.exitIfUnusedMillis)",
+      log::info("exit_if_unused", {}, "no client has logged in within {} ms: exiting (shutdown.exitIfUnusedMillis)",
                 config_->shutdown.exitIfUnusedMillis);
     drain();
   }

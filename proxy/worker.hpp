@@ -195,9 +195,11 @@ class Worker {
   /// The secret that a user must prove; nullopt: no such user.
   std::optional<std::string> secret_of(const std::string& user);
 
-  void want_server(ClientSession& client);  ///< queues it and opens connections
-  void run_later(ClientSession& client);    ///< at the end of this turn
-  void serve(PoolEntry& entry);             ///< gives idle connections to waiters, opens what is missing
+  void want_server(ClientSession& client);                         ///< queues it and opens connections
+  void run_later(ClientSession& client);                           ///< at the end of this turn
+  void refuse_waiters(PoolEntry& entry);                           ///< by its last failure
+  protocol::ErrorFields wait_error(const PoolEntry& entry) const;  ///< of a client that has waited in vain
+  void serve(PoolEntry& entry);                                    ///< gives idle connections to waiters, opens what is missing
   void on_connected(ServerConnection& server);
   void on_connect_failed(ServerConnection& server, const protocol::ErrorFields& error);
   void on_server_closed(ServerConnection& server);
@@ -208,6 +210,7 @@ class Worker {
   void saw_addresses(PoolEntry& entry, const Upstream& upstream);
   void outdate_address(PoolEntry& entry, const std::string& address);  ///< its connections are closed as they come back
   void on_login();
+  void on_greeted() { had_client_ = true; }
   void cancel(std::uint32_t pid, std::string_view key);
   void reject(pool::RejectReason reason) { ++rejected_[static_cast<std::size_t>(reason)]; }
   void count_error(std::string_view sqlstate);

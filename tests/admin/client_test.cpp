@@ -42,7 +42,7 @@ TEST(AdminClient, NobodyListensOrThePortIsOff) {
   conf::Admin off = settings();
   off.enabled = false;
   testing::internal::CaptureStderr();
-  EXPECT_EQ(wait_ready(off, 10s), 1);
+  EXPECT_EQ(wait(off, 10s, false), 1);
   EXPECT_EQ(shutdown(off), 1);
   text = testing::internal::GetCapturedStderr();
   EXPECT_NE(text.find("the admin port is off"), std::string::npos) << text;
@@ -50,14 +50,14 @@ TEST(AdminClient, NobodyListensOrThePortIsOff) {
 
 TEST(AdminClient, WaitReadyWaits) {
   AdminServer server;
-  EXPECT_EQ(wait_ready(at(server.port()), 5s), 0);
+  EXPECT_EQ(wait(at(server.port()), 5s, false), 0);
   server.edit([](pool::Snapshot& s) { s.started = false; });
   testing::internal::CaptureStderr();
-  EXPECT_EQ(wait_ready(at(server.port()), 500ms), 1);
+  EXPECT_EQ(wait(at(server.port()), 500ms, false), 1);
   const std::string text = testing::internal::GetCapturedStderr();
   EXPECT_NE(text.find("not ready within 500 ms"), std::string::npos) << text;
   EXPECT_NE(text.find("not listening yet"), std::string::npos) << text;
-  auto waiting = std::async(std::launch::async, [&] { return wait_ready(at(server.port()), 20s); });
+  auto waiting = std::async(std::launch::async, [&] { return wait(at(server.port()), 20s, false); });
   EXPECT_EQ(waiting.wait_for(300ms), std::future_status::timeout);
   server.edit([](pool::Snapshot& s) { s.started = true; });
   EXPECT_EQ(waiting.get(), 0);
