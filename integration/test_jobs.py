@@ -245,7 +245,8 @@ def test_refused_credentials_do_not_disconnect_clients(proxies, pg):
         assert pipelining.login(USER, PASSWORD, DATABASE) is None
         pg.sql(f"ALTER ROLE {USER} PASSWORD 'changed'")
         try:
-            pg.sql(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = '{USER}'")
+            pg.sql(f"SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE usename = '{USER}'")
+            harness.poll(lambda: proxy.stats()["idleCount"] == 0, what="the loss is noticed")
             for _ in range(3):
                 with pytest.raises(psycopg.errors.InvalidPassword) as refused:
                     client.execute("SELECT 1")

@@ -12,7 +12,7 @@ import psycopg
 import pytest
 
 import harness
-from harness import BINARY, DATABASE, USER, poll
+from harness import BINARY, DATABASE, PASSWORD, USER, poll
 
 pytestmark = pytest.mark.skipif(harness.KIND != "pgsidecar", reason="only pgsidecar")
 
@@ -384,7 +384,8 @@ def test_a_broken_binary_changes_nothing(start, what):
     ({"pool": {"max": "many"}}, "pool.max"),
     ({"listen": ["192.0.2.1:6432"]}, "cannot listen on 192.0.2.1:6432"),
     ({"admin": {"listen": "192.0.2.1:5000"}}, "admin.listen: 192.0.2.1:5000"),
-    ({"upstream": {"url": "postgresql://app:x@127.0.0.1:1/app?sslmode=disable"}}, "cannot reach the database"),
+    ({"upstream": {"url": "postgresql://app:x@127.0.0.1:1/app?sslmode=disable"}}, "cannot use the database"),
+    ({"upstream": {"password": "wrong"}, "users": {USER: {"password": PASSWORD}}}, "cannot use the database, which this process can: password authentication failed"),
     ({"tls": {"mode": "require", "certificate": "/nowhere.crt", "key": "/nowhere.key"}}, "nowhere"),
 ])
 def test_a_bad_configuration_changes_nothing(start, change, reason):

@@ -1,8 +1,12 @@
 #include "proxy/log.hpp"
 
+// The words of `log.level`.
+#define SPDLOG_LEVEL_NAMES \
+  { "trace", "debug", "info", "warn", "error", "critical", "off" }
 #include <spdlog/async.h>
 #include <spdlog/pattern_formatter.h>
 #include <spdlog/sinks/stdout_sinks.h>
+#include <spdlog/spdlog.h>
 
 #include <cstdlib>
 #include <future>
@@ -54,6 +58,16 @@ class EventFormatter : public spdlog::custom_flag_formatter {
   const bool json_;
 };
 
+spdlog::level::level_enum level_of(Level level) {
+  switch (level) {
+    case Level::Debug: return spdlog::level::debug;
+    case Level::Info: return spdlog::level::info;
+    case Level::Warn: return spdlog::level::warn;
+    case Level::Error: break;
+  }
+  return spdlog::level::err;
+}
+
 void append_key(std::string& out, const char* name, std::uint64_t value) {
   if (value != 0) out += "\"" + std::string(name) + "\":" + std::to_string(value) + ",";
 }
@@ -67,7 +81,11 @@ void append_key(std::string& out, const char* name, std::string_view value) {
 
 }  // namespace
 
-void write(spdlog::level::level_enum level, std::string_view event, const About& about, std::string_view message) {
+bool shows(Level level) {
+  return spdlog::should_log(level_of(level));
+}
+
+void write(Level level, std::string_view event, const About& about, std::string_view message) {
   std::string line(event);
   line += kSeparator;
   append_key(line, "client", about.client);
@@ -81,7 +99,7 @@ void write(spdlog::level::level_enum level, std::string_view event, const About&
   line += kSeparator;
   line += message;
   try {
-    spdlog::log(level, std::string_view(line));
+    spdlog::log(level_of(level), std::string_view(line));
   } catch (const spdlog::spdlog_ex&) {  // stop() has ended the queue
   }
 }
@@ -102,6 +120,10 @@ void set(const conf::Log& settings) {
                                                                   : "%Y-%m-%dT%H:%M:%S.%eZ %l %*");
   spdlog::set_formatter(std::move(formatter));
   spdlog::set_level(spdlog::level::from_str(settings.level));
+}
+
+void show_more(const conf::Log& settings) {
+  spdlog::set_level(std::min(spdlog::level::from_str(settings.level), spdlog::get_level()));
 }
 
 std::size_t footprint() {

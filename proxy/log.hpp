@@ -2,10 +2,7 @@
 // oldest lines go. Text or JSON, one event a line.
 #pragma once
 
-// The words of `log.level`.
-#define SPDLOG_LEVEL_NAMES \
-  { "trace", "debug", "info", "warn", "error", "critical", "off" }
-#include <spdlog/spdlog.h>
+#include <fmt/format.h>
 
 #include <chrono>
 #include <cstdint>
@@ -16,6 +13,8 @@
 
 namespace pgsidecar::proxy::log {
 
+enum class Level { Debug, Info, Warn, Error };
+
 /// What an event is about: ids as the API has them. In JSON each that is given is a key of its own.
 struct About {
   std::uint32_t client = 0;
@@ -25,36 +24,36 @@ struct About {
   std::string_view database = {}, user = {}, application = {}, sqlstate = {};
 };
 
-void write(spdlog::level::level_enum level, std::string_view event, const About& about, std::string_view message);
+bool shows(Level level);
+void write(Level level, std::string_view event, const About& about, std::string_view message);
 
 /// `event` is a snake_case word that stays what it is (README, "Log events"); the message is for people and may change.
 template <class... Args>
-void log(spdlog::level::level_enum level, std::string_view event, const About& about, spdlog::format_string_t<Args...> format,
-         Args&&... args) {
-  if (spdlog::should_log(level)) write(level, event, about, spdlog::fmt_lib::format(format, std::forward<Args>(args)...));
+void log(Level level, std::string_view event, const About& about, fmt::format_string<Args...> format, Args&&... args) {
+  if (shows(level)) write(level, event, about, fmt::format(format, std::forward<Args>(args)...));
 }
 template <class... Args>
-void debug(std::string_view event, const About& about, spdlog::format_string_t<Args...> format, Args&&... args) {
-  log(spdlog::level::debug, event, about, format, std::forward<Args>(args)...);
+void debug(std::string_view event, const About& about, fmt::format_string<Args...> format, Args&&... args) {
+  log(Level::Debug, event, about, format, std::forward<Args>(args)...);
 }
 template <class... Args>
-void info(std::string_view event, const About& about, spdlog::format_string_t<Args...> format, Args&&... args) {
-  log(spdlog::level::info, event, about, format, std::forward<Args>(args)...);
+void info(std::string_view event, const About& about, fmt::format_string<Args...> format, Args&&... args) {
+  log(Level::Info, event, about, format, std::forward<Args>(args)...);
 }
 template <class... Args>
-void warn(std::string_view event, const About& about, spdlog::format_string_t<Args...> format, Args&&... args) {
-  log(spdlog::level::warn, event, about, format, std::forward<Args>(args)...);
+void warn(std::string_view event, const About& about, fmt::format_string<Args...> format, Args&&... args) {
+  log(Level::Warn, event, about, format, std::forward<Args>(args)...);
 }
 template <class... Args>
-void error(std::string_view event, const About& about, spdlog::format_string_t<Args...> format, Args&&... args) {
-  log(spdlog::level::err, event, about, format, std::forward<Args>(args)...);
+void error(std::string_view event, const About& about, fmt::format_string<Args...> format, Args&&... args) {
+  log(Level::Error, event, about, format, std::forward<Args>(args)...);
 }
 
 /// Bounds what peers can make the log say: 20 events in 10 seconds, then one line that tells how many were left out.
 class PeerEvents {
  public:
   template <class... Args>
-  void warn(std::chrono::steady_clock::time_point now, std::string_view event, const About& about, spdlog::format_string_t<Args...> format,
+  void warn(std::chrono::steady_clock::time_point now, std::string_view event, const About& about, fmt::format_string<Args...> format,
             Args&&... args) {
     if (now - window_ >= std::chrono::seconds(10)) {
       if (count_ > kMost) log::warn("events_left_out", {}, "{} more events of clients in 10 s are not shown", count_ - kMost);
@@ -71,8 +70,9 @@ class PeerEvents {
 };
 
 void start(const conf::Log& settings);
-std::size_t footprint();              ///< of the queue, which is made at start
-void set(const conf::Log& settings);  ///< level and format from now on
+std::size_t footprint();                    ///< of the queue, which is made at start
+void set(const conf::Log& settings);        ///< level and format from now on
+void show_more(const conf::Log& settings);  ///< what either level shows
 /// Writes what is queued, for at most a second: then nobody reads it, and the process ends with this exit code.
 void stop(int exit_code);
 

@@ -53,6 +53,11 @@ Succession::Succession(Worker& worker, int link) : worker_(worker), socket_(work
 void Succession::start() {
   receive();
   if (successor_) return;
+  worker_.for_each_pool([this](PoolEntry& entry) {
+    if (entry.pool.open() == 0 || entry.pool.open() >= entry.pool.settings().max) return;
+    entry.pool.set_lent(1);
+    send({"spare", "1", entry.database, entry.user});
+  });
   timer_.expires_after(kPatience);
   timer_.async_wait([self = shared_from_this()](const boost::system::error_code& ec) {
     if (!ec) self->fail("it was not ready within " + std::to_string(kPatience.count()) + " s");
@@ -98,6 +103,7 @@ void Succession::receive() {
     for (;;) {
       const ssize_t n = ::recv(self->socket_.native_handle(), message.data(), message.size(), MSG_DONTWAIT);
       if (n < 0 && errno == EAGAIN) break;
+      if (n < 0 && errno == ECONNRESET) continue;  // it went without having read all; what it has said comes now
       if (n <= 0) return self->on_end();
       self->on_message(split({message.data(), static_cast<std::size_t>(n)}, message.starts_with("cancel") ? 3 : 4));
       if (self->state_ == State::Over) return;
@@ -111,7 +117,7 @@ void Succession::on_message(std::vector<std::string_view> fields) {
   fields.resize(4);
   if (what == "ready" && !successor_ && state_ == State::Preparing) {
     if (!fields[1].empty() && worker_.database_is_up())
-      return fail("it cannot reach the database, which this process can: " + std::string(fields[1]));
+      return fail("it cannot use the database, which this process can: " + std::string(fields[1]));
     if (worker_.operated()) return fail("databases are paused or disabled, which it wouldn't know");
     return pass();
   }
@@ -126,6 +132,7 @@ void Succession::on_message(std::vector<std::string_view> fields) {
     worker_.retire(peer_);
     return std::exchange(done_, nullptr)({});
   }
+  if (what == "spare" && successor_) return void(spared_.emplace_back(fields[2], fields[3]));
   if (what == "over" && successor_) return worker_.on_alone();
   if (what == "cancel") return worker_.cancel(number(fields[1]), fields[2]);
   if (what != "held" && what != "give" && what != "want") return;

@@ -1,9 +1,10 @@
 // The two processes of an online restart, as one of them sees the other: the link between them, who of them listens, and how they share
 // what exists once. Owned by the Worker, on the data loop, until the other process has ended.
 //
-// The successor says `ready` when it could listen and has looked at its database; the predecessor stops accepting, says what it `held` of
-// each pool and `go`; the successor accepts and says `serving`; only then the predecessor closes its sockets and says `over`. Whatever
-// fails before `serving` leaves the predecessor in charge. Connections that come meanwhile wait in the sockets, which both have.
+// The predecessor says of which pools that have connections it can `spare` one; with that the successor logs in to try. It says
+// `ready` when it could listen and what it found of its database; the predecessor stops accepting, says what it `held` of each pool and
+// `go`; the successor accepts and says `serving`; only then the predecessor closes its sockets and says `over`. Whatever fails before
+// `serving` leaves the predecessor in charge. Connections that come meanwhile wait in the sockets, which both have.
 //
 // Of a pool's `max` connections each process has a share: what the other one holds is lent to it. A share grows by `give` alone, so that
 // the sum never exceeds `max`; who has clients that wait for more says `want`, and gets what the other doesn't need, or up to one half.
@@ -46,6 +47,8 @@ class Succession : public std::enable_shared_from_this<Succession> {
   State state() const { return state_; }
   pid_t peer() const { return peer_; }
   bool is_successor() const { return successor_; }
+  /// As the successor: the pools, by database and user, that the predecessor has connections of and leaves one.
+  const std::vector<std::pair<std::string, std::string>>& spared() const { return spared_; }
   /// As the successor: listens, and this is what it found of the database (empty: it answers).
   void ready(const std::string& database_error);
   /// As the predecessor: it is known to whom it has to be that the successor has taken over.
@@ -88,6 +91,7 @@ class Succession : public std::enable_shared_from_this<Succession> {
   bool ended_ = false;  // the other process
   std::function<void(std::string error)> done_;
   std::map<Key, Share> shares_;
+  std::vector<Key> spared_;
   std::deque<std::string> unsent_;
   bool writing_ = false;
 };

@@ -118,8 +118,7 @@ std::string Supervisor::reload() {
     auto prepared = std::make_shared<Prepared>(next, env_);
     files_.set(conf::files_of(*next, config_path_, env_), next->watchConfig);
     const conf::Changes changes = conf::compare(*config_, *next);
-    const auto level = spdlog::level::from_str(next->log.level);
-    spdlog::set_level(std::min(level, spdlog::get_level()));  // what is told of the change is shown if either level shows it
+    log::show_more(next->log);  // what is told of the change is shown if either level shows it
     for (const std::string& key : changes.applied) log::info("reload", {}, "reload: {} changed", key);
     for (const std::string& key : changes.needRestart) log::warn("reload", {}, "reload: {} changed, which needs a restart", key);
     changed_files_.erase(config_path_);

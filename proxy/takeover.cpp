@@ -9,7 +9,15 @@
 
 namespace pgsidecar::proxy {
 
+namespace asio = boost::asio;
 using std::chrono::milliseconds;
+
+namespace {
+
+/// Until then the server has noticed that a process's connections are gone with it.
+constexpr std::chrono::seconds kNoticed{1};
+
+}  // namespace
 
 std::vector<conf::Listening> Worker::listening() const {
   return ports_.sockets();
@@ -37,10 +45,25 @@ void Worker::take_place(int link, std::function<void(std::function<void()> then)
   succession_->start();
   probe([this, other_loop = std::move(other_loop)] {
     other_loop([this] {
-      const bool down = database_ == pool::Snapshot::Database::Down;
-      if (succession_) succession_->ready(!down ? "" : database_error_.empty() ? "no answer" : database_error_);
+      const auto ready = [this](const std::string& error) {
+        if (succession_) succession_->ready(error);
+      };
+      if (database_ == pool::Snapshot::Database::Down) return ready(database_error_.empty() ? "no answer" : database_error_);
+      try_login(ready);
     });
   });
+}
+
+void Worker::try_login(std::function<void(std::string refusal)> done) {
+  if (succession_)
+    for (const auto& [database, user] : succession_->spared()) {
+      std::string sqlstate, error;
+      PoolEntry* entry = find_pool(database, user, sqlstate, error);
+      if (!entry || entry->passes_password_on) continue;
+      tried_ = std::move(done);
+      return open_server(*entry, {});
+    }
+  done({});
 }
 
 void Worker::take_over(bool had_client) {
@@ -71,10 +94,12 @@ void Worker::retire(pid_t successor) {
 void Worker::on_peer_ended(const Succession& which) {
   if (succession_.get() != &which) return;
   const auto ended = std::exchange(succession_, nullptr);
-  for (auto& [key, entry] : pools_) {
-    entry->pool.set_lent(0);
-    serve(*entry);
+  if (!ended->is_successor() && !retired_) {  // one that has only tried, and was killed
+    auto gone = std::make_shared<asio::steady_timer>(data_, kNoticed);
+    gone->async_wait([this, gone](const boost::system::error_code& /*never stopped*/) { take_back_places(); });
+    return;
   }
+  take_back_places();
   if (retired_) log::warn("successor_ended", {}, "process {}, which took over, has ended", ended->peer());
   if (!ended->is_successor()) return;
   if (!started_) {
@@ -87,6 +112,15 @@ void Worker::on_peer_ended(const Succession& which) {
   if (clients_.size() == consoles_) idle_since_ = now();
   kick();
   if (on_alone) on_alone();
+}
+
+void Worker::take_back_places() {
+  if (succession_) return;
+  const Turn turn(*this);
+  for (auto& [key, entry] : pools_) {
+    entry->pool.set_lent(0);
+    serve(*entry);
+  }
 }
 
 PoolEntry* Worker::pool_of(const std::string& database, const std::string& user) {

@@ -336,6 +336,7 @@ void Worker::on_connected(ServerConnection& server) {
   log::info("server_connected", server.about(), "server {} ({}@{}, pid {}): connected", server.id(), entry.user, entry.database,
             server.pid());
   outdate_servers(entry, [this](const ServerConnection& one) { return is_gone(one); });
+  if (tried_) std::exchange(tried_, nullptr)({});
   kick();
 }
 
@@ -371,6 +372,7 @@ void Worker::on_connect_failed(ServerConnection& server, const protocol::ErrorFi
   entry.servers.erase(server.id());
   check_operations();
   if (is_permanent(error.sqlstate) && stands_alone(entry)) refuse_waiters(entry);
+  if (tried_) std::exchange(tried_, nullptr)(is_permanent(error.sqlstate) ? error.message : std::string());
   kick();
   check_stopped();
 }

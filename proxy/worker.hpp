@@ -132,6 +132,8 @@ class Worker {
   void close_outdated(PoolEntry& entry);                ///< idle ones
   Ports& ports() { return ports_; }
   void take_over(bool had_client);
+  /// Opens a connection where the predecessor leaves one. `done` gets why the server refuses it.
+  void try_login(std::function<void(std::string refusal)> done);
   void retire(pid_t successor);
   void on_peer_ended(const Succession& which);
   /// What a snapshot holds besides counts: who is connected; what the statements cost.
@@ -287,6 +289,7 @@ class Worker {
   void weigh_capacity(const std::string& upstream);
   bool add_client(Socket socket, std::string peer);  ///< False: no more may be logging in
   void tick();
+  void take_back_places();  ///< that were lent to the other process
   void run_runnable();
   void login_over();
   void check_stopped();
@@ -329,6 +332,7 @@ class Worker {
   bool handing_over_ = false;
   bool retired_ = false;                    // its place is taken: it serves the clients that it has
   std::shared_ptr<Succession> succession_;  // while the other process lives
+  std::function<void(std::string refusal)> tried_;
   SslContext client_tls_;
   conf::ConnectParams upstream_;  // the global upstream as read at start or reload
   std::map<std::string, DatabaseEntry> databases_;
