@@ -201,7 +201,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   void adopt_named(std::string_view sql);
   bool sql_prepared() const;
   bool prepare(const protocol::StatementRef& statement, bool to_describe = false);
-  bool looks_the_same(const protocol::Statement& statement);
+  bool looks_the_same(const protocol::Statement& statement, bool first);
   void prepare_unnamed(const protocol::StatementRef& statement);
   bool rewrites() const;
 

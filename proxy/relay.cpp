@@ -300,12 +300,13 @@ bool ClientSession::parse_unserved(Bytes whole) {
 // False: the request that needs it has to wait, and is then looked at anew.
 bool ClientSession::prepare(const protocol::StatementRef& statement, bool to_describe) {
   auto& held = server_->statements;
+  const bool first = !server_->pipeline.unsynced();  // of what the client has sent since its last Sync
   note_residue(*statement);
   if (std::exchange(server_->plans_stale, false)) server_->close_shared_statements();
   if (server_->take_changed(*statement)) return true;
   if (held.touch(statement)) {
     ++entry_->pool.counters().preparedHits;
-    return to_describe || looks_the_same(*statement);
+    return to_describe || looks_the_same(*statement, first);
   }
   ++entry_->pool.counters().preparedMisses;
   // Its constants mean what they meant when the client prepared it. If preparing fails, the settings for it go with the transaction.
@@ -316,14 +317,14 @@ bool ClientSession::prepare(const protocol::StatementRef& statement, bool to_des
   if (other) server_->run_within(settings_statements(meaning->values, settings->meaning->values));
   held.add(statement);
   evict();
-  return to_describe || looks_the_same(*statement);
+  return to_describe || looks_the_same(*statement, first);
 }
 
 /// What clients were told of it holds on this connection too. False: that isn't known yet, and asked for.
-bool ClientSession::looks_the_same(const protocol::Statement& statement) {
+bool ClientSession::looks_the_same(const protocol::Statement& statement, bool first) {
   if (statement.shape == 0 || server_->statements.described(statement.id)) return true;
   if (server_->pipeline.status() == protocol::TxStatus::Failed) return true;
-  server_->ask_shape(statement);
+  server_->ask_shape(statement, first);
   return false;
 }
 

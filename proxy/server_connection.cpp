@@ -314,7 +314,7 @@ bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total
   return true;
 }
 
-void ServerConnection::ask_shape(const protocol::Statement& statement) {
+void ServerConnection::ask_shape(const protocol::Statement& statement, bool first) {
   worker_.to_server.own([&](std::string& out) {
     protocol::Writer w(out);
     w.begin(protocol::Frontend::Describe).u8('S').cstring(protocol::server_name(statement.id)).end();
@@ -322,6 +322,7 @@ void ServerConnection::ask_shape(const protocol::Statement& statement) {
   });
   pipeline.push({Request::Describe, Verdict::Skip, client_->id(), statement.id});
   awaiting_shape_ = true;
+  shape_first_ = first;
 }
 
 void ServerConnection::on_described(Backend type, const Owed& owed, Bytes available, std::size_t total) {

@@ -116,9 +116,11 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   void close_statement(std::uint64_t id);
   /// Prepares a statement of the client's under the client's own name for it, for SQL that names it.
   void adopt(const std::string& name, const protocol::StatementRef& statement, protocol::Verdict verdict = protocol::Verdict::Skip);
-  /// Has the server describe what was just prepared, since clients were told what it looks like. The client waits until then.
-  void ask_shape(const protocol::Statement& statement);
+  /// Has the server describe what was just prepared, since clients were told what it looks like. The client waits until then. `first`:
+  /// it has sent nothing since its last Sync.
+  void ask_shape(const protocol::Statement& statement, bool first);
   bool awaiting_shape() const { return awaiting_shape_; }
+  bool sent_nothing() const { return awaiting_shape_ && shape_first_; }  ///< of the request that waits for it
   /// It looks different; told once.
   bool take_changed(const protocol::Statement& statement);
   void forget_adopted(std::string_view name);
@@ -235,7 +237,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   bool pass_forward_ = false;
   bool listener_ = false;  // the pool's
   bool asking_residue_ = false, residue_failed_ = false, own_query_failed_ = false;
-  bool leased_anew_ = false, cancel_due_ = false, awaiting_shape_ = false, restoring_ = false;
+  bool leased_anew_ = false, cancel_due_ = false, awaiting_shape_ = false, shape_first_ = false, restoring_ = false;
   std::size_t shape_ = 0;             // as described so far
   std::uint64_t changed_ = 0;         // the statement that was found to look different
   std::set<std::uint64_t> unclosed_;  // statements that are forgotten and may still be prepared
