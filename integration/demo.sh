@@ -12,6 +12,6 @@ case "${1-}" in
 esac
 
 install_packages
-build release
+build release pgsidecar
 step "starting"
 exec /usr/bin/python3 "$root/integration/demo.py" "$@"

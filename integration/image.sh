@@ -5,7 +5,7 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 install_packages
-build release
+build release pgsidecar
 step "making the image twice"
 cd "$root/integration"
 COMMIT=$(git -C "$root" rev-parse --short=12 HEAD 2>/dev/null || true) /usr/bin/python3 image.py "$root/build/release/pgsidecar" "$root/build/image"

@@ -364,8 +364,8 @@ void ClientSession::on_server_lost(const std::string& sqlstate, const std::strin
     const bool ends = o.request == Request::Query || o.request == Request::Sync || o.request == Request::FunctionCall;
     readies += ends && o.verdict == Verdict::Forward;
   });
-  // What it has sent behind them without waiting may belong to a transaction that is gone before it was one.
   if (server_->sent_nothing() && !in_transaction && readies == 0) owed = false;
+  // What it has sent behind them without waiting may belong to a transaction that is gone before it was one.
   boost::system::error_code ignored;
   const bool more = readies > 0 && !pipeline.copy_in() && pass_left_ == 0 &&
                     (!channel_.unread.empty() || channel_.transport.socket().available(ignored) > 0);
