@@ -208,6 +208,7 @@ def test_others_are_served_while_keys_are_derived(proxies, pg):
     try:
         proxy = proxies({"users": {USER: {}, "slow_login": {"password": "slow"}}, "pool": {"connectionTimeoutMillis": 60000}})
         with proxy.connect() as busy:
+            busy.execute("SELECT 1")  # it has its server connection
             login = threading.Thread(target=lambda: proxy.connect(user="slow_login", password="slow").close(), daemon=True)
             began = last = time.monotonic()
             longest = 0
