@@ -449,6 +449,21 @@ std::string encoded(std::string_view text) {
   return out;
 }
 
+/// `what` is how it is called in an error.
+std::string read_file(const std::string& path, const std::string& what) {
+  errno = 0;
+  std::ifstream in(path, std::ios::binary);
+  std::ostringstream content;
+  if (!in || (in.peek() != std::ifstream::traits_type::eof() && !(content << in.rdbuf())) || in.bad())
+    throw ConfigError("cannot read " + what + (errno == 0 ? "" : std::string(": ") + std::strerror(errno)));
+  if (content.str().size() > kMaxFile) throw ConfigError(what + " is larger than 1 MiB");
+  return content.str();
+}
+
+std::string read_config(const std::string& path) {
+  return read_file(path, "the configuration file \"" + path + "\"");
+}
+
 /// Files named before `encode_before` are percent-encoded.
 std::string expand_until(std::string_view text, const Environment& env, std::size_t encode_before) {
   std::string out;
@@ -472,13 +487,7 @@ std::string expand_until(std::string_view text, const Environment& env, std::siz
     i = close;
     if (inside.starts_with("file:")) {
       const std::string path(inside.substr(5));
-      std::ifstream in(path, std::ios::binary);
-      std::ostringstream content;
-      if (!in || !(content << in.rdbuf())) {
-        if (!in || !in.eof()) throw ConfigError("cannot read file \"" + path + "\" named by ${file:}");
-      }
-      std::string value = content.str();
-      if (value.size() > kMaxFile) throw ConfigError("file \"" + path + "\" named by ${file:} is larger than 1 MiB");
+      std::string value = read_file(path, "file \"" + path + "\" named by ${file:}");
       if (!value.empty() && value.back() == '\n') value.pop_back();
       if (!value.empty() && value.back() == '\r') value.pop_back();
       out += i < encode_before ? encoded(value) : value;
@@ -596,21 +605,8 @@ Config load_text(std::string_view yaml, std::string_view name, const Environment
   return config;
 }
 
-namespace {
-
-std::string read_file(const std::string& path) {
-  std::ifstream in(path, std::ios::binary);
-  std::ostringstream content;
-  if (!in || (in.peek() != std::ifstream::traits_type::eof() && !(content << in.rdbuf())) || in.bad())
-    throw ConfigError("cannot read the configuration file \"" + path + "\"");
-  if (content.str().size() > kMaxFile) throw ConfigError("the configuration file \"" + path + "\" is larger than 1 MiB");
-  return content.str();
-}
-
-}  // namespace
-
 Config load(const std::string& path, const Environment& env) {
-  return path.empty() ? load_text("", "", env) : load_text(read_file(path), path, env);
+  return path.empty() ? load_text("", "", env) : load_text(read_config(path), path, env);
 }
 
 std::set<std::string> files_of(const Config& config, const std::string& path, const Environment& env) {
@@ -625,7 +621,7 @@ std::set<std::string> files_of(const Config& config, const std::string& path, co
     for (const std::string& file : {p.sslrootcert, p.sslcert, p.sslkey, p.sslcrl})
       if (file != "system") files.insert(file);
   };
-  if (!path.empty()) named_in(read_file(path));
+  if (!path.empty()) named_in(read_config(path));
   const auto named_in_environment = [&](std::string_view key) { named_in(env(environment_name(key)).value_or("")); };
   for (const auto& key : config_keys()) named_in_environment(key.path);
   for (const std::string_view keyword : connection_keywords()) named_in_environment("upstream." + std::string(keyword));
@@ -641,7 +637,7 @@ Admin load_admin(const std::string& path, const Environment& env) {
   Config config;
   std::vector<std::string> mistakes;
   try {
-    Reader(path, env, config, mistakes).read_admin(YAML::Load(path.empty() ? std::string() : read_file(path)));
+    Reader(path, env, config, mistakes).read_admin(YAML::Load(path.empty() ? std::string() : read_config(path)));
   } catch (const YAML::Exception& e) {
     mistakes.push_back(path + ":" + std::to_string(e.mark.line + 1) + ": not valid YAML: " + e.msg);
   }
