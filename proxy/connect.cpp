@@ -41,11 +41,28 @@ void set_socket_options(Socket& socket, const conf::ConnectParams& params, const
   if (!params.tcpUserTimeoutMillis) set(IPPROTO_TCP, TCP_USER_TIMEOUT, (idle + interval * count) * 1000);
 }
 
-/// Ends the waits of one attempt when its time is up.
+/// Ends the waits of one attempt when its time is up: a part of it until the host has accepted the connection, then all of it.
 class TimeLimit {
  public:
-  TimeLimit(Worker& worker, std::uint32_t millis)
-      : timer_(worker.loop(), std::chrono::milliseconds(millis)), state_(std::make_shared<State>()) {
+  TimeLimit(Worker& worker, std::uint32_t until_accepted, std::uint32_t millis)
+      : timer_(worker.loop()), begun_(asio::steady_timer::clock_type::now()), all_(millis), state_(std::make_shared<State>()) {
+    arm(until_accepted);
+  }
+  ~TimeLimit() { state_->socket = nullptr; }
+  void watch(Socket& socket) { state_->socket = &socket; }
+  void accepted() { arm(all_); }
+  bool expired() const { return state_->expired; }
+  std::uint32_t millis() const { return millis_; }
+
+ private:
+  struct State {
+    Socket* socket = nullptr;
+    bool expired = false;
+  };
+
+  void arm(std::uint32_t millis) {
+    millis_ = millis;
+    timer_.expires_at(begun_ + std::chrono::milliseconds(millis));
     timer_.async_wait([state = state_](const boost::system::error_code& stopped) {
       if (stopped) return;
       state->expired = true;
@@ -55,16 +72,11 @@ class TimeLimit {
       state->socket->shutdown(Socket::shutdown_both, ignored);  // so that no later wait is forever
     });
   }
-  ~TimeLimit() { state_->socket = nullptr; }
-  void watch(Socket& socket) { state_->socket = &socket; }
-  bool expired() const { return state_->expired; }
 
- private:
-  struct State {
-    Socket* socket = nullptr;
-    bool expired = false;
-  };
   asio::steady_timer timer_;
+  const asio::steady_timer::time_point begun_;
+  const std::uint32_t all_;
+  std::uint32_t millis_ = 0;
   std::shared_ptr<State> state_;
 };
 
@@ -72,12 +84,8 @@ std::string printed(const Target& target) {
   return "server at \"" + target.host.name + "\", port " + std::to_string(target.host.port);
 }
 
-std::string expired_after(std::uint32_t millis) {
-  return "timeout expired after " + std::to_string(millis) + " ms";
-}
-
 /// Of several addresses one that is silent, since its machine is gone, leaves time for the others.
-std::uint32_t first_answer_millis(const Upstream& upstream, std::uint32_t millis) {
+std::uint32_t share_of(const Upstream& upstream, std::uint32_t millis) {
   if (upstream.params.connectTimeoutMillis) return millis;
   return std::min(millis, std::max<std::uint32_t>(1500, millis / static_cast<std::uint32_t>(upstream.targets.size())));
 }
@@ -90,8 +98,7 @@ struct Opening {
   pool::Pool& pool;
   std::optional<Channel>& channel;
   TimeLimit& limit;
-  std::uint32_t first_answer_millis;  ///< until the host has accepted the connection
-  bool tls;                           ///< asked for, then what it is
+  bool tls;  ///< asked for, then what it is
   bool handshake_failed = false;
 };
 
@@ -104,12 +111,9 @@ awaitable<std::string> open_channel(Opening& o) {
   if (ec) co_return ec.message();
   set_socket_options(socket, params, o.pool.settings(), o.target.endpoint.protocol().family() != AF_UNIX);
   o.limit.watch(socket);
-  {
-    TimeLimit first_answer(o.worker, o.first_answer_millis);
-    first_answer.watch(socket);
-    co_await socket.async_connect(o.target.endpoint, asio::redirect_error(use_awaitable, ec));
-    if (ec) co_return first_answer.expired() ? expired_after(o.first_answer_millis) : ec.message();
-  }
+  co_await socket.async_connect(o.target.endpoint, asio::redirect_error(use_awaitable, ec));
+  if (ec) co_return ec.message();
+  o.limit.accepted();
   o.channel.emplace(std::move(socket), o.worker.meter);
   Transport& transport = o.channel->transport;
   o.limit.watch(transport.socket());
@@ -289,10 +293,10 @@ awaitable<std::string> ServerConnection::log_in(std::shared_ptr<const Upstream> 
   std::uint32_t millis = params.connectTimeoutMillis ? params.connectTimeoutMillis : entry_.pool.settings().connectionTimeoutMillis;
   if (millis == 0) millis = 30000;
   attempt = {"connecting to " + printed(target), worker_.now()};
-  TimeLimit limit(worker_, millis);
+  TimeLimit limit(worker_, share_of(*upstream, millis), millis);
   std::string failure;
   try {
-    Opening opening{worker_, *upstream, target, entry_.pool, channel_, limit, first_answer_millis(*upstream, millis), tls};
+    Opening opening{worker_, *upstream, target, entry_.pool, channel_, limit, tls};
     failure = co_await open_channel(opening);
     retry_other_tls_ = opening.handshake_failed;
     if (failure.empty()) {
@@ -308,7 +312,7 @@ awaitable<std::string> ServerConnection::log_in(std::shared_ptr<const Upstream> 
   } catch (const boost::system::system_error& e) {
     failure = e.code().message();
   }
-  if (limit.expired()) failure = expired_after(millis);
+  if (limit.expired()) failure = "timeout expired after " + std::to_string(limit.millis()) + " ms";
   if (failure.empty()) {
     upstream_ = std::move(upstream);
     target_ = std::move(target);
@@ -463,10 +467,9 @@ void ServerConnection::send_cancel() {
 // On a connection of its own, encrypted as the one that it is about; over when the server has closed it.
 awaitable<void> ServerConnection::run_cancel(std::shared_ptr<ServerConnection> /*keeps this alive*/) {
   std::optional<Channel> channel;
-  constexpr std::uint32_t kMillis = 5000;
-  TimeLimit limit(worker_, kMillis);
+  TimeLimit limit(worker_, 5000, 5000);
   try {
-    Opening opening{worker_, *upstream_, target_, entry_.pool, channel, limit, kMillis, channel_->transport.is_tls()};
+    Opening opening{worker_, *upstream_, target_, entry_.pool, channel, limit, channel_->transport.is_tls()};
     std::string failure = co_await open_channel(opening);
     if (failure.empty()) {
       Gather request;

@@ -1,6 +1,5 @@
 // What a client's statements leave in the session: which texts need a look, what the server then says, what is carried and what
 // pins. Part of ClientSession.
-
 #include <algorithm>
 
 #include "protocol/normalize.hpp"
