@@ -360,6 +360,8 @@ TEST(Load, WhatIsWrong) {
       {"upstream: {url: '${NO_SUCH}'}", "NO_SUCH is not set"},
       {"upstream: {url: 'postgresql://h:x/d'}", "port"},
       {"users: {u: {password: '${file:/no/such}'}}", "/no/such"},
+      {"users: {u: {password: '${file:/no/such}'}}", "named by ${file:}: No such file or directory"},
+      {"admin: {tokenFile: /no/such}", "admin.tokenFile: cannot read \"/no/such\": No such file or directory"},
       {"pool: {keepAlive: perhaps}", "true"},
       {"listen: '::1:5432'", "[address]:port"},
       {"admin: {listen: 'unix:/tmp'}", "host:port or off"},
@@ -381,6 +383,7 @@ TEST(Load, WhatIsWrong) {
   }
   EXPECT_NE(mistake([] { load_text("", "", environment({})); }).find("set DATABASE_URL"), std::string::npos);
   EXPECT_NE(mistake([] { load("/tmp", kUrl); }).find("cannot read the configuration file"), std::string::npos);
+  EXPECT_EQ(mistake([] { load_text("- a\n- b\n", "x", kUrl); }), "x:1: a mapping of keys is expected");
   EXPECT_TRUE(mistake([] { load("/dev/null", kUrl); }).empty());
 }
 
@@ -442,6 +445,21 @@ TEST(Load, FilesOfAConfiguration) {
 TEST(Load, EnvironmentNames) {
   EXPECT_EQ(environment_name("pool.idleTimeoutMillis"), "PGSIDECAR_POOL_IDLE_TIMEOUT_MILLIS");
   EXPECT_EQ(environment_name("admin.listen"), "PGSIDECAR_ADMIN_LISTEN");
+}
+
+TEST(Load, WarnsIfNobodyCanLogIn) {
+  const auto warned = [](std::string_view yaml, const char* url) {
+    const Environment env = environment({{"DATABASE_URL", url}});
+    for (const std::string& warning : upstream_warnings(load_text(yaml, "x", env), env))
+      if (warning.starts_with("nobody can log in")) return true;
+    return false;
+  };
+  EXPECT_TRUE(warned("", "postgresql://u@h/d"));
+  EXPECT_TRUE(warned("users: {u: {pool: {max: 3}}}", "postgresql://u@h/d"));
+  EXPECT_FALSE(warned("", "postgresql://u:p@h/d"));
+  EXPECT_FALSE(warned("users: {w: {password: p}}", "postgresql://u@h/d"));
+  EXPECT_FALSE(warned("auth: {method: trust}", "postgresql://u@h/d"));
+  EXPECT_FALSE(warned("auth: {method: password}\nusers: {'*': {}}", "postgresql://u@h/d"));
 }
 
 }  // namespace
