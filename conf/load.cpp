@@ -25,6 +25,17 @@ std::string joined(const std::vector<std::string>& lines) {
   return out;
 }
 
+bool nobody_can_log_in(const Config& config, const Environment& env) {
+  if (config.auth.method == AuthMethod::Trust || config.auth.method == AuthMethod::Cert) return false;
+  for (const auto& [name, user] : config.users)
+    if (user.password || name == "*") return false;
+  try {
+    return resolve_upstream(config.upstream, env).password.empty();
+  } catch (const ConfigError&) {  // its password can't be read now
+    return false;
+  }
+}
+
 /// Reads one YAML document into a Config, collecting mistakes.
 class Reader {
  public:
@@ -335,16 +346,10 @@ class Reader {
 
   /// The server's password is a program's affair: clients need one of their own.
   void check_clients_password() {
-    if (config_.upstream.passwordCommand.empty() || config_.auth.method == AuthMethod::Trust || config_.auth.method == AuthMethod::Cert)
-      return;
-    try {
-      const ConnectParams p = resolve_upstream(config_.upstream, env_);
-      const auto named = config_.users.find(p.user);
-      if (!p.password.empty() || (named != config_.users.end() && named->second.password)) return;
-      mistake("upstream.passwordCommand", "gives the server's password, and clients need one to log in with here: set users.\"" + p.user +
-                                              "\".password, put one into upstream.url, or set auth.method to trust");
-    } catch (const ConfigError&) {  // told already
-    }
+    if (config_.upstream.passwordCommand.empty() || !nobody_can_log_in(config_, env_)) return;
+    mistake("upstream.passwordCommand", "gives the server's password, and clients need one to log in with here: set users.\"" +
+                                            resolve_upstream(config_.upstream, env_).user +
+                                            "\".password, put one into upstream.url, or set auth.method to trust");
   }
 
   /// As execvp finds it.
@@ -524,21 +529,6 @@ ConnectParams resolve_upstream(const Upstream& upstream, const Environment& env)
   const std::size_t at = url.starts_with("postgres") && url.find("://") != url.npos ? url.rfind('@') : url.npos;
   return parse_connection_string(expand_until(url, env, at == url.npos ? 0 : at), keys, env, upstream.dbname);
 }
-
-namespace {
-
-bool nobody_can_log_in(const Config& config, const Environment& env) {
-  if (config.auth.method == AuthMethod::Trust || config.auth.method == AuthMethod::Cert) return false;
-  for (const auto& [name, user] : config.users)
-    if (user.password || name == "*") return false;
-  try {
-    return resolve_upstream(config.upstream, env).password.empty();
-  } catch (const ConfigError&) {  // its password can't be read now
-    return false;
-  }
-}
-
-}  // namespace
 
 std::vector<std::string> upstream_warnings(const Config& config, const Environment& env) {
   std::vector<std::string> warnings;
