@@ -96,9 +96,11 @@ Slot* Pool::outdated(Time now, CloseReason& reason) {
 }
 
 std::uint32_t Pool::wanted(std::uint32_t connecting) const {
-  const auto waiting = static_cast<std::uint32_t>(waiters_.size());
-  if (waiting <= connecting || open() >= capacity()) return 0;
-  return std::min(waiting - connecting, capacity() - open());
+  if (open() >= capacity()) return 0;
+  const std::uint32_t most = connecting + (capacity() - open());
+  std::uint32_t waiting = 0;
+  for (auto it = waiters_.begin(); it != waiters_.end() && waiting < most; ++it) ++waiting;
+  return waiting - std::min(waiting, connecting);
 }
 
 }  // namespace pgsidecar::pool

@@ -71,8 +71,9 @@ class Pool {
   void set_lent(std::uint32_t places) { lent_ = places; }
   std::uint32_t lent() const { return lent_; }
   std::uint32_t capacity() const { return settings_.max - std::min(settings_.max, lent_); }  ///< of `max`, this process's
-  std::size_t idle_count() const { return idle_.size(); }
-  std::size_t waiting_count() const { return waiters_.size(); }
+  std::size_t idle_count() const { return idle_.size(); }                                    ///< walks them all
+  std::size_t waiting_count() const { return waiters_.size(); }                              ///< walks them all
+  bool any_waiting() const { return !waiters_.empty(); }
   Time oldest_wait() const { return waiters_.empty() ? Time::max() : waiters_.front().since; }
 
   /// A connection was made: its limits, jittered by `random` (0..1) so that connections don't end together.

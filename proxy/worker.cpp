@@ -235,7 +235,7 @@ void Worker::on_login() {
 
 void Worker::want_server(ClientSession& client) {
   PoolEntry& entry = *client.entry();
-  if (!entry.paused && !entry.listener.wants() && entry.pool.waiting_count() == 0)
+  if (!entry.paused && !entry.listener.wants() && !entry.pool.any_waiting())
     if (ServerConnection* server = take_idle(entry)) return server->lease(client);
   entry.pool.wait(client, now());
   kick();
@@ -281,7 +281,7 @@ void Worker::serve_from(PoolEntry& entry) {
     idle->unlink();
     entry.listener.adopt(*idle);
   }
-  while (entry.pool.waiting_count() > 0) {
+  while (entry.pool.any_waiting()) {
     ServerConnection* server = take_idle(entry);
     if (!server) break;
     server->lease(*static_cast<ClientSession*>(entry.pool.next_waiter()));
@@ -298,7 +298,7 @@ void Worker::serve_from(PoolEntry& entry) {
     open_server(entry, std::move(entry.logins.front()));
     entry.logins.pop_front();
   }
-  if (!entry.backoff.may_try(now(), entry.pool.waiting_count() > 0) || (entry.passes_password_on && !entry.given_password)) return;
+  if (!entry.backoff.may_try(now(), entry.pool.any_waiting()) || (entry.passes_password_on && !entry.given_password)) return;
   const conf::PoolSettings& settings = entry.pool.settings();
   const std::uint32_t capacity = entry.pool.capacity();
   std::uint32_t open = entry.pool.wanted(entry.connecting);
@@ -516,7 +516,7 @@ void Worker::tick() {
     close_outdated(*entry);
     std::vector<std::shared_ptr<ServerConnection>> due;
     for (auto& [id, server] : entry->servers) {
-      busy |= !server->alive() || server->state() == ServerConnection::State::Resetting;
+      busy |= !server->alive() || server->deadline != pool::Time::max();
       in_doubt |= server->look();
       if (t >= server->deadline) due.push_back(server);
     }
@@ -524,7 +524,7 @@ void Worker::tick() {
     entry->listener.recycle();
     serve(*entry);
     busy |= entry->listener.wants();
-    busy |= entry->pool.waiting_count() > 0 || entry->connecting > 0;
+    busy |= entry->pool.any_waiting() || entry->connecting > 0;
     busy |=
         entry->clients > 0 && !entry->pool.resting() && entry->pool.staying() < entry->pool.settings().min && !draining_ && !entry->paused;
     if (entry->pool.any_idle()) idle_check = std::min(idle_check, entry->pool.idle_check());
