@@ -1,8 +1,6 @@
 """The protocol beyond what a driver does on a good day (PostgreSQL documentation, sections 55.2 and 55.7)."""
 import hashlib
 import random
-import re
-import select
 import struct
 import threading
 import time
@@ -608,9 +606,6 @@ def test_cancel_while_settings_are_carried(proxies, pg):
             w.send(wire.query("SELECT pg_sleep(30)"))
             harness.poll(lambda: pg.count("wait_event_type = 'Lock' AND usename = 'app'") == 1, what="the setting waits")
             send_cancel(proxy, w)
-        harness.poll(lambda: re.search(r"^pgsidecar_cancels_total\{.*\} 1$", proxy.http("/metrics")[2], re.M), what="the server is told")
-        while not select.select([w.sock], [], [], 3)[0]:
-            send_cancel(proxy, w)  # between two statements a server ignores it
         messages = w.until()
         assert kinds(messages)[-2:] == "EZ" and messages[-2].error["C"] == "57014"
         assert w.value("SHOW default_text_search_config") == "pg_catalog.simple"

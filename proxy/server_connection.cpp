@@ -23,7 +23,8 @@ using protocol::Verdict;
 namespace {
 
 constexpr std::uint32_t kMaxMessage = 0x40000000;
-constexpr std::size_t kMaxParsed = 1u << 20;  // of a message of the server that is looked into
+constexpr std::size_t kMaxParsed = 1u << 20;                         // of a message of the server that is looked into
+constexpr auto kBetweenStatements = std::chrono::milliseconds(100);  // a server that has answered one may ignore a cancel request
 
 /// Messages that are looked into and so wanted whole.
 bool wanted_whole(Backend type) {
@@ -260,7 +261,10 @@ bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total
   if (type == Backend::ReadyForQuery && status == TxStatus::Idle && std::exchange(open_definition_, false)) on_catalog_changed();
   bool forward = ours && owed.verdict == Verdict::Forward;
   if (ours) note_answer(type, owed, available, total);
-  if (ours && type == Backend::ReadyForQuery) client_->on_answered();
+  if (ours && type == Backend::ReadyForQuery) {
+    cancel_due_ = false;
+    client_->on_answered();
+  }
   if (owed.request == Request::Describe && owed.note != 0) on_described(type, owed, available, total);
   if (forward && type == Backend::ReadyForQuery) {
     // What the client brought at its login comes back first, so that its next statement isn't in the way of the look at its session.
@@ -270,7 +274,10 @@ bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total
   }
   if (owed.owner == protocol::kProxy) {
     on_proxy_reply(type, owed.note, available);
-    if (cancel_due_ && client_) cancel();
+    if (cancel_due_) {
+      deadline = worker_.now() + kBetweenStatements;
+      worker_.kick();
+    }
   } else if (type == Backend::ErrorResponse) {
     if (ours && owed.request == Request::Parse && client_->pending_parse_error()) {
       forward = false;
@@ -431,7 +438,7 @@ void ServerConnection::lease(ClientSession& client) {
 
 void ServerConnection::detach(bool dirty) {
   client_ = nullptr;
-  asking_residue_ = awaiting_shape_ = false;
+  asking_residue_ = awaiting_shape_ = cancel_due_ = false;
   pass_forward_ = false;
   if (!alive()) return;
   if (dirty) return start_reset();
@@ -508,7 +515,9 @@ void ServerConnection::on_deadline(pool::Time now) {
       }
       return close(pool::CloseReason::Broken);
     case State::Closing: return closed();
-    default: deadline = pool::Time::max();
+    default:
+      deadline = pool::Time::max();
+      if (cancel_due_) cancel();
   }
 }
 

@@ -153,7 +153,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   void ask_extended(const std::string& sql);  ///< within the client's extended query; its error is the client's
   /// Returns to the pool, or closes, if it is clean and nothing is pending.
   void settle();
-  /// Cancels what the client has asked for, as soon as the server is at it.
+  /// Cancels what the client has asked for, as soon as the server is sure to be at it.
   void cancel();
   /// Asks the server to cancel what it is doing for this connection, which isn't leased again before it has answered.
   void send_cancel();
