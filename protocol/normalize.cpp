@@ -215,6 +215,16 @@ std::uint64_t fingerprint_sql(std::string_view sql) {
   return hash;
 }
 
+bool has_numbered_names(std::string_view sql) {
+  bool found = false;
+  if (sql.find('"') == std::string_view::npos) return false;
+  normalize(sql, [&](bool, std::string_view text) {
+    for (std::size_t i = 1; text[0] == '"' && i < text.size(); ++i) found |= is(text[i], kDigit) && !is(text[i - 1], kWord);
+    return !found;
+  });
+  return found;
+}
+
 std::string_view comment_tags(std::string_view sql) {
   while (!sql.empty() && (is(sql.back(), kBlank) || sql.back() == ';' || sql.back() == '\0')) sql.remove_suffix(1);
   if (sql.size() >= 4 && sql.ends_with("*/")) {

@@ -15,6 +15,9 @@ std::string normalize_sql(std::string_view sql, std::size_t limit = 300);
 /// The same for texts whose normalised texts are the same. Allocates nothing; not stable between versions.
 std::uint64_t fingerprint_sql(std::string_view sql);
 
+/// Whether a quoted name in it has a number as a word of its own ("area 51"), so that texts with other numbers have other fingerprints.
+bool has_numbered_names(std::string_view sql);
+
 /// What the comment at the text's end, or else at its start, says without its delimiters: where tracers put their tags (traceparent,
 /// sqlcommenter). Empty: there is none. A view into `sql`.
 std::string_view comment_tags(std::string_view sql);

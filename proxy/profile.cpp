@@ -40,7 +40,7 @@ pool::MemoryOwners Worker::memory() const {
   pool::MemoryOwners owners;
   owners.clients = footprint_of_slots(clients_);
   for (const auto& [id, client] : clients_) owners.clients += client->footprint();
-  owners.statements = statements.footprint();
+  owners.statements = statements.footprint() + sql_memory.footprint();
   owners.statistics = statement_stats.footprint();
   for (const auto& [key, entry] : pools_) {
     owners.statistics += sizeof *entry + entry->transparency.footprint();

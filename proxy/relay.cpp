@@ -135,8 +135,8 @@ std::size_t ClientSession::on_query(Bytes available, std::size_t total) {
   if (available.size() == total && !too_large) {
     protocol::Reader reader(available.subspan(kHeaderSize));
     const std::string_view sql = reader.cstring();
-    statement = note_statement(protocol::fingerprint_sql(sql), sql);
-    const std::uint32_t residue = protocol::scan_sql(sql, server_->conforming_strings());
+    const auto [residue, fingerprint] = worker_.sql_memory.read(sql, server_->conforming_strings());
+    statement = note_statement(fingerprint, sql);
     if (refuse(sql, residue, true)) return total;
     switch (listen_ahead(note_residue(sql, residue), true)) {
       case Subscriber::Verdict::Wait: return 0;

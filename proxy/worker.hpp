@@ -24,6 +24,7 @@
 #include "pool/stats.hpp"
 #include "protocol/login.hpp"
 #include "protocol/scram.hpp"
+#include "protocol/sql_memory.hpp"
 #include "proxy/catalog.hpp"
 #include "proxy/client_session.hpp"
 #include "proxy/console_show.hpp"
@@ -185,6 +186,7 @@ class Worker {
   std::uint64_t next_request() { return ++last_request_; }
   Gather to_client, to_server;  // of the turn that is running
   protocol::StatementCache statements;
+  protocol::SqlMemory sql_memory;
   protocol::ScramKeyCache scram_keys;
   SSL_CTX* client_tls() { return client_tls_.get(); }
 

@@ -1,9 +1,12 @@
-// The SQL lexer: what it says must not depend on case, on blanks and comments around the text, or on whether names are asked for.
+// The SQL lexer: what it says must not depend on case, on blanks and comments around the text, on the values of numbers, or on whether
+// names are asked for.
 #include "protocol/sql_scan.hpp"
 
 #include <algorithm>
 
 #include "fuzz.hpp"
+#include "protocol/normalize.hpp"
+#include "protocol/sql_memory.hpp"
 
 using namespace pgsidecar::protocol;
 
@@ -20,6 +23,13 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
     require(scan_sql("/* x */ " + text, conforming) == residue, "a comment ahead changes nothing");
     require(scan_sql(text + "\n;", conforming) == residue, "an empty statement behind changes nothing");
     require((scan_sql(text + "\n;SET x = 1", conforming) & kSettings) != 0, "a statement behind is seen");
+  }
+  std::string other;
+  for (const char c : text)
+    other += c >= '0' && c <= '9' ? std::string(1 + (c & 1), static_cast<char>('0' + ('9' - c))) : std::string(1, c);
+  if (same_but_for_numbers(text, other)) {
+    require(scan_sql(other, conforming) == residue, "numbers change nothing");
+    require(has_numbered_names(text) || fingerprint_sql(text) == fingerprint_sql(other), "nor the fingerprint");
   }
   if (text.find_first_of("$\\\"") == std::string::npos) {  // tags, escapes and quoted names know case
     std::string upper = text;
