@@ -28,7 +28,7 @@ bool Pipeline::push(Owed owed) {
 }
 
 std::optional<Owed> Pipeline::take_injection() {
-  if (empty() || at(head_).verdict != Verdict::Inject) return std::nullopt;
+  if (!injects()) return std::nullopt;
   const Owed owed = at(head_);
   pop();
   return owed;

@@ -48,7 +48,8 @@ class Pipeline {
   template <class Dropped>
   std::optional<Reply> receive(Backend type, TxStatus status, Dropped&& dropped);
 
-  /// The entry in front if it is one to inject now.
+  /// The entry in front is one to inject now.
+  bool injects() const { return !empty() && ring_[head_ & mask()].verdict == Verdict::Inject; }
   std::optional<Owed> take_injection();
 
   const Owed* front() const { return empty() ? nullptr : &ring_[head_ & mask()]; }

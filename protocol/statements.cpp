@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <charconv>
 
+#include "protocol/normalize.hpp"
 #include "protocol/sql_scan.hpp"
 
 namespace pgsidecar::protocol {
@@ -29,9 +30,11 @@ StatementRef StatementCache::intern(std::string_view body, const std::shared_ptr
 StatementRef StatementCache::make(std::string_view body, const std::shared_ptr<const void>& meaning) {
   auto statement = std::make_unique<Statement>();
   statement->body = body;
+  statement->sql = std::string_view(statement->body).substr(0, body.find('\0'));
+  statement->tags = comment_tags(statement->sql);
   statement->meaning = meaning;
   statement->id = next_id_++;
-  statement->residue = scan_sql(body.substr(0, body.find('\0')));
+  statement->residue = scan_sql(statement->sql);
   held_ += held_by(*statement);
   return {statement.release(), [this](const Statement* s) {
             retire(*s);

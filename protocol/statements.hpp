@@ -21,7 +21,13 @@ namespace pgsidecar::protocol {
 /// One text with parameter types (Parse's body after the name) and what of the session decided its meaning when it was parsed.
 /// Shared by clients and servers while any holds it.
 struct Statement {
+  Statement() = default;
+  Statement(const Statement&) = delete;  // has views of its own body
+  Statement& operator=(const Statement&) = delete;
+
   std::string body;
+  std::string_view sql;                 ///< the text
+  std::string_view tags;                ///< comment_tags of it
   std::shared_ptr<const void> meaning;  ///< compared only; statements with other meanings are others
   std::uint64_t id = 0;
   std::uint32_t residue = 0;                  ///< scan_sql of the text

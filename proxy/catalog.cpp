@@ -153,10 +153,10 @@ std::uint32_t Catalog::residue_of_names(const std::vector<protocol::Word>& words
   return residue_of_words(words, words_, everywhere_);
 }
 
-std::uint32_t Catalog::residue_of_names(const protocol::Statement& statement, std::string_view sql) const {
+std::uint32_t Catalog::residue_of_names(const protocol::Statement& statement) const {
   if (statement.names_version != version_) {
     statement.names_version = version_;
-    statement.names_residue = residue_of_names(sql);
+    statement.names_residue = residue_of_names(statement.sql);
   }
   return statement.names_residue;
 }

@@ -39,7 +39,7 @@ class Catalog {
   /// The residue of what hangs on all that a text names.
   std::uint32_t residue_of_names(std::string_view sql) const;
   std::uint32_t residue_of_names(const std::vector<protocol::Word>& words) const;
-  std::uint32_t residue_of_names(const protocol::Statement& statement, std::string_view sql) const;  ///< kept with it
+  std::uint32_t residue_of_names(const protocol::Statement& statement) const;  ///< kept with it
 
   /// Of functions that were asked for, those whose bodies leave something, in the order of their names; the first 100.
   std::vector<pool::FunctionEffects> effects() const;

@@ -28,8 +28,6 @@ class ServerConnection;
 class Worker;
 struct PoolEntry;
 
-std::string_view text_of(const protocol::Statement& statement);  ///< the SQL
-
 class ClientSession : public pool::Waiter, public std::enable_shared_from_this<ClientSession> {
  public:
   /// Startup: untyped packets. Tls: handshake. Authenticating. Console: a session of the SQL console, to its end. Greeting: logged in, the
@@ -137,7 +135,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   void transition(State next) { state_ = next; }
   void begin_request();
   void begin_execution();
-  pool::StatementHandle note_statement(std::uint64_t fingerprint, std::string_view sql);
+  pool::StatementHandle note_statement(std::uint64_t fingerprint, std::string_view sql, std::string_view tags);
   pool::StatementHandle note_statement(const protocol::Statement& statement);
   void note_bind(std::string_view portal, const protocol::StatementRef& statement);
   pool::StatementHandle statement_of(protocol::Bytes execute) const;

@@ -136,7 +136,7 @@ std::size_t ClientSession::on_query(Bytes available, std::size_t total) {
     protocol::Reader reader(available.subspan(kHeaderSize));
     const std::string_view sql = reader.cstring();
     const auto [residue, fingerprint] = worker_.sql_memory.read(sql, server_->conforming_strings());
-    statement = note_statement(fingerprint, sql);
+    statement = note_statement(fingerprint, sql, protocol::comment_tags(sql));
     if (refuse(sql, residue, true)) return total;
     switch (listen_ahead(note_residue(sql, residue), true)) {
       case Subscriber::Verdict::Wait: return 0;
@@ -193,7 +193,7 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
       const auto statement = worker_.statements.intern({reinterpret_cast<const char*>(body.data()), body.size()}, settings->meaning);
       statements.set(name, statement);  // for the statistics
       server_->running.named = note_statement(*statement);
-      note_residue(text_of(*statement), protocol::scan_sql(text_of(*statement), server_->conforming_strings()));
+      note_residue(statement->sql, protocol::scan_sql(statement->sql, server_->conforming_strings()));
     }
     server_->pipeline.push({Request::Parse, Verdict::Forward, id_});
     relay(available, total);
@@ -223,9 +223,9 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
   protocol::StatementRef statement =
       shared ? worker_.statements.intern(body, settings->meaning) : worker_.statements.make(body, settings->meaning);
   server_->running.named = note_statement(*statement);
-  if (refuse(text_of(*statement), statement->residue, false)) return total;
+  if (refuse(statement->sql, statement->residue, false)) return total;
   if (listen_ahead(note_residue(*statement), false) == Subscriber::Verdict::Wait) return 0;
-  if (statement->residue & protocol::kPrepared) adopt_named(text_of(*statement));
+  if (statement->residue & protocol::kPrepared) adopt_named(statement->sql);
   if (!shared && !name.empty()) residue_ |= protocol::kPrivateStatement;
   auto& held = server_->statements;
   if (name.empty()) {
@@ -396,7 +396,7 @@ std::size_t ClientSession::on_bind(Bytes available, std::size_t total) {
   if (statement->residue & protocol::kPrepared) {
     // Prepared under the client's own name, it is itself among what it may list.
     note_residue(*statement);
-    adopt_named(text_of(*statement));
+    adopt_named(statement->sql);
     server_->adopt(std::string(name), statement);
     ++queries;
     pipeline.push({Request::Bind, Verdict::Forward, id_});

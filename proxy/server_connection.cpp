@@ -39,6 +39,10 @@ bool wanted_whole(Backend type) {
   }
 }
 
+bool is_row(std::uint8_t type) {
+  return type == static_cast<std::uint8_t>(Backend::DataRow) || type == static_cast<std::uint8_t>(Backend::CopyData);
+}
+
 /// After which a text prepared before may have other columns, so that who prepares it anew must get a new plan.
 bool changes_results(std::string_view tag) {
   return tag.starts_with("ALTER ") || tag.starts_with("DROP ") || tag == "CREATE VIEW" || tag == "CREATE FUNCTION";
@@ -156,6 +160,10 @@ std::size_t ServerConnection::process(Bytes in) {
       at += n;
       continue;
     }
+    if (const std::size_t rows = is_row(left[0]) ? pass_rows(left) : 0) {
+      at += rows;
+      continue;
+    }
     if (left.size() < kHeaderSize) break;
     const std::uint32_t length = protocol::load_u32(left.data() + 1);
     const std::size_t total = std::size_t{length} + 1;
@@ -195,6 +203,28 @@ std::size_t ServerConnection::process(Bytes in) {
       client_->subscriber()->on_answered();
     }
   }
+  return at;
+}
+
+std::size_t ServerConnection::pass_rows(Bytes in) {
+  const Owed* front = pipeline.front();
+  if (!client_ || !front || front->owner != client_->id() || front->verdict != Verdict::Forward) return 0;
+  if (front->request != Request::Query && front->request != Request::Execute) return 0;
+  std::size_t at = 0;
+  while (in.size() - at >= kHeaderSize && pass_left_ == 0) {
+    if (!is_row(in[at])) break;
+    const std::uint32_t length = protocol::load_u32(in.data() + at + 1);
+    if (length < 4 || length > kMaxMessage) break;
+    const std::size_t available = std::min(std::size_t{length} + 1, in.size() - at);
+    pass_left_ = length + 1 - available;
+    running.bytes += length + 1;
+    at += available;
+  }
+  if (at == 0) return 0;
+  worker_.to_client.add(in.data(), at);
+  pass_forward_ = true;
+  answered_ = false;
+  farewell_.reset();
   return at;
 }
 
@@ -317,7 +347,7 @@ bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total
   if (forward) worker_.to_client.add(available.data(), available.size());
   pass_left_ = total - available.size();
   pass_forward_ = forward;
-  inject();
+  if (pipeline.injects()) inject();
   return true;
 }
 

@@ -191,6 +191,8 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   void read_soon();  ///< in a turn of its own
   void wait_writable();
   std::size_t process(protocol::Bytes in);
+  /// How far it is rows of the client's own answer, most of what servers send: they go on, and change nothing but the count.
+  std::size_t pass_rows(protocol::Bytes in);
   bool on_frame(protocol::Backend type, protocol::Bytes available, std::size_t total);
   bool on_reply(protocol::Backend type, protocol::Bytes available, std::size_t total);
   void note_answer(protocol::Backend type, const protocol::Owed& owed, protocol::Bytes available, std::size_t total);

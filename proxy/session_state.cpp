@@ -57,14 +57,9 @@ constexpr std::uint32_t kIndelible = pool::bit(PinReason::RandomSeed) | pool::bi
 
 }  // namespace
 
-std::string_view text_of(const protocol::Statement& statement) {
-  return std::string_view(statement.body).substr(0, statement.body.find('\0'));
-}
-
 std::uint32_t ClientSession::note_residue(const protocol::Statement& statement) {
-  const std::string_view sql = text_of(statement);
-  if (!entry_->catalog.quiet()) note_names(sql, entry_->catalog.residue_of_names(statement, sql));
-  return note_residue(sql, server_->conforming_strings() ? statement.residue : protocol::scan_sql(sql, false));
+  if (!entry_->catalog.quiet()) note_names(statement.sql, entry_->catalog.residue_of_names(statement));
+  return note_residue(statement.sql, server_->conforming_strings() ? statement.residue : protocol::scan_sql(statement.sql, false));
 }
 
 /// What hangs on what a text names: triggers, defaults, rules...

@@ -55,7 +55,7 @@ void ClientSession::begin_execution() {
   if (server_->pipeline.status() == protocol::TxStatus::Idle) transaction_since = now;
 }
 
-pool::StatementHandle ClientSession::note_statement(std::uint64_t fingerprint, std::string_view sql) {
+pool::StatementHandle ClientSession::note_statement(std::uint64_t fingerprint, std::string_view sql, std::string_view tags) {
   auto& stats = worker_.statement_stats;
   auto& running = server_->running;
   const auto handle = stats.find(entry_->number, fingerprint, sql, worker_.now());
@@ -65,14 +65,13 @@ pool::StatementHandle ClientSession::note_statement(std::uint64_t fingerprint, s
     running.first_may_begin = true;
   }
   running.last = handle;
-  running.tags = protocol::comment_tags(sql).substr(0, pool::StatementStats::kMostTags);
+  running.tags = tags.substr(0, pool::StatementStats::kMostTags);
   return handle;
 }
 
 pool::StatementHandle ClientSession::note_statement(const protocol::Statement& statement) {
-  const std::string_view sql = text_of(statement);
-  if (statement.fingerprint == 0) statement.fingerprint = protocol::fingerprint_sql(sql);
-  return note_statement(statement.fingerprint, sql);
+  if (statement.fingerprint == 0) statement.fingerprint = protocol::fingerprint_sql(statement.sql);
+  return note_statement(statement.fingerprint, statement.sql, statement.tags);
 }
 
 void ClientSession::note_bind(std::string_view portal, const protocol::StatementRef& statement) {

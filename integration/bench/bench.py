@@ -1,7 +1,7 @@
 #!/usr/bin/python3
 """pgsidecar beside Debian's PgBouncer (transaction mode, the same pool of 15), or with --against beside another build of pgsidecar, in one
-run; prints Markdown tables. One client each, and two builds, run at the same time, so that what disturbs one disturbs the other: 1 % shows.
-PgBouncer and pgsidecar with 50 clients take turns: they would compete for the CPU.
+run; prints Markdown tables. With one client each, both run at the same time, so that what disturbs one disturbs the other: 1 % shows. With
+50, which would compete for the CPU, they take turns of 0.1 s within one run, for the same reason: 3 % shows.
 
 CPU is the proxy process's own, from the kernel's scheduler statistics, divided by pgbench's count of transactions, logins left out. The
 proxy has a CPU to itself, the server and pgbench have the rest: where the scheduler puts a wake-up decides 15 % otherwise. Absolute times
@@ -10,7 +10,6 @@ say little on a shared machine; the ratio of the two within one run does, and th
   integration/bench/bench.py [--seconds 4] [--rounds 3] [--only cpu,login,memory,start,idle] [--against OTHER/pgsidecar]
 """
 import argparse
-import concurrent.futures as futures
 import contextlib
 import os
 import pathlib
@@ -31,6 +30,7 @@ POOL = {"pool": {"max": 15, "min": 0, "maxUses": 0, "idleTimeoutMillis": 600000,
 CASES = [("select-only, simple", ["-S", "-M", "simple"], 1), ("select-only, simple", ["-S", "-M", "simple"], 50),
          ("select-only, extended", ["-S", "-M", "extended"], 1), ("select-only, extended", ["-S", "-M", "extended"], 50),
          ("TPC-B, simple", ["-M", "simple"], 1), ("TPC-B, simple", ["-M", "simple"], 50)]
+TURN = 0.1  # seconds
 
 
 @contextlib.contextmanager
@@ -64,45 +64,74 @@ def other_build(binary):
     return make
 
 
+def begin(proxy, *arguments):
+    return subprocess.Popen(["pgbench", "-n", "-j", "1", *arguments], env=proxy.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def end(proxy, run):
+    """How many transactions it made."""
+    out, errors = run.communicate(timeout=300)
+    if run.returncode:
+        raise SystemExit(f"pgbench failed with {proxy.kind}:\n{errors}")
+    return int(re.search(r"transactions actually processed: (\d+)", out)[1])
+
+
 def pgbench(proxy, *arguments):
     """(transactions, CPU seconds of the proxy)"""
     before = proxy.cpu_seconds()
-    done = subprocess.run(["pgbench", "-n", "-j", "1", *arguments], env=proxy.environment(), capture_output=True, text=True, timeout=300)
-    cpu = proxy.cpu_seconds() - before
-    if done.returncode:
-        raise SystemExit(f"pgbench failed with {proxy.kind}:\n{done.stderr}")
-    return int(re.search(r"transactions actually processed: (\d+)", done.stdout)[1]), cpu
+    count = end(proxy, begin(proxy, *arguments))
+    return count, proxy.cpu_seconds() - before
 
 
-def transactions(proxy, arguments, clients, seconds):
-    """(transactions, CPU seconds of the proxy) of so many seconds, without the logins: a run of one transaction a client is taken off."""
-    count, used = pgbench(proxy, "-c", str(clients), "-T", str(seconds), *arguments)
-    logins, login = pgbench(proxy, "-c", str(clients), "-t", "1", *arguments)
-    return count - logins, used - login
+def take_turns(runs, seconds):
+    """Lets one of two runs of pgbench go on at a time."""
+    going, waiting = runs
+    until = time.monotonic() + seconds
+    waiting.send_signal(signal.SIGSTOP)
+    try:
+        while time.monotonic() < until:
+            time.sleep(TURN)
+            going.send_signal(signal.SIGSTOP)
+            time.sleep(TURN / 20)  # what is on its way is answered
+            waiting.send_signal(signal.SIGCONT)
+            going, waiting = waiting, going
+    finally:
+        waiting.send_signal(signal.SIGCONT)
 
 
-def cpu(pg, seconds, rounds, theirs, name, at_once):
+def compare(proxies, arguments, clients, seconds):
+    """For each of two proxies (transactions, CPU seconds), without the logins: what a run of one transaction a client costs is taken off."""
+    logins = [pgbench(proxy, "-c", str(clients), "-t", "1", *arguments) for proxy in proxies]
+    before = [proxy.cpu_seconds() for proxy in proxies]
+    turns = clients > 1
+    runs = [begin(proxy, "-c", str(clients), "-T", str(seconds * (2 if turns else 1)), *arguments) for proxy in proxies]
+    if turns:
+        time.sleep(0.5)
+        take_turns(runs, 2 * seconds - 1)
+    counts = [end(proxy, run) for proxy, run in zip(proxies, runs)]
+    return [(count - n, proxy.cpu_seconds() - used - login)
+            for proxy, count, used, (n, login) in zip(proxies, counts, before, logins)]
+
+
+def cpu(pg, seconds, rounds, theirs, name):
     print("\n### CPU of the proxy per transaction\n")
-    print(f"| upstream | load | clients | pgsidecar, µs | {name}, µs | ratio | spread | tps, pgsidecar / {name} |")
-    print("|---|---|--:|--:|--:|--:|---|--:|")
+    print(f"| upstream | load | clients | pgsidecar, µs | {name}, µs | ratio | spread |")
+    print("|---|---|--:|--:|--:|--:|---|")
     worst = 0
     for tls in (False, True):
-        with running(alone(ours(pg, tls))) as a, running(alone(theirs(pg, tls))) as b, futures.ThreadPoolExecutor(2) as both:
+        with running(alone(ours(pg, tls))) as a, running(alone(theirs(pg, tls))) as b:
             for load, arguments, clients in CASES:
-                each = both.map if at_once or clients == 1 else map
-                for proxy in (a, b):
-                    transactions(proxy, arguments, clients, 1)  # connections are opened
-                micros, ratios, tps = {a: [], b: []}, [], {a: [], b: []}
+                compare((a, b), arguments, clients, 1)  # connections are opened
+                micros, ratios = {a: [], b: []}, []
                 for number in range(rounds):
                     order = (a, b) if number % 2 == 0 else (b, a)
-                    for proxy, (count, used) in zip(order, each(lambda p: transactions(p, arguments, clients, seconds), order)):
+                    for proxy, (count, used) in zip(order, compare(order, arguments, clients, seconds)):
                         micros[proxy].append(used / count * 1e6)
-                        tps[proxy].append(count / seconds)
                     ratios.append(micros[a][-1] / micros[b][-1])
                 ratio = statistics.median(ratios)
                 worst = max(worst, ratio)
                 print(f"| {'TLS' if tls else 'plain'} | {load} | {clients} | {statistics.median(micros[a]):.1f} | {statistics.median(micros[b]):.1f} "
-                      f"| **{ratio:.2f}** | {min(ratios):.2f} to {max(ratios):.2f} | {statistics.median(tps[a]) / statistics.median(tps[b]):.2f} |", flush=True)
+                      f"| **{ratio:.2f}** | {min(ratios):.2f} to {max(ratios):.2f} |", flush=True)
     return worst
 
 
@@ -208,7 +237,7 @@ def main():
         environment = {**os.environ, "PGPASSWORD": PASSWORD}
         subprocess.run(["pgbench", "-i", "-q", "-s", "50" if "cpu" in wanted else "1", "-h", "127.0.0.1", "-p", str(pg.port), "-U", USER, DATABASE], env=environment, check=True, capture_output=True)
         if "cpu" in wanted:
-            worst = cpu(pg, options.seconds, options.rounds, other, name, at_once=bool(options.against))
+            worst = cpu(pg, options.seconds, options.rounds, other, name)
         if "login" in wanted:
             login(pg, other)
         if "memory" in wanted:

@@ -112,14 +112,15 @@ TEST_F(CatalogTest, AStatementsJudgementIsKeptUntilSomethingChanges) {
   database.bodies = {{"lock", "BEGIN PERFORM pg_advisory_lock(1); RETURN NEW; END"}};
   database.survey(catalog, now);
   protocol::Statement statement;
-  EXPECT_EQ(catalog.residue_of_names(statement, "TABLE t"), 0u);
+  statement.sql = "TABLE t";
+  EXPECT_EQ(catalog.residue_of_names(statement), 0u);
   database.hanging = {{"t", "lock"}};
   EXPECT_FALSE(catalog.due(now + seconds(29)));
   EXPECT_TRUE(catalog.due(now + seconds(30)));
   database.survey(catalog, now + seconds(30));
-  EXPECT_EQ(catalog.residue_of_names(statement, "TABLE t"), kAdvisoryLock);
+  EXPECT_EQ(catalog.residue_of_names(statement), kAdvisoryLock);
   Catalog other(settings);
-  EXPECT_EQ(other.residue_of_names(statement, "TABLE t"), kFunction);
+  EXPECT_EQ(other.residue_of_names(statement), kFunction);
 }
 
 TEST_F(CatalogTest, ABodyIsReadAnewByTheNextSurvey) {
