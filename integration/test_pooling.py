@@ -11,6 +11,7 @@ import pytest
 
 import harness
 import wire
+from gate import Gate
 from harness import DATABASE, PASSWORD, USER
 
 
@@ -349,6 +350,19 @@ def test_no_client_sees_another_ones_bytes(proxies, pg):
                     w.ask(wire.query(rng.choice(("COMMIT", "ROLLBACK"))))
 
     harness.threads(60, work)
+
+
+def test_one_client_has_one_connection(proxies, pg):
+    """Also while that, not being the client's yet, is asked what the catalogs have, which takes several round trips."""
+    with Gate(pg.port) as gate:
+        for _ in range(3):
+            proxy = proxies({"pool": {"max": 5}}, url=pg.url(port=gate.port))
+            gate.delay = 0.005
+            with raw(proxy) as w:
+                for _ in range(5):
+                    assert w.value("SELECT 1") == "1"
+                time.sleep(0.5)
+                assert proxy.stats()["totalCount"] == 1
 
 
 def test_session_mode(proxies, pg):

@@ -24,6 +24,7 @@ namespace {
 
 constexpr std::uint32_t kMaxMessage = 0x40000000;
 constexpr std::size_t kMaxParsed = 1u << 20;                         // of a message of the server that is looked into
+constexpr auto kSoon = std::chrono::milliseconds(100);               // in which a survey is answered
 constexpr auto kBetweenStatements = std::chrono::milliseconds(100);  // a server that has answered one may ignore a cancel request
 
 /// Messages that are looked into and so wanted whole.
@@ -61,6 +62,10 @@ ServerConnection::ServerConnection(Worker& worker, PoolEntry& entry, std::uint64
 void ServerConnection::transition(State next) {
   state_ = next;
   if (!alive() && std::exchange(listener_, false)) entry_.listener.on_gone();
+}
+
+bool ServerConnection::returns_soon(pool::Time now) const {
+  return state_ == State::Resetting && !condemned && now - surveyed_since_ < kSoon;
 }
 
 // --- reading and writing
@@ -509,6 +514,7 @@ void ServerConnection::settle() {
   pool::CloseReason reason{};
   if (!settings) reason = pool::CloseReason::Broken, condemned = true;
   if (!condemned && ask_catalog()) {
+    if (state_ != State::Resetting) surveyed_since_ = worker_.now();
     transition(State::Resetting);
     deadline = worker_.now() + std::chrono::seconds(5);
     return worker_.kick();

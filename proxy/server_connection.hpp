@@ -84,6 +84,8 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   const std::map<std::string, std::string>& parameters() const { return parameters_; }
   log::About about(std::string_view sqlstate = {}) const;  ///< for the log
   std::size_t queued() const { return channel_ ? channel_->queued() : 0; }
+  /// Its catalogs are being surveyed, and not for long yet: a waiter is better off with it than with a new connection.
+  bool returns_soon(pool::Time now) const;
   bool alive() const { return state_ == State::Idle || state_ == State::Leased || state_ == State::Resetting; }
 
   protocol::Pipeline pipeline;
@@ -226,6 +228,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   const std::uint64_t id_;
   pool::Permit permit_;
   State state_ = State::Connecting;
+  pool::Time surveyed_since_{};
   std::optional<Channel> channel_;
   Target target_;
   std::shared_ptr<const Upstream> upstream_;  // as it was when this was connected

@@ -302,6 +302,7 @@ void Worker::serve_from(PoolEntry& entry) {
   const conf::PoolSettings& settings = entry.pool.settings();
   const std::uint32_t capacity = entry.pool.capacity();
   std::uint32_t open = entry.pool.wanted(entry.connecting);
+  for (auto it = entry.servers.begin(); open > 0 && it != entry.servers.end(); ++it) open -= it->second->returns_soon(now());
   const bool wanted = entry.clients > 0 && !draining_;
   if (entry.replacements > 0) {
     const std::uint32_t places = capacity - std::min(capacity, entry.pool.open());

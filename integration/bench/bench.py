@@ -29,7 +29,8 @@ CPUS = sorted(os.sched_getaffinity(0))
 POOL = {"pool": {"max": 15, "min": 0, "maxUses": 0, "idleTimeoutMillis": 600000, "connectionTimeoutMillis": 60000}, "limits": {"maxClients": 2000}}
 CASES = [("select-only, simple", ["-S", "-M", "simple"], 1), ("select-only, simple", ["-S", "-M", "simple"], 50),
          ("select-only, extended", ["-S", "-M", "extended"], 1), ("select-only, extended", ["-S", "-M", "extended"], 50),
-         ("TPC-B, simple", ["-M", "simple"], 1), ("TPC-B, simple", ["-M", "simple"], 50)]
+         ("TPC-B, simple", ["-M", "simple"], 1), ("TPC-B, simple", ["-M", "simple"], 50),
+         ("1000 rows, simple", ["-M", "simple", "-f", str(pathlib.Path(__file__).with_name("rows.sql"))], 1)]
 TURN = 0.1  # seconds
 
 

@@ -1,0 +1,1 @@
+SELECT aid, bid FROM pgbench_accounts WHERE aid <= 1000;
