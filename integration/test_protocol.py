@@ -611,6 +611,20 @@ def test_cancel_while_settings_are_carried(proxies, pg):
         assert w.value("SHOW default_text_search_config") == "pg_catalog.simple"
 
 
+def test_a_late_cancel_reaches_no_later_statement(proxies, pg):
+    """It comes when the client has its answer and the proxy asks about the session."""
+    proxy = proxies({"pool": {"max": 1}})
+    with raw(proxy) as w, pg.admin(DATABASE) as admin:
+        w.ask(wire.query("CREATE TEMP TABLE pins (a int)"))
+        with admin.transaction():
+            admin.execute("LOCK TABLE pg_catalog.pg_prepared_statements IN ACCESS EXCLUSIVE MODE")
+            assert kinds(w.ask(wire.query("SET work_mem = '5MB'"))) == "CZ"
+            harness.poll(lambda: pg.count("wait_event_type = 'Lock' AND usename = 'app'") == 1, what="the session is looked at")
+            send_cancel(proxy, w)
+            time.sleep(0.3)
+        assert kinds(w.ask(wire.query("SELECT pg_sleep(0.5)"))) == "TDCZ"
+
+
 # ---- notices, parameters
 
 def test_parameter_status_is_told(small):

@@ -72,7 +72,7 @@ bool same_but_for_numbers(std::string_view a, std::string_view b) {
     // Each goes on in a number or has just ended it. The texts are the same from that number's first digit to here.
     const char* begin = p;
     while (begin != a.data() && is(begin[-1], kDigit)) --begin;
-    if (begin != a.data() && is(begin[-1], kWord)) return false;
+    if (begin != a.data() && (is(begin[-1], kWord) || begin[-1] == '\\')) return false;
     const char* const p_past = past_digits(p, p_end);
     const char* const q_past = past_digits(q, q_end);
     if (begin == p && (p_past == p || q_past == q)) return false;

@@ -14,7 +14,8 @@ struct SqlReading {
   std::uint64_t fingerprint = 0;  ///< fingerprint_sql
 };
 
-/// Whether two texts are the same but for the values of numbers (words of digits alone). O(size).
+/// Whether two texts are the same but for the values of numbers: words of digits alone, and none behind a backslash, which may be taken
+/// away where the text is code within a text. O(size).
 bool same_but_for_numbers(std::string_view a, std::string_view b);
 
 class SqlMemory {

@@ -309,6 +309,7 @@ bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total
   }
   if (owed.owner == protocol::kProxy) {
     on_proxy_reply(type, owed.note, available);
+    cancel_due_ &= client_ && !pipeline.empty();
     if (cancel_due_) {
       deadline = worker_.now() + kBetweenStatements;
       worker_.kick();

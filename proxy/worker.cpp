@@ -302,7 +302,7 @@ void Worker::serve_from(PoolEntry& entry) {
   const conf::PoolSettings& settings = entry.pool.settings();
   const std::uint32_t capacity = entry.pool.capacity();
   std::uint32_t open = entry.pool.wanted(entry.connecting);
-  for (auto it = entry.servers.begin(); open > 0 && it != entry.servers.end(); ++it) open -= it->second->returns_soon(now());
+  if (open > 0) open = entry.pool.wanted(entry.connecting + returning_soon(entry));
   const bool wanted = entry.clients > 0 && !draining_;
   if (entry.replacements > 0) {
     const std::uint32_t places = capacity - std::min(capacity, entry.pool.open());
@@ -314,6 +314,12 @@ void Worker::serve_from(PoolEntry& entry) {
   if (open == 0 && listens && !entry.listener.has_server() && entry.connecting == 0 && entry.pool.open() < capacity) open = 1;
   if (entry.backoff.failures() > 0) open = std::min(open, entry.connecting == 0 ? 1u : 0u);  // one probes for all
   for (; open > 0; --open) open_server(entry, {});
+}
+
+std::uint32_t Worker::returning_soon(const PoolEntry& entry) const {
+  std::uint32_t count = 0;
+  for (const auto& [id, server] : entry.servers) count += server->returns_soon(now());
+  return count;
 }
 
 void Worker::open_server(PoolEntry& entry, std::optional<ServerConnection::Login> login) {

@@ -285,6 +285,7 @@ class Worker {
     if (watcher_) std::exchange(watcher_, nullptr)();
   }
   void serve_from(PoolEntry& entry);
+  std::uint32_t returning_soon(const PoolEntry& entry) const;
   bool wants_listener(const PoolEntry& entry) const;
   void open_server(PoolEntry& entry, std::optional<ServerConnection::Login> login);
   bool may_be_waking(const std::string& upstream) const;

@@ -49,5 +49,6 @@ std::vector<std::string> seeds() {
           "1SELECT set_config('a' || '.b', $1, true), set_config('x.y', $1, false)",
           "1PREPARE p AS SELECT 1; EXPLAIN ANALYZE EXECUTE p; DEALLOCATE ALL",
           "1BEGIN; SAVEPOINT a; ROLLBACK TO a; COMMIT PREPARED 'x'; DISCARD ALL",
+          "1DO E'log\\10(1)'; DO $$ E'log\\11(1)' $$",
           "1SELECT U&\"d\\0061t\", 1.e5, $$;SET x$$, $1"};
 }

@@ -28,6 +28,7 @@ TEST(SqlMemory, NumbersAloneMayDiffer) {
               {"SELECT a1", "SELECT a11", false},
               {"SELECT $1", "SELECT $2", false},
               {"SELECT 1e5", "SELECT 1e6", false},
+              {"DO E'log\\10(1)'", "DO E'log\\11(1)'", false},
               {"SELECT 0x1", "SELECT 00x1", false},
               {"SELECT 1a", "SELECT 2a", false},
               {"SELECT 1\xc3\xa9", "SELECT 2\xc3\xa9", false},
@@ -57,14 +58,49 @@ TEST(SqlMemory, WhatIsReadDependsOnStandardConformingStrings) {
   ASSERT_NE(scan_sql(sql, true), scan_sql(sql, false));
 }
 
-/// Texts put together of pieces, each with other numbers a thousand times: what is remembered is what would be read.
+/// Texts put together of pieces, with other numbers each time: what is remembered is what would be read.
 TEST(SqlMemory, WhatIsRememberedIsWhatWouldBeRead) {
-  const char* pieces[] = {"SELECT ",    "#",          " ",           ";",          "'",    "\"",       "$$",
-                          "$#",         "SET a.b = ", "set_config(", "'work_mem'", ", ",   "true",     "false",
-                          ")",          "DO ",        ".",           "e",          "E'",   "\\",       "/*",
-                          "*/",         "--",         "\n",          "(",          "f#(",  "pg_temp.", "IN (#, #)",
-                          "EXECUTE p#", "-",          "+",           "x",          "$x#$", "LISTEN ",  "INSERT INTO t VALUES (#), (#)",
-                          "U&\"",       "::int#",     "BEGIN",       "nextval("};
+  const char* pieces[] = {"SELECT ",
+                          "#",
+                          " ",
+                          ";",
+                          "'",
+                          "\"",
+                          "$$",
+                          "$#",
+                          "SET a.b = ",
+                          "set_config(",
+                          "'work_mem'",
+                          ", ",
+                          "true",
+                          "false",
+                          ")",
+                          "DO ",
+                          ".",
+                          "e",
+                          "E'",
+                          "\\",
+                          "/*",
+                          "*/",
+                          "--",
+                          "\n",
+                          "(",
+                          "f#(",
+                          "pg_temp.",
+                          "IN (#, #)",
+                          "EXECUTE p#",
+                          "-",
+                          "+",
+                          "x",
+                          "$x#$",
+                          "LISTEN ",
+                          "INSERT INTO t VALUES (#), (#)",
+                          "U&\"",
+                          "::int#",
+                          "BEGIN",
+                          "nextval(",
+                          "DO E'log\\1#(1)'",
+                          "DO $$ E'log\\#(1)' $$"};
   std::mt19937 random(20261126);
   const auto pick = [&](std::size_t n) { return std::uniform_int_distribution<std::size_t>(0, n - 1)(random); };
   SqlMemory memory;
