@@ -18,6 +18,7 @@ namespace pgsidecar::conf {
 namespace {
 
 constexpr std::size_t kMaxFile = 1u << 20;
+constexpr int kDeepest = 16;  // mappings in mappings
 
 std::string joined(const std::vector<std::string>& lines) {
   std::string out;
@@ -44,7 +45,7 @@ class Reader {
 
   void read(const YAML::Node& root) {
     if (!root.IsNull() && !root.IsMap()) return mistake(root, "", "a mapping of keys is expected");
-    no_duplicates(root, "");
+    if (!no_duplicates(root, "", 0)) return;
     for (const auto& entry : root) {
       const std::string name = entry.first.Scalar();
       if (name == "upstream")
@@ -83,8 +84,13 @@ class Reader {
     wrong_.insert(path.substr(0, path.rfind('.')));
   }
 
-  void no_duplicates(const YAML::Node& map, const std::string& path) {
-    if (!map.IsMap()) return;
+  /// False: it can't be read, since it has no end.
+  bool no_duplicates(const YAML::Node& map, const std::string& path, int depth) {
+    if (!map.IsMap()) return true;
+    if (depth > kDeepest) {
+      mistake(map, path.substr(0, path.find('.')), "nested too deeply (an alias of what it is in?)");
+      return false;
+    }
     std::set<std::string> seen;
     for (const auto& entry : map) {
       const std::string inner = (path.empty() ? "" : path + ".") + entry.first.Scalar();
@@ -92,8 +98,9 @@ class Reader {
         mistake(entry.first, inner, "given twice");
       else
         lines_[inner] = entry.first.Mark().line + 1;
-      no_duplicates(entry.second, inner);
+      if (!no_duplicates(entry.second, inner, depth + 1)) return false;
     }
+    return true;
   }
 
   std::optional<std::string> scalar(const YAML::Node& node, const std::string& path, bool expanded) {
@@ -101,6 +108,10 @@ class Reader {
     if (node.IsSequence()) {
       std::string out;
       for (const auto& item : node) {
+        if (item.IsSequence()) {
+          mistake(item, path, "a list of single values is expected");
+          return std::nullopt;
+        }
         const auto one = scalar(item, path, expanded);
         if (!one) return std::nullopt;
         out += (out.empty() ? "" : ",") + *one;

@@ -89,11 +89,15 @@ const Keyword* find_keyword(std::string_view name) {
   return nullptr;
 }
 
+constexpr const char* kEncode = "; a / ? # @ : or % in a user name or password is percent-encoded (/ is %2F)";
+
 using Values = std::map<std::string, std::string, std::less<>>;
 
-void set_value(Values& values, std::string_view raw_name, std::string value) {
+/// `secret`: the name may be a part of a password.
+void set_value(Values& values, std::string_view raw_name, std::string value, bool secret = false) {
   std::string name(raw_name);
   if (name == "ssl" && value == "true") name = "sslmode", value = "require";  // JDBC's and libpq's old form
+  if (!find_keyword(name) && secret) throw ConfigError(std::string("connection string: an unknown parameter") + kEncode);
   if (!find_keyword(name))
     throw ConfigError("connection string: unknown parameter \"" + name + "\"" + did_you_mean(name, connection_keywords()));
   values[name] = std::move(value);
@@ -123,15 +127,15 @@ std::string decode(std::string_view text, const char* part) {
   return out;
 }
 
-constexpr const char* kEncode = "; a / ? # @ : or % in a user name or password is percent-encoded (/ is %2F)";
-
 void parse_uri(std::string_view text, Values& values) {
   text.remove_prefix(text.find("://") + 3);
   if (const auto hash = text.find('#'); hash != std::string_view::npos && text.find('?') > hash && text.find('@') < hash)
     throw ConfigError("connection string: a # must be written %23");
   std::string_view query;
-  // The authority ends at the first / or ?; a password may hold either only in percent-encoding, a @ anywhere before that.
-  std::size_t end = text.find_first_of("/?");
+  // The authority ends at the first / or ?. A password may hold a @, and before the first of them a ?, as libpq reads it.
+  const std::size_t first_at = text.find('@');
+  const bool has_credentials = first_at < text.find('/');
+  const std::size_t end = text.find_first_of("/?", has_credentials ? first_at : 0);
   std::string_view authority = text.substr(0, end);
   std::string_view rest = end == std::string_view::npos ? std::string_view() : text.substr(end);
   if (const auto question = rest.find('?'); question != std::string_view::npos) {
@@ -185,7 +189,10 @@ void parse_uri(std::string_view text, Values& values) {
   }
   if (!hosts.empty()) values["host"] = hosts;
   if (any_port) values["port"] = ports;
+  if (rest.find('@') != std::string_view::npos)
+    throw ConfigError(std::string("connection string: a @ in the database name is written %40") + kEncode);
   if (rest.size() > 1) values["dbname"] = decode(rest.substr(1), "database name");
+  const bool secret = query.find('@') != std::string_view::npos;
   while (!query.empty()) {
     const auto amp = query.find('&');
     const std::string_view pair = query.substr(0, amp);
@@ -193,7 +200,7 @@ void parse_uri(std::string_view text, Values& values) {
     const auto equals = pair.find('=');
     if (equals == std::string_view::npos)
       throw ConfigError("connection string: missing key/value separator \"=\" in a URI query parameter");
-    set_value(values, decode(pair.substr(0, equals), "query"), decode(pair.substr(equals + 1), "query"));
+    set_value(values, decode(pair.substr(0, equals), "query"), decode(pair.substr(equals + 1), "query"), secret);
   }
 }
 
@@ -252,11 +259,16 @@ std::vector<std::string> split(std::string_view text, char by) {
   }
 }
 
+/// A value in quotes, unless it may be the end of a password.
+std::string told(std::string_view value) {
+  return value.find('@') == std::string_view::npos ? " \"" + std::string(value) + "\"" : std::string();
+}
+
 std::uint32_t number(std::string_view name, std::string_view text, std::uint32_t max) {
   std::uint32_t n = 0;
   const auto [end, ec] = std::from_chars(text.data(), text.data() + text.size(), n);
   if (ec != std::errc() || end != text.data() + text.size() || n > max)
-    throw ConfigError("connection string: invalid integer value \"" + std::string(text) + "\" for \"" + std::string(name) + "\"");
+    throw ConfigError("connection string: invalid integer value" + told(text) + " for \"" + std::string(name) + "\"");
   return n;
 }
 
@@ -267,7 +279,7 @@ T choice(std::string_view name, std::string_view text, const std::pair<std::stri
     if (word == text) return value;
     known.push_back(word);
   }
-  throw ConfigError("connection string: invalid " + std::string(name) + " value \"" + std::string(text) + "\"" + did_you_mean(text, known));
+  throw ConfigError("connection string: invalid " + std::string(name) + " value" + told(text) + did_you_mean(text, known));
 }
 
 bool is_loopback(const Host& host) {

@@ -318,6 +318,24 @@ def test_a_leak_is_logged_listed_counted_and_told(proxies):
     assert statement(proxy, "SELECT ?, ... AS opened")["leftIdle"] == 1
 
 
+@pytest.mark.parametrize("mode", ["transaction", "session"])
+@pytest.mark.parametrize("how", ["gone", "closed", "timed out"])
+def test_a_leaking_client_that_is_gone_leaks_no_more(proxies, mode, how):
+    limits = {"idleInTransactionTimeoutMillis": 700} if how == "timed out" else {}
+    proxy = proxies({"pool": {"idleInTransactionWarnMillis": 200, "mode": mode, **limits}})
+    w = wire.Wire(proxy.port)
+    assert w.login(harness.USER, harness.PASSWORD, harness.DATABASE) is None
+    w.ask(wire.query("BEGIN"))
+    [leak] = poll(lambda: api(proxy, "leaks")["leaks"])
+    if how == "closed":
+        assert post(proxy, f"/api/admin/clients/{leak['client']}/close")[0] == 200
+    elif how == "gone":
+        w.sock.close()
+    poll(lambda: proxy.stats()["activeCount"] == 0, what="it is gone")
+    time.sleep(1.5)  # what is told once a second is told
+    assert api(proxy, "leaks")["leaks"] == []
+
+
 # --- limits
 
 def test_an_idle_transaction_is_ended(proxies, pg):

@@ -249,10 +249,12 @@ pool::Snapshot Worker::snapshot(Detail detail) {
       p.preparedStatements += server->statements.size();
       p.cancelling += server->cancels_pending > 0;
       p.beingCancelled += server->cancels_pending > 0 && !server->client();
-      p.leaking += server->running.leaking;
-      if (server->running.leaking && micros(t - server->client()->transaction_since) >= p.oldestLeakMicros) {
-        p.oldestLeakMicros = micros(t - server->client()->transaction_since);
-        p.oldestLeaker = server->client()->application();
+      if (const ClientSession* client = server->client(); client && server->running.leaking) {
+        ++p.leaking;
+        if (const auto since = micros(t - client->transaction_since); since >= p.oldestLeakMicros) {
+          p.oldestLeakMicros = since;
+          p.oldestLeaker = client->application();
+        }
       }
       if (detail == Detail::Rows) s.serverRows.push_back(server->row());
       switch (server->state()) {

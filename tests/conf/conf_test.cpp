@@ -46,6 +46,8 @@ TEST(Url, Accepted) {
       {"postgresql://u:p@h:1/d", "h", "u", "p", "d", 1},
       {"postgresql://u:p%40%2F%25@h/d", "h", "u", "p@/%", "d", 5432},
       {"postgresql://u:p@ss@h/d", "h", "u", "p@ss", "d", 5432},  // node-postgres' reading
+      {"postgresql://u:7?p=q@h/d?sslmode=disable", "h", "u", "7?p=q", "d", 5432},
+      {"postgresql://u:p@h?user=a@b", "h", "a@b", "p", "a@b", 5432},
       {"postgresql://u@[::1]:6000/d", "::1", "u", "", "d", 6000},
       {"postgresql://%2Fvar%2Frun/d?user=x", "/var/run", "x", "", "d", 5432},
       {"postgresql:///d?host=a&port=7&user=x&password=q", "a", "x", "q", "d", 7},
@@ -136,7 +138,8 @@ TEST(Url, WhatOtherClientsReadIsIgnoredWithAWarning) {
 TEST(Url, MistakesDoNotTellThePassword) {
   for (const char* text : {"postgresql://u:hunter2@h:x/d", "postgresql://u:hunter2%@h/d", "host=h password=hunter2 port=x",
                            "postgresql://u:hunter2@h/d?no=1", "postgresql+asyncpg://u:hunter2@h/d?ssl=require", "//u:hunter2@h/d?x=1",
-                           "postgresql://u:hunter2/x@h/d", "host=h password=a hunter2=b"})
+                           "postgresql://u:7?hunter2@h/d?no=1", "postgresql://u:7/hunter2@h/d", "postgresql://u:7?hunter2=/x@h/d",
+                           "postgresql://u:7?sslmode=hunter2/@h/d", "postgresql://u:7?connect_timeout=hunter2/@h/d", "postgresql://u:hunter2/x@h/d", "host=h password=a hunter2=b"})
     EXPECT_EQ(mistake([&] { parse(text); }).find("hunter2"), std::string::npos) << text;
 }
 
@@ -403,6 +406,11 @@ TEST(Load, SecretsAreNotPrinted) {
   EXPECT_NE(text.find("maxUses"), std::string::npos);
   const Config defaulted = load_text("upstream: {url: '${NOPE:-postgresql://u:hunter2@h/d}'}\n", "x", kUrl);
   EXPECT_EQ(to_redacted_yaml(defaulted).find("hunter2"), std::string::npos);
+}
+
+TEST(Load, AnAliasOfWhatItIsInIsAMistake) {
+  for (const char* text : {"pool: &a {x: *a}", "alerts: &a {webhooks: *a}", "databases: &a {x: *a}", "listen: &a [*a]"})
+    EXPECT_FALSE(mistake([&] { load_text(text, "x", kUrl); }).empty()) << text;
 }
 
 TEST(Load, HttpUrls) {
