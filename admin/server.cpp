@@ -322,9 +322,14 @@ asio::awaitable<void> Server::Impl::serve(std::shared_ptr<Impl> self, std::share
       const Request& request = parser.get();
       head = request.method() == http::verb::head;
       version = request.version();
-      keep_alive = request.keep_alive();
+      // Where a body ends that has another coding last can't be known (RFC 9112, section 6.1).
+      const bool endless = request.count(http::field::transfer_encoding) > 0 && !request.chunked();
+      keep_alive = request.keep_alive() && !endless;
       try {
-        reply = co_await answer(*session, request);
+        if (endless)
+          reply = failure(400, "the request's Transfer-Encoding isn't chunked");
+        else
+          reply = co_await answer(*session, request);
       } catch (const std::exception&) {
         reply = failure(500, "internal error");
       }

@@ -382,8 +382,16 @@ class Reader {
       mistake(path + ".min", std::to_string(pool.min) + " is more than " + path + ".max (" + std::to_string(pool.max) + ")");
   }
 
+  /// The default isn't more than a `max` that was given.
+  void fit_min() {
+    if (!lines_.contains("pool.min") && !env_("PGSIDECAR_POOL_MIN")) config_.pool.min = std::min(config_.pool.min, config_.pool.max);
+    for (auto& [name, database] : config_.databases)
+      if (!lines_.contains("databases." + name + ".pool.min")) database.pool.min = std::min(database.pool.min, database.pool.max);
+  }
+
   /// What one key alone doesn't show.
   void validate() {
+    fit_min();
     if (config_.upstream.url == kDefaultUrl && !env_("DATABASE_URL"))
       mistake("upstream.url",
               "no database to connect to: set DATABASE_URL (or PGSIDECAR_UPSTREAM_URL, or upstream.url in the file) to a "
@@ -726,6 +734,7 @@ std::string to_redacted_yaml(const Config& config) {
 PoolSettings overlay(PoolSettings settings, const std::map<std::string, std::string>& keys) {
   for (const auto& key : pool_keys())
     if (const auto it = keys.find(std::string(key.path)); it != keys.end()) key.set(settings, it->second);
+  if (!keys.contains("min")) settings.min = std::min(settings.min, settings.max);
   return settings;
 }
 

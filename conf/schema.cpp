@@ -100,6 +100,7 @@ std::vector<std::string> split_list(const std::string& text) {
   std::string one;
   for (const char c : text + ",") {
     if (c == ',') {
+      while (one.ends_with(' ')) one.pop_back();
       if (!one.empty()) out.push_back(std::exchange(one, {}));
     } else if (c != ' ' || !one.empty()) {
       one += c;

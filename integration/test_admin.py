@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import socket
@@ -251,6 +252,20 @@ def test_version_and_help(proxy):
     assert done.returncode == 0
     for word in ("check", "healthcheck", "wait", "shutdown", "--config"):
         assert word in done.stdout
+    for arguments in (("shutdown", "--max", "1s"), ("check", "--started")):
+        done = proxy.command(*arguments)
+        assert done.returncode == 2 and "are for wait" in done.stderr
+
+
+def test_closed_standard_streams_are_no_sockets(pg):
+    environment = {"PATH": os.environ["PATH"], "DATABASE_URL": pg.url(), "PGSIDECAR_LISTEN": f"127.0.0.1:{harness.free_port()}", "PGSIDECAR_ADMIN_LISTEN": "off"}
+    process = subprocess.Popen(["sh", "-c", "exec 0>&- 1>&- 2>&-; exec \"$0\"", harness.BINARY], env=environment)
+    try:
+        harness.poll(lambda: len(os.listdir(f"/proc/{process.pid}/fd")) > 5, what="it runs")
+        assert {os.readlink(f"/proc/{process.pid}/fd/{fd}") for fd in (0, 1, 2)} == {"/dev/null"}
+    finally:
+        process.terminate()
+        assert process.wait(10) == 0
 
 
 def test_check_prints_the_configuration_without_secrets(proxy):
@@ -472,6 +487,7 @@ def test_http_methods_and_pipelines(proxy):
     (b"\x16\x03\x01\x02\x00\r\n\r\n", 400), (b"GET /health HTTP/2.0\r\n\r\n", 400), (b"GET / HTTP/1.1\r\nX: " + b"x" * 9000 + b"\r\n\r\n", 431),
     (b"POST /api/admin/reload HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999\r\n\r\n", 413),
     (b"POST /api/admin/reload HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nfffffff\r\n", 413),
+    (b"GET /health HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: gzip\r\n\r\nPOST /api/admin/pause HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
     (b"POST /api/admin/drain HTTP/1.1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n", 403),
     (b"POST /api/admin/drain HTTP/1.1\r\nHost: 127.0.0.1.evil.example\r\nContent-Length: 0\r\nConnection: close\r\n\r\n", 403),
     (b"POST /api/admin/drain HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\nContent-Length: 0\r\nConnection: close\r\n\r\n", 400),
@@ -529,7 +545,7 @@ def test_names_cannot_break_log_json_or_metrics(proxies, form):
 
 
 def test_a_stalled_log_does_not_stall_clients(pg):
-    with stalled_log(pg) as (process, port):
+    with stalled_log(pg) as (process, port, _):
         for i in range(200):
             with wire.Wire(port) as w:
                 w.login(USER, "wrong" if i % 2 else PASSWORD, DATABASE)
@@ -538,7 +554,7 @@ def test_a_stalled_log_does_not_stall_clients(pg):
 
 
 def test_a_stalled_log_does_not_stall_the_end(pg):
-    with stalled_log(pg) as (process, port):
+    with stalled_log(pg) as (process, port, _):
         for _ in range(300):
             with wire.Wire(port) as w:
                 w.login(USER, PASSWORD, DATABASE)
@@ -546,9 +562,24 @@ def test_a_stalled_log_does_not_stall_the_end(pg):
         assert process.wait(3) == 0
 
 
+def test_lines_that_had_no_room_are_counted(pg):
+    with stalled_log(pg) as (process, port, pipe):
+        for _ in range(1500):
+            with wire.Wire(port) as w:
+                w.login(USER, PASSWORD, DATABASE)
+        text = b""
+        while select.select([pipe], [], [], 1)[0]:
+            text += os.read(pipe, 65536)
+        with wire.Wire(port) as w:
+            w.login(USER, PASSWORD, DATABASE)
+        while b"events_left_out" not in text and select.select([pipe], [], [], 3)[0]:
+            text += os.read(pipe, 65536)
+        assert re.search(rb"\[events_left_out\] \d+ lines were not shown, since nobody read the log", text)
+
+
 @contextlib.contextmanager
 def stalled_log(pg):
-    """(process, port) of a pgsidecar whose standard output nobody reads."""
+    """(process, port, the pipe) of a pgsidecar whose standard output nobody reads."""
     port = harness.free_port()
     environment = {"PATH": os.environ["PATH"], "DATABASE_URL": pg.url(), "PGSIDECAR_LISTEN": f"127.0.0.1:{port}", "PGSIDECAR_ADMIN_LISTEN": "off",
                    "PGSIDECAR_LOG_LEVEL": "trace"}
@@ -563,7 +594,7 @@ def stalled_log(pg):
             return True
     try:
         harness.poll(listens, what="it listens")
-        yield process, port
+        yield process, port, nobody
     finally:
         process.kill()
         process.wait()

@@ -8,6 +8,7 @@
 #include <spdlog/sinks/stdout_sinks.h>
 #include <spdlog/spdlog.h>
 
+#include <atomic>
 #include <cstdlib>
 #include <future>
 #include <memory>
@@ -79,6 +80,16 @@ void append_key(std::string& out, const char* name, std::string_view value) {
   out += "\",";
 }
 
+/// Of lines that the queue had no room for, when it has some again.
+void tell_overrun() {
+  static std::atomic<std::size_t> told{0};
+  const auto queue = spdlog::thread_pool();
+  if (!queue || queue->overrun_counter() == told || queue->queue_size() > kQueue / 2) return;
+  const std::size_t all = queue->overrun_counter();
+  if (const std::size_t lines = all - told.exchange(all); lines > 0)
+    spdlog::warn("events_left_out{0}{0}{1} lines were not shown, since nobody read the log", kSeparator, lines);
+}
+
 }  // namespace
 
 bool shows(Level level) {
@@ -99,6 +110,7 @@ void write(Level level, std::string_view event, const About& about, std::string_
   line += kSeparator;
   line += message;
   try {
+    tell_overrun();
     spdlog::log(level_of(level), std::string_view(line));
   } catch (const spdlog::spdlog_ex&) {  // stop() has ended the queue
   }

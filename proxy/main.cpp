@@ -1,4 +1,5 @@
 // The command line, and the joining of proxy and admin.
+#include <fcntl.h>
 #include <malloc.h>
 #include <unistd.h>
 
@@ -69,7 +70,7 @@ std::chrono::milliseconds parse_duration(std::string_view text) {
 Arguments parse(int argc, char** argv) {
   Arguments arguments;
   if (const char* file = std::getenv("PGSIDECAR_CONFIG")) arguments.config = file;
-  bool have_command = false;
+  bool have_command = false, of_wait = false;
   for (int i = 1; i < argc; ++i) {
     const std::string_view argument = argv[i];
     const auto value = [&](std::string_view name) -> std::string {
@@ -88,8 +89,9 @@ Arguments parse(int argc, char** argv) {
     } else if (argument == "--max" || argument.starts_with("--max=")) {
       arguments.max = parse_duration(value("--max"));
       if (arguments.max.count() < 0) usage("--max takes a duration such as 30s");
+      of_wait = true;
     } else if (argument == "--started") {
-      arguments.started = true;
+      arguments.started = of_wait = true;
     } else if (!have_command && (argument == "run" || argument == "check" || argument == "healthcheck" || argument == "wait" ||
                                  argument == "shutdown" || argument == "upgrade")) {
       arguments.command = argument;
@@ -98,7 +100,14 @@ Arguments parse(int argc, char** argv) {
       usage("unknown argument \"" + std::string(argument) + "\"");
     }
   }
+  if (of_wait && arguments.command != "wait") usage("--max and --started are for wait");
   return arguments;
+}
+
+/// What is closed of stdin, stdout and stderr is /dev/null, so that no socket gets its number and a log's lines.
+void open_standard_streams() {
+  for (int fd = 0; fd <= 2; ++fd)
+    if (::fcntl(fd, F_GETFD) < 0 && ::open("/dev/null", O_RDWR) < 0) std::exit(1);
 }
 
 /// For `systemctl status`.
@@ -204,6 +213,7 @@ int run(const Arguments& arguments, std::shared_ptr<const conf::Config> config, 
 }  // namespace
 
 int main(int argc, char** argv) {
+  open_standard_streams();
   const Arguments arguments = parse(argc, argv);
   const conf::Environment env = conf::process_environment();
   std::set<std::string, std::less<>> asked;

@@ -136,10 +136,11 @@ TEST(Url, WhatOtherClientsReadIsIgnoredWithAWarning) {
 }
 
 TEST(Url, MistakesDoNotTellThePassword) {
-  for (const char* text : {"postgresql://u:hunter2@h:x/d", "postgresql://u:hunter2%@h/d", "host=h password=hunter2 port=x",
-                           "postgresql://u:hunter2@h/d?no=1", "postgresql+asyncpg://u:hunter2@h/d?ssl=require", "//u:hunter2@h/d?x=1",
-                           "postgresql://u:7?hunter2@h/d?no=1", "postgresql://u:7/hunter2@h/d", "postgresql://u:7?hunter2=/x@h/d",
-                           "postgresql://u:7?sslmode=hunter2/@h/d", "postgresql://u:7?connect_timeout=hunter2/@h/d", "postgresql://u:hunter2/x@h/d", "host=h password=a hunter2=b"})
+  for (const char* text :
+       {"postgresql://u:hunter2@h:x/d", "postgresql://u:hunter2%@h/d", "host=h password=hunter2 port=x", "postgresql://u:hunter2@h/d?no=1",
+        "postgresql+asyncpg://u:hunter2@h/d?ssl=require", "//u:hunter2@h/d?x=1", "postgresql://u:7?hunter2@h/d?no=1",
+        "postgresql://u:7/hunter2@h/d", "postgresql://u:7?hunter2=/x@h/d", "postgresql://u:7?sslmode=hunter2/@h/d",
+        "postgresql://u:7?connect_timeout=hunter2/@h/d", "postgresql://u:hunter2/x@h/d", "host=h password=a hunter2=b"})
     EXPECT_EQ(mistake([&] { parse(text); }).find("hunter2"), std::string::npos) << text;
 }
 
@@ -357,6 +358,7 @@ TEST(Load, WhatIsWrong) {
       {"3", "mapping"},
       {"pool: 3", "mapping"},
       {"pool: {min: 20}", "more than"},
+      {"pool: {min: 2, max: 1}", "pool.min: 2 is more than pool.max (1)"},
       {"tls: {mode: require}", "tls.certificate"},
       {"listen: nowhere", "host:port"},
       {"log: {level: loud}", "none of"},
@@ -406,6 +408,14 @@ TEST(Load, SecretsAreNotPrinted) {
   EXPECT_NE(text.find("maxUses"), std::string::npos);
   const Config defaulted = load_text("upstream: {url: '${NOPE:-postgresql://u:hunter2@h/d}'}\n", "x", kUrl);
   EXPECT_EQ(to_redacted_yaml(defaulted).find("hunter2"), std::string::npos);
+}
+
+TEST(Load, MinByDefaultIsNoMoreThanMax) {
+  const Config config = load_text("pool: {max: 1}\ndatabases: {d: {pool: {max: 3}}, e: {}}\nusers: {u: {pool: {max: 1}}}\n", "x", kUrl);
+  EXPECT_EQ(config.pool.min, 1u);
+  EXPECT_EQ(config.databases.at("d").pool.min, 2u);
+  EXPECT_EQ(config.databases.at("e").pool.min, 1u);
+  EXPECT_EQ(overlay(config.databases.at("d").pool, config.users.at("u").pool).min, 1u);
 }
 
 TEST(Load, AnAliasOfWhatItIsInIsAMistake) {
