@@ -606,7 +606,10 @@ Config load_text(std::string_view yaml, std::string_view name, const Environment
   Config config;
   std::vector<std::string> mistakes;
   try {
-    Reader(name, env, config, mistakes).read(YAML::Load(std::string(yaml)));
+    const std::vector<YAML::Node> documents = YAML::LoadAll(std::string(yaml));
+    if (documents.size() > 1)
+      mistakes.push_back(std::string(name) + ":" + std::to_string(documents[1].Mark().line + 1) + ": a second document, which isn't read");
+    Reader(name, env, config, mistakes).read(documents.empty() ? YAML::Node() : documents[0]);
   } catch (const YAML::Exception& e) {
     mistakes.push_back(std::string(name) + ":" + std::to_string(e.mark.line + 1) + ": not valid YAML: " + e.msg);
   }

@@ -358,6 +358,7 @@ TEST(Load, WhatIsWrong) {
       {"3", "mapping"},
       {"pool: 3", "mapping"},
       {"pool: {min: 20}", "more than"},
+      {"pool: {max: 3}\n---\npool: {max: 4}\n", "x:3: a second document"},
       {"pool: {min: 2, max: 1}", "pool.min: 2 is more than pool.max (1)"},
       {"tls: {mode: require}", "tls.certificate"},
       {"listen: nowhere", "host:port"},
