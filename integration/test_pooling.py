@@ -276,6 +276,7 @@ def functions(_server):
         CREATE FUNCTION fn.outer_tenant(v text) RETURNS void LANGUAGE sql AS $$SELECT fn.set_tenant(v)$$;
         CREATE FUNCTION fn.dynamic_tenant(v text) RETURNS void LANGUAGE plpgsql AS $$BEGIN EXECUTE format('SET app.tenant = %L', v); END$$;
         CREATE FUNCTION fn.any_setting(n text, v text) RETURNS void LANGUAGE plpgsql AS $$BEGIN PERFORM set_config(n, v, false); END$$;
+        CREATE FUNCTION fn.run(sql text) RETURNS void LANGUAGE plpgsql AS $$BEGIN EXECUTE sql; END$$;
         CREATE FUNCTION fn.lock() RETURNS void LANGUAGE plpgsql AS $$BEGIN PERFORM pg_advisory_lock(99); END$$;
         CREATE FUNCTION fn.temp() RETURNS void LANGUAGE plpgsql AS $$BEGIN CREATE TEMP TABLE from_function (a int); END$$;
         CREATE FUNCTION fn.plus(a int) RETURNS int LANGUAGE sql AS $$SELECT a + 1$$;
@@ -291,6 +292,7 @@ def functions(_server):
     ("SELECT fn.outer_tenant('z')", "SELECT coalesce(current_setting('app.tenant', true), '')", "z", ""),
     ("SELECT fn.dynamic_tenant('z')", "SELECT coalesce(current_setting('app.tenant', true), '')", "z", ""),
     ("SELECT fn.any_setting('app.tenant', 'z')", "SELECT coalesce(current_setting('app.tenant', true), '')", "z", ""),
+    ("SELECT fn.run('SET app.run = ''z''')", "SELECT coalesce(current_setting('app.run', true), '')", "z", ""),
     ("CALL fn.proc_tenant('z')", "SELECT coalesce(current_setting('app.tenant', true), '')", "z", ""),
     ("DO $$BEGIN PERFORM fn.set_tenant('z'); END$$", "SELECT coalesce(current_setting('app.tenant', true), '')", "z", ""),
     ("DO $$BEGIN IF true THEN SET app.tenant = 'z'; END IF; END$$", "SELECT coalesce(current_setting('app.tenant', true), '')", "z", ""),

@@ -82,6 +82,10 @@ std::uint32_t ClientSession::note_residue(std::string_view sql, std::uint32_t kn
   if (residue & protocol::kFunction)
     residue = (residue & ~protocol::kFunction) |
               entry_->catalog.residue_of_calls(protocol::called_functions(sql), worker_.now(), server_->unknown_calls);
+  if (residue & protocol::kFunction) {  // it may run what it is given
+    const protocol::BodyScan given = protocol::scan_body(sql);
+    if (given.residue & protocol::kCustomSetting || !entry_->settings.learn(given.custom_settings)) residue |= protocol::kCustomSetting;
+  }
   if (known & protocol::kCustomSetting) {
     std::vector<std::string> names;
     if (protocol::custom_setting_names(sql, names, server_->conforming_strings()) && entry_->settings.learn(names))
