@@ -141,6 +141,28 @@ def test_sql_finds_the_protocols_statements(proxies, use, rows):
         await_reasons(proxy)
 
 
+@pytest.mark.parametrize("adopt", [[wire.parse("EXECUTE a", "c")], [wire.query("PREPARE x AS SELECT 1"), wire.parse("SELECT 1", "a"), wire.query("DEALLOCATE x")]],
+                         ids=["named by SQL", "parsed where SQL had prepared"])
+def test_a_closed_statement_is_gone_where_the_server_knew_its_name(proxies, adopt):
+    """The client stays pinned, so that the session isn't cleared between; a Close that the server skips closes nothing."""
+    proxy = proxies({"pool": {"max": 1}})
+    with raw(proxy) as a:
+        a.ask(wire.query("CREATE TEMP TABLE pins (a int)"))
+        if len(adopt) == 1:
+            a.ask(wire.parse("SELECT 1", "a"), wire.SYNC)
+        for message in adopt:
+            a.ask(message, *([] if message[:1] == b"Q" else [wire.SYNC]))
+        assert errors(a.ask(wire.bind("none"), wire.close("S", "a"), wire.SYNC)) == ["26000"]
+        assert not errors(a.ask(wire.bind("a"), wire.execute(), wire.SYNC))
+        a.ask(wire.close("S", "a"), wire.SYNC)
+        assert errors(a.ask(wire.bind("a"), wire.execute(), wire.SYNC)) == ["26000"]
+        assert not errors(a.ask(wire.parse("SELECT count(*) FROM pg_prepared_statements WHERE name = 'a'", "a"), wire.SYNC))
+        assert [m.row[0] for m in a.ask(wire.bind("a"), wire.execute(), wire.SYNC) if m.type == "D"] == [b"1"]
+    with raw(proxy) as b:
+        assert errors(b.ask(wire.bind("a"), wire.execute(), wire.SYNC)) == ["26000"]
+        assert b.value("SELECT count(*) FROM pg_prepared_statements") == "0"
+
+
 def test_constants_mean_what_they_meant_at_parse(proxies):
     """A statement's constants are read when it is prepared: under the DateStyle and TimeZone of the client that did."""
     proxy = proxies({"pool": {"max": 1}})

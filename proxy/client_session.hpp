@@ -129,7 +129,8 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
     std::string name;
     protocol::StatementRef statement;  ///< prepared or closed; null: the name existed already
     bool closes = false;
-    protocol::StatementRef before{};  ///< what the name stood for before a Close that wasn't done
+    protocol::StatementRef before{};   ///< what the name stood for before a Close that wasn't done
+    protocol::StatementRef adopted{};  ///< what the server knows by the closed name itself
   };
 
   void transition(State next) { state_ = next; }

@@ -454,14 +454,14 @@ std::size_t ClientSession::on_close(Bytes available, std::size_t total) {
   const char kind = static_cast<char>(reader.u8());
   const std::string_view name = reader.cstring();
   if (rewrites() && kind == 'S' && reader.ok() && !pipeline.failed()) {
-    // Where SQL has prepared, the server may know the name itself.
-    const bool shared = !name.empty() && available.size() == total && !sql_prepared();
+    // Where SQL has prepared, or names statements, the server may know the name itself.
+    const bool shared = !name.empty() && available.size() == total && !sql_prepared() && !server_->has_adopted(name);
     if (name.empty())
       server_->statements.unnamed.reset();
     else
       pending_.push_back({std::string(name), statements.find(name), true});
     statements.erase(name);
-    if (!shared) server_->forget_adopted(name);
+    if (!shared && !name.empty()) pending_.back().adopted = server_->forget_adopted(name);
     pipeline.push({Request::Close, shared ? Verdict::Inject : Verdict::Forward, id_, name.empty() ? 0 : kNamed});
     if (shared) return total;
   } else {
@@ -477,6 +477,7 @@ void ClientSession::on_name_done(bool ok) {
   pending_.erase(pending_.begin());
   if (ok) return;
   if (done.closes) {
+    if (done.adopted && server_) server_->keep_adopted(done.name, done.adopted);
     // The server has skipped it, and maybe a Parse of the same name behind it.
     const auto again = std::find_if(pending_.begin(), pending_.end(), [&](const Pending& p) { return !p.closes && p.name == done.name; });
     if (again != pending_.end())

@@ -125,8 +125,10 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   bool sent_nothing() const { return awaiting_shape_ && shape_first_; }  ///< of the request that waits for it
   /// It looks different; told once.
   bool take_changed(const protocol::Statement& statement);
-  void forget_adopted(std::string_view name);
-  void forget_statements();  ///< DISCARD ALL, DEALLOCATE ALL
+  bool has_adopted(std::string_view name) const;
+  protocol::StatementRef forget_adopted(std::string_view name);                         ///< null: the server doesn't know the name
+  void keep_adopted(const std::string& name, const protocol::StatementRef& statement);  ///< it wasn't closed
+  void forget_statements();                                                             ///< DISCARD ALL, DEALLOCATE ALL
   /// Leaves no prepared statement but those of the client's, for SQL that lists them.
   void close_shared_statements();
   /// After a RESET of the client's: what it brought at its login comes back, as on a connection of its own.

@@ -112,7 +112,11 @@ void ServerConnection::forget_sequences() {
 
 void ServerConnection::adopt(const std::string& name, const protocol::StatementRef& statement, Verdict verdict) {
   const auto known = std::find_if(adopted_.begin(), adopted_.end(), [&](const auto& one) { return one.first == name; });
-  if (known != adopted_.end() && verdict == Verdict::Skip) return;
+  if (known != adopted_.end() && verdict == Verdict::Skip) {
+    if (known->second == statement) return;
+    worker_.to_server.own([&](std::string& out) { protocol::Writer(out).begin(protocol::Frontend::Close).u8('S').cstring(name).end(); });
+    pipeline.push({Request::Close, Verdict::Skip, client_->id()});
+  }
   worker_.to_server.own(
       [&](std::string& out) { protocol::Writer(out).begin(protocol::Frontend::Parse).cstring(name).bytes(statement->body).end(); });
   pipeline.push({Request::Parse, verdict, client_->id()});
@@ -143,8 +147,20 @@ void ServerConnection::close_shared_statements() {
   statements.clear();
 }
 
-void ServerConnection::forget_adopted(std::string_view name) {
-  std::erase_if(adopted_, [&](const auto& one) { return one.first == name; });
+bool ServerConnection::has_adopted(std::string_view name) const {
+  return std::any_of(adopted_.begin(), adopted_.end(), [&](const auto& one) { return one.first == name; });
+}
+
+protocol::StatementRef ServerConnection::forget_adopted(std::string_view name) {
+  const auto known = std::find_if(adopted_.begin(), adopted_.end(), [&](const auto& one) { return one.first == name; });
+  if (known == adopted_.end()) return nullptr;
+  protocol::StatementRef statement = std::move(known->second);
+  adopted_.erase(known);
+  return statement;
+}
+
+void ServerConnection::keep_adopted(const std::string& name, const protocol::StatementRef& statement) {
+  if (!has_adopted(name)) adopted_.emplace_back(name, statement);
 }
 
 void ServerConnection::forget_statements() {
