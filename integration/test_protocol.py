@@ -616,6 +616,7 @@ def test_a_late_cancel_reaches_no_later_statement(proxies, pg):
     proxy = proxies({"pool": {"max": 1}})
     with raw(proxy) as w, pg.admin(DATABASE) as admin:
         w.ask(wire.query("CREATE TEMP TABLE pins (a int)"))
+        w.value("SELECT 1")  # it waits until the session was looked at after that
         with admin.transaction():
             admin.execute("LOCK TABLE pg_catalog.pg_prepared_statements IN ACCESS EXCLUSIVE MODE")
             assert kinds(w.ask(wire.query("SET work_mem = '5MB'"))) == "CZ"
