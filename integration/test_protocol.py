@@ -626,6 +626,14 @@ def test_a_late_cancel_reaches_no_later_statement(proxies, pg):
         assert kinds(w.ask(wire.query("SELECT pg_sleep(0.5)"))) == "TDCZ"
 
 
+def test_a_bind_whose_error_is_longer_than_a_megabyte(small):
+    with small.connect() as connection:
+        for _ in range(2):
+            with pytest.raises(psycopg.errors.InvalidTextRepresentation):
+                connection.execute("SELECT %s::int", ["x" * 1_100_000], prepare=True)
+        assert connection.execute("SELECT 1").fetchone() == (1,)
+
+
 # ---- notices, parameters
 
 def test_parameter_status_is_told(small):

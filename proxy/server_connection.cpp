@@ -315,10 +315,11 @@ bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total
       worker_.kick();
     }
   } else if (type == Backend::ErrorResponse) {
-    if (ours && owed.request == Request::Parse && client_->pending_parse_error()) {
+    const bool whole = available.size() == total;  // else it is too long for a name to be put back in
+    if (ours && whole && owed.request == Request::Parse && client_->pending_parse_error()) {
       forward = false;
       rename_error(available, *client_->pending_parse_error());
-    } else if (const std::string* name = ours && owed.request == Request::Bind ? client_->name_of(owed.note) : nullptr) {
+    } else if (const std::string* name = ours && whole && owed.request == Request::Bind ? client_->name_of(owed.note) : nullptr) {
       forward = false;
       rename_error(available, *name);
     } else if (ours && running.overdue && is_canceled(available)) {
