@@ -39,6 +39,10 @@ bool read_row(Bytes whole, std::string (&field)[N]) {
   return reader.done();
 }
 
+auto of_name(auto& pairs, std::string_view name) {
+  return std::find_if(pairs.begin(), pairs.end(), [&](const auto& one) { return one.first == name; });
+}
+
 }  // namespace
 
 // --- ahead of the client's statements
@@ -111,7 +115,7 @@ void ServerConnection::forget_sequences() {
 }
 
 void ServerConnection::adopt(const std::string& name, const protocol::StatementRef& statement, Verdict verdict) {
-  const auto known = std::find_if(adopted_.begin(), adopted_.end(), [&](const auto& one) { return one.first == name; });
+  const auto known = of_name(adopted_, name);
   if (known != adopted_.end() && verdict == Verdict::Skip) {
     if (known->second == statement) return;
     worker_.to_server.own([&](std::string& out) { protocol::Writer(out).begin(protocol::Frontend::Close).u8('S').cstring(name).end(); });
@@ -148,11 +152,11 @@ void ServerConnection::close_shared_statements() {
 }
 
 bool ServerConnection::has_adopted(std::string_view name) const {
-  return std::any_of(adopted_.begin(), adopted_.end(), [&](const auto& one) { return one.first == name; });
+  return of_name(adopted_, name) != adopted_.end();
 }
 
 protocol::StatementRef ServerConnection::forget_adopted(std::string_view name) {
-  const auto known = std::find_if(adopted_.begin(), adopted_.end(), [&](const auto& one) { return one.first == name; });
+  const auto known = of_name(adopted_, name);
   if (known == adopted_.end()) return nullptr;
   protocol::StatementRef statement = std::move(known->second);
   adopted_.erase(known);
