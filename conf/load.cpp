@@ -31,7 +31,7 @@ bool nobody_can_log_in(const Config& config, const Environment& env) {
   for (const auto& [name, user] : config.users)
     if (user.password || name == "*") return false;
   try {
-    return resolve_upstream(config.upstream, env).password.empty();
+    return resolve_upstream(config.upstream, env).users_password().empty();
   } catch (const ConfigError&) {  // its password can't be read now
     return false;
   }

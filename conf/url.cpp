@@ -1,6 +1,7 @@
 #include "conf/url.hpp"
 
 #include <pwd.h>
+#include <strings.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -297,8 +298,11 @@ std::optional<std::string> password_from(const std::string& file, const Host& ho
     warnings.push_back("password file \"" + file + "\" has group or world access; permissions should be u=rw (0600) or less; ignored");
     return std::nullopt;
   }
+  // As libpq: the directory that it uses if none is named is called localhost.
+  const bool usual = host.name == "/var/run/postgresql" || host.name == "/tmp";
   std::ifstream in(file);
   for (std::string line; std::getline(in, line);) {
+    if (line.ends_with('\r')) line.pop_back();
     if (line.empty() || line[0] == '#') continue;
     std::vector<std::string> fields(1);
     std::vector<bool> any(1, true);
@@ -311,8 +315,7 @@ std::optional<std::string> password_from(const std::string& file, const Host& ho
       fields.back() += line[i];
     }
     if (fields.size() != 5) continue;
-    const std::string name = host.is_unix() ? "localhost" : host.name;
-    const std::string wanted[] = {name, std::to_string(host.port), dbname, user};
+    const std::string wanted[] = {usual ? "localhost" : host.name, std::to_string(host.port), dbname, user};
     bool match = true;
     for (std::size_t i = 0; i < 4; ++i) match &= fields[i] == "*" || fields[i] == wanted[i];
     if (match) return fields[4];
@@ -360,6 +363,12 @@ void use_service(Values& values, const Environment& env) {
   throw ConfigError("connection string: definition of service \"" + service + "\" not found");
 }
 
+/// Of ~/.postgresql, where libpq looks for what isn't named; empty: it isn't there (section 34.19).
+std::string usual_file(const Environment& env, const char* name) {
+  const std::string file = env("HOME").value_or("") + "/.postgresql/" + name;
+  return ::access(file.c_str(), F_OK) == 0 ? file : std::string();
+}
+
 /// What protects the connection in a way that isn't there is refused, not ignored.
 void refuse_unsupported(const Values& values) {
   for (const auto& [name, harmless] :
@@ -371,6 +380,11 @@ void refuse_unsupported(const Values& values) {
 }
 
 }  // namespace
+
+const std::string& ConnectParams::users_password() const {
+  const auto known = std::find_if(hosts.begin(), hosts.end(), [](const Host& host) { return !host.password.empty(); });
+  return password.empty() && known != hosts.end() ? known->password : password;
+}
 
 std::string instead_of_pooler(const Host& host) {
   const std::string label = host.name.substr(0, host.name.find('.'));
@@ -404,16 +418,16 @@ ConnectParams parse_connection_string(std::string_view text, const std::map<std:
   for (const auto& [name, value] : overrides) set_value(values, name, value);
   use_service(values, env);
   if (!default_dbname.empty()) values.try_emplace("dbname", default_dbname);
-  refuse_unsupported(values);
   ConnectParams p;
   for (const Keyword& keyword : kKeywords) {
     if (values.contains(keyword.name)) {
       if (!keyword.used) p.warnings.push_back("parameter \"" + std::string(keyword.name) + "\" has no effect here and is ignored");
       continue;
     }
-    if (!keyword.variable.empty() && keyword.used)
+    if (!keyword.variable.empty())
       if (auto value = env(keyword.variable); value && !value->empty()) values[std::string(keyword.name)] = *value;
   }
+  refuse_unsupported(values);
   const auto get = [&](std::string_view name) -> std::string {
     const auto it = values.find(name);
     return it == values.end() ? std::string() : it->second;
@@ -456,25 +470,36 @@ ConnectParams parse_connection_string(std::string_view text, const std::map<std:
     for (Host& host : p.hosts) {
       if (file.empty()) break;
       host.password = password_from(file, host, p.dbname, p.user, p.warnings).value_or("");
-      if (p.password.empty()) p.password = host.password;
     }
   }
 
-  p.sslrootcert = get("sslrootcert");
   static constexpr std::pair<std::string_view, SslMode> kModes[] = {
       {"disable", SslMode::Disable},        {"allow", SslMode::Allow},       {"prefer", SslMode::Prefer},
       {"require", SslMode::Require},        {"no-verify", SslMode::Require}, {"verify-ca", SslMode::VerifyCa},
       {"verify-full", SslMode::VerifyFull},
   };
   const bool local = std::all_of(p.hosts.begin(), p.hosts.end(), is_loopback);
-  if (const std::string mode = get("sslmode"); !mode.empty()) {
-    p.sslmode = choice("sslmode", mode, kModes);
+  const std::string mode = !get("sslmode").empty() ? get("sslmode") : get("requiressl").starts_with("1") ? "require" : "";
+  p.sslmode = !mode.empty()                              ? choice("sslmode", mode, kModes)
+              : get("sslrootcert") == "system" || !local ? SslMode::VerifyFull
+                                                         : SslMode::Prefer;
+  if (p.sslmode != SslMode::Disable) {
+    const auto file = [&](std::string_view keyword, const char* usual) {
+      const std::string named = get(keyword);
+      return named.empty() ? usual_file(env, usual) : named;
+    };
+    p.sslrootcert = file("sslrootcert", "root.crt");
+    p.sslcrl = file("sslcrl", "root.crl");
+    p.sslcert = file("sslcert", "postgresql.crt");
+    p.sslkey = p.sslcert.empty() ? get("sslkey") : file("sslkey", "postgresql.key");
+    if (!p.sslcert.empty() && p.sslkey.empty()) throw ConfigError("connection string: sslcert needs sslkey");
+    p.sslpassword = get("sslpassword");
+  }
+  if (!mode.empty()) {
     if (!local && (p.sslmode == SslMode::Prefer || p.sslmode == SslMode::Allow || (p.sslmode == SslMode::Require && p.sslrootcert.empty())))
       p.warnings.push_back("sslmode=" + mode + " does not verify the server's certificate (verify-full does)");
     if (p.sslrootcert == "system" && p.sslmode != SslMode::VerifyFull)
       throw ConfigError("connection string: weak sslmode \"" + mode + "\" may not be used with sslrootcert=system (use verify-full)");
-  } else {
-    p.sslmode = p.sslrootcert == "system" || !local ? SslMode::VerifyFull : SslMode::Prefer;
   }
   static constexpr std::pair<std::string_view, SslNegotiation> kNegotiation[] = {{"postgres", SslNegotiation::Postgres},
                                                                                  {"direct", SslNegotiation::Direct}};
@@ -482,17 +507,17 @@ ConnectParams parse_connection_string(std::string_view text, const std::map<std:
   if (p.sslnegotiation == SslNegotiation::Direct && p.sslmode < SslMode::Require)
     throw ConfigError(
         "connection string: weak sslmode may not be used with sslnegotiation=direct (use sslmode=require, verify-ca or verify-full)");
-  p.sslcert = get("sslcert");
-  p.sslkey = get("sslkey");
-  if (!p.sslcert.empty() && p.sslkey.empty()) throw ConfigError("connection string: sslcert needs sslkey");
-  p.sslpassword = get("sslpassword");
-  p.sslcrl = get("sslcrl");
   if (const auto sni = get("sslsni"); !sni.empty()) p.sslsni = sni != "0";
   static constexpr std::pair<std::string_view, bool> kVersions[] = {
       {"TLSv1", true}, {"TLSv1.1", true}, {"TLSv1.2", true}, {"TLSv1.3", true}};
   for (const auto& [name, to] :
-       {std::pair{"ssl_min_protocol_version", &p.sslMinProtocolVersion}, {"ssl_max_protocol_version", &p.sslMaxProtocolVersion}})
-    if (const auto v = get(name); !v.empty() && choice(name, v, kVersions)) *to = v;
+       {std::pair{"ssl_min_protocol_version", &p.sslMinProtocolVersion}, {"ssl_max_protocol_version", &p.sslMaxProtocolVersion}}) {
+    std::string version = get(name);
+    if (version.size() >= 5 && ::strncasecmp(version.c_str(), "TLSv1", 5) == 0) version.replace(0, 5, "TLSv1");
+    if (!version.empty() && choice(name, version, kVersions)) *to = version;
+  }
+  if (!p.sslMaxProtocolVersion.empty() && p.sslMaxProtocolVersion < p.sslMinProtocolVersion)
+    throw ConfigError("connection string: ssl_max_protocol_version is below ssl_min_protocol_version");
   static constexpr std::pair<std::string_view, ChannelBinding> kBinding[] = {
       {"disable", ChannelBinding::Disable}, {"prefer", ChannelBinding::Prefer}, {"require", ChannelBinding::Require}};
   if (const auto binding = get("channel_binding"); !binding.empty()) p.channelBinding = choice("channel_binding", binding, kBinding);
@@ -510,7 +535,7 @@ ConnectParams parse_connection_string(std::string_view text, const std::map<std:
   }
   // Zero or less is no limit of its own, as with libpq.
   if (const auto seconds = get("connect_timeout"); !seconds.empty() && !seconds.starts_with("-"))
-    p.connectTimeoutMillis = number("connect_timeout", seconds, 86400) * 1000;
+    p.connectTimeoutMillis = std::min(number("connect_timeout", seconds, 2147483647), 2'000'000u) * 1000;
   if (const auto on = get("keepalives"); !on.empty()) p.keepalives = number("keepalives", on, 1) != 0;
   const auto optional_number = [&](const char* name, std::optional<std::uint32_t>& to) {
     if (const auto n = get(name); !n.empty()) to = number(name, n, 86'400'000);

@@ -32,7 +32,7 @@ struct Host {
 /// A connection string, read in full: what a connect needs. Sizes in bytes, times as named.
 struct ConnectParams {
   std::vector<Host> hosts;             ///< never empty
-  std::string user, password, dbname;  ///< password: as given, or else the passfile's for the first host that it knows
+  std::string user, password, dbname;  ///< password: as given; empty: each host's own
   SslMode sslmode = SslMode::VerifyFull;
   SslNegotiation sslnegotiation = SslNegotiation::Postgres;
   std::string sslrootcert;  ///< file, or empty or "system": the system's CAs
@@ -51,6 +51,8 @@ struct ConnectParams {
   std::vector<std::pair<std::string, std::string>> startup;
   std::vector<std::string> warnings;  ///< keywords that are known and ignored; never a secret
 
+  /// What clients of this user prove that they know: the password as given, or the first that a host has.
+  const std::string& users_password() const;
   friend bool operator==(const ConnectParams&, const ConnectParams&) = default;
 };
 

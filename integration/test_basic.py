@@ -2,8 +2,10 @@
 import os
 import re
 import socket
+import ssl
 import struct
 import subprocess
+import time
 
 import psycopg
 import pytest
@@ -28,7 +30,6 @@ def login_error(conninfo):
 def wire_error(port, tls, user, password, database, **parameters):
     with wire.Wire(port) as w:
         if tls:
-            import ssl
             w.send(wire.request(wire.SSL_REQUEST))
             assert w.bytes(1) == b"S"
             context = ssl.create_default_context()
@@ -82,6 +83,14 @@ def test_host_name_is_verified(proxies, pg):
     assert error and re.search("certificate|verify", error["M"]), error
 
 
+def directly(pg):
+    w = wire.Wire(pg.port)
+    w.send(wire.request(wire.SSL_REQUEST))
+    w.bytes(1)
+    encrypted(w, pg.ca)
+    return w
+
+
 @pytest.mark.parametrize("name,value,setting", [
     ("application_name", "my app", "application_name"),
     ("options", "-c statement_timeout=4321", "statement_timeout"),
@@ -102,13 +111,7 @@ def test_startup_parameter_takes_effect(proxy, pg, name, value, setting):
     def answers(connection):
         return connection.value(f"SHOW {setting}"), connection.parameters.get(setting)
 
-    with wire.Wire(pg.port) as direct:
-        import ssl
-        direct.send(wire.request(wire.SSL_REQUEST))
-        direct.bytes(1)
-        context = ssl.create_default_context()
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        direct.sock = context.wrap_socket(direct.sock)
+    with directly(pg) as direct:
         assert direct.login(USER, PASSWORD, DATABASE, **{name: value}) is None
         expected = answers(direct)
     with wire.Wire(proxy.port) as w:
@@ -121,6 +124,53 @@ def test_startup_parameter_takes_effect(proxy, pg, name, value, setting):
             shown = w.value(f"SELECT setting FROM pg_settings WHERE lower(name) = lower('{setting}')")
             assert shown == default or setting in ("application_name", "client_encoding", "DateStyle"), (shown, default)
         assert value not in w.value(f"SELECT current_setting('{setting}', true) || ''") if setting == "application_name" else True
+
+
+DATE_STYLES = [{"DateStyle": "ISO"}, {"DateStyle": "DMY"}, {"DateStyle": "SQL"}, {"DateStyle": "German"}, {"DateStyle": "YMD, German"},
+               {"DateStyle": ""}, {"DateStyle": "DEFAULT"}, {"options": "-c datestyle=SQL", "DateStyle": "DMY"},
+               {"options": "-c datestyle=DMY", "datestyle": "Postgres"}, {"DateStyle": "bogus"}, {"DateStyle": "ISO, SQL"}, {}]
+
+
+@pytest.mark.parametrize("mode", ["transaction", "session"])
+@pytest.mark.parametrize("of_role", ["", "SQL, DMY"])
+def test_date_style_of_the_login(proxies, pg, mode, of_role):
+    """It may name a style or an order of the fields alone: what the other is depends neither on who had the server connection before
+    nor on what is set for the role."""
+    def log_in(w, asked):
+        error = w.login("dated", "dated", DATABASE, **asked)
+        if error:
+            return error.error["C"], error.error["M"], error.error.get("D")
+        seen = w.value("SHOW datestyle"), w.parameters["DateStyle"]
+        for sql in ("SET datestyle = 'German'", "RESET datestyle"):
+            w.ask(wire.query(sql))
+            seen += w.value("SHOW datestyle"), w.parameters["DateStyle"]
+        w.ask(wire.query("SET datestyle = 'Postgres, YMD'"))
+        return seen
+
+    pg.sql("CREATE ROLE dated LOGIN PASSWORD 'dated'")
+    try:
+        if of_role:
+            pg.sql(f"ALTER ROLE dated SET datestyle = '{of_role}'")
+        proxy = proxies({"pool": {"max": 1, "mode": mode}, "users": {"dated": {"password": "dated"}}})
+        for asked in DATE_STYLES + DATE_STYLES[::-1]:
+            with directly(pg) as direct:
+                expected = log_in(direct, asked)
+            with wire.Wire(proxy.port) as w:
+                assert log_in(w, asked) == expected, asked
+        proxy.stop()
+    finally:
+        pg.sql("DROP ROLE dated")
+
+
+def test_many_logins_with_a_date_style_ask_once(proxies, pg):
+    proxy = proxies({"pool": {"max": 8}})
+    clients = [wire.Wire(proxy.port) for _ in range(30)]
+    logins = harness.threads(30, lambda i: clients[i].login(USER, PASSWORD, DATABASE, DateStyle="SQL"))
+    assert logins == [None] * 30
+    assert {w.value("SHOW datestyle") for w in clients} == {"SQL, MDY"}
+    assert re.findall(r'closed_total{reason="login"} (.*)', proxy.http("/metrics")[2]) == ["1"]
+    for w in clients:
+        w.sock.close()
 
 
 @pytest.mark.parametrize("mode", ["transaction", "session"])
@@ -251,6 +301,26 @@ def test_any_users_changed_password(proxies, pg):
         pg.sql("DROP ROLE changing")
 
 
+def test_any_users_login_is_judged_anew(proxies, pg):
+    """A password that the server has accepted counts for ten seconds, and while the server can't be asked."""
+    pg.sql("CREATE ROLE judged LOGIN PASSWORD 'judged'")
+    try:
+        proxy = proxies({"auth": {"method": "password"}, "users": {"*": {}}, "pool": {"min": 0, "max": 1, "connectionTimeoutMillis": 1000}})
+        with proxy.connect("judged", "judged") as holder:
+            pg.sql("ALTER ROLE judged NOLOGIN")
+            holder.execute("BEGIN")
+            time.sleep(10.5)
+            assert wire_error(proxy.port, False, "judged", "judged", DATABASE) is None  # its only place is taken
+            holder.execute("COMMIT")
+            error = wire_error(proxy.port, False, "judged", "judged", DATABASE)
+            assert (error["S"], error["C"], error["M"]) == ("FATAL", "28000", 'role "judged" is not permitted to log in')
+        pg.sql("ALTER ROLE judged LOGIN")
+        assert wire_error(proxy.port, False, "judged", "judged", DATABASE) is None
+        proxy.stop()
+    finally:
+        pg.sql("DROP ROLE judged")
+
+
 def test_two_users_and_databases(proxies, pg):
     proxy = proxies({"databases": {"*": {}}, "users": {USER: {}, OTHER_USER: {"password": OTHER_PASSWORD}}})
 
@@ -311,7 +381,6 @@ def test_client_certificates(proxies, tmp_path):
 
 def test_direct_tls(proxies, tmp_path):
     """TLS without an SSLRequest, as with sslnegotiation=direct, told by ALPN."""
-    import ssl
     files = certified(tmp_path)
     proxy = proxies({"tls": {"mode": "require", **files}})
     context = ssl.create_default_context(cafile=files["ca"])
@@ -387,7 +456,6 @@ def test_upstream_password_is_read_at_each_connect(proxies, pg, tmp_path):
 
 def encrypted(w, ca, alpn=None, certificate=None):
     """TLS on the raw connection from here on."""
-    import ssl
     context = ssl.create_default_context(cafile=ca)
     if alpn:
         context.set_alpn_protocols([alpn])
@@ -415,7 +483,6 @@ def test_requests_before_and_within_tls(proxies, tmp_path):
 
 
 def test_tls_of_another_protocol_or_version_is_refused(proxies, tmp_path):
-    import ssl
     files = certified(tmp_path)
     proxy = proxies({"tls": {"mode": "allow", **files}})
     with wire.Wire(proxy.port) as w, pytest.raises(ssl.SSLError, match="no application protocol"):

@@ -190,7 +190,7 @@ def test_a_client_that_logs_in_meanwhile_is_kept(own, proxies):
         with raw(proxy) as first, wire.Wire(proxy.port, timeout=60) as w:
             assert first.value("SELECT 1") == "1"
             gate.stall()
-            w.send(wire.startup_packet({"user": USER, "database": DATABASE, "DateStyle": "German"}))
+            w.send(wire.startup_packet({"user": USER, "database": DATABASE, "DateStyle": "German, DMY"}))
             scram = wire.Scram(PASSWORD)
             w.until("R")
             w.send(wire.frame("p", wire.text("SCRAM-SHA-256") + len(scram.first()).to_bytes(4, "big") + scram.first()))

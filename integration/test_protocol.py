@@ -389,6 +389,17 @@ def test_copy_failed_by_the_server_while_the_client_sends(small, table):
         assert w.value("SELECT count(*) FROM copied") == "0"
 
 
+@pytest.mark.parametrize("ahead", [True, False])
+def test_copy_ignores_a_sync(small, table, ahead):
+    with raw(small) as w:
+        w.send(wire.query("COPY copied FROM STDIN"), *[wire.SYNC] * ahead)
+        assert w.recv().type == "G"
+        w.send(wire.copy_data(b"1\ta\n"), wire.SYNC, wire.copy_data(b"2\tb\n"), wire.COPY_DONE)
+        assert kinds(w.until()) == "CZ"
+        assert w.value("SELECT count(*) FROM copied") == "2"
+        healthy(w)
+
+
 def test_copy_by_extended_protocol(small, table):
     with raw(small) as w:
         w.send(wire.parse("COPY copied FROM STDIN"), wire.bind(), wire.execute(), wire.SYNC)

@@ -34,10 +34,12 @@ Waiter* Pool::next_waiter() {
 }
 
 Waiter* Pool::expired(Time now) {
+  return !waiters_.empty() && waited_out(waiters_.front().since, now) ? next_waiter() : nullptr;
+}
+
+bool Pool::waited_out(Time since, Time now) const {
   const std::uint32_t limit = wait_limit();
-  if (waiters_.empty() || limit == 0) return nullptr;
-  const Time since = std::max(waiters_.front().since, away_ ? Time{} : back_);
-  return now - since >= std::chrono::milliseconds(limit) ? next_waiter() : nullptr;
+  return limit != 0 && now - std::max(since, away_ ? Time{} : back_) >= std::chrono::milliseconds(limit);
 }
 
 void Pool::set_away(bool away, Time now) {

@@ -85,6 +85,8 @@ class Pool {
   Waiter* next_waiter();
   /// The first that has waited for wait_limit(), off the queue; nullptr if none.
   Waiter* expired(Time now);
+  /// Who waits since then has waited for wait_limit().
+  bool waited_out(Time since, Time now) const;
   /// In milliseconds; 0: none.
   std::uint32_t wait_limit() const { return away_ && settings_.holdMillis != 0 ? settings_.holdMillis : settings_.connectionTimeoutMillis; }
   /// Whether the server is away, or the database paused: who waits is held. When that is over, who was held waits anew.

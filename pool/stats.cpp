@@ -91,6 +91,7 @@ const char* to_string(CloseReason reason) {
     case CloseReason::Broken: return "broken";
     case CloseReason::Reload: return "reload";
     case CloseReason::Surplus: return "surplus";
+    case CloseReason::Login: return "login";
     case CloseReason::Drain: return "drain";
     case CloseReason::kCount: break;
   }

@@ -56,7 +56,7 @@ class LogHistogram {
 using Histogram = LogHistogram<4, std::uint64_t>;         // 4.2 KB
 using CompactHistogram = LogHistogram<3, std::uint32_t>;  // 1.1 KB
 
-enum class CloseReason { Idle, MaxUses, Lifetime, Error, AdminShutdown, Tls, Broken, Reload, Surplus, Drain, kCount };
+enum class CloseReason { Idle, MaxUses, Lifetime, Error, AdminShutdown, Tls, Broken, Reload, Surplus, Drain, Login, kCount };
 /// Tls: none where it is required, or its handshake failed. Unsupported: what it asks for isn't served. Server: none to greet it with
 /// could be had, or the server refused what the client brought. Disabled: its database, by an operator.
 enum class RejectReason { MaxClients, Auth, Timeout, Draining, Protocol, UnknownDatabase, Tls, Unsupported, Server, Disabled, kCount };

@@ -57,9 +57,8 @@ void write_warning(std::string& out, std::string_view sqlstate, std::string_view
 }
 
 std::string_view Startup::get(std::string_view name) const {
-  for (const auto& [key, value] : parameters)
-    if (key == name) return value;
-  return {};
+  const auto last = std::find_if(parameters.rbegin(), parameters.rend(), [name](const auto& one) { return one.first == name; });
+  return last == parameters.rend() ? std::string_view() : std::string_view(last->second);
 }
 
 std::size_t shape_of(Backend type, Bytes body, std::size_t seed) {
@@ -172,7 +171,7 @@ std::optional<std::vector<std::pair<std::string, std::string>>> parse_options(st
     }
     std::string word;
     while (i < options.size() && !blank(options[i])) {
-      if (options[i] == '\\' && i + 1 < options.size()) ++i;
+      if (options[i] == '\\' && ++i == options.size()) break;
       word += options[i++];
     }
     words.push_back(std::move(word));

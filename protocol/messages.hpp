@@ -34,7 +34,7 @@ std::size_t shape_of(Backend type, Bytes body, std::size_t seed);
 struct Startup {
   std::uint32_t version = kProtocol30;
   std::vector<std::pair<std::string, std::string>> parameters;
-  std::string_view get(std::string_view name) const;  ///< empty if absent
+  std::string_view get(std::string_view name) const;  ///< the last of that name, as the server has it; empty if absent
 };
 /// Reads the body after the length (the code included); nullopt if malformed.
 std::optional<Startup> parse_startup(Bytes body);

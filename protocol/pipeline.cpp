@@ -6,9 +6,9 @@ namespace pgsidecar::protocol {
 
 bool Pipeline::push(Owed owed) {
   if (owed.request == Request::Sync) {
-    // In COPY the server ignores Sync. Whether it still is in COPY can't be known here, so the Sync waits.
-    if (copy_in_ && !copy_ended_ && front()->request == Request::Execute) {
-      held_sync_ = true;
+    // In COPY the server ignores Sync. Whether it still is in COPY can't be known here, so the Sync waits if a failure would need it.
+    if (copy_in_ && !copy_ended_) {
+      held_sync_ = front()->request == Request::Execute;
       return false;
     }
     unsynced_ = failed_ = false;
@@ -51,15 +51,11 @@ void Pipeline::append(Owed owed) {
   at(tail_++) = owed;
 }
 
-// The server reads what follows an Execute that began a COPY in COPY mode: Syncs sent ahead, up to the client's CopyDone
+// The server reads what follows the request that began a COPY in COPY mode: Syncs sent ahead, up to the client's CopyDone
 // or CopyFail, are ignored there.
 void Pipeline::begin_copy_in() {
   copy_in_ = true;
   copy_ended_ = false;
-  if (at(head_).request != Request::Execute) {
-    for (std::size_t i = head_ + 1; i != tail_; ++i) copy_ended_ |= at(i).request == Request::CopyEnd;
-    return;
-  }
   std::size_t kept = head_ + 1, i = head_ + 1;
   for (; i != tail_ && (at(i).request == Request::Sync || at(i).verdict == Verdict::Inject); ++i)
     if (at(i).request != Request::Sync) at(kept++) = at(i);  // what is injected isn't on its way to the server
@@ -67,11 +63,12 @@ void Pipeline::begin_copy_in() {
   if (kept == i) return;
   for (; i != tail_; ++i) at(kept++) = at(i);
   tail_ = kept;
-  unsynced_ = true;
+  unsynced_ = false;
   for (std::size_t j = head_; j != tail_; ++j) {
-    if (at(j).request == Request::Sync)
+    const Request request = at(j).request;
+    if (request == Request::Sync)
       unsynced_ = false;
-    else if (at(j).request != Request::CopyEnd)
+    else if (request != Request::CopyEnd && request != Request::Query && request != Request::FunctionCall)
       unsynced_ = true;
   }
 }

@@ -137,6 +137,10 @@ class Scanner {
   void prepared_word() {
     if (awaits_name_ && !(is(first_, "deallocate") && n_ == 2 && kind_ == 'w' && is(word_, "prepare"))) {
       awaits_name_ = false;
+      if (is(first_, "deallocate") && kind_ == 'w' && is(word_, "all")) {
+        prepared_->closes_all = true;
+        return;
+      }
       std::string name = kind_ == '"' ? std::string(word_) : lower(word_);
       if (kind_ == '"')
         for (std::size_t at = 0; (at = name.find("\"\"", at)) != std::string::npos; ++at) name.erase(at, 1);

@@ -65,6 +65,7 @@ std::vector<std::string> called_functions(std::string_view sql);
 struct PreparedNames {
   std::vector<std::string> names;
   std::vector<std::string> deallocated;  ///< those of DEALLOCATE
+  bool closes_all = false;               ///< DEALLOCATE ALL
   bool all = false;                      ///< it may name any: pg_prepared_statements
 };
 PreparedNames prepared_names(std::string_view sql);

@@ -28,6 +28,7 @@ struct ClientSession::Login {
   std::optional<protocol::ClientLogin> exchange;
   protocol::Startup startup;
   std::string user, database, peer;
+  StartupSettings asked;
   bool console = false, own_user = false;
   bool greeted = false;  // it had a server connection once, which was lost
 };
@@ -228,31 +229,34 @@ void ClientSession::accepted() {
     return fatal(sqlstate, error);
   }
   if (worker_.full()) return refuse_full();  // others have come in while this one was asked for its password
-  std::map<std::string, std::string> values;
   std::string complaint;
-  if (!settings_of(login_->startup, values, complaint)) {
+  auto asked = settings_of(login_->startup, complaint);
+  if (!asked) {
     worker_.reject(pool::RejectReason::Unsupported);
     return fatal("0A000", complaint);
   }
   // Neon's proxy forwards no client_encoding of the connection string's at the server's login.
   if (const std::string& encoding = worker_.encoding_of(entry->database); !encoding.empty())
-    values.try_emplace("client_encoding", encoding);
+    asked->values.try_emplace("client_encoding", encoding);
   entry_ = entry;
   ++entry->clients;
-  for (const auto& [name, value] : values)
+  for (const auto& [name, value] : asked->values)
     if (name.find('.') != std::string::npos) entry->settings.learn({name});
-  settings = login_settings_ = entry->settings.intern(std::move(values));
+  login_->asked = std::move(*asked);
   transition(State::Greeting);
   worker_.on_login();
-  if (const std::string& given = login_->exchange->given_password(); !given.empty()) return worker_.verify(*this, given);
-  begin_session();
+  worker_.verify(*this, login_->exchange->given_password(), login_->asked.date_styles);
 }
 
 void ClientSession::verified() {
   if (state_ != State::Greeting) return;
-  worker_.to_client.own([](std::string& out) { protocol::ClientLogin::confirm(out); });
+  const bool passed_on = !login_->exchange->given_password().empty();
+  if (passed_on) worker_.to_client.own([](std::string& out) { protocol::ClientLogin::confirm(out); });
+  if (const std::string* date_style = entry_->settings.date_style(login_->asked.date_styles))
+    login_->asked.values.emplace("datestyle", *date_style);
+  settings = login_settings_ = entry_->settings.intern(std::move(login_->asked.values));
   begin_session();
-  send(worker_.to_client);
+  if (passed_on) send(worker_.to_client);
 }
 
 void ClientSession::refused(const protocol::ErrorFields& error) {

@@ -196,6 +196,10 @@ void ClientSession::on_answered() {
   counters.query.record(micros_since(sent_at_));
   sent_at_ = now;
   in_request_ = false;
+  if (const auto* next = server_->pipeline.front(); closes_all_ && (!next || next->owner != id_)) {
+    closes_all_ = false;
+    worker_.run_later(*this);
+  }
   server_->running.leaking = server_->running.overdue = false;
   if (server_->pipeline.status() == protocol::TxStatus::Idle) {
     ++counters.transactions;
@@ -245,8 +249,8 @@ void ClientSession::on_lease(ServerConnection& server) {
 
 // What it sends is kept until it has a server connection whose session is known.
 bool ClientSession::held() const {
-  return state_ == State::Greeting || state_ == State::Waiting || (server_ && (server_->asking_residue() || server_->awaiting_shape())) ||
-         (subscriber_ && subscriber_->busy());
+  if (state_ == State::Greeting || state_ == State::Waiting || (subscriber_ && subscriber_->busy())) return true;
+  return server_ && (server_->asking_residue() || server_->awaiting_shape() || (closes_all_ && !server_->pipeline.unsynced()));
 }
 
 void ClientSession::go_on() {
@@ -380,7 +384,7 @@ void ClientSession::on_server_lost(const std::string& sqlstate, const std::strin
   while (!pending_.empty()) on_name_done(false);
   parse_error_.reset();
   forget_residue();
-  in_request_ = false;
+  in_request_ = closes_all_ = false;
   // A session that lived on that connection, or a transaction, can't go on elsewhere.
   if (pin_ || unknown || several || entry_->pool.settings().mode == conf::PoolMode::Session)
     return fatal(sqlstate, message, "The server connection that held this client's transaction or session is gone.");

@@ -51,7 +51,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   bool is_console() const { return console_ != nullptr; }
   void resume_console();  ///< what it waited for is done
 
-  /// The server accepts the password that was passed on.
+  /// The server has said what there was to ask at its login.
   void verified();
   void refused(const protocol::ErrorFields& error);
   /// A server connection is leased to it now: what waited goes on.
@@ -213,6 +213,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   bool pass_to_server_ = false;
   bool direct_tls_ = false;  // TLS without an SSLRequest
   bool in_request_ = false;
+  bool closes_all_ = false;  // DISCARD or DEALLOCATE ALL is under way: which names there are is known when it is answered
   pool::Time connected_at_, sent_at_{};
   pool::Time unread_since_{};  // the client doesn't take what is there for it
   std::uint64_t request_ = 0;

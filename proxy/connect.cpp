@@ -157,7 +157,7 @@ awaitable<std::string> open_channel(Opening& o) {
 
 /// The server has answered, and another host isn't asked (libpq does the same) unless this one can't serve at the moment.
 bool is_final(const std::string& sqlstate) {
-  return !sqlstate.starts_with("08") && sqlstate != "57P03" && sqlstate != "53300";
+  return !sqlstate.starts_with("08") && sqlstate != "57P03";
 }
 
 /// A program gave this password for an earlier connect.
@@ -227,13 +227,15 @@ awaitable<std::string> ServerConnection::try_hosts() {
       const auto wanted = prefer_standby && round == 0 ? conf::TargetSessionAttrs::Standby
                           : prefer_standby             ? conf::TargetSessionAttrs::Any
                                                        : upstream->params.targetSessionAttrs;
-      for (int tried = 1; tried <= 2; ++tried) {
-        error = co_await log_in(upstream, target, tls, wanted);
-        if (error.empty() || state_ == State::Closed) break;
-        // prefer: a refusal with TLS is tried without; allow: the other way round.
-        const bool other = (mode == conf::SslMode::Prefer && tls) || (mode == conf::SslMode::Allow && !tls);
-        if (tried == 2 || !other || !retry_other_tls_) break;
-        tls = !tls;
+      error = co_await log_in(upstream, target, tls, wanted);
+      // prefer: a refusal with TLS is tried without; allow: the other way round.
+      const bool other = (mode == conf::SslMode::Prefer && tls) || (mode == conf::SslMode::Allow && !tls);
+      if (!error.empty() && state_ != State::Closed && other && retry_other_tls_) {
+        const protocol::ErrorFields first = login_error_;
+        const std::string first_error = std::move(error);
+        error = co_await log_in(upstream, target, !tls, wanted);
+        if (!error.empty() && is_final(first.sqlstate)) login_error_ = first;
+        if (!error.empty()) error = first_error + "\n" + error;
       }
       if (error.empty()) entry_.addresses.worked(address_of(target));
       if (error.empty() || is_final(login_error_.sqlstate)) {
@@ -241,7 +243,8 @@ awaitable<std::string> ServerConnection::try_hosts() {
         co_return error;
       }
       if (!unfit_ || !prefer_standby) entry_.addresses.failed(address_of(target), worker_.now());
-      if (unfit_ && !prefer_standby) worker_.outdate_address(entry_, address_of(target));
+      // Since PostgreSQL 14 a server tells the connections that there are what it has become.
+      if (unfit_ && !prefer_standby && !parameters_.contains("in_hot_standby")) worker_.outdate_address(entry_, address_of(target));
       failures += (failures.empty() ? "" : "\n") + error;
     }
   }
@@ -266,10 +269,17 @@ awaitable<void> ServerConnection::run_connect(std::shared_ptr<ServerConnection> 
   ++entry_.pool.counters().connects;
   attempt = {};
   conforming_strings_ = parameters_["standard_conforming_strings"] != "off";
-  settings = entry_.settings.intern({});
-  if (settings->welcome.empty()) settings->welcome = parameters_;
   state_ = State::Leased;  // until settle() puts it on the idle list
   entry_.pool.admit(*this, worker_.now(), worker_.random());
+  if (login_ && !login_->date_styles.empty()) {  // its defaults aren't everybody's
+    entry_.settings.learn_date_style(login_->date_styles, parameters_["DateStyle"]);
+    worker_.on_connected(*this);
+    wait_readable();
+    co_return close(pool::CloseReason::Login);
+  }
+  settings = entry_.settings.intern({});
+  entry_.settings.saw_parameters({}, parameters_);
+  settings->welcome = parameters_;
   worker_.on_connected(*this);
   wait_readable();
   settle();
@@ -329,6 +339,11 @@ awaitable<std::string> ServerConnection::receive_frame() {
     if (const std::size_t total = frame_size(in)) {
       if (total > 64 * 1024 || total < protocol::kHeaderSize) {
         login_error_.sqlstate = "08P01";
+        // An error from before there were lengths, as of a server that can't start a process: text up to a zero byte.
+        if (in[0] == 'E' && in.find('\0') != std::string::npos) {
+          login_error_.sqlstate = "08006";
+          co_return in.substr(1, in.find_first_of(std::string_view("\n\0", 2)) - 1);
+        }
         co_return std::string("received an invalid message from the server during login");
       }
       if (in.size() >= total) co_return std::string();
@@ -415,8 +430,9 @@ awaitable<std::string> ServerConnection::exchange_login(const conf::ConnectParam
   Transport& transport = channel_->transport;
   protocol::ServerCredentials credentials;
   credentials.user = params.user;
-  credentials.password =
-      login_ ? login_->password : entry_.given_password.value_or(host.password.empty() ? params.password : host.password);
+  credentials.password = login_ && !login_->password.empty()
+                             ? login_->password
+                             : entry_.given_password.value_or(host.password.empty() ? params.password : host.password);
   credentials.encrypted = transport.is_tls();
   credentials.require_auth = params.requireAuth;
   if (transport.is_tls()) credentials.channel_binding = channel_binding(transport.ssl(), false);
@@ -428,6 +444,8 @@ awaitable<std::string> ServerConnection::exchange_login(const conf::ConnectParam
   startup.parameters.emplace_back("user", params.user);
   startup.parameters.emplace_back("database", params.dbname);
   for (const auto& parameter : params.startup) startup.parameters.push_back(parameter);
+  if (login_)
+    for (const std::string& asked : login_->date_styles) startup.parameters.emplace_back("DateStyle", asked);
   protocol::ServerLogin login(std::move(credentials), std::move(startup), &worker_.scram_keys);
   Gather gather;
   gather.own([&](std::string& out) { login.begin(out); });
@@ -447,6 +465,7 @@ awaitable<std::string> ServerConnection::exchange_login(const conf::ConnectParam
   if (step == Step::Failed) {
     login_error_ = login.error();
     retry_other_tls_ = login_error_.sqlstate.starts_with("28");
+    if (login_error_.message.empty()) login_error_.message = "the server refused the login and didn't say why";
     co_return login_error_.message;
   }
   pid_ = login.pid();

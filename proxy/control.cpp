@@ -1,8 +1,12 @@
 #include "proxy/control.hpp"
 
+#include <sys/un.h>
+
 #include <boost/asio/local/stream_protocol.hpp>
 #include <boost/asio/post.hpp>
+#include <boost/asio/steady_timer.hpp>
 #include <filesystem>
+#include <utility>
 
 namespace pgsidecar::proxy {
 
@@ -10,7 +14,10 @@ namespace asio = boost::asio;
 
 namespace {
 constexpr std::size_t kMostContexts = 64;
-}
+constexpr std::size_t kMostNames = 4;  // that are looked up at a time
+constexpr std::chrono::seconds kPatience{1};
+constexpr std::size_t kLongestSocketPath = sizeof(sockaddr_un::sun_path) - 1;
+}  // namespace
 
 struct Control::Lookup {
   Upstream upstream;
@@ -78,21 +85,59 @@ void Control::look_up_addresses(std::shared_ptr<Lookup> lookup, Target target) {
   if (host.is_unix()) {
     std::string path = host.name + "/.s.PGSQL." + std::to_string(host.port);
     if (path[0] == '@') path[0] = '\0';
-    target.endpoint = asio::local::stream_protocol::endpoint(path);
-    lookup->upstream.targets.push_back(std::move(target));
+    if (path.size() > kLongestSocketPath) {
+      lookup->upstream.error = "Unix-domain socket path \"" + path + "\" is too long (maximum 107 bytes)";
+    } else {
+      target.endpoint = asio::local::stream_protocol::endpoint(path);
+      lookup->upstream.targets.push_back(std::move(target));
+    }
     return look_up_next(std::move(lookup));
   }
-  const std::string name = host.address.empty() ? host.name : host.address, port = std::to_string(host.port);
-  auto on_answer = [this, lookup, target = std::move(target)](boost::system::error_code ec,
-                                                              const asio::ip::tcp::resolver::results_type& found) mutable {
+  const std::string name = host.address.empty() ? host.name : host.address;
+  const std::uint16_t port = host.port;
+  // Who has an address to try already doesn't wait for a name server that is silent.
+  auto patience = std::make_shared<asio::steady_timer>(control_);
+  auto answered = std::make_shared<bool>(false);
+  const Found on_answer = [this, lookup, patience, answered, target = std::move(target)](const boost::system::error_code& ec,
+                                                                                         const Endpoints& found) mutable {
+    if (std::exchange(*answered, true)) return;
+    patience->cancel();
     if (ec) lookup->upstream.error = "could not translate host name \"" + target.host.name + "\" to address: " + ec.message();
-    for (const auto& entry : found) {
-      target.endpoint = entry.endpoint();
+    for (const auto& endpoint : found) {
+      target.endpoint = endpoint;
       lookup->upstream.targets.push_back(target);
     }
     look_up_next(lookup);
   };
-  resolver_.async_resolve(name, port, std::move(on_answer));
+  if (!lookup->upstream.targets.empty()) {
+    patience->expires_after(kPatience);
+    patience->async_wait([on_answer](const boost::system::error_code& stopped) {
+      if (!stopped) on_answer(asio::error::timed_out, {});
+    });
+  }
+  find(name, port, on_answer);
+}
+
+// Each name in a thread of its own, so that a silent name server holds up nobody else's.
+void Control::find(const std::string& name, std::uint16_t port, Found found) {
+  boost::system::error_code ec;
+  if (const auto address = asio::ip::make_address(name, ec); !ec) return found({}, {{address, port}});
+  auto& waiting = names_[{name, port}];
+  waiting.push_back(std::move(found));
+  if (waiting.size() > 1) return;
+  if (!resolver_) resolver_.emplace(kMostNames);
+  asio::post(*resolver_, [this, name, port] {
+    boost::system::error_code failure;
+    asio::io_context unused;
+    Endpoints endpoints;
+    for (const auto& entry : asio::ip::tcp::resolver(unused).resolve(name, std::to_string(port), failure))
+      endpoints.push_back(entry.endpoint());
+    asio::post(control_, [this, name, port, failure, endpoints = std::move(endpoints)] {
+      const auto who = std::exchange(names_[{name, port}], {});
+      names_.erase({name, port});
+      for (const Found& one : who) one(failure, endpoints);
+    });
+  });
 }
 
 void Control::forget_password(std::string password) {
@@ -112,7 +157,10 @@ std::shared_ptr<SSL_CTX> Control::context(const conf::ConnectParams& p) {
   std::string key = std::to_string(static_cast<int>(p.sslmode)) + '\n' + std::to_string(static_cast<int>(p.sslnegotiation)) + '\n' +
                     p.sslMinProtocolVersion + '\n' + p.sslMaxProtocolVersion + '\n' + p.sslpassword;
   for (const conf::Host& host : p.hosts) key += '\n' + host.name;  // a resumed session isn't verified again
-  for (const std::string& file : {p.sslrootcert, p.sslcert, p.sslkey, p.sslcrl}) {
+  const auto of_system = [this](const char* variable, const char* usual) { return env_(variable).value_or(usual); };
+  for (const std::string& file :
+       {p.sslrootcert, p.sslcert, p.sslkey, p.sslcrl, of_system(X509_get_default_cert_file_env(), X509_get_default_cert_file()),
+        of_system(X509_get_default_cert_dir_env(), X509_get_default_cert_dir())}) {
     std::error_code ec;
     const auto changed = std::filesystem::last_write_time(file, ec);
     key += '\n' + file + '\n' + (ec ? "" : std::to_string(changed.time_since_epoch().count()));

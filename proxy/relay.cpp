@@ -170,6 +170,7 @@ void ClientSession::adopt_named(std::string_view sql) {
   auto& pipeline = server_->pipeline;
   if (!rewrites() || pipeline.failed() || pipeline.status() == protocol::TxStatus::Failed) return;
   const protocol::PreparedNames named = protocol::prepared_names(sql);
+  closes_all_ |= named.closes_all;
   if (named.all) {
     statements.for_each_named([&](const std::string& name, const protocol::StatementRef& s) { server_->adopt(name, s); });
     server_->close_shared_statements();
@@ -251,6 +252,12 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
     server_->adopt(std::string(name), statement, Verdict::Forward);
     pending_.push_back({std::string(name), statement});
     statements.set(name, std::move(statement));
+    return total;
+  }
+  if (pipeline.empty() && pipeline.status() == protocol::TxStatus::Failed && !(statement->residue & protocol::kTransaction)) {
+    relay(available, total);  // to be refused
+    pipeline.push({Request::Parse, Verdict::Forward, id_});
+    pending_.push_back({std::string(name), nullptr});
     return total;
   }
   auto& counters = entry_->pool.counters();
@@ -491,6 +498,10 @@ void ClientSession::on_name_done(bool ok) {
   } else if (statements.find(done.name) == done.statement) {
     statements.erase(done.name);
     if (done.before) statements.set(done.name, done.before);
+  } else {
+    // It was closed again behind that: a Close which the server skips brings back what was there before.
+    const auto closed = std::find_if(pending_.begin(), pending_.end(), [&](const Pending& p) { return p.closes && p.name == done.name; });
+    if (closed != pending_.end() && closed->statement == done.statement) closed->statement = done.before;
   }
 }
 

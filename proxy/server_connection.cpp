@@ -26,6 +26,7 @@ constexpr std::uint32_t kMaxMessage = 0x40000000;
 constexpr std::size_t kMaxParsed = 1u << 20;                         // of a message of the server that is looked into
 constexpr auto kSoon = std::chrono::milliseconds(100);               // in which a survey is answered
 constexpr auto kBetweenStatements = std::chrono::milliseconds(100);  // a server that has answered one may ignore a cancel request
+constexpr auto kUnused = std::chrono::seconds(2);                    // a connection that ends so early was of no use to anybody
 
 /// Messages that are looked into and so wanted whole.
 bool wanted_whole(Backend type) {
@@ -250,6 +251,7 @@ bool ServerConnection::on_frame(Backend type, Bytes available, std::size_t total
       const std::string_view value = reader.cstring();
       if (!reader.ok()) return false;
       parameters_[std::string(name)] = value;
+      told_ = true;
       if (name == "standard_conforming_strings") conforming_strings_ = value != "off";
       if (name == "in_hot_standby") on_role_changed();
       return pass(to_client && client_->state() != ClientSession::State::Greeting);
@@ -515,6 +517,7 @@ void ServerConnection::settle() {
   deadline = pool::Time::max();
   pool::CloseReason reason{};
   if (!settings) reason = pool::CloseReason::Broken, condemned = true;
+  if (settings && std::exchange(told_, false)) entry_.settings.saw_parameters(settings->values, parameters_);
   if (!condemned && ask_catalog()) {
     if (state_ != State::Resetting) surveyed_since_ = worker_.now();
     transition(State::Resetting);
@@ -526,6 +529,7 @@ void ServerConnection::settle() {
     close(reason);
     return worker_.serve(entry_);
   }
+  if (uses == 0) worker_.connects_last(entry_);
   transition(State::Idle);
   entry_.pool.put_idle(*this, worker_.now());
   worker_.arm_tick(entry_.pool.idle_check());
@@ -591,6 +595,8 @@ void ServerConnection::lost(const std::string& sqlstate, const std::string& reas
       client->on_server_lost(sqlstate, reason, in_transaction);
     }
   }
+  if (uses == 0 && worker_.now() - connected < kUnused && !sqlstate.starts_with("57P"))
+    worker_.lost_unused(*this, {"FATAL", sqlstate, reason, {}, {}});
   closed();
 }
 

@@ -44,10 +44,13 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
 
   ServerConnection(Worker& worker, PoolEntry& entry, std::uint64_t id);
 
-  /// What a login that passes on the client's password makes a connection for: whether the password is right.
+  /// What a client's login makes a connection for, since only the server's own login tells: whether the password that it passes on is
+  /// right, and what its DateStyle means.
   struct Login {
     std::weak_ptr<ClientSession> client;
-    std::string password;
+    std::string password;                  ///< empty: the pool's own
+    std::vector<std::string> date_styles;  ///< empty: nothing to ask
+    pool::Time since{};
   };
 
   /// What it executes for its client, for the statistics.
@@ -241,6 +244,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   ClientSession* client_ = nullptr;
   std::size_t pass_left_ = 0;  // of a message that is passing through
   bool answered_ = false;      // ReadyForQuery is the last that was read
+  bool told_ = false;          // parameters_ have changed since they were looked at
   bool pass_forward_ = false;
   bool listener_ = false;  // the pool's
   bool asking_residue_ = false, residue_failed_ = false, own_query_failed_ = false;

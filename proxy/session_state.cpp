@@ -143,6 +143,7 @@ void ClientSession::use_sequences() {
 void ClientSession::restore_after_reset() {
   if (!(residue_ & protocol::kReset)) return;
   residue_ &= ~protocol::kReset;
+  closes_all_ |= (residue_ & protocol::kDiscard) != 0;
   if (!login_settings_->values.empty()) server_->restore_settings(*login_settings_);
 }
 

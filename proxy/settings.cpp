@@ -9,7 +9,7 @@ namespace pgsidecar::proxy {
 
 namespace {
 
-constexpr std::size_t kMaxKnown = 4096, kMaxCustomNames = 64;
+constexpr std::size_t kMaxKnown = 4096, kMaxCustomNames = 64, kMaxDateStyles = 64;
 
 std::string quoted(std::string_view text, char quote) {
   std::string out(1, quote);
@@ -36,6 +36,28 @@ std::string reset_name(std::string_view name) {
   }
 }
 
+/// As the server tells them; empty: not named.
+struct DateStyle {
+  std::string_view style, order;
+};
+
+DateStyle read_date_style(std::string_view text) {
+  DateStyle found;
+  for (std::size_t at = 0; at < text.size();) {
+    const std::size_t begin = std::min(text.find_first_not_of(", \t\n\r\f\v", at), text.size());
+    at = std::min(text.find_first_of(", \t\n\r\f\v", begin), text.size());
+    const std::string word = lower(text.substr(begin, at - begin));
+    if (word == "iso") found.style = "ISO";
+    if (word == "sql") found.style = "SQL";
+    if (word == "german") found.style = "German";
+    if (word.starts_with("postgres")) found.style = "Postgres";
+    if (word == "ymd") found.order = "YMD";
+    if (word == "dmy" || word.starts_with("euro")) found.order = "DMY";
+    if (word == "mdy" || word == "us" || word.starts_with("noneuro")) found.order = "MDY";
+  }
+  return found;
+}
+
 }  // namespace
 
 std::string literal(std::string_view text) {
@@ -54,7 +76,7 @@ std::string restore_sql(const Settings& login) {
 
 std::size_t SettingsCache::footprint() const {
   using protocol::footprint_of_nodes;
-  std::size_t bytes = footprint_of_nodes(known_) + footprint_of_nodes(meanings_);
+  std::size_t bytes = footprint_of_nodes(known_) + footprint_of_nodes(meanings_) + footprint_of_nodes(date_styles_);
   for (const auto& [values, settings] : known_)
     bytes += sizeof *settings + protocol::kNode + 2 * footprint_of_nodes(values) + footprint_of_nodes(settings->welcome);
   for (const auto& [values, meaning] : meanings_) bytes += sizeof *meaning + protocol::kNode + 2 * footprint_of_nodes(values);
@@ -114,23 +136,59 @@ void SettingsCache::derive_welcome(Settings& settings) {
 
 void SettingsCache::forget_welcomes() {
   for (auto& [values, settings] : known_) settings->welcome.clear();
+  date_styles_.clear();
 }
 
-bool settings_of(const protocol::Startup& startup, std::map<std::string, std::string>& values, std::string& complaint) {
+void SettingsCache::saw_parameters(const Values& own, const Values& told) {
+  const auto usual = known_.find({});
+  if (usual == known_.end()) return;
+  for (const auto& [name, value] : usual->second->welcome) {
+    const auto it = told.find(name);
+    if (it == told.end() || it->second == value || name == "is_superuser" || name == "session_authorization") continue;
+    if (!own.contains(lower(name))) return forget_welcomes();
+  }
+}
+
+const std::string* SettingsCache::date_style(const std::vector<std::string>& asked) const {
+  const auto it = date_styles_.find(asked);
+  return it == date_styles_.end() ? nullptr : &it->second;
+}
+
+void SettingsCache::learn_date_style(const std::vector<std::string>& asked, const std::string& told) {
+  if (date_styles_.size() >= kMaxDateStyles) date_styles_.clear();
+  // Proxies on the way may have kept it from the server's login.
+  const DateStyle wanted = read_date_style(asked.back());
+  const bool heard = told.find(wanted.style) != std::string::npos && told.find(wanted.order) != std::string::npos;
+  date_styles_[asked] = heard ? told : asked.back();
+}
+
+std::optional<StartupSettings> settings_of(const protocol::Startup& startup, std::string& complaint) {
+  StartupSettings asked;
+  const auto add = [&asked](const std::string& name, const std::string& value) {
+    asked.values[lower(name)] = value;
+    if (lower(name) == "datestyle") asked.date_styles.push_back(value);
+  };
   // The server takes `options` first, then the other parameters in order.
   if (const auto options = startup.get("options"); !options.empty()) {
     const auto parsed = protocol::parse_options(options);
     if (!parsed) {
       complaint = "unsupported startup options: only settings (-c name=value) can be given through pgsidecar";
-      return false;
+      return std::nullopt;
     }
-    for (const auto& [name, value] : *parsed) values[lower(name)] = value;
+    for (const auto& [name, value] : *parsed) add(name, value);
   }
   for (const auto& [name, value] : startup.parameters) {
     if (name == "user" || name == "database" || name == "options" || name == "replication" || name.starts_with("_pq_.")) continue;
-    values[lower(name)] = value;
+    add(name, value);
   }
-  return true;
+  if (!asked.date_styles.empty()) {
+    const DateStyle last = read_date_style(asked.date_styles.back());
+    if (!last.style.empty() && !last.order.empty())
+      asked.date_styles.clear();
+    else
+      asked.values.erase("datestyle");
+  }
+  return asked;
 }
 
 std::vector<std::string> settings_statements(const Values& have, const Values& want) {

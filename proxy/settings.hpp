@@ -5,6 +5,7 @@
 
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -30,7 +31,13 @@ class SettingsCache {
   SettingsRef intern(std::map<std::string, std::string> values);
   /// What a session is told is known without asking if it differs from a known one in its application_name alone.
   void derive_welcome(Settings& settings);
+  /// The server's own defaults may have changed.
   void forget_welcomes();
+  /// What a session that has `own` settings was told.
+  void saw_parameters(const std::map<std::string, std::string>& own, const std::map<std::string, std::string>& told);
+  /// What the server makes of a login's DateStyle; null: only a login can tell.
+  const std::string* date_style(const std::vector<std::string>& asked) const;
+  void learn_date_style(const std::vector<std::string>& asked, const std::string& told);
   /// The custom settings that clients of this pool have set: pg_settings doesn't list them, so they are asked for by name.
   /// False: there are too many.
   bool learn(const std::vector<std::string>& names);
@@ -41,14 +48,24 @@ class SettingsCache {
   std::map<std::map<std::string, std::string>, SettingsRef> known_;
   std::map<std::map<std::string, std::string>, std::shared_ptr<const Meaning>> meanings_;
   std::vector<std::string> custom_names_;
+  std::map<std::vector<std::string>, std::string> date_styles_;
 };
 
-/// What of a StartupMessage are settings (user, database, replication and `_pq_.` aren't). False: `options` holds
+using Values = std::map<std::string, std::string>;
+
+/// What a client asks for at its login.
+struct StartupSettings {
+  Values values;  ///< names in lower case
+  /// Of DateStyle, in their order, if the last names a style or an order of the fields alone: the other is as the one before it or the
+  /// server's configuration file has it, whatever is set for the role or the database (sections 20.11.2 and 20.1.3).
+  std::vector<std::string> date_styles;
+};
+
+/// What of a StartupMessage are settings (user, database, replication and `_pq_.` aren't). None: `options` holds
 /// something else than settings, named in `complaint`.
-bool settings_of(const protocol::Startup& startup, std::map<std::string, std::string>& values, std::string& complaint);
+std::optional<StartupSettings> settings_of(const protocol::Startup& startup, std::string& complaint);
 
 /// Statements that turn a session with `have` into one with `want`.
-using Values = std::map<std::string, std::string>;
 std::vector<std::string> settings_statements(const Values& have, const Values& want);
 
 /// SQL that gives a session those of `login` again that have no value of its own, after a RESET.

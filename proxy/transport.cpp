@@ -271,7 +271,9 @@ std::string Transport::tls_error() const {
   if (!ssl_) return {};
   if (const long verify = SSL_get_verify_result(ssl_.get()); verify != X509_V_OK)
     return std::string("certificate verify failed: ") + X509_verify_cert_error_string(verify) +
-           " (sslrootcert=FILE names the CA; sslmode=require encrypts without verification)";
+           (verify == X509_V_ERR_HOSTNAME_MISMATCH || verify == X509_V_ERR_IP_ADDRESS_MISMATCH
+                ? " (it is another host's; sslmode=verify-ca doesn't compare the name)"
+                : " (sslrootcert=FILE names the CA; sslmode=require encrypts without verification)");
   if (error_ == 0) return "connection closed during the TLS handshake";
   if (const char* reason = ERR_reason_error_string(error_)) return reason;
   char text[256];

@@ -34,6 +34,14 @@ bool same_connections(const conf::PoolSettings& a, const conf::PoolSettings& b) 
          a.maxUses == b.maxUses && a.maxLifetimeSeconds == b.maxLifetimeSeconds;
 }
 
+/// So long a password that the server has accepted counts without its being asked again.
+constexpr std::chrono::seconds kAccepted{10};
+
+/// The pool's connections are made with this login's password: its failure is theirs.
+bool is_pools_own(const PoolEntry& entry, const ServerConnection::Login& login) {
+  return login.password.empty() || login.password == entry.given_password;
+}
+
 /// No connection of the pool is open or being closed: what the next connect hears counts for all who wait.
 bool stands_alone(const PoolEntry& entry) {
   return entry.pool.open() <= entry.connecting;
@@ -133,7 +141,7 @@ std::optional<std::string> Worker::secret_of(const std::string& user) {
       return std::nullopt;
     }
   }
-  if (user == upstream_.user) return upstream_.password;
+  if (user == upstream_.user) return upstream_.users_password();
   return std::nullopt;
 }
 
@@ -194,11 +202,71 @@ bool Worker::passes_password_on(const std::string& user) const {
          user != upstream_.user;
 }
 
-void Worker::verify(ClientSession& client, std::string password) {
+void Worker::verify(ClientSession& client, const std::string& password, const std::vector<std::string>& date_styles) {
   PoolEntry& entry = *client.entry();
-  if (entry.given_password == password) return client.verified();
-  entry.logins.push_back({client.weak_from_this(), std::move(password)});
+  ServerConnection::Login login{client.weak_from_this(), password, date_styles, now()};
+  if (is_known(entry, login) && (password.empty() || now() - entry.given_at < kAccepted)) return client.verified();
+  entry.logins.push_back(std::move(login));
+  kick();
   serve(entry);
+}
+
+bool Worker::is_known(const PoolEntry& entry, const ServerConnection::Login& login) {
+  return is_pools_own(entry, login) && (login.date_styles.empty() || entry.settings.date_style(login.date_styles));
+}
+
+void Worker::serve_logins(PoolEntry& entry) {
+  const auto tell = [&](void (*what)(ClientSession&, const protocol::ErrorFields&)) {
+    asio::post(data_, [this, what, client = entry.logins.front().client, failure = entry.last_failure] {
+      const Turn turn(*this);
+      if (const auto session = client.lock()) what(*session, failure);
+    });
+    entry.logins.pop_front();
+  };
+  const auto asks_date_style = [](const auto& one) {
+    const ServerConnection& server = *one.second;
+    return server.state() == ServerConnection::State::Connecting && server.login() && !server.login()->date_styles.empty();
+  };
+  const auto accept = [](ClientSession& client, const protocol::ErrorFields& /*none*/) { client.verified(); };
+  while (!entry.logins.empty()) {
+    const ServerConnection::Login& login = entry.logins.front();
+    if (login.client.expired()) {
+      entry.logins.pop_front();
+      continue;
+    }
+    const bool known = is_known(entry, login);
+    if (known && login.password.empty()) {
+      tell(accept);
+      continue;
+    }
+    if (!login.date_styles.empty() && std::any_of(entry.servers.begin(), entry.servers.end(), asks_date_style)) break;
+    if (is_pools_own(entry, login) && !entry.backoff.may_try(now(), true)) {
+      if (!is_refused(entry, now())) break;
+      tell([](ClientSession& client, const protocol::ErrorFields& failure) { client.refused(failure); });
+      continue;
+    }
+    if (entry.pool.open() >= entry.pool.capacity()) {
+      if (pool::Slot* idle = entry.pool.take(now()))
+        static_cast<ServerConnection*>(idle)->close(pool::CloseReason::Login);
+      else if (known && entry.pool.staying() == entry.pool.open()) {  // all are in use: it can't be asked again
+        tell(accept);
+        continue;
+      }
+      break;
+    }
+    open_server(entry, login);
+    entry.logins.pop_front();
+  }
+}
+
+bool Worker::login_failed(PoolEntry& entry, ServerConnection::Login login, const protocol::ErrorFields& error) {
+  const bool own = is_pools_own(entry, login);
+  if (own && (!is_answer(error.sqlstate) || error.sqlstate == "53300")) {  // the server can't be asked at the moment
+    entry.logins.push_front(std::move(login));
+    return false;
+  }
+  if (const auto client = login.client.lock()) client->refused(error);
+  return !own || !is_permanent(error.sqlstate);
 }
 
 void Worker::listen(conf::PassedSockets& passed) {
@@ -286,18 +354,7 @@ void Worker::serve_from(PoolEntry& entry) {
     if (!server) break;
     server->lease(*static_cast<ClientSession*>(entry.pool.next_waiter()));
   }
-  while (!entry.logins.empty()) {
-    if (entry.logins.front().client.expired()) {
-      entry.logins.pop_front();
-      continue;
-    }
-    if (entry.pool.open() >= entry.pool.capacity()) {
-      if (pool::Slot* idle = entry.pool.take(now())) static_cast<ServerConnection*>(idle)->close(pool::CloseReason::Idle);
-      break;
-    }
-    open_server(entry, std::move(entry.logins.front()));
-    entry.logins.pop_front();
-  }
+  serve_logins(entry);
   if (!entry.backoff.may_try(now(), entry.pool.any_waiting()) || (entry.passes_password_on && !entry.given_password)) return;
   const conf::PoolSettings& settings = entry.pool.settings();
   const std::uint32_t capacity = entry.pool.capacity();
@@ -332,11 +389,12 @@ void Worker::open_server(PoolEntry& entry, std::optional<ServerConnection::Login
 void Worker::on_connected(ServerConnection& server) {
   PoolEntry& entry = server.entry();
   --entry.connecting;
-  entry.backoff.succeeded();
-  entry.last_failure = {};
   database_seen(upstream_of(entry.database), true);
   if (server.login()) {
-    entry.given_password = server.login()->password;
+    if (!server.login()->password.empty()) {
+      entry.given_password = server.login()->password;
+      entry.given_at = now();
+    }
     if (const auto client = server.login()->client.lock()) client->verified();
   }
   if (const auto it = server.parameters().find("server_version"); it != server.parameters().end()) database_version_ = it->second;
@@ -350,8 +408,7 @@ void Worker::on_connected(ServerConnection& server) {
 void Worker::on_connect_failed(ServerConnection& server, const protocol::ErrorFields& error) {
   PoolEntry& entry = server.entry();
   --entry.connecting;
-  if (server.login()) {
-    if (const auto client = server.login()->client.lock()) client->refused(error);
+  if (server.login() && login_failed(entry, *server.login(), error)) {
     entry.servers.erase(server.id());
     check_operations();
     serve(entry);
@@ -382,6 +439,19 @@ void Worker::on_connect_failed(ServerConnection& server, const protocol::ErrorFi
   if (tried_) std::exchange(tried_, nullptr)(is_permanent(error.sqlstate) ? error.message : std::string());
   kick();
   check_stopped();
+}
+
+void Worker::connects_last(PoolEntry& entry) {
+  entry.backoff.succeeded();
+  entry.last_failure = {};
+}
+
+// A pooler in front of a server that is down accepts logins and then ends them.
+void Worker::lost_unused(const ServerConnection& server, const protocol::ErrorFields& why) {
+  PoolEntry& entry = server.entry();
+  entry.backoff.failed(now(), random(), false);
+  entry.last_failure = why;
+  kick();
 }
 
 void Worker::refuse_waiters(PoolEntry& entry) {
@@ -520,6 +590,10 @@ void Worker::tick() {
       ++entry->pool.counters().waitTimeouts;
       static_cast<ClientSession*>(waiter)->on_wait_failed(wait_error(*entry));
     }
+    while (!entry->logins.empty() && entry->pool.waited_out(entry->logins.front().since, t)) {
+      if (const auto client = entry->logins.front().client.lock()) client->refused(wait_error(*entry));
+      entry->logins.pop_front();
+    }
     close_outdated(*entry);
     std::vector<std::shared_ptr<ServerConnection>> due;
     for (auto& [id, server] : entry->servers) {
@@ -531,7 +605,7 @@ void Worker::tick() {
     entry->listener.recycle();
     serve(*entry);
     busy |= entry->listener.wants();
-    busy |= entry->pool.any_waiting() || entry->connecting > 0;
+    busy |= entry->pool.any_waiting() || entry->connecting > 0 || !entry->logins.empty();
     busy |=
         entry->clients > 0 && !entry->pool.resting() && entry->pool.staying() < entry->pool.settings().min && !draining_ && !entry->paused;
     if (entry->pool.any_idle()) idle_check = std::min(idle_check, entry->pool.idle_check());

@@ -72,7 +72,8 @@ struct PoolEntry {
   bool sequences_matter = false;               // its clients use currval or lastval
   pool::Transparency transparency;             // what its statements leave in sessions
   std::optional<std::string> given_password;   // users: {"*": {}}: what the server has accepted from a client
-  std::deque<ServerConnection::Login> logins;  // clients whose password the server is still to be asked about
+  pool::Time given_at{};                       // when it did
+  std::deque<ServerConnection::Login> logins;  // of clients that the server is still to be asked about
 };
 
 /// The tick's waits have memory of their own, so that arming it anew takes nothing from the heap nor from the blocks that Asio
@@ -194,8 +195,9 @@ class Worker {
   PoolEntry* find_pool(const std::string& database, const std::string& user, std::string& sqlstate, std::string& error);
   /// A user whom only the server knows: its password is passed on.
   bool passes_password_on(const std::string& user) const;
-  /// Has the server say whether the password is right; ends in ClientSession::verified or refused.
-  void verify(ClientSession& client, std::string password);
+  /// Has the server say whether a password that was passed on is right, and what the client's DateStyle means, unless that is known; ends
+  /// in ClientSession::verified or refused.
+  void verify(ClientSession& client, const std::string& password, const std::vector<std::string>& date_styles);
   /// The secret that a user must prove; nullopt: no such user.
   std::optional<std::string> secret_of(const std::string& user);
 
@@ -207,6 +209,8 @@ class Worker {
   void on_connected(ServerConnection& server);
   void on_connect_failed(ServerConnection& server, const protocol::ErrorFields& error);
   void on_server_closed(ServerConnection& server);
+  void connects_last(PoolEntry& entry);  ///< a new connection can be used
+  void lost_unused(const ServerConnection& server, const protocol::ErrorFields& why);
   void on_write_refused(const ServerConnection& server);  ///< by a standby: 25006
   void on_client_closed(ClientSession& client);
   /// In the order in which to try them.
@@ -288,6 +292,11 @@ class Worker {
   std::uint32_t returning_soon(const PoolEntry& entry) const;
   bool wants_listener(const PoolEntry& entry) const;
   void open_server(PoolEntry& entry, std::optional<ServerConnection::Login> login);
+  void serve_logins(PoolEntry& entry);
+  /// What it is to be asked is known, if its password needn't be asked about again.
+  static bool is_known(const PoolEntry& entry, const ServerConnection::Login& login);
+  /// The client of such a login hears of what became of it. True: the pool's other clients aren't concerned.
+  bool login_failed(PoolEntry& entry, ServerConnection::Login login, const protocol::ErrorFields& error);
   bool may_be_waking(const std::string& upstream) const;
   void weigh_capacity(const std::string& upstream);
   bool add_client(Socket socket, std::string peer);  ///< False: no more may be logging in

@@ -166,7 +166,7 @@ TEST(Url, Passfile) {
   std::ofstream(file) << "# comment\nother:*:*:*:no\nh:5432:*:u:a\\:b\n";
   std::remove((file + "x").c_str());
   ASSERT_EQ(::chmod(file.c_str(), 0600), 0);
-  EXPECT_EQ(parse("postgresql://u@h/d?passfile=" + file).password, "a:b");
+  EXPECT_EQ(parse("postgresql://u@h/d?passfile=" + file).users_password(), "a:b");
   EXPECT_EQ(parse("postgresql://v@h/d?passfile=" + file).password, "");
   std::ofstream(file) << "other:*:*:*:no\nh:5432:*:u:a\\:b\n";
   const ConnectParams two = parse("postgresql://u@h,other,third/d?passfile=" + file);
@@ -174,7 +174,7 @@ TEST(Url, Passfile) {
   EXPECT_EQ(two.hosts[1].password, "no");
   EXPECT_EQ(two.hosts[2].password, "");
   ASSERT_EQ(::chmod(file.c_str(), 0644), 0);
-  EXPECT_EQ(parse("postgresql://u@h/d?passfile=" + file).password, "");
+  EXPECT_EQ(parse("postgresql://u@h/d?passfile=" + file).users_password(), "");
   std::remove(file.c_str());
 }
 

@@ -91,7 +91,7 @@ TEST(Messages, OptionsRows) {
       {"-c a=", Settings{{"a", ""}}},
       {"-c a=b=c", Settings{{"a", "b=c"}}},
       {"-c a=x\\ y\\\\z -c b=1", Settings{{"a", "x y\\z"}, {"b", "1"}}},
-      {"-c a=b\\", Settings{{"a", "b\\"}}},
+      {"-c a=b\\", Settings{{"a", "b"}}},
       {"-e", Settings{{"datestyle", "euro"}}},
       {"-S 64 -ec a=b", Settings{{"work_mem", "64"}, {"datestyle", "euro"}, {"a", "b"}}},
       {"-OPS64", Settings{{"allow_system_table_mods", "true"}, {"ignore_system_indexes", "true"}, {"work_mem", "64"}}},

@@ -203,6 +203,8 @@ TEST(Pipeline, Conversations) {
       {"COPY in, everything sent ahead, fails", "PBXeS>12GEZ"},
       {"COPY in behind an unread Sync", "PBXS>12G<eS>CZ"},
       {"COPY in, refused before it began", "PBXS>12EZ"},
+      {"COPY in by a simple query, a Sync sent ahead", "QS>G<e>CZ"},
+      {"COPY in by a simple query, Syncs in it", "Q>G<sse>CZ"},
       {"two COPYs in a simple query", "Q>G<e>CG<e>CZ"},
       {"an error and more of a simple query", "QQ>TDEZTDCZ"},
       {"an error in Parse, the rest skipped", "PBDXS>EZ"},

@@ -187,6 +187,9 @@ TEST(SqlScan, PreparedNames) {
   EXPECT_EQ(prepared_names("DEALLOCATE PREPARE x; DEALLOCATE \"Y\"").deallocated, (Names{"x", "Y"}));
   EXPECT_TRUE(prepared_names("SELECT * FROM pg_prepared_statements").all);
   EXPECT_FALSE(prepared_names("EXECUTE a").all);
+  EXPECT_TRUE(prepared_names("DEALLOCATE PREPARE ALL").closes_all);
+  EXPECT_EQ(prepared_names("DEALLOCATE ALL").names, Names{});
+  EXPECT_FALSE(prepared_names("DEALLOCATE \"all\"").closes_all);
 }
 
 TEST(SqlScan, BackslashesInPlainQuotesIfTheyAreNotStandard) {

@@ -24,14 +24,53 @@ TEST(Settings, ASearchPathMayMakeThingsTemporary) {
 }
 
 TEST(Settings, OfAStartup) {
-  std::map<std::string, std::string> values;
   std::string complaint;
-  EXPECT_TRUE(settings_of(
-      startup({{"user", "u"}, {"database", "d"}, {"options", "-c a=1 -cb=2 --c-d=x\\ y"}, {"DateStyle", "ISO"}, {"_pq_.x", "1"}}), values,
-      complaint));
-  EXPECT_EQ(values, (std::map<std::string, std::string>{{"a", "1"}, {"b", "2"}, {"c_d", "x y"}, {"datestyle", "ISO"}}));
-  EXPECT_FALSE(settings_of(startup({{"options", "-E"}}), values, complaint));
+  const auto asked = settings_of(startup({{"user", "u"},
+                                          {"DateStyle", "DMY"},
+                                          {"options", "-c ignored=1"},
+                                          {"options", "-c a=1 -cb=2 --c-d=x\\ y -c datestyle=SQL"},
+                                          {"TimeZone", "UTC"},
+                                          {"timezone", "GMT"},
+                                          {"_pq_.x", "1"}}),
+                                 complaint);
+  ASSERT_TRUE(asked);
+  EXPECT_EQ(asked->values, (Values{{"a", "1"}, {"b", "2"}, {"c_d", "x y"}, {"timezone", "GMT"}}));
+  EXPECT_EQ(asked->date_styles, (std::vector<std::string>{"SQL", "DMY"}));
+  EXPECT_FALSE(settings_of(startup({{"options", "-E"}}), complaint));
   EXPECT_FALSE(complaint.empty());
+}
+
+TEST(Settings, WhatALoginsDateStyleMeansIsForgottenWithTheServersDefaults) {
+  SettingsCache cache;
+  EXPECT_EQ(cache.date_style({"ISO"}), nullptr);
+  cache.learn_date_style({"ISO"}, "ISO, MDY");
+  ASSERT_TRUE(cache.date_style({"ISO"}));
+  EXPECT_EQ(*cache.date_style({"ISO"}), "ISO, MDY");
+  EXPECT_EQ(cache.date_style({"SQL", "ISO"}), nullptr);
+  cache.forget_welcomes();
+  EXPECT_EQ(cache.date_style({"ISO"}), nullptr);
+}
+
+TEST(Settings, ADateStyleThatTheServerHasNotHeard) {
+  SettingsCache cache;
+  const struct {
+    const char *asked, *told, *is;
+  } rows[] = {{"german", "German, DMY", "German, DMY"},
+              {"German", "ISO, MDY", "German"},
+              {"European", "ISO, DMY", "ISO, DMY"},
+              {"European", "ISO, MDY", "European"},
+              {"us", "ISO, MDY", "ISO, MDY"},
+              {"", "SQL, YMD", "SQL, YMD"},
+              {"POSTGRESQL", "Postgres, MDY", "Postgres, MDY"}};
+  for (const auto& row : rows) {
+    cache.learn_date_style({row.asked}, row.told);
+    EXPECT_EQ(*cache.date_style({row.asked}), row.is) << row.asked;
+  }
+  std::string complaint;
+  EXPECT_EQ(settings_of(startup({{"datestyle", "ISO"}, {"DateStyle", "dmy, sql"}}), complaint)->values,
+            (Values{{"datestyle", "dmy, sql"}}));
+  EXPECT_EQ(settings_of(startup({{"datestyle", "sql, dmy"}, {"DateStyle", "ISO"}}), complaint)->date_styles,
+            (std::vector<std::string>{"sql, dmy", "ISO"}));
 }
 
 TEST(Settings, SqlIsTheDifference) {
