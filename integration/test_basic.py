@@ -162,6 +162,29 @@ def test_date_style_of_the_login(proxies, pg, mode, of_role):
         pg.sql("DROP ROLE dated")
 
 
+def test_clients_are_told_the_servers_defaults_as_they_are(proxies, pg):
+    proxy = proxies({"pool": {"max": 2}})
+
+    def told(**parameters):
+        with wire.Wire(proxy.port) as w:
+            assert w.login(USER, PASSWORD, DATABASE, **parameters) is None
+            w.value("SELECT 1")
+            return w.parameters["IntervalStyle"]
+
+    assert told() == "postgres"
+    try:
+        pg.sql("ALTER SYSTEM SET IntervalStyle = 'iso_8601'")
+        pg.sql("SELECT pg_reload_conf()")
+        assert told(IntervalStyle="sql_standard") == "sql_standard"
+        harness.poll(lambda: told() == told(application_name="other") == "iso_8601", what="the server's new default is told")
+        assert told(IntervalStyle="sql_standard") == "sql_standard"
+        assert told() == "iso_8601"
+    finally:
+        pg.sql("ALTER SYSTEM RESET IntervalStyle")
+        pg.sql("SELECT pg_reload_conf()")
+    harness.poll(lambda: told() == "postgres", what="and the old one")
+
+
 def test_many_logins_with_a_date_style_ask_once(proxies, pg):
     proxy = proxies({"pool": {"max": 8}})
     clients = [wire.Wire(proxy.port) for _ in range(30)]

@@ -281,6 +281,11 @@ awaitable<void> ServerConnection::run_connect(std::shared_ptr<ServerConnection> 
   entry_.settings.saw_parameters({}, parameters_);
   settings->welcome = parameters_;
   worker_.on_connected(*this);
+  const Worker::Turn turn(worker_);
+  if (const std::string more = std::exchange(channel_->unread, {}); !more.empty()) {  // what came together with the login's end
+    const protocol::Bytes bytes(reinterpret_cast<const std::uint8_t*>(more.data()), more.size());
+    channel_->keep(bytes, process(bytes));
+  }
   wait_readable();
   settle();
 }

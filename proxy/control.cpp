@@ -14,7 +14,6 @@ namespace asio = boost::asio;
 
 namespace {
 constexpr std::size_t kMostContexts = 64;
-constexpr std::size_t kMostNames = 4;  // that are looked up at a time
 constexpr std::chrono::seconds kPatience{1};
 constexpr std::size_t kLongestSocketPath = sizeof(sockaddr_un::sun_path) - 1;
 }  // namespace
@@ -98,8 +97,8 @@ void Control::look_up_addresses(std::shared_ptr<Lookup> lookup, Target target) {
   // Who has an address to try already doesn't wait for a name server that is silent.
   auto patience = std::make_shared<asio::steady_timer>(control_);
   auto answered = std::make_shared<bool>(false);
-  const Found on_answer = [this, lookup, patience, answered, target = std::move(target)](const boost::system::error_code& ec,
-                                                                                         const Endpoints& found) mutable {
+  const Resolver::Found on_answer = [this, lookup, patience, answered, target = std::move(target)](
+                                        const boost::system::error_code& ec, const Resolver::Endpoints& found) mutable {
     if (std::exchange(*answered, true)) return;
     patience->cancel();
     if (ec) lookup->upstream.error = "could not translate host name \"" + target.host.name + "\" to address: " + ec.message();
@@ -115,29 +114,7 @@ void Control::look_up_addresses(std::shared_ptr<Lookup> lookup, Target target) {
       if (!stopped) on_answer(asio::error::timed_out, {});
     });
   }
-  find(name, port, on_answer);
-}
-
-// Each name in a thread of its own, so that a silent name server holds up nobody else's.
-void Control::find(const std::string& name, std::uint16_t port, Found found) {
-  boost::system::error_code ec;
-  if (const auto address = asio::ip::make_address(name, ec); !ec) return found({}, {{address, port}});
-  auto& waiting = names_[{name, port}];
-  waiting.push_back(std::move(found));
-  if (waiting.size() > 1) return;
-  if (!resolver_) resolver_.emplace(kMostNames);
-  asio::post(*resolver_, [this, name, port] {
-    boost::system::error_code failure;
-    asio::io_context unused;
-    Endpoints endpoints;
-    for (const auto& entry : asio::ip::tcp::resolver(unused).resolve(name, std::to_string(port), failure))
-      endpoints.push_back(entry.endpoint());
-    asio::post(control_, [this, name, port, failure, endpoints = std::move(endpoints)] {
-      const auto who = std::exchange(names_[{name, port}], {});
-      names_.erase({name, port});
-      for (const Found& one : who) one(failure, endpoints);
-    });
-  });
+  resolver_.find(name, port, on_answer);
 }
 
 void Control::forget_password(std::string password) {

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <boost/asio/io_context.hpp>
-#include <boost/asio/ip/tcp.hpp>
 #include <boost/asio/thread_pool.hpp>
 #include <functional>
 #include <map>
@@ -16,6 +15,7 @@
 #include "conf/load.hpp"
 #include "protocol/scram.hpp"
 #include "proxy/password_command.hpp"
+#include "proxy/resolver.hpp"
 #include "proxy/tls.hpp"
 #include "proxy/transport.hpp"
 
@@ -40,7 +40,7 @@ struct Upstream {
 class Control {
  public:
   Control(boost::asio::io_context& control, boost::asio::io_context& data, conf::Environment env)
-      : control_(control), data_(data), env_(std::move(env)), passwords_(control) {}
+      : control_(control), data_(data), env_(std::move(env)), resolver_(control), passwords_(control) {}
 
   using Done = std::function<void(std::shared_ptr<const Upstream>)>;
   /// Called on the data loop; `done` is called there too.
@@ -61,20 +61,16 @@ class Control {
   void look_up_next(std::shared_ptr<Lookup> lookup);
   void ask_password(std::shared_ptr<Lookup> lookup, conf::Host host);
   void look_up_addresses(std::shared_ptr<Lookup> lookup, Target target);
-  using Endpoints = std::vector<boost::asio::ip::tcp::endpoint>;
-  using Found = std::function<void(const boost::system::error_code& error, const Endpoints& found)>;
-  void find(const std::string& name, std::uint16_t port, Found found);
   void finish(std::shared_ptr<Lookup> lookup);
   std::shared_ptr<SSL_CTX> context(const conf::ConnectParams& params);
 
   boost::asio::io_context& control_;
   boost::asio::io_context& data_;
   conf::Environment env_;
+  Resolver resolver_;
   PasswordCommands passwords_;
-  std::optional<boost::asio::thread_pool> deriver_;                            // since the first derivation
-  std::optional<boost::asio::thread_pool> resolver_;                           // since the first name
-  std::map<std::pair<std::string, std::uint16_t>, std::vector<Found>> names_;  // that are being looked up; control loop only
-  std::map<std::string, std::shared_ptr<SSL_CTX>> contexts_;                   // by what makes them differ; control loop only
+  std::optional<boost::asio::thread_pool> deriver_;           // since the first derivation
+  std::map<std::string, std::shared_ptr<SSL_CTX>> contexts_;  // by what makes them differ; control loop only
 };
 
 }  // namespace pgsidecar::proxy

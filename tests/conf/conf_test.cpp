@@ -2,6 +2,7 @@
 #include <sys/stat.h>
 
 #include <cstdio>
+#include <filesystem>
 #include <fstream>
 #include <map>
 #include <set>
@@ -102,6 +103,7 @@ TEST(Url, Refused) {
       {"postgresql://h/d?require_auth=md", "\"md5\""},
       {"postgresql://h/d?require_auth=md5,!none", "mixed"},
       {"postgresql://h/d?ssl_min_protocol_version=TLSv1.9", "TLSv1.9"},
+      {"postgresql://h/d?ssl_min_protocol_version=tlsv1.3&ssl_max_protocol_version=TLSv1.2", "below"},
       {"postgresql://h/d?sslrootcert=system&sslmode=require", "weak"},
       {"postgresql://localhost/d?sslnegotiation=direct", "weak"},
   };
@@ -161,6 +163,40 @@ TEST(Url, EnvironmentFillsWhatTheUrlLeavesOut) {
   EXPECT_EQ(p.password, "pw");
 }
 
+TEST(Url, ProtectionThatTheEnvironmentAsksForIsNotIgnored) {
+  const struct {
+    const char *variable, *value;
+  } rows[] = {{"PGGSSENCMODE", "require"}, {"PGREQUIREPEER", "postgres"}, {"PGSSLCRLDIR", "/crls"}, {"PGSSLCERTMODE", "require"}};
+  for (const auto& row : rows)
+    EXPECT_NE(mistake([&] {
+                parse("postgresql://h/d", {{row.variable, row.value}});
+              }).find("not supported"),
+              std::string::npos)
+        << row.variable;
+  EXPECT_TRUE(parse("postgresql://h/d", {{"PGGSSENCMODE", "prefer"}, {"PGKRBSRVNAME", "x"}}).warnings.empty());
+  EXPECT_EQ(parse("postgresql://localhost/d", {{"PGREQUIRESSL", "1"}}).sslmode, SslMode::Require);
+  EXPECT_EQ(parse("postgresql://localhost/d?sslmode=disable", {{"PGREQUIRESSL", "1"}}).sslmode, SslMode::Disable);
+}
+
+TEST(Url, FilesOfTheHomeDirectory) {
+  const std::string home = testing::TempDir() + "pgsidecar_home", files = home + "/.postgresql/";
+  std::filesystem::create_directories(files);
+  EXPECT_EQ(parse("postgresql://h/d", {{"HOME", home}}).sslrootcert, "");
+  for (const char* name : {"root.crt", "root.crl", "postgresql.crt", "postgresql.key"}) std::ofstream(files + name) << "x";
+  const ConnectParams usual = parse("postgresql://h/d", {{"HOME", home}});
+  EXPECT_EQ(usual.sslrootcert, files + "root.crt");
+  EXPECT_EQ(usual.sslcrl, files + "root.crl");
+  EXPECT_EQ(usual.sslcert, files + "postgresql.crt");
+  EXPECT_EQ(usual.sslkey, files + "postgresql.key");
+  const ConnectParams named = parse("postgresql://h/d?sslrootcert=system&sslcert=/c&sslkey=/k", {{"HOME", home}});
+  EXPECT_EQ(named.sslrootcert, "system");
+  EXPECT_EQ(named.sslcert, "/c");
+  EXPECT_EQ(named.sslkey, "/k");
+  const ConnectParams without = parse("postgresql://h/d?sslmode=disable&sslrootcert=/none", {{"HOME", home}});
+  EXPECT_EQ(without.sslrootcert + without.sslcrl + without.sslcert + without.sslkey, "");
+  std::filesystem::remove_all(home);
+}
+
 TEST(Url, Passfile) {
   const std::string file = testing::TempDir() + "pgsidecar_passfile";
   std::ofstream(file) << "# comment\nother:*:*:*:no\nh:5432:*:u:a\\:b\n";
@@ -173,6 +209,11 @@ TEST(Url, Passfile) {
   EXPECT_EQ(two.hosts[0].password, "a:b");
   EXPECT_EQ(two.hosts[1].password, "no");
   EXPECT_EQ(two.hosts[2].password, "");
+  EXPECT_EQ(two.password, "");  // no host gets another's
+  std::ofstream(file) << "localhost:*:*:*:usual\n/run/db:*:*:*:own\r\n";
+  EXPECT_EQ(parse("host=/var/run/postgresql passfile=" + file).users_password(), "usual");
+  EXPECT_EQ(parse("host=/run/db passfile=" + file).users_password(), "own");
+  EXPECT_EQ(parse("host=/run/other passfile=" + file).users_password(), "");
   ASSERT_EQ(::chmod(file.c_str(), 0644), 0);
   EXPECT_EQ(parse("postgresql://u@h/d?passfile=" + file).users_password(), "");
   std::remove(file.c_str());
