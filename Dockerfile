@@ -5,7 +5,7 @@
 ARG BASE=debian:bookworm-slim
 FROM $BASE AS build
 RUN apt-get update && apt-get install -y --no-install-recommends \
-      ca-certificates cmake g++ libboost1.81-dev libjs-chart.js libspdlog-dev libssl-dev libyaml-cpp-dev ninja-build python3 \
+      ca-certificates cmake g++ libboost1.81-dev libidn-dev libjs-chart.js libspdlog-dev libssl-dev libyaml-cpp-dev ninja-build python3 \
     && rm -rf /var/lib/apt/lists/*
 WORKDIR /src
 ARG COMMIT=

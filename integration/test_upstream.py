@@ -203,6 +203,22 @@ def verifier(password, iterations, salt=b"sixteen bytes of"):
     return f"SCRAM-SHA-256${iterations}:{encode(salt)}${encode(stored)}:{encode(hmac.digest(salted, b'Server Key', 'sha256'))}"
 
 
+@pytest.mark.parametrize("password", ["no\u00a0break", "soft\u00adhyphen", "\ufb01ne", "e\u0301", "\u00e9", "\u2168", "\u0007\u00aa", "\u0627\u0031", "\u00ad"],
+                         ids=ascii)
+def test_passwords_are_prepared_as_the_server_does(proxies, pg, password):
+    """SASLprep (RFC 4013), where it can be: by libpq on one side and by the server on the other."""
+    pg.sql(f"CREATE ROLE prepared LOGIN PASSWORD '{password}'")
+    try:
+        with pg.connect(user="prepared", password=password) as direct:
+            direct.execute("SELECT 1")
+        proxy = proxies({"users": {"prepared": {"password": "${SECRET}"}}}, environment={"SECRET": password})
+        with proxy.connect(user="prepared", password=password) as client:
+            assert client.execute("SELECT current_user").fetchone() == ("prepared",)
+        proxy.stop()
+    finally:
+        pg.sql("DROP ROLE prepared")
+
+
 def test_others_are_served_while_keys_are_derived(proxies, pg):
     pg.sql(f"CREATE ROLE slow_login LOGIN PASSWORD '{verifier('slow', 3_000_000)}'")
     try:

@@ -5,8 +5,11 @@
 #include <openssl/hmac.h>
 #include <openssl/rand.h>
 #include <openssl/sha.h>
+#include <stringprep.h>
 
+#include <algorithm>
 #include <charconv>
+#include <cstdlib>
 #include <stdexcept>
 
 namespace pgsidecar::protocol {
@@ -21,6 +24,16 @@ const unsigned char* data(std::string_view s) {
 }
 std::string_view view(const ScramKey& key) {
   return {reinterpret_cast<const char*>(key.data()), key.size()};
+}
+
+/// As the server and libpq do: a password that can't be prepared is taken as it is. RFC 4013.
+std::string saslprep(const std::string& password) {
+  if (std::all_of(password.begin(), password.end(), [](char c) { return static_cast<unsigned char>(c) < 128; })) return password;
+  char* prepared = nullptr;
+  if (stringprep_profile(password.c_str(), &prepared, "SASLprep", STRINGPREP_NO_UNASSIGNED) != STRINGPREP_OK) return password;
+  std::string out(prepared);
+  std::free(prepared);
+  return out.empty() ? password : out;
 }
 
 ScramKey sha256(std::string_view text) {
@@ -110,8 +123,9 @@ std::optional<ScramVerifier> parse_verifier(std::string_view text) {
 }
 
 ScramKeys derive_keys(const ScramDerivation& from) {
+  const std::string password = saslprep(from.password);
   ScramKey salted;
-  PKCS5_PBKDF2_HMAC(from.password.data(), static_cast<int>(from.password.size()), data(std::string_view(from.salt)),
+  PKCS5_PBKDF2_HMAC(password.data(), static_cast<int>(password.size()), data(std::string_view(from.salt)),
                     static_cast<int>(from.salt.size()), static_cast<int>(from.iterations), EVP_sha256(), static_cast<int>(salted.size()),
                     salted.data());
   const ScramKeys keys{hmac_sha256(view(salted), "Client Key"), hmac_sha256(view(salted), "Server Key")};

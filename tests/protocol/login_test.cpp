@@ -161,6 +161,17 @@ TEST(Scram, TheRfcsExample) {
   EXPECT_TRUE(last->starts_with("c=biws,r=rOprNGfwEbeRWgbNEkqO%hvYDpWUa2RaTCAfuxFIlj)hNlF$k0,p="));
 }
 
+// RFC 4013, section 3, and more; what can't be prepared is compared with the server in test_upstream.py.
+TEST(Scram, PasswordsArePrepared) {
+  const struct {
+    const char *password, *same_as;
+  } rows[] = {{"I\u00adX", "IX"},  {"\u2168", "IX"}, {"\u00aa", "a"}, {"e\u0301", "\u00e9"}, {"no\u00a0break", "no break"},
+              {"\ufb01ne", "fine"}};
+  const auto key = [](const char* password) { return derive_keys({password, "salt", 1}).client_key; };
+  for (const auto& row : rows) EXPECT_EQ(key(row.password), key(row.same_as)) << row.password;
+  EXPECT_NE(key("\xff\xaa"), key("\xff\xab"));
+}
+
 TEST(Scram, RefusesBadServerMessages) {
   for (const char* message : {"", "r=", "r=other,s=QQ==,i=1", "r=n,s=QQ==,i=1", "r=nx,s=,i=1", "r=nx,s=Q,i=1", "r=nx,s=QQ==,i=0",
                               "r=nx,s=QQ==,i=99999999999", "r=nx,s=QQ==,i=10000001", "r=nx,s=QQ==,i=1x", "r=nx,s=QQ==", "x"}) {
