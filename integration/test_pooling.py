@@ -172,6 +172,31 @@ def test_client_gone_in_a_transaction_is_rolled_back_and_the_connection_kept(pro
         assert after.ask(wire.query("SELECT 1"))[-1].body == b"I"
 
 
+@pytest.mark.parametrize("goodbye", [b"", wire.frame("X")], ids=["gone", "Terminate"])
+@pytest.mark.parametrize("flushed", [True, False])
+@pytest.mark.parametrize("mode", ["transaction", "session"])
+def test_what_no_sync_has_committed_is_rolled_back(proxies, pg, goodbye, flushed, mode):
+    pg.sql("DROP TABLE IF EXISTS unsynced; CREATE TABLE unsynced (a int); GRANT ALL ON unsynced TO app", database=DATABASE)
+    proxy = proxies({"pool": {"max": 1, "mode": mode}})
+    with raw(proxy) as w:
+        w.send(wire.parse("INSERT INTO unsynced VALUES (1)"), wire.bind(), wire.execute(), *[wire.frame("H")] * flushed, goodbye)
+        if flushed and not goodbye:
+            w.until("C")
+    with raw(proxy) as after:
+        assert after.value("SELECT count(*) FROM unsynced") == "0"
+
+
+def test_who_says_goodbye_has_its_statement_done(proxies, pg):
+    pg.sql("DROP TABLE IF EXISTS done; CREATE TABLE done (a text); GRANT ALL ON done TO app", database=DATABASE)
+    proxy = proxies({"pool": {"max": 1, "connectionTimeoutMillis": 20000}})
+    with raw(proxy) as w:
+        w.send(wire.query("INSERT INTO done SELECT 'all of it' FROM pg_sleep(3)"), wire.frame("X"))
+    with raw(proxy) as w:
+        w.send(wire.query("BEGIN; INSERT INTO done SELECT 'uncommitted' FROM pg_sleep(0.1)"), wire.frame("X"))
+    with raw(proxy) as after:
+        assert after.value("SELECT string_agg(a, ',') FROM done") == "all of it"
+
+
 def test_client_gone_in_the_middle_of_a_query_and_a_result(proxies, pg):
     proxy = proxies({"pool": {"max": 1, "connectionTimeoutMillis": 20000}})
     for sql in ("SELECT pg_sleep(30)", "SELECT repeat('x', 1000) FROM generate_series(1, 300000)", "BEGIN; SELECT pg_sleep(30)"):

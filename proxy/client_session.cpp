@@ -445,7 +445,8 @@ void ClientSession::give_up_server() {
   server->send(worker_.to_server);  // what came before counts, as it would on a direct connection
   if (pass_left_ > 0 && pass_to_server_) return server->close(pool::CloseReason::Broken);  // half a message was sent
   server->detach(!server->pipeline.releasable() || pin_ || (residue_ & ~protocol::kPassive) != 0 || (subscriber_ && subscriber_->dirty()) ||
-                 entry_->pool.settings().mode == conf::PoolMode::Session);
+                     entry_->pool.settings().mode == conf::PoolMode::Session,
+                 said_goodbye_);
 }
 
 void ClientSession::close() {

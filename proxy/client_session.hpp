@@ -211,7 +211,8 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   bool draining_ = false, discarding_ = false, began_ = false, acquiring_ = false;
   bool examined_ = false;  // its session, since it was last answered
   bool pass_to_server_ = false;
-  bool direct_tls_ = false;  // TLS without an SSLRequest
+  bool said_goodbye_ = false;  // by Terminate
+  bool direct_tls_ = false;    // TLS without an SSLRequest
   bool in_request_ = false;
   bool closes_all_ = false;  // DISCARD or DEALLOCATE ALL is under way: which names there are is known when it is answered
   pool::Time connected_at_, sent_at_{};

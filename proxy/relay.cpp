@@ -60,6 +60,7 @@ std::size_t ClientSession::on_request(char type, Bytes available, std::size_t to
     return available.size();
   };
   if (type == 'X') {
+    said_goodbye_ = true;
     close();
     return 0;
   }

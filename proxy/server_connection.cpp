@@ -475,12 +475,12 @@ void ServerConnection::lease(ClientSession& client) {
   client.on_lease(*this);
 }
 
-void ServerConnection::detach(bool dirty) {
+void ServerConnection::detach(bool dirty, bool finish) {
   client_ = nullptr;
   asking_residue_ = awaiting_shape_ = cancel_due_ = false;
   pass_forward_ = false;
   if (!alive()) return;
-  if (dirty) return start_reset();
+  if (dirty) return start_reset(finish);
   if (!adopted_.empty()) {
     Gather others;
     std::swap(others, worker_.to_server);
@@ -491,15 +491,16 @@ void ServerConnection::detach(bool dirty) {
   settle();
 }
 
-void ServerConnection::start_reset() {
+void ServerConnection::start_reset(bool finish) {
   transition(State::Resetting);
   ++entry_.pool.counters().resets;
   if (pipeline.copy_in()) return close(pool::CloseReason::Broken);
-  deadline = worker_.now() + std::chrono::seconds(1);  // then what is still running is cancelled
+  deadline = finish ? pool::Time::max() : worker_.now() + std::chrono::seconds(1);  // then what is still running is cancelled
   worker_.kick();
   Gather out;
   std::swap(out, worker_.to_server);
   if (pipeline.unsynced()) {
+    run_within({"ROLLBACK"});  // a Sync alone would commit
     worker_.to_server.own([](std::string& o) { protocol::Writer(o).begin(protocol::Frontend::Sync).end(); });
     pipeline.push({Request::Sync, Verdict::Skip, protocol::kProxy});
   }

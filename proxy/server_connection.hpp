@@ -140,7 +140,8 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   /// Sends what the worker has gathered for this connection. A failure is dealt with in the next turn.
   void send(Gather& gather);
   /// Takes the client away. `dirty`: what the session holds is unknown, or a transaction is open: rolled back and reset first.
-  void detach(bool dirty);
+  /// `finish`: what is running then is waited for, however long it takes, and not cancelled.
+  void detach(bool dirty, bool finish = false);
   /// Sends Terminate and waits for the server to close its end.
   void close(pool::CloseReason reason);
   void close_by_operator();  ///< whatever it is doing; its client gets 57P01
@@ -216,7 +217,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   bool is_on(const char* parameter) const;
   void on_role_changed();   ///< a standby was promoted
   void on_write_refused();  ///< 25006
-  void start_reset();
+  void start_reset(bool finish);
   bool changes_catalog(std::string_view tag) const;
   void on_catalog_changed();
   /// Goes on with a survey of the catalogs, or begins one that is due. False: there is nothing to ask.

@@ -18,9 +18,9 @@ using std::chrono::milliseconds;
 
 namespace {
 
-/// A failure that more tries won't mend: wrong credentials, no such database.
+/// A failure that more tries won't mend: wrong credentials, no such database, one that takes no connections.
 bool is_permanent(std::string_view sqlstate) {
-  return sqlstate.starts_with("28") || sqlstate.starts_with("3D") || sqlstate.starts_with("42");
+  return sqlstate.starts_with("28") || sqlstate.starts_with("3D") || sqlstate.starts_with("42") || sqlstate.starts_with("55");
 }
 
 /// How long a pool keeps connections that nobody uses: they are gone somewhat before the server would end them.
