@@ -23,6 +23,8 @@ import urllib.request
 import psycopg
 import yaml
 
+import wire
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 BINARY = pathlib.Path(os.environ.get("PGSIDECAR", ROOT / "build/release/pgsidecar")).resolve()
 KIND = os.environ.get("HARNESS_PROXY", "pgsidecar")
@@ -327,6 +329,23 @@ class Process:
         """PG* variables for psql and pgbench."""
         return {**os.environ, "PGHOST": self.host, "PGPORT": str(self.port), "PGUSER": user, "PGPASSWORD": password, "PGDATABASE": database,
                 "PGSSLMODE": "disable", "PGCONNECT_TIMEOUT": "20"}
+
+
+def raw(proxy, user=USER, password=PASSWORD, database=DATABASE, timeout=30, **parameters):
+    """A raw connection that has logged in."""
+    w = wire.Wire(proxy.port, timeout=timeout)
+    failure = w.login(user, password, database, **parameters)
+    assert failure is None, failure.error
+    return w
+
+
+def curl(proxy, path, *arguments):
+    """(status, body)"""
+    done = subprocess.run(["curl", "-sS", "-m", "10", "-w", "\n%{http_code}", *arguments, f"http://127.0.0.1:{proxy.admin_port}{path}"],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    body, _, status = done.stdout.rpartition("\n")
+    return int(status), body
 
 
 SANITIZER = re.compile(r"ERROR: AddressSanitizer|WARNING: ThreadSanitizer|runtime error:|LeakSanitizer|Assertion .* failed|terminate called")

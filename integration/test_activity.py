@@ -8,7 +8,7 @@ import pytest
 
 import harness
 import wire
-from harness import poll
+from harness import poll, raw
 
 
 def api(proxy, path):
@@ -34,12 +34,6 @@ def statement(proxy, text):
 
 def post(proxy, path):
     return proxy.http(path, method="POST")
-
-
-def raw(proxy):
-    connection = wire.Wire(proxy.port)
-    connection.login(harness.USER, harness.PASSWORD, harness.DATABASE)
-    return connection
 
 
 def failing(connection, sql):

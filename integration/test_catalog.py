@@ -7,17 +7,10 @@ import pytest
 
 import harness
 import wire
-from harness import DATABASE, PASSWORD, USER
+from harness import DATABASE, raw
 
 TENANT = "SELECT coalesce(current_setting('app.tenant', true), '')"
 MEMORY = "SHOW work_mem"
-
-
-def raw(proxy):
-    w = wire.Wire(proxy.port)
-    failure = w.login(USER, PASSWORD, DATABASE)
-    assert failure is None, failure.error
-    return w
 
 
 def run(w, sql, extended=False):

@@ -13,16 +13,9 @@ import pytest
 import harness
 import wire
 from gate import Gate
-from harness import DATABASE, PASSWORD, USER
+from harness import DATABASE, PASSWORD, USER, raw
 
 LOST = {"08006", "08003", "57P01", "57P02", "57P03", "08001"}
-
-
-def raw(proxy, timeout=30, **parameters):
-    w = wire.Wire(proxy.port, timeout=timeout)
-    failure = w.login(USER, PASSWORD, DATABASE, **parameters)
-    assert failure is None, failure.error
-    return w
 
 
 def recovers(proxy, within=20):

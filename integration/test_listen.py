@@ -6,24 +6,16 @@ import struct
 import threading
 import time
 
-import psycopg
 import pytest
 
 import harness
 import wire
-from harness import DATABASE, PASSWORD, USER
+from harness import DATABASE, PASSWORD, USER, raw
 
 CHANNELS = "SELECT coalesce(string_agg(c, ',' ORDER BY c), '') FROM pg_listening_channels() AS c"
 
 # The last that the listener was asked is what sets it up.
 KILL_LISTENER = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query ~ '^SELECT pg_catalog.set_config.*LISTEN pgsidecar_'"
-
-
-def raw(proxy, **parameters):
-    w = wire.Wire(proxy.port)
-    failure = w.login(USER, PASSWORD, DATABASE, **parameters)
-    assert failure is None, failure.error
-    return w
 
 
 def notified(messages):

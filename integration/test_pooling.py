@@ -12,18 +12,11 @@ import pytest
 import harness
 import wire
 from gate import Gate
-from harness import DATABASE, PASSWORD, USER
+from harness import DATABASE, PASSWORD, USER, raw
 
 
 # Tells server connections apart without pinning, as pg_backend_pid() would.
 SERVER = "SELECT inet_client_port()"
-
-
-def raw(proxy, **parameters):
-    w = wire.Wire(proxy.port)
-    failure = w.login(USER, PASSWORD, DATABASE, **parameters)
-    assert failure is None, failure.error
-    return w
 
 
 @pytest.mark.generic

@@ -11,16 +11,9 @@ import pytest
 import harness
 import wire
 from gate import Gate
-from harness import DATABASE, PASSWORD, USER
+from harness import DATABASE, PASSWORD, USER, raw
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-def raw(proxy, timeout=30, **parameters):
-    w = wire.Wire(proxy.port, timeout=timeout)
-    failure = w.login(USER, PASSWORD, DATABASE, **parameters)
-    assert failure is None, failure.error
-    return w
 
 
 def kinds(messages):

@@ -7,14 +7,7 @@ import ssl
 
 import harness
 import wire
-from harness import DATABASE, OTHER_DATABASE, OTHER_PASSWORD, OTHER_USER, PASSWORD, USER
-
-
-def raw(proxy, user=USER, password=PASSWORD, database=DATABASE, **parameters):
-    w = wire.Wire(proxy.port)
-    failure = w.login(user, password, database, **parameters)
-    assert failure is None, failure.error
-    return w
+from harness import DATABASE, OTHER_DATABASE, OTHER_PASSWORD, OTHER_USER, PASSWORD, USER, raw
 
 
 def reload(proxy, config=None, fails=None):

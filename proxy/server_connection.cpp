@@ -549,19 +549,19 @@ void ServerConnection::settle_after_cancel() {
 
 void ServerConnection::on_deadline(pool::Time now) {
   if (now < deadline) return;
-  switch (state_) {
-    case State::Resetting:
-      if (!pipeline.empty() && ++resets_overdue_ < 10) {
-        send_cancel();
-        deadline = now + std::chrono::seconds(1);
-        return;
-      }
-      return close(pool::CloseReason::Broken);
-    case State::Closing: return closed();
-    default:
-      deadline = pool::Time::max();
-      if (cancel_due_) cancel();
+  if (state_ != State::Resetting && state_ != State::Closing) {
+    deadline = pool::Time::max();
+    if (cancel_due_) cancel();
+    return;
   }
+  // A cancel request that comes before its statement is lost.
+  if (!pipeline.empty() && ++overdue_ < (state_ == State::Resetting ? 10 : 5)) {
+    send_cancel();
+    deadline = now + std::chrono::seconds(1);
+    return;
+  }
+  if (state_ == State::Closing) return closed();
+  close(pool::CloseReason::Broken);
 }
 
 // --- the end
@@ -629,7 +629,7 @@ void ServerConnection::close(pool::CloseReason reason) {
   permit_.leave();
   // The permit is kept until the server has closed its end: only then it doesn't count this connection any more.
   channel_->transport.shutdown_send();
-  deadline = worker_.now() + std::chrono::seconds(5);
+  deadline = worker_.now() + std::chrono::seconds(pipeline.empty() || overdue_ > 0 ? 5 : 1);
   worker_.kick();
   wait_readable();
 }
