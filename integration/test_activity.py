@@ -8,6 +8,7 @@ import pytest
 
 import harness
 import wire
+from gate import Gate
 from harness import poll, raw
 
 
@@ -124,6 +125,25 @@ def test_closing_a_server_in_the_middle_of_a_query(proxies, pg):
         assert running.error.sqlstate == "57P01"
         assert connection.execute("SELECT 1").fetchone() == (1,)
     assert watch.most <= 1
+
+
+def test_closing_a_server_whose_query_is_still_on_its_way(proxies, pg):
+    """The cancel request comes first, and is lost."""
+    with Gate(pg.port) as gate:
+        proxy = proxies({"pool": {"max": 1, "connectionTimeoutMillis": 15000}}, url=pg.url(port=gate.port))
+        with proxy.connect() as connection, harness.Watch(pg) as watch:
+            connection.execute("SELECT 1")
+            gate.delay = 1.0
+            running = failing(connection, "SELECT pg_sleep(30)")
+            [server] = poll(lambda: [s for s in servers(proxy) if s["state"] == "active"])
+            time.sleep(0.1)
+            gate.delay = 0.0
+            assert post(proxy, f"/api/admin/servers/{server['id']}/close")[0] == 200
+            running.join(10)
+            begun = time.monotonic()
+            assert connection.execute("SELECT 1").fetchone() == (1,)
+            assert time.monotonic() - begun < 4.5
+        assert watch.most <= 1
 
 
 @pytest.mark.parametrize("path", ["/api/admin/clients/1/cancel", "/api/admin/clients/99999999999/close", "/api/admin/servers/77/close"])

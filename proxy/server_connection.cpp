@@ -531,6 +531,7 @@ void ServerConnection::settle() {
     return worker_.serve(entry_);
   }
   if (uses == 0) worker_.connects_last(entry_);
+  overdue_ = 0;
   transition(State::Idle);
   entry_.pool.put_idle(*this, worker_.now());
   worker_.arm_tick(entry_.pool.idle_check());
