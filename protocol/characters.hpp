@@ -4,6 +4,7 @@
 
 #include <array>
 #include <cstdint>
+#include <cstring>
 
 namespace pgsidecar::protocol {
 
@@ -20,6 +21,14 @@ inline constexpr std::array<std::uint8_t, 256> kClasses = [] {
   for (const char c : {'(', ')', ',', ';', '.', '=', '<', '>', '*', '+', ':', '[', ']'}) table[static_cast<unsigned char>(c)] = kSymbol;
   return table;
 }();
+
+/// As many bytes as Word has, as they lie.
+template <class Word>
+Word load(const char* from) {
+  Word word;
+  std::memcpy(&word, from, sizeof word);
+  return word;
+}
 
 constexpr bool is(char c, CharClass what) {
   return (kClasses[static_cast<unsigned char>(c)] & what) != 0;

@@ -1,7 +1,6 @@
 #include "protocol/normalize.hpp"
 
 #include <algorithm>
-#include <cstring>
 
 #include "protocol/characters.hpp"
 
@@ -29,13 +28,6 @@ struct Token {
   std::size_t size = 0;
   bool is_value() const { return kind == Kind::Literal || kind == Kind::Parameter; }
 };
-
-template <class Word>
-Word load(const char* from) {
-  Word word;
-  std::memcpy(&word, from, sizeof word);
-  return word;
-}
 
 /// Up to 7 bytes, not none, as a number that tells texts of one length apart. Copies of a fixed size need no call.
 std::uint64_t short_word(std::string_view s) {

@@ -12,15 +12,9 @@ namespace pgsidecar::protocol {
 
 namespace {
 
-std::uint64_t load(const char* from) {
-  std::uint64_t word;
-  std::memcpy(&word, from, sizeof word);
-  return word;
-}
-
 /// Up to 8 bytes, the missing ones 0.
-std::uint64_t load(const char* from, const char* end) {
-  if (end - from >= 8) return load(from);
+std::uint64_t load_some(const char* from, const char* end) {
+  if (end - from >= 8) return load<std::uint64_t>(from);
   std::uint64_t word = 0;
   std::memcpy(&word, from, static_cast<std::size_t>(end - from));
   return word;
@@ -51,7 +45,7 @@ std::uint64_t hash_without_digits(std::string_view sql) {
   const char* p = sql.data();
   const char* const end = p + sql.size();
   while (p != end) {
-    const std::uint64_t word = load(p, end);
+    const std::uint64_t word = load_some(p, end);
     const int before = std::countr_zero(digits(word)) / 8;  // a digit; 8: there is none
     mix(before == 8 ? word : word & ((std::uint64_t{1} << 8 * before) - 1));
     p = end - p <= before ? end : past_digits(p + before, end);
@@ -66,7 +60,7 @@ bool same_but_for_numbers(std::string_view a, std::string_view b) {
   const char* const p_end = p + a.size();
   const char* const q_end = q + b.size();
   for (;;) {
-    while (p_end - p >= 8 && q_end - q >= 8 && load(p) == load(q)) p += 8, q += 8;
+    while (p_end - p >= 8 && q_end - q >= 8 && load<std::uint64_t>(p) == load<std::uint64_t>(q)) p += 8, q += 8;
     while (p != p_end && q != q_end && *p == *q) ++p, ++q;
     if (p == p_end && q == q_end) return true;
     // Each goes on in a number or has just ended it. The texts are the same from that number's first digit to here.

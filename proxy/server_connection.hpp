@@ -256,7 +256,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   bool conforming_strings_ = true;
   bool retry_other_tls_ = false;  // sslmode prefer and allow
   bool unfit_ = false;            // not as target_session_attrs asks
-  int overdue_ = 0;  // cancel requests since it should have come back
+  int overdue_ = 0;               // cancel requests since it should have come back
   Residue residue_;
   std::string login_user_;
   std::vector<std::pair<std::string, protocol::StatementRef>> adopted_;
