@@ -125,11 +125,14 @@ def test_client_certificate(through, pg, tmp_path):
     for file in (key, open_to_all):
         shutil.copy(pg.certificates / "client.key", file)
     subprocess.run(["openssl", "ec", "-aes256", "-passout", "pass:key secret", "-in", key, "-out", encrypted], check=True, capture_output=True)
-    for file, mode in ((key, 0o600), (encrypted, 0o600), (open_to_all, 0o644)):
+    der = tmp_path / "der.key"
+    subprocess.run(["openssl", "ec", "-outform", "DER", "-in", key, "-out", der], check=True, capture_output=True)
+    for file, mode in ((key, 0o600), (encrypted, 0o600), (der, 0o600), (open_to_all, 0o644)):
         file.chmod(mode)
     keys = {**url(pg, "sslmode=require", password=None), "sslcert": str(pg.certificates / "client.crt")}
     with hba(pg, f"hostssl all {USER} 127.0.0.1/32 cert"):
         assert f"/CN={USER}" in through({**keys, "sslkey": str(key)})
+        assert f"/CN={USER}" in through({**keys, "sslkey": str(der)})
         assert f"/CN={USER}" in through({**keys, "sslkey": str(encrypted), "sslpassword": "key secret"})
         assert f'could not load private key file "{encrypted}"' in through({**keys, "sslkey": str(encrypted), "sslpassword": "no"})[1]
         assert "has group or world access" in through({**keys, "sslkey": str(open_to_all)})[1]

@@ -138,7 +138,8 @@ SslContext make_client_context(const conf::ConnectParams& p) {
     check_key_file(p.sslkey);
     SSL_CTX_set_default_passwd_cb(c, give_password);
     SSL_CTX_set_default_passwd_cb_userdata(c, const_cast<std::string*>(&p.sslpassword));
-    const int ok = SSL_CTX_use_PrivateKey_file(c, p.sslkey.c_str(), SSL_FILETYPE_PEM);
+    int ok = SSL_CTX_use_PrivateKey_file(c, p.sslkey.c_str(), SSL_FILETYPE_PEM);
+    if (ok != 1) ok = SSL_CTX_use_PrivateKey_file(c, p.sslkey.c_str(), SSL_FILETYPE_ASN1);
     SSL_CTX_set_default_passwd_cb_userdata(c, nullptr);
     if (ok != 1) fail("could not load private key file \"" + p.sslkey + "\" (sslkey)");
     if (SSL_CTX_check_private_key(c) != 1) fail("certificate does not match private key file \"" + p.sslkey + "\"");
