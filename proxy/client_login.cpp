@@ -250,10 +250,12 @@ void ClientSession::accepted() {
 
 void ClientSession::verified() {
   if (state_ != State::Greeting) return;
+  const std::string* date_style = entry_->settings.date_style(login_->asked.date_styles);
+  if (!login_->asked.date_styles.empty() && !date_style)  // forgotten in the meantime
+    return worker_.verify(*this, login_->exchange->given_password(), login_->asked.date_styles);
   const bool passed_on = !login_->exchange->given_password().empty();
   if (passed_on) worker_.to_client.own([](std::string& out) { protocol::ClientLogin::confirm(out); });
-  if (const std::string* date_style = entry_->settings.date_style(login_->asked.date_styles))
-    login_->asked.values.emplace("datestyle", *date_style);
+  if (date_style) login_->asked.values.emplace("datestyle", *date_style);
   settings = login_settings_ = entry_->settings.intern(std::move(login_->asked.values));
   begin_session();
   if (passed_on) send(worker_.to_client);

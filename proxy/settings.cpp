@@ -142,11 +142,16 @@ void SettingsCache::forget_welcomes() {
 void SettingsCache::saw_parameters(const Values& own, const Values& told) {
   const auto usual = known_.find({});
   if (usual == known_.end()) return;
+  bool differs = false;
   for (const auto& [name, value] : usual->second->welcome) {
     const auto it = told.find(name);
     if (it == told.end() || it->second == value || name == "is_superuser" || name == "session_authorization") continue;
-    if (!own.contains(lower(name))) return forget_welcomes();
+    if (own.contains(lower(name))) continue;
+    differs = true;
+    if (name == "DateStyle") date_styles_.clear();
   }
+  if (differs)
+    for (auto& [values, settings] : known_) settings->welcome.clear();
 }
 
 const std::string* SettingsCache::date_style(const std::vector<std::string>& asked) const {
