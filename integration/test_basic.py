@@ -5,6 +5,7 @@ import socket
 import ssl
 import struct
 import subprocess
+import threading
 import time
 
 import psycopg
@@ -12,7 +13,8 @@ import pytest
 
 import harness
 import wire
-from harness import DATABASE, OTHER_DATABASE, OTHER_PASSWORD, OTHER_USER, PASSWORD, USER
+from gate import Gate
+from harness import DATABASE, OTHER_DATABASE, OTHER_PASSWORD, OTHER_USER, PASSWORD, USER, raw
 
 
 def psql(environment, *arguments):
@@ -185,6 +187,53 @@ def test_clients_are_told_the_servers_defaults_as_they_are(proxies, pg):
     harness.poll(lambda: told() == "postgres", what="and the old one")
 
 
+def test_a_date_style_is_asked_for_in_a_busy_pool(proxies, pg):
+    """Whose connections go from hand to hand: the login has its turn."""
+    proxy = proxies({"pool": {"max": 1, "connectionTimeoutMillis": 4000}})
+    stop = threading.Event()
+
+    def work():
+        with raw(proxy) as w:
+            while not stop.is_set():
+                w.value("SELECT pg_sleep(0.01)")
+
+    busy = [threading.Thread(target=work, daemon=True) for _ in range(4)]
+    with harness.Watch(pg, f"usename = '{USER}'") as watch:
+        for thread in busy:
+            thread.start()
+        harness.poll(lambda: proxy.stats()["waitingCount"] > 1, what="clients wait")
+        with raw(proxy, DateStyle="SQL") as w:
+            assert w.value("SHOW datestyle") == "SQL, MDY"
+        stop.set()
+        for thread in busy:
+            thread.join(10)
+    assert watch.most <= 1
+
+
+def test_a_date_style_is_asked_for_where_the_server_takes_no_more(proxies, pg):
+    pg.sql("CREATE ROLE single LOGIN PASSWORD 'single' CONNECTION LIMIT 1")
+    try:
+        proxy = proxies({"users": {"single": {"password": "single"}}, "pool": {"max": 3, "connectionTimeoutMillis": 4000}})
+        with raw(proxy, "single", "single") as first:
+            assert first.value("SELECT 1") == "1"
+            with raw(proxy, "single", "single", DateStyle="SQL") as w:
+                assert w.value("SHOW datestyle") == "SQL, MDY"
+        proxy.stop()
+    finally:
+        pg.sql("DROP ROLE single")
+
+
+def test_a_login_that_asks_waits_no_longer_than_others(proxies, pg):
+    with Gate(pg.port) as gate:
+        proxy = proxies({"pool": {"max": 2, "connectionTimeoutMillis": 1000}}, url=pg.url(port=gate.port) + "&connect_timeout=20")
+        gate.silent = True
+        for style in ("SQL", "German"):
+            with wire.Wire(proxy.port) as w:
+                begun = time.monotonic()
+                assert w.login(USER, PASSWORD, DATABASE, DateStyle=style).error["C"] in ("08006", "53300")
+                assert time.monotonic() - begun < 2.5
+
+
 def test_many_logins_with_a_date_style_ask_once(proxies, pg):
     proxy = proxies({"pool": {"max": 8}})
     clients = [wire.Wire(proxy.port) for _ in range(30)]
@@ -342,6 +391,24 @@ def test_any_users_login_is_judged_anew(proxies, pg):
         proxy.stop()
     finally:
         pg.sql("DROP ROLE judged")
+
+
+@pytest.mark.parametrize("mode", ["transaction", "session"])
+@pytest.mark.parametrize("reset", ["RESET ALL", "DISCARD ALL", "SET TimeZone TO DEFAULT"])
+def test_a_prepared_reset_goes_back_to_what_was_brought_too(proxies, mode, reset):
+    proxy = proxies({"pool": {"mode": mode}})
+    with raw(proxy, TimeZone="Asia/Tokyo") as w:
+        for name in ("", "r"):
+            w.ask(wire.query("SET TimeZone = 'UTC'"))
+            w.ask(wire.parse(reset, name), wire.SYNC)
+            assert w.value("SHOW TimeZone") == "UTC"
+            if not name:
+                w.ask(wire.parse(reset), wire.SYNC)
+            for _ in range(2 if reset != "DISCARD ALL" else 1):
+                assert [m.type for m in w.ask(wire.bind(name), wire.execute(), wire.SYNC) if m.type in "EC"] == ["C"]
+                assert w.value("SHOW TimeZone") == "Asia/Tokyo"
+                if not name:
+                    w.ask(wire.parse(reset), wire.SYNC)
 
 
 def test_two_users_and_databases(proxies, pg):

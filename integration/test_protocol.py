@@ -407,6 +407,32 @@ def test_copy_by_extended_protocol(small, table):
         healthy(w)
 
 
+@pytest.mark.parametrize("mode", ["transaction", "session"])
+@pytest.mark.parametrize("ends", [wire.COPY_DONE, wire.copy_fail("no more")], ids=["done", "fail"])
+@pytest.mark.parametrize("beside", ["RESET ALL", "RESET work_mem", "DISCARD TEMP", "DISCARD PLANS", "DEALLOCATE ALL", "DEALLOCATE PREPARE ALL"])
+def test_copy_beside_what_the_proxy_looks_after(proxies, table, mode, ends, beside):
+    """Neither is anything put into the COPY's data, nor are they held back."""
+    proxy = proxies({"pool": {"max": 1, "mode": mode}})
+    data = wire.copy_data(b"1\ta\n")
+    with raw(proxy, TimeZone="Asia/Tokyo") as w:
+        for blindly in (False, True):
+            w.send(wire.query(f"{beside}; COPY copied FROM STDIN"), *[data, ends] * blindly)
+            if not blindly:
+                assert kinds(w.until("G")) == "CG"
+                w.send(data, ends)
+            assert kinds(w.until()).replace("S", "")[-2:] in ("CZ", "EZ")
+            assert w.value("SHOW TimeZone") == "Asia/Tokyo"
+            w.send(wire.parse(beside), wire.bind(), wire.execute(), wire.parse("COPY copied FROM STDIN"), wire.bind(), wire.execute(), wire.SYNC,
+                   *[data, ends, wire.SYNC] * blindly)
+            if not blindly:
+                assert kinds(w.until("G")) == "12C12G"
+                w.send(data, ends, wire.SYNC)
+            assert kinds(w.until()).replace("S", "")[-2:] in ("CZ", "EZ")
+            assert w.value("SHOW TimeZone") == "Asia/Tokyo"
+        assert w.value("SELECT count(*) FROM copied") == ("4" if ends == wire.COPY_DONE else "0")
+        healthy(w)
+
+
 def test_client_gone_in_the_middle_of_a_copy(proxies, pg, table):
     proxy = proxies({"pool": {"max": 1, "connectionTimeoutMillis": 20000}})
     w = raw(proxy)

@@ -170,6 +170,8 @@ class Scanner {
             residue_ |= kDrop;
           else if (is(word_, "call"))
             residue_ |= kCode;
+          else if (is(word_, "copy"))
+            residue_ |= kCopy;
           break;
         case 'e':
           if (is(word_, "end"))

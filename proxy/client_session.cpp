@@ -159,7 +159,7 @@ std::size_t ClientSession::process(Bytes in) {
     std::size_t used = 0;
     if (state_ < State::Greeting)
       used = state_ == State::Startup ? on_startup(left) : state_ == State::Console ? on_console(left) : on_password(left);
-    else if (held() && !discarding_)
+    else if ((held() || waits_for_restore(static_cast<char>(left[0]))) && !discarding_)
       break;
     else {
       if (left.size() < kHeaderSize) break;
@@ -196,8 +196,9 @@ void ClientSession::on_answered() {
   counters.query.record(micros_since(sent_at_));
   sent_at_ = now;
   in_request_ = false;
-  if (const auto* next = server_->pipeline.front(); closes_all_ && (!next || next->owner != id_)) {
-    closes_all_ = false;
+  if (restore_due_ && answered()) {
+    restore_due_ = false;
+    server_->restore_settings_now(*login_settings_);
     worker_.run_later(*this);
   }
   server_->running.leaking = server_->running.overdue = false;
@@ -250,7 +251,7 @@ void ClientSession::on_lease(ServerConnection& server) {
 // What it sends is kept until it has a server connection whose session is known.
 bool ClientSession::held() const {
   if (state_ == State::Greeting || state_ == State::Waiting || (subscriber_ && subscriber_->busy())) return true;
-  return server_ && (server_->asking_residue() || server_->awaiting_shape() || (closes_all_ && !server_->pipeline.unsynced()));
+  return waits_for_names_ || (server_ && (server_->asking_residue() || server_->awaiting_shape()));
 }
 
 void ClientSession::go_on() {
@@ -384,7 +385,7 @@ void ClientSession::on_server_lost(const std::string& sqlstate, const std::strin
   while (!pending_.empty()) on_name_done(false);
   parse_error_.reset();
   forget_residue();
-  in_request_ = closes_all_ = false;
+  in_request_ = names_open_ = names_change_ = waits_for_names_ = restore_due_ = false;
   // A session that lived on that connection, or a transaction, can't go on elsewhere.
   if (pin_ || unknown || several || entry_->pool.settings().mode == conf::PoolMode::Session)
     return fatal(sqlstate, message, "The server connection that held this client's transaction or session is gone.");

@@ -72,6 +72,8 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   void on_looks_different(const protocol::StatementRef& statement, std::size_t shape);  ///< than others were told, as this one was told
   void on_answered();                                                                   ///< ReadyForQuery of a request of its own
   void on_statements_gone();                                                            ///< DISCARD ALL, DEALLOCATE ALL
+  bool waits_for_names() const { return waits_for_names_; }
+  void on_names_known();  ///< maybe: something that was waited for is answered
   void on_apply_failed(const protocol::ErrorFields& error);
   /// The Parse that is next to be answered names a statement that exists already.
   bool pending_is_duplicate() const { return !pending_.empty() && !pending_.front().statement; }
@@ -197,7 +199,10 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   void note_effects();
   void pin_by_text();
   void pin(std::uint32_t reasons, std::string detail);
-  void adopt_named(std::string_view sql);
+  void adopt_named(std::string_view sql, int depth = 0);
+  bool names_settled();
+  bool answered() const;  ///< whatever it has sent
+  bool waits_for_restore(char type) const;
   bool sql_prepared() const;
   bool prepare(const protocol::StatementRef& statement, bool to_describe = false);
   bool looks_the_same(const protocol::Statement& statement, bool first);
@@ -214,7 +219,10 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   bool said_goodbye_ = false;  // by Terminate
   bool direct_tls_ = false;    // TLS without an SSLRequest
   bool in_request_ = false;
-  bool closes_all_ = false;  // DISCARD or DEALLOCATE ALL is under way: which names there are is known when it is answered
+  // What the client's names stand for depends on what isn't answered yet: on DISCARD, DEALLOCATE ALL or an earlier segment, which may
+  // fail; on the segment that is being sent, for those behind it. A request waits for that.
+  bool names_open_ = false, names_change_ = false, waits_for_names_ = false;
+  bool restore_due_ = false;  // after a RESET, when the COPY beside it is over
   pool::Time connected_at_, sent_at_{};
   pool::Time unread_since_{};  // the client doesn't take what is there for it
   std::uint64_t request_ = 0;

@@ -114,6 +114,7 @@ std::size_t ClientSession::on_request(char type, Bytes available, std::size_t to
     case 'f': server_->pipeline.push({Request::CopyEnd, Verdict::Forward, id_}); break;
     case 'S':
       if (!server_->pipeline.push({Request::Sync, Verdict::Forward, id_})) return swallow();  // held during COPY
+      names_open_ |= std::exchange(names_change_, false);
       relay(available, total);
       restore_after_reset();
       return available.size();
@@ -137,6 +138,7 @@ std::size_t ClientSession::on_query(Bytes available, std::size_t total) {
     protocol::Reader reader(available.subspan(kHeaderSize));
     const std::string_view sql = reader.cstring();
     const auto [residue, fingerprint] = worker_.sql_memory.read(sql, server_->conforming_strings());
+    if (residue & protocol::kPrepared && !names_settled()) return 0;
     statement = note_statement(fingerprint, sql, protocol::comment_tags(sql));
     if (refuse(sql, residue, true)) return total;
     switch (listen_ahead(note_residue(sql, residue), true)) {
@@ -160,6 +162,7 @@ std::size_t ClientSession::on_query(Bytes available, std::size_t total) {
   server_->statements.unnamed.reset();
   ++entry_->pool.counters().queries;
   server_->pipeline.push({Request::Query, Verdict::Forward, id_, statement});
+  names_open_ |= std::exchange(names_change_, false);
   relay(available, total);
   restore_after_reset();
   return available.size();
@@ -167,17 +170,23 @@ std::size_t ClientSession::on_query(Bytes available, std::size_t total) {
 
 // SQL that names prepared statements (EXECUTE, DEALLOCATE, PREPARE, or lists them) finds those of the client's under the client's
 // own names. Which of them are left is asked when the transaction is over.
-void ClientSession::adopt_named(std::string_view sql) {
+void ClientSession::adopt_named(std::string_view sql, int depth) {
+  constexpr int kDeepest = 4;  // a text that executes one that executes...
   auto& pipeline = server_->pipeline;
   if (!rewrites() || pipeline.failed() || pipeline.status() == protocol::TxStatus::Failed) return;
   const protocol::PreparedNames named = protocol::prepared_names(sql);
-  closes_all_ |= named.closes_all;
+  names_open_ |= named.closes_all;
+  names_change_ = true;
   if (named.all) {
     statements.for_each_named([&](const std::string& name, const protocol::StatementRef& s) { server_->adopt(name, s); });
     server_->close_shared_statements();
   }
-  for (const std::string& name : named.names)
-    if (const auto statement = statements.find(name)) server_->adopt(name, statement);
+  for (const std::string& name : named.names) {
+    const auto statement = statements.find(name);
+    if (!statement) continue;
+    server_->adopt(name, statement);
+    if (statement->residue & protocol::kPrepared && depth < kDeepest) adopt_named(statement->sql, depth + 1);
+  }
   for (const std::string& name : named.deallocated) statements.erase(name);
 }
 
@@ -224,7 +233,9 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
   const bool shared = !server_->meaning_changed || !may_hold_constants(body);
   protocol::StatementRef statement =
       shared ? worker_.statements.intern(body, settings->meaning) : worker_.statements.make(body, settings->meaning);
+  if ((!name.empty() || statement->residue & protocol::kPrepared) && !names_settled()) return 0;
   server_->running.named = note_statement(*statement);
+  names_change_ |= !name.empty();
   if (refuse(statement->sql, statement->residue, false)) return total;
   if (listen_ahead(note_residue(*statement), false) == Subscriber::Verdict::Wait) return 0;
   if (statement->residue & protocol::kPrepared) adopt_named(statement->sql);
@@ -322,6 +333,7 @@ bool ClientSession::prepare(const protocol::StatementRef& statement, bool to_des
   const bool other = meaning != settings->meaning.get() && server_->pipeline.status() != protocol::TxStatus::Failed;
   if (other) server_->run_within(settings_statements(settings->meaning->values, meaning->values));
   server_->parse(*statement, Verdict::Skip);
+  names_change_ = true;
   if (other) server_->run_within(settings_statements(meaning->values, settings->meaning->values));
   held.add(statement);
   evict();
@@ -370,7 +382,9 @@ std::size_t ClientSession::on_bind(Bytes available, std::size_t total) {
   const std::string_view portal = reader.cstring();
   const std::string_view name = reader.cstring();
   if (!rewrites() || pipeline.failed()) {
-    if (reader.ok()) note_bind(portal, statements.find(name));
+    const auto statement = reader.ok() ? statements.find(name) : nullptr;
+    if (reader.ok()) note_bind(portal, statement);
+    if (statement && !rewrites()) residue_ |= statement->residue & (protocol::kReset | protocol::kCopy);
     pipeline.push({Request::Bind, Verdict::Forward, id_});
     relay(available, total);
     return available.size();
@@ -381,6 +395,7 @@ std::size_t ClientSession::on_bind(Bytes available, std::size_t total) {
     relay(available, total);
     return available.size();
   }
+  if (!name.empty() && !names_settled()) return 0;
   const auto statement = statements.find(name);
   if (statement && subscriber_ && listen_ahead(note_residue(*statement), false) == Subscriber::Verdict::Wait) return 0;
   note_bind(portal, statement);
@@ -436,6 +451,7 @@ std::size_t ClientSession::on_describe(Bytes available, std::size_t total) {
   protocol::Reader reader(available.subspan(kHeaderSize));
   const char kind = static_cast<char>(reader.u8());
   const std::string_view name = reader.cstring();
+  if (kind == 'S' && !name.empty() && rewrites() && !pipeline.failed() && !names_settled()) return 0;
   const auto statement = kind == 'S' && reader.ok() && rewrites() && !pipeline.failed() ? statements.find(name) : nullptr;
   std::uint64_t note = 0;
   if (statement && !name.empty() && statement->residue & protocol::kPrepared) {
@@ -463,6 +479,8 @@ std::size_t ClientSession::on_close(Bytes available, std::size_t total) {
   const std::string_view name = reader.cstring();
   if (rewrites() && kind == 'S' && reader.ok() && !pipeline.failed()) {
     // Where SQL has prepared, or names statements, the server may know the name itself.
+    if (!name.empty() && !names_settled()) return 0;
+    names_change_ |= !name.empty();
     const bool shared = !name.empty() && available.size() == total && !sql_prepared() && !server_->has_adopted(name);
     if (name.empty())
       server_->statements.unnamed.reset();
@@ -512,6 +530,30 @@ const std::string* ClientSession::name_of(std::uint64_t id) const {
     if (s->id == id) found = &name;
   });
   return found;
+}
+
+bool ClientSession::answered() const {
+  const auto* front = server_->pipeline.front();
+  return !front || front->owner != id_;
+}
+
+// False: the request has to wait, and is then looked at anew.
+bool ClientSession::names_settled() {
+  if (!names_open_ || !rewrites()) return true;
+  if (answered()) {
+    names_open_ = false;
+    return true;
+  }
+  waits_for_names_ = true;
+  if (server_->pipeline.unsynced())
+    worker_.to_server.own([](std::string& out) { protocol::Writer(out).begin(protocol::Frontend::Flush).end(); });
+  return false;
+}
+
+void ClientSession::on_names_known() {
+  if (!answered()) return;
+  waits_for_names_ = false;
+  worker_.run_later(*this);
 }
 
 void ClientSession::on_statements_gone() {

@@ -111,7 +111,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   /// Puts statements of the proxy's own ahead of what the client sends next, whose failure ends the client.
   void run_ahead(const std::vector<std::string>& sqls);
   /// The same as part of the client's transaction: undone if that fails.
-  void run_within(const std::vector<std::string>& sqls);
+  void run_within(const std::vector<std::string>& sqls, std::uint64_t note = kApply);
   /// Has the server itself fail in place of the client's message, so that the client's transaction does: error 0A000.
   void raise(bool simple, const std::string& message, const std::string& hint);
   /// A text is about to depend on the values of sequences that the client took in this session.
@@ -136,6 +136,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   void close_shared_statements();
   /// After a RESET of the client's: what it brought at its login comes back, as on a connection of its own.
   void restore_settings(const Settings& login);
+  void restore_settings_now(const Settings& login);
   bool restoring() const { return restoring_; }  ///< the client gets its ReadyForQuery behind that
   /// Sends what the worker has gathered for this connection. A failure is dealt with in the next turn.
   void send(Gather& gather);
@@ -166,6 +167,8 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   /// Asks the server to cancel what it is doing for this connection, which isn't leased again before it has answered.
   void send_cancel();
   const std::optional<Login>& login() const { return login_; }
+  /// Null: nobody waits for this login, any more.
+  std::shared_ptr<ClientSession> take_login_client() { return std::exchange(login_->client, {}).lock(); }
   pool::ServerRow row();
   std::size_t footprint() const;  ///< of the heap, TLS left out
   void on_deadline(pool::Time now);

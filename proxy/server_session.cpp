@@ -66,7 +66,7 @@ void ServerConnection::run_ahead(const std::vector<std::string>& sqls) {
   ask(kApply, all);
 }
 
-void ServerConnection::run_within(const std::vector<std::string>& sqls) {
+void ServerConnection::run_within(const std::vector<std::string>& sqls, std::uint64_t note) {
   constexpr std::string_view kName = "pgsidecar_ahead";
   for (const std::string& sql : sqls) {
     worker_.to_server.own([&](std::string& out) {
@@ -78,7 +78,7 @@ void ServerConnection::run_within(const std::vector<std::string>& sqls) {
       w.begin(protocol::Frontend::Close).u8('S').cstring(kName).end();
     });
     for (const Request request : {Request::Parse, Request::Bind, Request::Execute, Request::Close, Request::Close})
-      pipeline.push({request, Verdict::Skip, protocol::kProxy, kApply});
+      pipeline.push({request, Verdict::Skip, protocol::kProxy, note});
   }
 }
 
@@ -184,8 +184,19 @@ void ServerConnection::close_adopted() {
   adopted_.clear();
 }
 
+// Not as a simple query, which would end the client's unnamed statement.
 void ServerConnection::restore_settings(const Settings& login) {
-  ask(kRestore, restore_sql(login));
+  run_within({restore_sql(login)}, kRestore);
+  worker_.to_server.own([](std::string& out) { protocol::Writer(out).begin(protocol::Frontend::Sync).end(); });
+  pipeline.push({Request::Sync, Verdict::Skip, protocol::kProxy, kRestore});
+}
+
+void ServerConnection::restore_settings_now(const Settings& login) {
+  Gather others;
+  std::swap(others, worker_.to_server);
+  restore_settings(login);
+  send(worker_.to_server);
+  std::swap(others, worker_.to_server);
 }
 
 // --- questions

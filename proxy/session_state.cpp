@@ -78,6 +78,7 @@ void ClientSession::note_names(std::string_view sql, std::uint32_t residue) {
 std::uint32_t ClientSession::note_residue(std::string_view sql, std::uint32_t known) {
   if (settings->temporary) residue_ |= protocol::kTemporary;
   if (known == 0) return 0;
+  names_open_ |= (known & protocol::kDiscard) != 0;
   std::uint32_t residue = known;
   if (residue & protocol::kFunction)
     residue = (residue & ~protocol::kFunction) |
@@ -143,8 +144,16 @@ void ClientSession::use_sequences() {
 void ClientSession::restore_after_reset() {
   if (!(residue_ & protocol::kReset)) return;
   residue_ &= ~protocol::kReset;
-  closes_all_ |= (residue_ & protocol::kDiscard) != 0;
-  if (!login_settings_->values.empty()) server_->restore_settings(*login_settings_);
+  if (login_settings_->values.empty()) return;
+  if (residue_ & protocol::kCopy)
+    restore_due_ = true;
+  else
+    server_->restore_settings(*login_settings_);
+}
+
+// The rest of the COPY goes on.
+bool ClientSession::waits_for_restore(char type) const {
+  return restore_due_ && server_ && !server_->pipeline.copy_in() && std::string_view("dcfHSX").find(type) == std::string_view::npos;
 }
 
 /// Whether the server is to be asked before the lease may end.

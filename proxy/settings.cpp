@@ -188,7 +188,7 @@ std::optional<StartupSettings> settings_of(const protocol::Startup& startup, std
   }
   if (!asked.date_styles.empty()) {
     const DateStyle last = read_date_style(asked.date_styles.back());
-    if (!last.style.empty() && !last.order.empty())
+    if (asked.date_styles.size() == 1 && !last.style.empty() && !last.order.empty())
       asked.date_styles.clear();
     else
       asked.values.erase("datestyle");

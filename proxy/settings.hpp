@@ -56,8 +56,8 @@ using Values = std::map<std::string, std::string>;
 /// What a client asks for at its login.
 struct StartupSettings {
   Values values;  ///< names in lower case
-  /// Of DateStyle, in their order, if the last names a style or an order of the fields alone: the other is as the one before it or the
-  /// server's configuration file has it, whatever is set for the role or the database (sections 20.11.2 and 20.1.3).
+  /// Of DateStyle, in their order, unless there is one that names both a style and an order of the fields. What is left out is as the one
+  /// before it or the server's configuration file has it, whatever is set for the role or the database (sections 20.11.2 and 20.1.3).
   std::vector<std::string> date_styles;
 };
 

@@ -216,52 +216,48 @@ bool Worker::is_known(const PoolEntry& entry, const ServerConnection::Login& log
 }
 
 void Worker::serve_logins(PoolEntry& entry) {
+  std::deque<ServerConnection::Login> waiting = std::exchange(entry.logins, {});
+  for (ServerConnection::Login& login : waiting)
+    if (!login.client.expired() && !serve_login(entry, login)) entry.logins.push_back(std::move(login));
+}
+
+// False: it waits.
+bool Worker::serve_login(PoolEntry& entry, const ServerConnection::Login& login) {
   const auto tell = [&](void (*what)(ClientSession&, const protocol::ErrorFields&)) {
-    asio::post(data_, [this, what, client = entry.logins.front().client, failure = entry.last_failure] {
+    asio::post(data_, [this, what, client = login.client, failure = entry.last_failure] {
       const Turn turn(*this);
       if (const auto session = client.lock()) what(*session, failure);
     });
-    entry.logins.pop_front();
+    return true;
   };
+  const auto accept = [](ClientSession& client, const protocol::ErrorFields& /*none*/) { client.verified(); };
   const auto asks_date_style = [](const auto& one) {
     const ServerConnection& server = *one.second;
     return server.state() == ServerConnection::State::Connecting && server.login() && !server.login()->date_styles.empty();
   };
-  const auto accept = [](ClientSession& client, const protocol::ErrorFields& /*none*/) { client.verified(); };
-  while (!entry.logins.empty()) {
-    const ServerConnection::Login& login = entry.logins.front();
-    if (login.client.expired()) {
-      entry.logins.pop_front();
-      continue;
-    }
-    const bool known = is_known(entry, login);
-    if (known && login.password.empty()) {
-      tell(accept);
-      continue;
-    }
-    if (!login.date_styles.empty() && std::any_of(entry.servers.begin(), entry.servers.end(), asks_date_style)) break;
-    if (is_pools_own(entry, login) && !entry.backoff.may_try(now(), true)) {
-      if (!is_refused(entry, now())) break;
-      tell([](ClientSession& client, const protocol::ErrorFields& failure) { client.refused(failure); });
-      continue;
-    }
-    if (entry.pool.open() >= entry.pool.capacity()) {
-      if (pool::Slot* idle = entry.pool.take(now()))
-        static_cast<ServerConnection*>(idle)->close(pool::CloseReason::Login);
-      else if (known && entry.pool.staying() == entry.pool.open()) {  // all are in use: it can't be asked again
-        tell(accept);
-        continue;
-      }
-      break;
-    }
+  const bool known = is_known(entry, login);
+  if (known && login.password.empty()) return tell(accept);
+  if (!login.date_styles.empty() && std::any_of(entry.servers.begin(), entry.servers.end(), asks_date_style)) return false;
+  if (is_pools_own(entry, login) && !entry.backoff.may_try(now(), true))
+    return is_refused(entry, now()) && tell([](ClientSession& client, const protocol::ErrorFields& failure) { client.refused(failure); });
+  if (entry.pool.open() < entry.pool.capacity()) {
     open_server(entry, login);
-    entry.logins.pop_front();
+    return true;
   }
+  if (entry.pool.staying() < entry.pool.open()) return false;     // a place is about to be free
+  if (known && !entry.pool.any_idle()) return tell(accept);       // all are in use: it can't be asked again
+  if (login.since <= entry.pool.oldest_wait()) make_room(entry);  // its turn has come
+  return false;
+}
+
+void Worker::make_room(PoolEntry& entry) {
+  if (pool::Slot* idle = entry.pool.any_idle()) static_cast<ServerConnection*>(idle)->close(pool::CloseReason::Login);
 }
 
 bool Worker::login_failed(PoolEntry& entry, ServerConnection::Login login, const protocol::ErrorFields& error) {
   const bool own = is_pools_own(entry, login);
   if (own && (!is_answer(error.sqlstate) || error.sqlstate == "53300")) {  // the server can't be asked at the moment
+    if (error.sqlstate == "53300") make_room(entry);                       // the server is full, maybe of the pool's own
     entry.logins.push_front(std::move(login));
     return false;
   }
@@ -349,12 +345,12 @@ void Worker::serve_from(PoolEntry& entry) {
     idle->unlink();
     entry.listener.adopt(*idle);
   }
+  if (!entry.logins.empty()) serve_logins(entry);
   while (entry.pool.any_waiting()) {
     ServerConnection* server = take_idle(entry);
     if (!server) break;
     server->lease(*static_cast<ClientSession*>(entry.pool.next_waiter()));
   }
-  serve_logins(entry);
   if (!entry.backoff.may_try(now(), entry.pool.any_waiting()) || (entry.passes_password_on && !entry.given_password)) return;
   const conf::PoolSettings& settings = entry.pool.settings();
   const std::uint32_t capacity = entry.pool.capacity();
@@ -395,7 +391,7 @@ void Worker::on_connected(ServerConnection& server) {
       entry.given_password = server.login()->password;
       entry.given_at = now();
     }
-    if (const auto client = server.login()->client.lock()) client->verified();
+    if (const auto client = server.take_login_client()) client->verified();
   }
   if (const auto it = server.parameters().find("server_version"); it != server.parameters().end()) database_version_ = it->second;
   log::info("server_connected", server.about(), "server {} ({}@{}, pid {}): connected", server.id(), entry.user, entry.database,
@@ -599,6 +595,9 @@ void Worker::tick() {
     for (auto& [id, server] : entry->servers) {
       busy |= !server->alive() || server->deadline != pool::Time::max();
       in_doubt |= server->look();
+      const auto& login = server->login();
+      if (login && server->state() == ServerConnection::State::Connecting && entry->pool.waited_out(login->since, t))
+        if (const auto client = server->take_login_client()) client->refused(wait_error(*entry));
       if (t >= server->deadline) due.push_back(server);
     }
     for (const auto& server : due) server->on_deadline(t);

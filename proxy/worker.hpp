@@ -293,6 +293,8 @@ class Worker {
   bool wants_listener(const PoolEntry& entry) const;
   void open_server(PoolEntry& entry, std::optional<ServerConnection::Login> login);
   void serve_logins(PoolEntry& entry);
+  bool serve_login(PoolEntry& entry, const ServerConnection::Login& login);
+  void make_room(PoolEntry& entry);  ///< for a login: closes an idle connection
   /// What it is to be asked is known, if its password needn't be asked about again.
   static bool is_known(const PoolEntry& entry, const ServerConnection::Login& login);
   /// The client of such a login hears of what became of it. True: the pool's other clients aren't concerned.

@@ -74,7 +74,7 @@ TEST(SqlScan, Rows) {
       {"WITH RECURSIVE t (n) AS (SELECT 1) SELECT sum(n) OVER (PARTITION BY n) FROM t, LATERAL (SELECT 1) u JOIN v USING (n)", kNone},
       {"CREATE TABLE IF NOT EXISTS t (a varchar(3) CHECK (a > 'b') REFERENCES u (a), PRIMARY KEY (a))", kNone},
       {"CREATE UNIQUE INDEX i ON t (a)", kNone},
-      {"COPY t (a) FROM STDIN WITH (FORMAT csv)", kSequenceWrite},
+      {"COPY t (a) FROM STDIN WITH (FORMAT csv)", kSequenceWrite | kCopy},
       {"SELECT 1; notify a", kNotify},
       {"SELECT pg_notify('a', notify) FROM t", kNotify},
       {"SELECT count(*) FROM pg_listening_channels()", kChannels},
