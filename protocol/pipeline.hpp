@@ -57,6 +57,8 @@ class Pipeline {
   std::size_t size() const { return tail_ - head_; }
   TxStatus status() const { return status_; }
   bool copy_in() const { return copy_in_; }
+  /// The server says nothing before the client has sent the COPY's data or its end.
+  bool awaits_copy_data() const { return copy_in_ && !copy_ended_; }
   /// A Sync was held back during COPY and must be sent now, because the COPY has failed.
   bool take_held_sync();
   /// Nothing is owed, no transaction is open, and no request waits for its Sync.

@@ -71,11 +71,6 @@ void ClientStatements::erase(std::string_view name) {
     named_->erase(name);
 }
 
-void ClientStatements::clear() {
-  unnamed_.reset();
-  named_.reset();
-}
-
 bool ServerStatements::touch(const StatementRef& statement) {
   const auto it = map_.find(statement->id);
   if (it == map_.end()) return false;

@@ -75,7 +75,7 @@ class ClientStatements {
   StatementRef find(std::string_view name) const;
   void set(std::string_view name, StatementRef statement);
   void erase(std::string_view name);
-  void clear();
+  void clear_named() { named_.reset(); }
   template <class F>
   void for_each_named(F&& f) const {
     if (named_)

@@ -385,7 +385,8 @@ void ClientSession::on_server_lost(const std::string& sqlstate, const std::strin
   while (!pending_.empty()) on_name_done(false);
   parse_error_.reset();
   forget_residue();
-  in_request_ = names_open_ = names_change_ = waits_for_names_ = restore_due_ = false;
+  in_request_ = waits_for_names_ = restore_due_ = unnamed_here_ = false;
+  names_open_ = names_change_ = kNoNames;
   // A session that lived on that connection, or a transaction, can't go on elsewhere.
   if (pin_ || unknown || several || entry_->pool.settings().mode == conf::PoolMode::Session)
     return fatal(sqlstate, message, "The server connection that held this client's transaction or session is gone.");

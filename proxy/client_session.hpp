@@ -67,8 +67,8 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   void on_greeting_failed(const protocol::ErrorFields& error);
   void on_residue(SettingsRef settings, const Residue& found);  ///< no settings: they aren't known
   void on_learned() { residue_ |= protocol::kFunction; }        ///< its transaction may have left something: the session is to be looked at
-  bool made_temporary() const { return (residue_ & protocol::kTemporary) != 0; }        ///< its transaction may have
-  void on_name_done(bool ok);                                                           ///< a Parse, or a Close of a statement
+  bool made_temporary() const { return (residue_ & protocol::kTemporary) != 0; }  ///< its transaction may have
+  void on_name_done(bool ok, bool skipped = false);  ///< a Parse, or a Close of a statement; skipped: behind one that failed
   void on_looks_different(const protocol::StatementRef& statement, std::size_t shape);  ///< than others were told, as this one was told
   void on_answered();                                                                   ///< ReadyForQuery of a request of its own
   void on_statements_gone();                                                            ///< DISCARD ALL, DEALLOCATE ALL
@@ -131,7 +131,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
     std::string name;
     protocol::StatementRef statement;  ///< prepared or closed; null: the name existed already
     bool closes = false;
-    protocol::StatementRef before{};   ///< what the name stood for before a Close that wasn't done
+    protocol::StatementRef before{};   ///< what the name stood for before a Close that wasn't done; the unnamed one before this
     protocol::StatementRef adopted{};  ///< what the server knows by the closed name itself
   };
 
@@ -200,7 +200,11 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   void pin_by_text();
   void pin(std::uint32_t reasons, std::string detail);
   void adopt_named(std::string_view sql, int depth = 0);
-  bool names_settled();
+  enum Names : std::uint8_t { kNoNames = 0, kNames = 1, kUnnamed = 2 };
+  bool names_settled(Names which);
+  bool names_settled(std::string_view name);
+  void end_segment();
+  void close_unnamed();
   bool answered() const;  ///< whatever it has sent
   bool waits_for_restore(char type) const;
   bool sql_prepared() const;
@@ -221,8 +225,10 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   bool in_request_ = false;
   // What the client's names stand for depends on what isn't answered yet: on DISCARD, DEALLOCATE ALL or an earlier segment, which may
   // fail; on the segment that is being sent, for those behind it. A request waits for that.
-  bool names_open_ = false, names_change_ = false, waits_for_names_ = false;
-  bool restore_due_ = false;  // after a RESET, when the COPY beside it is over
+  std::uint8_t names_open_ = kNoNames, names_change_ = kNoNames;  // Names
+  bool waits_for_names_ = false;
+  bool unnamed_here_ = false;  // the unnamed statement was parsed in the segment that is being sent
+  bool restore_due_ = false;   // after a RESET, when the COPY beside it is over
   pool::Time connected_at_, sent_at_{};
   pool::Time unread_since_{};  // the client doesn't take what is there for it
   std::uint64_t request_ = 0;

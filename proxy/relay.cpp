@@ -114,7 +114,7 @@ std::size_t ClientSession::on_request(char type, Bytes available, std::size_t to
     case 'f': server_->pipeline.push({Request::CopyEnd, Verdict::Forward, id_}); break;
     case 'S':
       if (!server_->pipeline.push({Request::Sync, Verdict::Forward, id_})) return swallow();  // held during COPY
-      names_open_ |= std::exchange(names_change_, false);
+      end_segment();
       relay(available, total);
       restore_after_reset();
       return available.size();
@@ -138,7 +138,7 @@ std::size_t ClientSession::on_query(Bytes available, std::size_t total) {
     protocol::Reader reader(available.subspan(kHeaderSize));
     const std::string_view sql = reader.cstring();
     const auto [residue, fingerprint] = worker_.sql_memory.read(sql, server_->conforming_strings());
-    if (residue & protocol::kPrepared && !names_settled()) return 0;
+    if (residue & protocol::kPrepared && !names_settled(kNames)) return 0;
     statement = note_statement(fingerprint, sql, protocol::comment_tags(sql));
     if (refuse(sql, residue, true)) return total;
     switch (listen_ahead(note_residue(sql, residue), true)) {
@@ -162,7 +162,7 @@ std::size_t ClientSession::on_query(Bytes available, std::size_t total) {
   server_->statements.unnamed.reset();
   ++entry_->pool.counters().queries;
   server_->pipeline.push({Request::Query, Verdict::Forward, id_, statement});
-  names_open_ |= std::exchange(names_change_, false);
+  end_segment();
   relay(available, total);
   restore_after_reset();
   return available.size();
@@ -175,8 +175,8 @@ void ClientSession::adopt_named(std::string_view sql, int depth) {
   auto& pipeline = server_->pipeline;
   if (!rewrites() || pipeline.failed() || pipeline.status() == protocol::TxStatus::Failed) return;
   const protocol::PreparedNames named = protocol::prepared_names(sql);
-  names_open_ |= named.closes_all;
-  names_change_ = true;
+  if (named.closes_all) names_open_ |= kNames;
+  names_change_ |= kNames;
   if (named.all) {
     statements.for_each_named([&](const std::string& name, const protocol::StatementRef& s) { server_->adopt(name, s); });
     server_->close_shared_statements();
@@ -233,9 +233,10 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
   const bool shared = !server_->meaning_changed || !may_hold_constants(body);
   protocol::StatementRef statement =
       shared ? worker_.statements.intern(body, settings->meaning) : worker_.statements.make(body, settings->meaning);
-  if ((!name.empty() || statement->residue & protocol::kPrepared) && !names_settled()) return 0;
+  if ((!name.empty() || statement->residue & protocol::kPrepared) && !names_settled(kNames)) return 0;
   server_->running.named = note_statement(*statement);
-  names_change_ |= !name.empty();
+  names_change_ |= name.empty() ? kUnnamed : kNames;
+  unnamed_here_ |= name.empty();
   if (refuse(statement->sql, statement->residue, false)) return total;
   if (listen_ahead(note_residue(*statement), false) == Subscriber::Verdict::Wait) return 0;
   if (statement->residue & protocol::kPrepared) adopt_named(statement->sql);
@@ -243,7 +244,7 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
   auto& held = server_->statements;
   if (name.empty()) {
     pipeline.push({Request::Parse, Verdict::Forward, id_});
-    pending_.push_back({{}, statement});
+    pending_.push_back({{}, statement, false, statements.find({})});
     statements.set({}, statement);
     held.unnamed = std::move(statement);
     relay(available, total);
@@ -333,7 +334,7 @@ bool ClientSession::prepare(const protocol::StatementRef& statement, bool to_des
   const bool other = meaning != settings->meaning.get() && server_->pipeline.status() != protocol::TxStatus::Failed;
   if (other) server_->run_within(settings_statements(settings->meaning->values, meaning->values));
   server_->parse(*statement, Verdict::Skip);
-  names_change_ = true;
+  names_change_ |= kNames;
   if (other) server_->run_within(settings_statements(meaning->values, settings->meaning->values));
   held.add(statement);
   evict();
@@ -369,6 +370,13 @@ void ClientSession::prepare_unnamed(const protocol::StatementRef& statement) {
   server_->statements.unnamed = statement;
 }
 
+/// The client has none: what the server holds is another's.
+void ClientSession::close_unnamed() {
+  worker_.to_server.own([](std::string& out) { protocol::Writer(out).begin(protocol::Frontend::Close).u8('S').cstring("").end(); });
+  server_->pipeline.push({Request::Close, Verdict::Skip, id_});
+  server_->statements.unnamed.reset();
+}
+
 void ClientSession::evict() {
   while (const auto old = server_->statements.evict(entry_->pool.settings().maxPreparedStatements)) {
     ++entry_->pool.counters().preparedEvictions;
@@ -395,19 +403,14 @@ std::size_t ClientSession::on_bind(Bytes available, std::size_t total) {
     relay(available, total);
     return available.size();
   }
-  if (!name.empty() && !names_settled()) return 0;
+  if (!names_settled(name)) return 0;
   const auto statement = statements.find(name);
   if (statement && subscriber_ && listen_ahead(note_residue(*statement), false) == Subscriber::Verdict::Wait) return 0;
   note_bind(portal, statement);
-  auto& held = server_->statements;
   auto& queries = entry_->pool.counters().queries;
   if (!statement || name.empty()) {
     ++queries;
-    if (!statement && name.empty() && held.unnamed) {
-      worker_.to_server.own([](std::string& out) { protocol::Writer(out).begin(protocol::Frontend::Close).u8('S').cstring("").end(); });
-      pipeline.push({Request::Close, Verdict::Skip, id_});
-      held.unnamed.reset();
-    }
+    if (!statement && name.empty()) close_unnamed();
     if (statement) {
       prepare_unnamed(statement);
       note_residue(*statement);
@@ -451,7 +454,7 @@ std::size_t ClientSession::on_describe(Bytes available, std::size_t total) {
   protocol::Reader reader(available.subspan(kHeaderSize));
   const char kind = static_cast<char>(reader.u8());
   const std::string_view name = reader.cstring();
-  if (kind == 'S' && !name.empty() && rewrites() && !pipeline.failed() && !names_settled()) return 0;
+  if (kind == 'S' && !pipeline.failed() && !names_settled(name)) return 0;
   const auto statement = kind == 'S' && reader.ok() && rewrites() && !pipeline.failed() ? statements.find(name) : nullptr;
   std::uint64_t note = 0;
   if (statement && !name.empty() && statement->residue & protocol::kPrepared) {
@@ -465,6 +468,7 @@ std::size_t ClientSession::on_describe(Bytes available, std::size_t total) {
     });
   } else {
     if (statement) prepare_unnamed(statement);
+    if (kind == 'S' && name.empty() && !statement && rewrites() && !pipeline.failed()) close_unnamed();
     relay(available, total);
   }
   pipeline.push({Request::Describe, Verdict::Forward, id_, note});
@@ -479,8 +483,8 @@ std::size_t ClientSession::on_close(Bytes available, std::size_t total) {
   const std::string_view name = reader.cstring();
   if (rewrites() && kind == 'S' && reader.ok() && !pipeline.failed()) {
     // Where SQL has prepared, or names statements, the server may know the name itself.
-    if (!name.empty() && !names_settled()) return 0;
-    names_change_ |= !name.empty();
+    if (!name.empty() && !names_settled(kNames)) return 0;
+    names_change_ |= name.empty() ? kUnnamed : kNames;
     const bool shared = !name.empty() && available.size() == total && !sql_prepared() && !server_->has_adopted(name);
     if (name.empty())
       server_->statements.unnamed.reset();
@@ -497,11 +501,12 @@ std::size_t ClientSession::on_close(Bytes available, std::size_t total) {
   return available.size();
 }
 
-void ClientSession::on_name_done(bool ok) {
+void ClientSession::on_name_done(bool ok, bool skipped) {
   if (pending_.empty()) return;
-  const Pending done = std::move(pending_.front());
+  Pending done = std::move(pending_.front());
   pending_.erase(pending_.begin());
   if (ok) return;
+  if (done.name.empty() && !skipped) done.before.reset();  // a Parse that fails has ended the unnamed statement before
   if (done.closes) {
     if (done.adopted && server_) server_->keep_adopted(done.name, done.adopted);
     // The server has skipped it, and maybe a Parse of the same name behind it.
@@ -532,32 +537,43 @@ const std::string* ClientSession::name_of(std::uint64_t id) const {
   return found;
 }
 
+void ClientSession::end_segment() {
+  names_open_ |= std::exchange(names_change_, kNoNames);
+  unnamed_here_ = false;
+}
+
 bool ClientSession::answered() const {
-  const auto* front = server_->pipeline.front();
-  return !front || front->owner != id_;
+  bool owed = false;
+  server_->pipeline.for_each([&](const protocol::Owed& one) { owed |= one.owner == id_; });
+  return !owed;
 }
 
 // False: the request has to wait, and is then looked at anew.
-bool ClientSession::names_settled() {
-  if (!names_open_ || !rewrites()) return true;
+bool ClientSession::names_settled(Names which) {
+  if (!(names_open_ & which) || !rewrites()) return true;
   if (answered()) {
-    names_open_ = false;
+    names_open_ = kNoNames;
     return true;
   }
+  if (server_->pipeline.awaits_copy_data()) return true;
   waits_for_names_ = true;
   if (server_->pipeline.unsynced())
     worker_.to_server.own([](std::string& out) { protocol::Writer(out).begin(protocol::Frontend::Flush).end(); });
   return false;
 }
 
+bool ClientSession::names_settled(std::string_view name) {
+  return name.empty() ? unnamed_here_ || names_settled(kUnnamed) : names_settled(kNames);
+}
+
 void ClientSession::on_names_known() {
-  if (!answered()) return;
+  if (!answered() && !server_->pipeline.awaits_copy_data()) return;
   waits_for_names_ = false;
   worker_.run_later(*this);
 }
 
 void ClientSession::on_statements_gone() {
-  statements.clear();
+  statements.clear_named();
   server_->forget_statements();
 }
 

@@ -291,7 +291,8 @@ bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total
     }
   }
   const TxStatus status = type == Backend::ReadyForQuery && total == 6 ? static_cast<TxStatus>(available[5]) : TxStatus::Idle;
-  const auto reply = pipeline.receive(type, status, [this](const Owed& owed) { on_dropped(owed); });
+  bool skipped = false;  // all behind the first
+  const auto reply = pipeline.receive(type, status, [&](const Owed& owed) { on_dropped(owed, std::exchange(skipped, true)); });
   if (!reply) return false;
   const Owed& owed = reply->owed;
   const bool ours = client_ && owed.owner == client_->id();
@@ -418,7 +419,7 @@ void ServerConnection::inject() {
   }
 }
 
-void ServerConnection::on_dropped(const Owed& owed) {
+void ServerConnection::on_dropped(const Owed& owed, bool skipped) {
   if (owed.owner == protocol::kProxy) return;
   const bool ours = client_ && owed.owner == client_->id();
   if (owed.request == Request::Close) {
@@ -440,7 +441,7 @@ void ServerConnection::on_dropped(const Owed& owed) {
   } else {
     statements.unnamed.reset();
   }
-  if (owed.verdict == Verdict::Forward && ours) client_->on_name_done(false);
+  if (owed.verdict == Verdict::Forward && ours) client_->on_name_done(false, skipped);
 }
 
 // The server knows a client's statement under the proxy's name for it; in its error the client's own name belongs.

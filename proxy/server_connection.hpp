@@ -208,7 +208,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   bool on_reply(protocol::Backend type, protocol::Bytes available, std::size_t total);
   void note_answer(protocol::Backend type, const protocol::Owed& owed, protocol::Bytes available, std::size_t total);
   void finish_execution(pool::StatementHandle statement);
-  void on_dropped(const protocol::Owed& owed);
+  void on_dropped(const protocol::Owed& owed, bool skipped);
   void on_described(protocol::Backend type, const protocol::Owed& owed, protocol::Bytes available, std::size_t total);
   void on_proxy_reply(protocol::Backend type, std::uint64_t note, protocol::Bytes whole);
   void stop_awaiting_shape();

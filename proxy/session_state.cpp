@@ -78,7 +78,7 @@ void ClientSession::note_names(std::string_view sql, std::uint32_t residue) {
 std::uint32_t ClientSession::note_residue(std::string_view sql, std::uint32_t known) {
   if (settings->temporary) residue_ |= protocol::kTemporary;
   if (known == 0) return 0;
-  names_open_ |= (known & protocol::kDiscard) != 0;
+  if (known & protocol::kDiscard) names_open_ |= kNames;
   std::uint32_t residue = known;
   if (residue & protocol::kFunction)
     residue = (residue & ~protocol::kFunction) |
@@ -153,7 +153,8 @@ void ClientSession::restore_after_reset() {
 
 // The rest of the COPY goes on.
 bool ClientSession::waits_for_restore(char type) const {
-  return restore_due_ && server_ && !server_->pipeline.copy_in() && std::string_view("dcfHSX").find(type) == std::string_view::npos;
+  return restore_due_ && server_ && !server_->pipeline.awaits_copy_data() &&
+         std::string_view("dcfHSX").find(type) == std::string_view::npos;
 }
 
 /// Whether the server is to be asked before the lease may end.

@@ -60,7 +60,7 @@ TEST(ClientStatements, NamesAreTheClientsOwn) {
   EXPECT_FALSE(one.find("s"));
   EXPECT_TRUE(two.find("s"));
   EXPECT_FALSE(two.find(""));
-  two.clear();
+  two.clear_named();
   EXPECT_EQ(two.size(), 0u);
 }
 
