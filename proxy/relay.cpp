@@ -523,9 +523,11 @@ void ClientSession::on_name_done(bool ok, bool skipped) {
     statements.erase(done.name);
     if (done.before) statements.set(done.name, done.before);
   } else {
-    // It was closed again behind that: a Close which the server skips brings back what was there before.
-    const auto closed = std::find_if(pending_.begin(), pending_.end(), [&](const Pending& p) { return p.closes && p.name == done.name; });
-    if (closed != pending_.end() && closed->statement == done.statement) closed->statement = done.before;
+    // It was closed or parsed again behind that: if the server skips that too, what was there before comes back.
+    for (Pending& later : pending_) {
+      auto& back = later.closes ? later.statement : later.before;
+      if (later.name == done.name && back == done.statement) back = done.before;
+    }
   }
 }
 

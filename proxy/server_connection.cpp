@@ -440,6 +440,7 @@ void ServerConnection::on_dropped(const Owed& owed, bool skipped) {
     if (!duplicate) statements.erase(owed.note);
   } else {
     statements.unnamed.reset();
+    adoption_skipped_ |= ours && owed.verdict == Verdict::Skip;
   }
   if (owed.verdict == Verdict::Forward && ours) client_->on_name_done(false, skipped);
 }

@@ -263,6 +263,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   Residue residue_;
   std::string login_user_;
   std::vector<std::pair<std::string, protocol::StatementRef>> adopted_;
+  bool adoption_skipped_ = false;      // the server may not have all of adopted_
   bool open_definition_ = false;       // its transaction has made or altered something
   std::uint32_t unknown_residue_ = 0;  // of unknown_names, as a survey found
   Catalog::Inquiry inquiry_;

@@ -117,7 +117,7 @@ void ServerConnection::forget_sequences() {
 void ServerConnection::adopt(const std::string& name, const protocol::StatementRef& statement, Verdict verdict) {
   const auto known = of_name(adopted_, name);
   if (known != adopted_.end() && verdict == Verdict::Skip) {
-    if (known->second == statement) return;
+    if (known->second == statement && !adoption_skipped_) return;
     worker_.to_server.own([&](std::string& out) { protocol::Writer(out).begin(protocol::Frontend::Close).u8('S').cstring(name).end(); });
     pipeline.push({Request::Close, Verdict::Skip, client_->id()});
   }
@@ -382,7 +382,7 @@ void ServerConnection::finish_residue() {
     settings.reset();
     return client_->on_residue(nullptr, residue_);
   }
-  meaning_changed = false;
+  meaning_changed = adoption_skipped_ = false;
   std::erase_if(adopted_, [this](const auto& one) {
     const bool there = std::find(residue_.prepared.begin(), residue_.prepared.end(), one.first) != residue_.prepared.end();
     if (there) client_->statements.set(one.first, one.second);
