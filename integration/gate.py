@@ -19,6 +19,7 @@ class Gate:
         self.flowing = threading.Event()
         self.flowing.set()
         self.pairs = []
+        self.half_closed = set()
         self.seen = []          # what each connection's client has sent, the first KB
         self.lock = threading.Lock()
         self.open = True
@@ -94,6 +95,7 @@ class Gate:
                 threading.Thread(target=self._relay, args=(source, target, pair, seen), daemon=True).start()
 
     def _relay(self, source, target, pair, seen):
+        over = False
         try:
             while data := source.recv(65536):
                 if seen is not None and len(seen) < 1024:
@@ -104,10 +106,17 @@ class Gate:
                     if self.delay:
                         time.sleep(self.delay)
                     target.sendall(data[at:at + step])
+            self.flowing.wait()
+            target.shutdown(socket.SHUT_WR)  # the other direction goes on
         except OSError:
-            pass
+            over = True
         self.flowing.wait()
         with self.lock:
+            over |= pair in self.half_closed
+            self.half_closed.add(pair)
+            if not over:
+                return
+            self.half_closed.discard(pair)
             if pair in self.pairs:
                 self.pairs.remove(pair)
         for end in pair:
