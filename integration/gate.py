@@ -1,8 +1,33 @@
-"""A TCP gate between two parties: cuts, delays, slices, stalls, adds bytes."""
+"""A TCP gate between two parties: cuts, delays, slices, stalls, adds bytes. And what servers of a test's own begin with."""
+import contextlib
 import socket
 import struct
 import threading
 import time
+
+
+class Listening:
+    """Listens on a free port until the block is left; its connections go to serve(socket), one after the other."""
+
+    def __init__(self):
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.listener.close()
+
+    def _accept(self):
+        while True:
+            try:
+                client = self.listener.accept()[0]
+            except OSError:
+                return
+            with contextlib.suppress(OSError):
+                self.serve(client)
 
 
 class Gate:

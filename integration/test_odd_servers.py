@@ -11,6 +11,7 @@ import pytest
 
 import harness
 import wire
+from gate import Listening
 from harness import DATABASE, PASSWORD, USER
 
 WELCOME = wire.frame("R", struct.pack("!i", 0)) + wire.frame("K", struct.pack("!ii", 1, 2)) + wire.frame("Z", b"I")
@@ -21,29 +22,18 @@ def failure(sqlstate="", text=""):
     return wire.frame("E", fields + b"\0")
 
 
-class Server:
+class Server(Listening):
     """Accepts; after the StartupMessage it sends `answer` and closes. Without an answer nothing is read."""
 
     def __init__(self, answer=None):
         self.answer, self.accepted, self.received = answer, 0, []
-        self.listener = socket.create_server(("127.0.0.1", 0), backlog=64)
-        self.port = self.listener.getsockname()[1]
-        threading.Thread(target=self._accept, daemon=True).start()
+        super().__init__()
 
-    def __enter__(self):
-        return self
+    def serve(self, client):
+        self.accepted += 1
+        threading.Thread(target=self._answer, args=(client,), daemon=True).start()
 
-    def __exit__(self, *_):
-        self.listener.close()
-
-    def _accept(self):
-        with contextlib.suppress(OSError):
-            while True:
-                client = self.listener.accept()[0]
-                self.accepted += 1
-                threading.Thread(target=self._serve, args=(client,), daemon=True).start()
-
-    def _serve(self, client):
+    def _answer(self, client):
         with client, contextlib.suppress(OSError):
             client.settimeout(10)
             if self.answer is None:

@@ -16,7 +16,7 @@ import pytest
 
 import harness
 import wire
-from gate import Gate
+from gate import Gate, Listening
 from harness import DATABASE, OTHER_DATABASE, OTHER_PASSWORD, OTHER_USER, PASSWORD, USER
 
 HOW = ("SELECT concat_ws(' ', ssl, version, client_dn, nullif(current_setting('application_name'), ''), current_setting('work_mem')) "
@@ -139,7 +139,7 @@ def test_client_certificate(through, pg, tmp_path):
         assert "valid client certificate" in through(url(pg, "sslmode=require", password=None))[1]
 
 
-class TlsFront:
+class TlsFront(Listening):
     """A TLS server that speaks it at once (sslnegotiation=direct) and passes the bytes on in plain; what each handshake was is in `seen`."""
 
     def __init__(self, pg, certificates, sslrequest=False):
@@ -149,32 +149,17 @@ class TlsFront:
         self.context.set_alpn_protocols(["postgresql"])
         self.context.sni_callback = lambda sock, name, context: setattr(self, "sni", name)
         self.sni = None
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.port = self.listener.getsockname()[1]
-        threading.Thread(target=self._accept, daemon=True).start()
+        super().__init__()
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.listener.close()
-
-    def _accept(self):
-        while True:
-            try:
-                near, _ = self.listener.accept()
-                if self.sslrequest:
-                    near.recv(8)
-                    near.sendall(b"S")
-                near = self.context.wrap_socket(near, server_side=True)
-            except OSError:
-                if self.listener.fileno() < 0:
-                    return
-                continue
-            self.seen.append((self.sni, near.selected_alpn_protocol(), near.session_reused))
-            far = socket.create_connection(("127.0.0.1", self.pg.port))
-            for source, target in ((near, far), (far, near)):
-                threading.Thread(target=self._relay, args=(source, target), daemon=True).start()
+    def serve(self, client):
+        if self.sslrequest:
+            client.recv(8)
+            client.sendall(b"S")
+        near = self.context.wrap_socket(client, server_side=True)
+        self.seen.append((self.sni, near.selected_alpn_protocol(), near.session_reused))
+        far = socket.create_connection(("127.0.0.1", self.pg.port))
+        for source, target in ((near, far), (far, near)):
+            threading.Thread(target=self._relay, args=(source, target), daemon=True).start()
 
     @staticmethod
     def _relay(source, target):
