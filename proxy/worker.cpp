@@ -18,11 +18,6 @@ using std::chrono::milliseconds;
 
 namespace {
 
-/// A failure that more tries won't mend: wrong credentials, no such database, one that takes no connections.
-bool is_permanent(std::string_view sqlstate) {
-  return sqlstate.starts_with("28") || sqlstate.starts_with("3D") || sqlstate.starts_with("42") || sqlstate.starts_with("55");
-}
-
 /// How long a pool keeps connections that nobody uses: they are gone somewhat before the server would end them.
 milliseconds rest_after(const conf::Upstream& upstream) {
   return milliseconds(std::uint64_t{900} * upstream.suspendAfterSeconds);
@@ -34,12 +29,11 @@ bool same_connections(const conf::PoolSettings& a, const conf::PoolSettings& b) 
          a.maxUses == b.maxUses && a.maxLifetimeSeconds == b.maxLifetimeSeconds;
 }
 
-/// So long a password that the server has accepted counts without its being asked again.
-constexpr std::chrono::seconds kAccepted{10};
+}  // namespace
 
-/// The pool's connections are made with this login's password: its failure is theirs.
-bool is_pools_own(const PoolEntry& entry, const ServerConnection::Login& login) {
-  return login.password.empty() || login.password == entry.given_password;
+/// A failure that more tries won't mend: wrong credentials, no such database, one that takes no connections.
+bool is_permanent(std::string_view sqlstate) {
+  return sqlstate.starts_with("28") || sqlstate.starts_with("3D") || sqlstate.starts_with("42") || sqlstate.starts_with("55");
 }
 
 /// No connection of the pool is open or being closed: what the next connect hears counts for all who wait.
@@ -51,8 +45,6 @@ bool stands_alone(const PoolEntry& entry) {
 bool is_refused(const PoolEntry& entry, pool::Time now) {
   return is_permanent(entry.last_failure.sqlstate) && !entry.backoff.may_try(now, true) && stands_alone(entry);
 }
-
-}  // namespace
 
 Prepared::Prepared(std::shared_ptr<const conf::Config> from, const conf::Environment& env)
     : config(std::move(from)), upstream(conf::resolve_upstream(config->upstream, env)) {
@@ -200,69 +192,6 @@ PoolEntry* Worker::find_pool(const std::string& database, const std::string& use
 bool Worker::passes_password_on(const std::string& user) const {
   return config_->auth.method == conf::AuthMethod::Password && config_->users.contains("*") && !config_->users.contains(user) &&
          user != upstream_.user;
-}
-
-void Worker::verify(ClientSession& client, const std::string& password, const std::vector<std::string>& date_styles) {
-  PoolEntry& entry = *client.entry();
-  ServerConnection::Login login{client.weak_from_this(), password, date_styles, now()};
-  if (is_known(entry, login) && (password.empty() || now() - entry.given_at < kAccepted)) return client.verified();
-  entry.logins.push_back(std::move(login));
-  kick();
-  serve(entry);
-}
-
-bool Worker::is_known(const PoolEntry& entry, const ServerConnection::Login& login) {
-  return is_pools_own(entry, login) && (login.date_styles.empty() || entry.settings.date_style(login.date_styles));
-}
-
-void Worker::serve_logins(PoolEntry& entry) {
-  std::deque<ServerConnection::Login> waiting = std::exchange(entry.logins, {});
-  for (ServerConnection::Login& login : waiting)
-    if (!login.client.expired() && !serve_login(entry, login)) entry.logins.push_back(std::move(login));
-}
-
-// False: it waits.
-bool Worker::serve_login(PoolEntry& entry, const ServerConnection::Login& login) {
-  const auto tell = [&](void (*what)(ClientSession&, const protocol::ErrorFields&)) {
-    asio::post(data_, [this, what, client = login.client, failure = entry.last_failure] {
-      const Turn turn(*this);
-      if (const auto session = client.lock()) what(*session, failure);
-    });
-    return true;
-  };
-  const auto accept = [](ClientSession& client, const protocol::ErrorFields& /*none*/) { client.verified(); };
-  const auto asks_date_style = [](const auto& one) {
-    const ServerConnection& server = *one.second;
-    return server.state() == ServerConnection::State::Connecting && server.login() && !server.login()->date_styles.empty();
-  };
-  const bool known = is_known(entry, login);
-  if (known && login.password.empty()) return tell(accept);
-  if (!login.date_styles.empty() && std::any_of(entry.servers.begin(), entry.servers.end(), asks_date_style)) return false;
-  if (is_pools_own(entry, login) && !entry.backoff.may_try(now(), true))
-    return is_refused(entry, now()) && tell([](ClientSession& client, const protocol::ErrorFields& failure) { client.refused(failure); });
-  if (entry.pool.open() < entry.pool.capacity()) {
-    open_server(entry, login);
-    return true;
-  }
-  if (entry.pool.staying() < entry.pool.open()) return false;     // a place is about to be free
-  if (known && !entry.pool.any_idle()) return tell(accept);       // all are in use: it can't be asked again
-  if (login.since <= entry.pool.oldest_wait()) make_room(entry);  // its turn has come
-  return false;
-}
-
-void Worker::make_room(PoolEntry& entry) {
-  if (pool::Slot* idle = entry.pool.any_idle()) static_cast<ServerConnection*>(idle)->close(pool::CloseReason::Login);
-}
-
-bool Worker::login_failed(PoolEntry& entry, ServerConnection::Login login, const protocol::ErrorFields& error) {
-  const bool own = is_pools_own(entry, login);
-  if (own && (!is_answer(error.sqlstate) || error.sqlstate == "53300")) {  // the server can't be asked at the moment
-    if (error.sqlstate == "53300") make_room(entry);                       // the server is full, maybe of the pool's own
-    entry.logins.push_front(std::move(login));
-    return false;
-  }
-  if (const auto client = login.client.lock()) client->refused(error);
-  return !own || !is_permanent(error.sqlstate);
 }
 
 void Worker::listen(conf::PassedSockets& passed) {

@@ -76,6 +76,9 @@ struct PoolEntry {
   std::deque<ServerConnection::Login> logins;  // of clients that the server is still to be asked about
 };
 
+bool stands_alone(const PoolEntry& entry);                ///< no connection of it is open or being closed
+bool is_refused(const PoolEntry& entry, pool::Time now);  ///< by the server at the last login, and it is too early to try again
+
 /// The tick's waits have memory of their own, so that arming it anew takes nothing from the heap nor from the blocks that Asio
 /// keeps for the connections' waits. Shared, because the loop may outlive the Worker.
 template <class T>
@@ -92,6 +95,7 @@ struct TickAllocator {
 
 std::string address_of(const Target& target);  ///< what tells it from others
 bool is_answer(std::string_view sqlstate);     ///< of a failed connect: the server is up
+bool is_permanent(std::string_view sqlstate);  ///< more tries won't mend it: wrong credentials, no such database
 
 /// A configuration with what is read from the files that it names. Made on any thread; once there is one, nothing can fail any more.
 struct Prepared {
