@@ -159,7 +159,7 @@ std::size_t ClientSession::process(Bytes in) {
     std::size_t used = 0;
     if (state_ < State::Greeting)
       used = state_ == State::Startup ? on_startup(left) : state_ == State::Console ? on_console(left) : on_password(left);
-    else if ((held() || waits_for_restore(static_cast<char>(left[0]))) && !discarding_)
+    else if ((held() || (restore_due_ && waits_for_restore(static_cast<char>(left[0])))) && !discarding_)
       break;
     else {
       if (left.size() < kHeaderSize) break;
@@ -196,6 +196,7 @@ void ClientSession::on_answered() {
   counters.query.record(micros_since(sent_at_));
   sent_at_ = now;
   in_request_ = false;
+  if (!pending_.empty() && answered()) undo_deallocations();
   if (restore_due_ && answered()) {
     restore_due_ = false;
     server_->restore_settings_now(*login_settings_);
@@ -382,7 +383,8 @@ void ClientSession::on_server_lost(const std::string& sqlstate, const std::strin
   server_ = nullptr;
   if (state_ == State::Greeting) return greet_elsewhere({"FATAL", sqlstate, message, {}, {}});
   worker_.count_error(sqlstate);
-  while (!pending_.empty()) on_name_done(false);
+  while (next_pending(false) != pending_.end()) on_name_done(false);
+  undo_deallocations();
   parse_error_.reset();
   forget_residue();
   in_request_ = waits_for_names_ = restore_due_ = unnamed_here_ = false;

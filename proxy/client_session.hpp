@@ -69,6 +69,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   void on_learned() { residue_ |= protocol::kFunction; }        ///< its transaction may have left something: the session is to be looked at
   bool made_temporary() const { return (residue_ & protocol::kTemporary) != 0; }  ///< its transaction may have
   void on_name_done(bool ok, bool skipped = false);  ///< a Parse, or a Close of a statement; skipped: behind one that failed
+  void on_deallocated();                             ///< by SQL
   void on_looks_different(const protocol::StatementRef& statement, std::size_t shape);  ///< than others were told, as this one was told
   void on_answered();                                                                   ///< ReadyForQuery of a request of its own
   void on_statements_gone();                                                            ///< DISCARD ALL, DEALLOCATE ALL
@@ -76,7 +77,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   void on_names_known();  ///< maybe: something that was waited for is answered
   void on_apply_failed(const protocol::ErrorFields& error);
   /// The Parse that is next to be answered names a statement that exists already.
-  bool pending_is_duplicate() const { return !pending_.empty() && !pending_.front().statement; }
+  bool pending_is_duplicate();
   /// Its name for a statement with this id; null: none.
   const std::string* name_of(std::uint64_t id) const;
   /// The client's name in the error of such a Parse.
@@ -126,13 +127,14 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
     pool::Time since;
   };
 
-  /// A Parse or a Close that isn't answered yet.
+  /// What isn't answered yet and has changed what a name stands for; if it fails or is skipped, the name stands for what it did.
   struct Pending {
+    /// Unkept: a Parse that changes no name here, since the server refuses it, or its text is too long.
+    enum Kind : std::uint8_t { kParse, kUnkept, kClose, kDeallocate };
+    Kind kind;
     std::string name;
-    protocol::StatementRef statement;  ///< prepared or closed; null: the name existed already
-    bool closes = false;
-    protocol::StatementRef before{};   ///< what the name stood for before a Close that wasn't done; the unnamed one before this
-    protocol::StatementRef adopted{};  ///< what the server knows by the closed name itself
+    protocol::StatementRef before{};   ///< for the client
+    protocol::StatementRef adopted{};  ///< what the server knew by the name itself
   };
 
   void transition(State next) { state_ = next; }
@@ -180,6 +182,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
 
   std::size_t on_query(protocol::Bytes available, std::size_t total);
   std::size_t on_parse(protocol::Bytes available, std::size_t total);
+  std::size_t on_long_parse(protocol::Bytes available, std::size_t total);
   std::size_t on_bind(protocol::Bytes available, std::size_t total);
   std::size_t on_describe(protocol::Bytes available, std::size_t total);
   std::size_t on_close(protocol::Bytes available, std::size_t total);
@@ -200,6 +203,11 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   void pin_by_text();
   void pin(std::uint32_t reasons, std::string detail);
   void adopt_named(std::string_view sql, int depth = 0);
+  void note_deallocations(std::string_view sql);
+  bool adopt(std::string_view name, const protocol::StatementRef& statement);
+  std::vector<Pending>::iterator next_pending(bool by_sql);
+  void undo(std::vector<Pending>::iterator done);
+  void undo_deallocations();
   enum Names : std::uint8_t { kNoNames = 0, kNames = 1, kUnnamed = 2 };
   bool names_settled(Names which);
   bool names_settled(std::string_view name);

@@ -150,6 +150,7 @@ std::size_t ClientSession::on_query(Bytes available, std::size_t total) {
     if (residue & protocol::kPrepared) {
       const bool synced = !server_->pipeline.unsynced();
       adopt_named(sql);
+      note_deallocations(sql);
       if (synced && server_->pipeline.unsynced()) {
         worker_.to_server.own([](std::string& out) { protocol::Writer(out).begin(protocol::Frontend::Sync).end(); });
         server_->pipeline.push({Request::Sync, Verdict::Skip, id_});
@@ -159,6 +160,8 @@ std::size_t ClientSession::on_query(Bytes available, std::size_t total) {
     residue_ |= protocol::kUnreadable;
   }
   statements.clear_unnamed();
+  for (Pending& pending : pending_)
+    if (pending.name.empty()) pending.before.reset();
   server_->statements.unnamed.reset();
   ++entry_->pool.counters().queries;
   server_->pipeline.push({Request::Query, Verdict::Forward, id_, statement});
@@ -175,7 +178,6 @@ void ClientSession::adopt_named(std::string_view sql, int depth) {
   auto& pipeline = server_->pipeline;
   if (!rewrites() || pipeline.failed() || pipeline.status() == protocol::TxStatus::Failed) return;
   const protocol::PreparedNames named = protocol::prepared_names(sql);
-  if (named.closes_all) names_open_ |= kNames;
   names_change_ |= kNames;
   if (named.all) {
     statements.for_each_named([&](const std::string& name, const protocol::StatementRef& s) { server_->adopt(name, s); });
@@ -187,12 +189,61 @@ void ClientSession::adopt_named(std::string_view sql, int depth) {
     server_->adopt(name, statement);
     if (statement->residue & protocol::kPrepared && depth < kDeepest) adopt_named(statement->sql, depth + 1);
   }
-  for (const std::string& name : named.deallocated) statements.erase(name);
 }
 
-/// SQL may have prepared a statement of any name on this connection.
+/// Of SQL that is about to be executed.
+void ClientSession::note_deallocations(std::string_view sql) {
+  auto& pipeline = server_->pipeline;
+  if (!rewrites() || pipeline.failed() || pipeline.status() == protocol::TxStatus::Failed) return;
+  const protocol::PreparedNames named = protocol::prepared_names(sql);
+  if (named.closes_all) names_open_ |= kNames;
+  for (const std::string& name : named.deallocated) {
+    pending_.push_back({Pending::kDeallocate, name, statements.find(name), server_->forget_adopted(name)});
+    statements.erase(name);
+  }
+}
+
+/// Ahead of a Bind or a Describe of such a statement, which is among what it may list. False: it has to wait.
+bool ClientSession::adopt(std::string_view name, const protocol::StatementRef& statement) {
+  if (!names_settled(kNames)) return false;
+  note_residue(*statement);
+  adopt_named(statement->sql);
+  if (name.empty())
+    prepare_unnamed(statement);
+  else
+    server_->adopt(std::string(name), statement);
+  return true;
+}
+
+/// The server may know statements of the client's by any name: SQL, or what was too long to be looked at, has prepared them.
 bool ClientSession::sql_prepared() const {
-  return (residue_ & protocol::kPrepared) || (pin_ && pin_->reasons & pool::bit(pool::PinReason::PreparedStatement));
+  constexpr std::uint32_t kReasons = pool::bit(pool::PinReason::PreparedStatement) | pool::bit(pool::PinReason::Unreadable);
+  return (residue_ & (protocol::kPrepared | protocol::kUnreadable)) || (pin_ && pin_->reasons & kReasons);
+}
+
+/// Too long to be kept: prepared on this connection under the client's own name, which pins the client to it.
+std::size_t ClientSession::on_long_parse(Bytes available, std::size_t total) {
+  protocol::Reader reader(available.subspan(kHeaderSize));
+  const std::string_view name = reader.cstring();
+  if (!reader.ok() && available.size() < kMaxNames) return 0;
+  auto& pipeline = server_->pipeline;
+  if (!pipeline.failed()) {
+    if (!name.empty() && !names_settled(kNames)) return 0;
+    residue_ |= protocol::kUnreadable;
+    if (name.empty()) {
+      names_change_ |= kUnnamed;
+      unnamed_here_ = true;
+      pending_.push_back({Pending::kParse, {}, statements.find({})});
+      server_->statements.unnamed = worker_.statements.make({}, settings->meaning);  // stands for it
+      statements.set({}, server_->statements.unnamed);
+    } else {
+      if (const auto existing = statements.find(name)) server_->adopt(std::string(name), existing);
+      pending_.push_back({Pending::kUnkept, std::string(name)});
+    }
+  }
+  pipeline.push({Request::Parse, Verdict::Forward, id_});
+  relay(available, total);
+  return available.size();
 }
 
 std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
@@ -210,14 +261,7 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
     relay(available, total);
     return available.size();
   }
-  if (total > worker_.config().limits.maxParseBytes) {
-    // Too long to be kept: prepared on this connection under the client's own name, which pins the client to it.
-    residue_ |= protocol::kUnreadable;
-    if (server_->pipeline.push({Request::Parse, Verdict::Forward, id_})) pending_.push_back({{}, nullptr});
-    server_->statements.unnamed.reset();
-    relay(available, total);
-    return available.size();
-  }
+  if (total > worker_.config().limits.maxParseBytes) return on_long_parse(available, total);
   if (available.size() < total) return 0;
   protocol::Reader reader(available.subspan(kHeaderSize));
   const std::string_view name = reader.cstring();
@@ -227,7 +271,7 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
   if (!reader.ok() || pipeline.failed()) {
     relay(available, total);  // the server skips it, or says what is wrong with it
     pipeline.push({Request::Parse, Verdict::Forward, id_});
-    if (!pipeline.failed()) pending_.push_back({std::string(name), nullptr});
+    if (!pipeline.failed()) pending_.push_back({Pending::kUnkept, std::string(name)});
     return total;
   }
   const bool shared = !server_->meaning_changed || !may_hold_constants(body);
@@ -244,7 +288,7 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
   auto& held = server_->statements;
   if (name.empty()) {
     pipeline.push({Request::Parse, Verdict::Forward, id_});
-    pending_.push_back({{}, statement, false, statements.find({})});
+    pending_.push_back({Pending::kParse, {}, statements.find({})});
     statements.set({}, statement);
     held.unnamed = std::move(statement);
     relay(available, total);
@@ -255,22 +299,22 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
     return 0;
   }
   if (const auto existing = statements.find(name)) {
-    // The server's own "already exists", with the client's name put back in (ServerConnection::on_error_response).
+    // What the server itself finds wrong with it, "already exists" at the latest, with the client's name put back in.
     if (!prepare(existing)) return 0;
-    server_->parse(*existing, Verdict::Forward);
-    pending_.push_back({std::string(name), nullptr});
+    server_->parse(existing->id, statement->body, Verdict::Forward);
+    pending_.push_back({Pending::kUnkept, std::string(name)});
     return total;
   }
   if (sql_prepared()) {
+    pending_.push_back({Pending::kParse, std::string(name), {}, server_->forget_adopted(name)});
     server_->adopt(std::string(name), statement, Verdict::Forward);
-    pending_.push_back({std::string(name), statement});
     statements.set(name, std::move(statement));
     return total;
   }
   if (pipeline.empty() && pipeline.status() == protocol::TxStatus::Failed && !(statement->residue & protocol::kTransaction)) {
     relay(available, total);  // to be refused
     pipeline.push({Request::Parse, Verdict::Forward, id_});
-    pending_.push_back({std::string(name), nullptr});
+    pending_.push_back({Pending::kUnkept, std::string(name)});
     return total;
   }
   auto& counters = entry_->pool.counters();
@@ -280,11 +324,11 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
     pipeline.push({Request::Parse, Verdict::Inject, id_});
   } else {
     ++counters.preparedMisses;
-    server_->parse(*statement, Verdict::Forward);
+    server_->parse(statement->id, statement->body, Verdict::Forward);
     held.add(statement);
     evict();
   }
-  pending_.push_back({std::string(name), statement});
+  pending_.push_back({Pending::kParse, std::string(name)});
   statements.set(name, std::move(statement));
   return total;
 }
@@ -333,7 +377,7 @@ bool ClientSession::prepare(const protocol::StatementRef& statement, bool to_des
   const auto* meaning = static_cast<const Meaning*>(statement->meaning.get());
   const bool other = meaning != settings->meaning.get() && server_->pipeline.status() != protocol::TxStatus::Failed;
   if (other) server_->run_within(settings_statements(settings->meaning->values, meaning->values));
-  server_->parse(*statement, Verdict::Skip);
+  server_->parse(statement->id, statement->body, Verdict::Skip);
   names_change_ |= kNames;
   if (other) server_->run_within(settings_statements(meaning->values, settings->meaning->values));
   held.add(statement);
@@ -364,6 +408,7 @@ void ClientSession::on_looks_different(const protocol::StatementRef& statement, 
 
 void ClientSession::prepare_unnamed(const protocol::StatementRef& statement) {
   if (server_->statements.unnamed == statement) return;
+  if (statement->body.empty()) return close_unnamed();  // was too long to be kept
   worker_.to_server.own(
       [&](std::string& out) { protocol::Writer(out).begin(protocol::Frontend::Parse).cstring("").bytes(statement->body).end(); });
   server_->pipeline.push({Request::Parse, Verdict::Skip, id_});
@@ -406,25 +451,20 @@ std::size_t ClientSession::on_bind(Bytes available, std::size_t total) {
   if (!names_settled(name)) return 0;
   const auto statement = statements.find(name);
   if (statement && subscriber_ && listen_ahead(note_residue(*statement), false) == Subscriber::Verdict::Wait) return 0;
+  const bool names_others = statement && statement->residue & protocol::kPrepared;
+  if (names_others) {
+    if (!adopt(name, statement)) return 0;
+    note_deallocations(statement->sql);
+  }
   note_bind(portal, statement);
   auto& queries = entry_->pool.counters().queries;
-  if (!statement || name.empty()) {
+  if (!statement || name.empty() || names_others) {
     ++queries;
     if (!statement && name.empty()) close_unnamed();
-    if (statement) {
+    if (statement && !names_others) {
       prepare_unnamed(statement);
       note_residue(*statement);
     }
-    pipeline.push({Request::Bind, Verdict::Forward, id_});
-    relay(available, total);
-    return available.size();
-  }
-  if (statement->residue & protocol::kPrepared) {
-    // Prepared under the client's own name, it is itself among what it may list.
-    note_residue(*statement);
-    adopt_named(statement->sql);
-    server_->adopt(std::string(name), statement);
-    ++queries;
     pipeline.push({Request::Bind, Verdict::Forward, id_});
     relay(available, total);
     return available.size();
@@ -457,8 +497,8 @@ std::size_t ClientSession::on_describe(Bytes available, std::size_t total) {
   if (kind == 'S' && !pipeline.failed() && !names_settled(name)) return 0;
   const auto statement = kind == 'S' && reader.ok() && rewrites() && !pipeline.failed() ? statements.find(name) : nullptr;
   std::uint64_t note = 0;
-  if (statement && !name.empty() && statement->residue & protocol::kPrepared) {
-    server_->adopt(std::string(name), statement);
+  if (statement && statement->residue & protocol::kPrepared) {
+    if (!adopt(name, statement)) return 0;
     relay(available, total);
   } else if (statement && !name.empty()) {
     if (!prepare(statement, true)) return 0;
@@ -486,13 +526,10 @@ std::size_t ClientSession::on_close(Bytes available, std::size_t total) {
     if (!name.empty() && !names_settled(kNames)) return 0;
     names_change_ |= name.empty() ? kUnnamed : kNames;
     const bool shared = !name.empty() && available.size() == total && !sql_prepared() && !server_->has_adopted(name);
-    if (name.empty())
-      server_->statements.unnamed.reset();
-    else
-      pending_.push_back({std::string(name), statements.find(name), true});
+    if (name.empty()) server_->statements.unnamed.reset();
+    pending_.push_back({Pending::kClose, std::string(name), statements.find(name), shared ? nullptr : server_->forget_adopted(name)});
     statements.erase(name);
-    if (!shared && !name.empty()) pending_.back().adopted = server_->forget_adopted(name);
-    pipeline.push({Request::Close, shared ? Verdict::Inject : Verdict::Forward, id_, name.empty() ? 0 : kNamed});
+    pipeline.push({Request::Close, shared ? Verdict::Inject : Verdict::Forward, id_, kOfStatement});
     if (shared) return total;
   } else {
     pipeline.push({Request::Close, Verdict::Forward, id_});
@@ -501,34 +538,47 @@ std::size_t ClientSession::on_close(Bytes available, std::size_t total) {
   return available.size();
 }
 
-void ClientSession::on_name_done(bool ok, bool skipped) {
-  if (pending_.empty()) return;
-  Pending done = std::move(pending_.front());
-  pending_.erase(pending_.begin());
-  if (ok) return;
-  if (done.name.empty() && !skipped) done.before.reset();  // a Parse that fails has ended the unnamed statement before
-  if (done.closes) {
-    if (done.adopted && server_) server_->keep_adopted(done.name, done.adopted);
-    // The server has skipped it, and maybe a Parse of the same name behind it.
-    const auto again = std::find_if(pending_.begin(), pending_.end(), [&](const Pending& p) { return !p.closes && p.name == done.name; });
-    if (again != pending_.end())
-      again->before = done.statement;
-    else if (done.statement && !statements.find(done.name))
-      statements.set(done.name, done.statement);
-    return;
-  }
-  if (!done.statement) {
-    parse_error_ = std::make_unique<std::string>(done.name);
-  } else if (statements.find(done.name) == done.statement) {
-    statements.erase(done.name);
-    if (done.before) statements.set(done.name, done.before);
+std::vector<ClientSession::Pending>::iterator ClientSession::next_pending(bool by_sql) {
+  return std::find_if(pending_.begin(), pending_.end(), [=](const Pending& p) { return (p.kind == Pending::kDeallocate) == by_sql; });
+}
+
+bool ClientSession::pending_is_duplicate() {
+  const auto next = next_pending(false);
+  return next != pending_.end() && next->kind == Pending::kUnkept;
+}
+
+void ClientSession::on_deallocated() {
+  const auto done = next_pending(true);
+  if (done != pending_.end()) pending_.erase(done);
+}
+
+void ClientSession::undo_deallocations() {
+  for (auto left = next_pending(true); left != pending_.end(); left = next_pending(true)) undo(left);
+}
+
+void ClientSession::undo(std::vector<Pending>::iterator done) {
+  const auto later =
+      std::find_if(std::next(done), pending_.end(), [&](const Pending& p) { return p.kind != Pending::kUnkept && p.name == done->name; });
+  if (later != pending_.end()) {
+    later->before = std::move(done->before);
+    later->adopted = std::move(done->adopted);
   } else {
-    // It was closed or parsed again behind that: if the server skips that too, what was there before comes back.
-    for (Pending& later : pending_) {
-      auto& back = later.closes ? later.statement : later.before;
-      if (later.name == done.name && back == done.statement) back = done.before;
-    }
+    statements.erase(done->name);
+    if (done->before) statements.set(done->name, std::move(done->before));
+    if (server_) server_->keep_adopted(done->name, done->adopted);
   }
+  pending_.erase(done);
+}
+
+void ClientSession::on_name_done(bool ok, bool skipped) {
+  const auto next = next_pending(false);
+  if (next == pending_.end()) return;
+  if (!ok && next->kind != Pending::kUnkept) {
+    if (next->kind == Pending::kParse && next->name.empty() && !skipped) next->before.reset();  // a Parse that fails has ended it
+    return undo(next);
+  }
+  if (!ok) parse_error_ = std::make_unique<std::string>(std::move(next->name));
+  pending_.erase(next);
 }
 
 const std::string* ClientSession::name_of(std::uint64_t id) const {

@@ -344,11 +344,12 @@ bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total
       statement->proven_with = client_->settings.get();
     if (ours && owed.verdict == Verdict::Forward) client_->on_name_done(true);
   } else if (type == Backend::CloseComplete) {
-    if (ours && owed.verdict != Verdict::Skip && owed.note == kNamed) client_->on_name_done(true);
+    if (ours && owed.verdict != Verdict::Skip && owed.note == kOfStatement) client_->on_name_done(true);
   } else if (type == Backend::CommandComplete && ours) {
     protocol::Reader reader(available.subspan(kHeaderSize));
     const std::string_view tag = reader.cstring();
     if (client_->subscriber()) client_->subscriber()->on_tag(tag);
+    if (tag == "DEALLOCATE") client_->on_deallocated();
     if (tag == "DISCARD ALL" || tag == "DEALLOCATE ALL") client_->on_statements_gone();
     if (changes_results(tag)) worker_.statements.retire_all();
     plans_stale |= client_->made_temporary() && (tag.starts_with("CREATE ") || tag.starts_with("SELECT "));
@@ -413,7 +414,7 @@ void ServerConnection::inject() {
   while (const auto owed = pipeline.take_injection()) {
     const bool ours = client_ && owed->owner == client_->id();
     if (!ours) continue;
-    if (owed->request == Request::Parse || owed->note == kNamed) client_->on_name_done(true);
+    if (owed->request == Request::Parse || owed->note == kOfStatement) client_->on_name_done(true);
     const auto type = owed->request == Request::Parse ? Backend::ParseComplete : Backend::CloseComplete;
     worker_.to_client.own([type](std::string& out) { protocol::Writer(out).begin(type).end(); });
   }
@@ -425,7 +426,7 @@ void ServerConnection::on_dropped(const Owed& owed, bool skipped) {
   if (owed.request == Request::Close) {
     if (owed.verdict == Verdict::Skip && owed.note != 0)
       unclosed_.insert(owed.note);
-    else if (owed.note == kNamed && ours)
+    else if (owed.note == kOfStatement && ours)
       client_->on_name_done(false);
   }
   if (owed.request == Request::Describe && owed.verdict == Verdict::Skip && ours) stop_awaiting_shape();

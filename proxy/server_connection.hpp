@@ -31,8 +31,8 @@ class ClientSession;
 class Worker;
 struct PoolEntry;
 
-/// Notes of replies owed that aren't a statement's id. Of a client's Close: it is about a named statement.
-constexpr std::uint64_t kNamed = 1;
+/// Notes of replies owed that aren't a statement's id. Of a client's Close: it is about a statement.
+constexpr std::uint64_t kOfStatement = 1;
 /// Of an error that the proxy has the server raise for the client.
 constexpr std::uint64_t kRaised = ~std::uint64_t{0};
 /// Of the proxy's own queries.
@@ -117,7 +117,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   /// A text is about to depend on the values of sequences that the client took in this session.
   void forget_sequences();
   /// Parse and Close of a statement under the proxy's name for it.
-  void parse(const protocol::Statement& statement, protocol::Verdict verdict);
+  void parse(std::uint64_t id, std::string_view body, protocol::Verdict verdict);
   void close_statement(std::uint64_t id);
   /// Prepares a statement of the client's under the client's own name for it, for SQL that names it.
   void adopt(const std::string& name, const protocol::StatementRef& statement, protocol::Verdict verdict = protocol::Verdict::Skip);
@@ -130,7 +130,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   bool take_changed(const protocol::Statement& statement);
   bool has_adopted(std::string_view name) const;
   protocol::StatementRef forget_adopted(std::string_view name);                         ///< null: the server doesn't know the name
-  void keep_adopted(const std::string& name, const protocol::StatementRef& statement);  ///< it wasn't closed
+  void keep_adopted(const std::string& name, const protocol::StatementRef& statement);  ///< null: it doesn't know it
   void forget_statements();                                                             ///< DISCARD ALL, DEALLOCATE ALL
   /// Leaves no prepared statement but those of the client's, for SQL that lists them.
   void close_shared_statements();

@@ -130,13 +130,13 @@ void ServerConnection::adopt(const std::string& name, const protocol::StatementR
     known->second = statement;
 }
 
-void ServerConnection::parse(const protocol::Statement& statement, Verdict verdict) {
+void ServerConnection::parse(std::uint64_t id, std::string_view body, Verdict verdict) {
   ++entry_.pool.counters().serverParses;
-  if (unclosed_.erase(statement.id) > 0) close_statement(statement.id);
+  if (unclosed_.erase(id) > 0) close_statement(id);
   worker_.to_server.own([&](std::string& out) {
-    protocol::Writer(out).begin(protocol::Frontend::Parse).cstring(protocol::server_name(statement.id)).bytes(statement.body).end();
+    protocol::Writer(out).begin(protocol::Frontend::Parse).cstring(protocol::server_name(id)).bytes(body).end();
   });
-  pipeline.push({Request::Parse, verdict, client_->id(), statement.id});
+  pipeline.push({Request::Parse, verdict, client_->id(), id});
 }
 
 void ServerConnection::close_statement(std::uint64_t id) {
@@ -164,7 +164,8 @@ protocol::StatementRef ServerConnection::forget_adopted(std::string_view name) {
 }
 
 void ServerConnection::keep_adopted(const std::string& name, const protocol::StatementRef& statement) {
-  if (!has_adopted(name)) adopted_.emplace_back(name, statement);
+  forget_adopted(name);
+  if (statement) adopted_.emplace_back(name, statement);
 }
 
 void ServerConnection::forget_statements() {
@@ -382,10 +383,14 @@ void ServerConnection::finish_residue() {
     settings.reset();
     return client_->on_residue(nullptr, residue_);
   }
-  meaning_changed = adoption_skipped_ = false;
-  std::erase_if(adopted_, [this](const auto& one) {
+  meaning_changed = false;
+  const bool skipped = std::exchange(adoption_skipped_, false);
+  std::erase_if(adopted_, [&](const auto& one) {
     const bool there = std::find(residue_.prepared.begin(), residue_.prepared.end(), one.first) != residue_.prepared.end();
-    if (there) client_->statements.set(one.first, one.second);
+    if (there)
+      client_->statements.set(one.first, one.second);
+    else if (!skipped && client_->statements.find(one.first) == one.second)
+      client_->statements.erase(one.first);
     return !there;
   });
   settings = entry_.settings.intern(std::move(residue_.settings));

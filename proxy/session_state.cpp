@@ -153,8 +153,7 @@ void ClientSession::restore_after_reset() {
 
 // The rest of the COPY goes on.
 bool ClientSession::waits_for_restore(char type) const {
-  return restore_due_ && server_ && !server_->pipeline.awaits_copy_data() &&
-         std::string_view("dcfHSX").find(type) == std::string_view::npos;
+  return server_ && !server_->pipeline.awaits_copy_data() && std::string_view("dcfHSX").find(type) == std::string_view::npos;
 }
 
 /// Whether the server is to be asked before the lease may end.
