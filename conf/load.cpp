@@ -398,8 +398,10 @@ class Reader {
               "connection string such as postgresql://user:password@host:5432/dbname");
     else
       check_upstream("upstream", config_.upstream);
+    const bool wrong = !mistakes_.empty();  // told once, and not for each database that inherits it
     for (const auto& [name, database] : config_.databases)
-      if (database.upstream.url != config_.upstream.url) check_upstream("databases." + name + ".upstream", database.upstream);
+      if (database.upstream.url != config_.upstream.url || (!wrong && database.upstream != config_.upstream))
+        check_upstream("databases." + name + ".upstream", database.upstream);
     check_password_command("upstream.passwordCommand", config_.upstream.passwordCommand);
     check_clients_password();
     for (const auto& [name, database] : config_.databases)
@@ -750,6 +752,11 @@ Changes compare(const Config& before, const Config& after) {
   if (before.users != after.users) changes.applied.emplace_back("users");
   if (before.alerts.webhooks != after.alerts.webhooks) changes.applied.emplace_back("alerts.webhooks");
   return changes;
+}
+
+void keep_until_restart(Config& loaded, const Config& in_use) {
+  for (const auto& key : config_keys())
+    if (key.needs_restart && key.get(loaded) != key.get(in_use)) key.set(loaded, key.get(in_use));
 }
 
 }  // namespace pgsidecar::conf

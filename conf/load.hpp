@@ -71,5 +71,7 @@ struct Changes {
   std::vector<std::string> needRestart;
 };
 Changes compare(const Config& before, const Config& after);
+/// What needs a restart stays as it is in use.
+void keep_until_restart(Config& loaded, const Config& in_use);
 
 }  // namespace pgsidecar::conf

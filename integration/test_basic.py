@@ -438,6 +438,51 @@ def test_unix_socket(proxies):
         assert socket_file not in os.listdir(directory)
 
 
+def test_a_unix_socket_needs_no_tls(proxies, tmp_path):
+    import tempfile
+    files = certified(tmp_path)
+    with tempfile.TemporaryDirectory(prefix="pgs") as directory:
+        port = harness.free_port()
+        proxy = proxies({"listen": [f"127.0.0.1:{port}", f"unix:{directory}:{port}"], "tls": {"mode": "require", **files}}, wait=False)
+        harness.poll(lambda: f"listening on {directory}" in proxy.log_text(), what="both listen")
+        with proxy.connect(host=directory, port=port) as connection:
+            assert connection.execute("SELECT 1").fetchone() == (1,)
+
+
+def test_names_are_cut_as_the_server_does(proxies, pg):
+    long = "n" * 70
+    pg.sql(f"CREATE ROLE {long} LOGIN PASSWORD 'x'; GRANT CONNECT ON DATABASE {DATABASE} TO {long}")
+    try:
+        proxy = proxies({"auth": {"method": "password"}, "users": {"*": {}}})
+        with wire.Wire(proxy.port) as w:
+            assert w.login(long, "x", DATABASE) is None
+            assert w.value("SELECT current_user") == long[:63]
+        proxy.stop()
+    finally:
+        pg.sql(f"DROP OWNED BY {long}; DROP ROLE {long}")
+
+
+@pytest.mark.parametrize("most", [1, 2])
+def test_clients_are_told_of_changed_defaults(proxies, most):
+    with harness.Postgres(plain=True) as own:
+        proxy = proxies({"pool": {"max": most}}, url=own.url(sslmode="disable"))
+        clients = [raw(proxy), raw(proxy, TimeZone="Europe/Rome"), raw(proxy), raw(proxy, application_name="named")]
+        assert {w.value("SHOW DateStyle") for w in clients} == {"ISO, MDY"}
+        own.sql("ALTER SYSTEM SET timezone = 'Asia/Tokyo'")
+        own.sql("ALTER SYSTEM SET datestyle = 'German'")
+        own.sql("SELECT pg_reload_conf()")
+        time.sleep(0.5)
+        for _ in range(2):
+            for w in clients:
+                shown = [w.value(f"SHOW {name}") for name in ("TimeZone", "DateStyle")]
+                assert shown[1] == "German, DMY"
+        for number, w in enumerate(clients):
+            assert w.value("SELECT '2020-01-02 03:04:05+00'::timestamptz") == ("02.01.2020 04:04:05 CET" if number == 1 else "02.01.2020 12:04:05 JST")
+            assert [w.parameters[name] for name in ("TimeZone", "DateStyle")] == ["Europe/Rome" if number == 1 else "Asia/Tokyo", "German, DMY"]
+            w.sock.close()
+        proxy.stop()
+
+
 def certified(tmp_path):
     harness.make_certificates(tmp_path)
     return {"certificate": str(tmp_path / "server.crt"), "key": str(tmp_path / "server.key"), "ca": str(tmp_path / "ca.crt")}

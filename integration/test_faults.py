@@ -320,6 +320,21 @@ def test_a_statement_whose_parse_was_lost_can_be_prepared_again(pg, proxies):
                 assert kinds(messages) == "2DCZ" and messages[1].row == [name.encode()]
 
 
+@pytest.mark.parametrize("again", [[wire.bind("S_1"), wire.execute()], [wire.describe("S", "S_1")], [wire.parse("ROLLBACK", "S_1")]],
+                         ids=["bind", "describe", "parse"])
+def test_a_statement_prepared_in_a_lost_transaction(pg, proxies, again):
+    """As pgjdbc does: its ROLLBACK is a named statement."""
+    proxy = proxies()
+    with raw(proxy) as w:
+        w.ask(wire.query("BEGIN"))
+        harness.poll(lambda: pg.sql("SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE usename = 'app'")[0][0] == 0)
+        lost = w.ask(wire.parse("ROLLBACK", "S_1"), wire.bind("S_1"), wire.execute(), wire.SYNC)
+        assert lost[-2].tag == "ROLLBACK" and lost[-1].body == b"I"
+        messages = w.ask(*again, wire.SYNC)
+        assert [m.error["C"] for m in messages if m.type == "E"] == (["42P05"] if again[0][:1] == b"P" else [])
+        assert w.value("SELECT 1") == "1"
+
+
 def test_pipelined_queries_end_with_their_server(pg, proxies):
     """More than one of them is under way: as on a connection of its own, nothing can be told of the later ones."""
     with Gate(pg.port) as gate:

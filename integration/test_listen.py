@@ -2,6 +2,7 @@
 import asyncio
 import random
 import select
+import signal
 import struct
 import threading
 import time
@@ -340,6 +341,25 @@ def test_pool_of_one_connection_pins(proxies, pg):
         assert [m.error["C"] for m in other.ask(wire.query("SELECT 1")) if m.type == "E"] == ["53300"]
         do(w, "UNLISTEN a")
         assert other.value(CHANNELS) == ""
+
+
+def test_a_pool_that_becomes_one_connection(proxies, pg):
+    """It has none to spare any more: who listens hears of it, and can listen again."""
+    proxy = proxies({"pool": {"max": 3, "connectionTimeoutMillis": 10000}})
+    with raw(proxy) as w, raw(proxy) as other:
+        do(w, "LISTEN a")
+        harness.poll(lambda: listening(proxy)["clients"] == 1)
+        proxy.write_config(harness.merge(proxy.config, {"pool": {"max": 1}}))
+        proxy.signal(signal.SIGHUP)
+        assert other.value("SELECT 1") == "1"
+        harness.poll(lambda: pg.count("usename = 'app'") <= 1)
+        assert other.value("SELECT 1") == "1"
+        assert w.until("E")[-1].error["C"] == "57P01"
+        w.closed()
+    with raw(proxy) as w:
+        do(w, "LISTEN a")
+        notify(pg, "a", "1")
+        assert notified([w.recv()]) == [("a", "1")]
 
 
 def test_lost_listener_comes_back_and_says_so(pool, pg):

@@ -8,7 +8,9 @@ import select
 import signal
 import socket
 import subprocess
+import time
 
+import psycopg
 import pytest
 
 import harness
@@ -63,8 +65,8 @@ def test_the_log_level_changes_at_run_time(proxies):
 
 def log_events():
     """The names that the code gives to events."""
-    source = "".join(path.read_text() for path in (harness.ROOT / "proxy").glob("*.cpp")) + (harness.ROOT / "proxy/log.hpp").read_text()
-    return set(re.findall(r'log::(?:debug|info|warn|error)\(\s*"([a-z_]+)"', source)) | set(re.findall(r'_events\.warn\(\s*\S+?, "([a-z_]+)"', source))
+    source = "".join(path.read_text() for path in (harness.ROOT / "proxy").glob("*.cpp"))
+    return set(re.findall(r'(?:log::(?:debug|info|warn|error)\(|write\(Level::Warn,)\s*"([a-z_]+)"', source))
 
 
 def test_the_readme_names_every_log_event():
@@ -83,6 +85,28 @@ def test_clients_cannot_flood_the_log_or_write_lines_of_their_own(proxies):
     lines = proxy.log_text().splitlines()
     assert 1 <= sum("nobody" in line for line in lines) <= 60
     assert not [line for line in lines if line.startswith("2026-01-01T00:00:00")]
+
+
+def test_no_event_floods_the_log(proxies):
+    proxy = proxies({"admin": {"users": [USER]}})
+    with proxy.connect() as connection:
+        for _ in range(60):
+            connection.execute("CREATE TEMP TABLE t ()")
+            connection.execute("DROP TABLE t")
+        for _ in range(60):
+            with contextlib.suppress(psycopg.Error):
+                connection.execute("SELECT pg_terminate_backend(pg_backend_pid())")
+    with proxy.connect(database="pgsidecar", prepare_threshold=None) as console:
+        for number in range(40):
+            console.execute(f"SET log.slowQueryMillis={number + 1}")
+    lines = proxy.log_text()
+    for event in ("pinned", "unpinned", "server_lost", "server_connected"):
+        assert lines.count(f"[{event}]") == 20, event
+    harness.poll(lambda: proxy.log_text().count("[setting]") == 40, what="what operators do is a record")
+    time.sleep(10.5)
+    with proxy.connect() as connection:
+        connection.execute("CREATE TEMP TABLE t ()")
+        harness.poll(lambda: "[events_left_out] 40 more lines pinned were not shown" in proxy.log_text(), what="how many were left out")
 
 
 def test_secrets_are_nowhere(proxies, pg):

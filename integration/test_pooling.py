@@ -1,5 +1,6 @@
 """The pool: its bound as the server counts it, recycling, waiting, and that nothing of one client reaches another."""
 import concurrent.futures
+import contextlib
 import random
 import re
 import secrets
@@ -201,6 +202,54 @@ def test_client_gone_in_the_middle_of_a_query_and_a_result(proxies, pg):
             before = time.monotonic()
             assert after.value("SELECT 'free'") == "free"
             assert time.monotonic() - before < 15, sql
+
+
+def test_client_gone_that_has_not_read_its_result(proxies, pg):
+    proxy = proxies({"pool": {"max": 1, "connectionTimeoutMillis": 20000}})
+    w = raw(proxy)
+    w.send(wire.query("SELECT repeat('x', 1000) FROM generate_series(1, 200000)"))
+    [pid] = harness.poll(lambda: pg.backends("usename = 'app' AND wait_event = 'ClientWrite'"), what="nobody reads it")
+    w.sock.close()
+    with raw(proxy) as after:
+        before = time.monotonic()
+        assert after.value("SELECT pg_backend_pid()") == str(pid)
+        assert time.monotonic() - before < 5
+
+
+def test_terminated_connections_count_until_the_server_has_ended_them(proxies, pg):
+    proxy = proxies({"pool": {"max": 2, "connectionTimeoutMillis": 20000}})
+    end = time.monotonic() + 5
+
+    def client(_):
+        while time.monotonic() < end:
+            with contextlib.suppress(psycopg.Error), proxy.connect() as connection:
+                while time.monotonic() < end:
+                    connection.execute("SELECT pg_terminate_backend(pg_backend_pid())")
+
+    with harness.Watch(pg, "usename = 'app'") as one, harness.Watch(pg, "usename = 'app'") as other:
+        harness.threads(6, client)
+    assert one.samples + other.samples > 500 and max(one.most, other.most) == 2
+
+
+def test_pools_that_nobody_uses_are_forgotten(proxies):
+    proxy = proxies({"users": {"*": {}, "other": {"password": harness.OTHER_PASSWORD}}, "databases": {"*": {}}, "auth": {"method": "password"}})
+
+    def pools():
+        return {(row["database"], row["user"]) for row in proxy.json("/api/monitoring/pools")[1]["pools"]}
+
+    with raw(proxy) as stays:
+        stays.value("SELECT 1")
+        for number in range(20):
+            with wire.Wire(proxy.port) as w:
+                assert w.login(f"nobody{number}", "x", DATABASE).error["C"] == "28P01"
+            with wire.Wire(proxy.port) as w:
+                assert w.login(USER, PASSWORD, f"nowhere{number}").error["C"] == "3D000"
+        harness.poll(lambda: pools() == {(DATABASE, USER)}, what="the others are forgotten")
+        assert stays.value("SELECT 1") == "1"
+    with raw(proxy, user=harness.OTHER_USER, password=harness.OTHER_PASSWORD, database="postgres") as w:
+        w.value("SELECT 1")
+    time.sleep(1.5)
+    assert pools() == {(DATABASE, USER), ("postgres", harness.OTHER_USER)}
 
 
 SETTINGS = [("TimeZone", ["Asia/Tokyo", "Europe/Rome", "UTC"]), ("work_mem", ["1MB", "2MB", "3MB"]), ("search_path", ["a", "b", "c"]),

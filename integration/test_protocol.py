@@ -1,6 +1,7 @@
 """The protocol beyond what a driver does on a good day (PostgreSQL documentation, sections 55.2 and 55.7)."""
 import hashlib
 import random
+import socket
 import struct
 import threading
 import time
@@ -314,6 +315,23 @@ def test_deallocate_and_discard(small):
             assert kinds(messages) == "EZ" and messages[0].error["C"] == "26000", sql
 
 
+def test_texts_too_long_to_be_kept(proxies, pg):
+    proxy = proxies({"limits": {"maxParseBytes": 65536}, "pool": {"max": 2}})
+    plain = harness.Postgres(plain=True)
+    long = f"SELECT 'long', length('{'x' * 100000}')"
+    steps = [[wire.parse("SELECT 'short'"), wire.bind(), wire.execute()], [wire.parse(long), wire.bind(), wire.execute()], [wire.parse(long)],
+             [wire.bind(), wire.execute()], [wire.describe("S")], [wire.parse("SELECT 'short'")], [wire.bind(), wire.execute()],
+             [wire.parse("SELECT 'kept'", "n")], [wire.parse(long, "n")], [wire.bind("n"), wire.execute()], [wire.close("S", "n")],
+             [wire.parse(long, "n"), wire.bind("n"), wire.execute()], [wire.parse("SELECT 'kept'", "n")], [wire.bind("n"), wire.execute()],
+             [wire.close("S", "n"), wire.parse("SELECT 'kept'", "n"), wire.bind("n"), wire.execute()], [wire.parse("SELEC" + long), wire.bind()],
+             [wire.bind()], [wire.bind("none"), wire.parse(long), wire.parse(long, "m")], [wire.bind("m")], [wire.bind()]]
+    with plain, raw(plain) as direct, raw(proxy) as w, raw(proxy) as other:
+        for number, step in enumerate(steps):
+            answers = [[(m.type, m.error["C"] if m.type == "E" else m.body) for m in one.ask(*step, wire.SYNC)] for one in (direct, w)]
+            assert answers[0] == answers[1], number
+            assert kinds(other.ask(wire.bind(), wire.execute(), wire.SYNC)) == "EZ"
+
+
 def test_cached_plan_must_not_change_result_type(small, pg):
     pg.sql("DROP TABLE IF EXISTS shape; CREATE TABLE shape (a int); INSERT INTO shape VALUES (1); GRANT ALL ON shape TO app", database=DATABASE)
     with raw(small) as w:
@@ -355,6 +373,17 @@ def test_copy_in_and_out(small, table):
             assert cursor.execute("SELECT count(*), sum(a) FROM copied").fetchone() == (100000, 4999950000)
             with cursor.copy("COPY (SELECT a FROM copied ORDER BY a) TO STDOUT") as copy:
                 assert b"".join(copy).count(b"\n") == 100000
+
+
+def test_a_sync_in_the_second_copy_of_a_query(small, table):
+    with raw(small) as w:
+        w.send(wire.query("COPY copied FROM STDIN; COPY copied FROM STDIN"))
+        w.until("G")
+        w.send(wire.copy_data(b"1\ta\n"), wire.COPY_DONE)
+        w.until("G")
+        w.send(wire.SYNC, wire.copy_data(b"2\tb\n"), wire.COPY_DONE)
+        assert kinds(w.until()) == "CZ"
+        assert w.value("SELECT count(*) FROM copied") == "2"
 
 
 def test_copy_failed_by_the_client(small, table):
@@ -553,6 +582,46 @@ def test_a_cancel_is_encrypted_as_its_connection_is(proxies, pg):
             opened = [bytes(seen[:9]) for seen in gate.seen[before:]]
         assert wire.request(wire.SSL_REQUEST) + b"\x16" in opened, opened
         assert not [seen for seen in opened if seen.startswith(wire.request(wire.CANCEL_REQUEST)[4:8], 4)]
+
+
+def test_a_cancel_request_is_over_when_the_server_has_it(proxies, pg):
+    """PQcancel waits until its connection is closed: what the client sends then isn't hit."""
+    with Gate(pg.port) as gate:
+        proxy = proxies(url=pg.url(port=gate.port))
+        with raw(proxy) as w:
+            w.ask(wire.query("BEGIN"))
+            w.send(wire.query("SELECT pg_sleep(0.2)"))
+            harness.poll(lambda: pg.count("usename = 'app' AND state = 'active'") == 1)
+            gate.delay = 0.3
+            begun = time.monotonic()
+            with socket.create_connection(("127.0.0.1", proxy.port), 10) as canceler:
+                canceler.sendall(wire.request(wire.CANCEL_REQUEST, struct.pack("!I", w.pid) + w.key))
+                assert canceler.recv(1) == b"" and time.monotonic() - begun > 0.3
+            w.until()
+            gate.delay = 0
+            assert kinds(w.ask(wire.query("SELECT pg_sleep(0.5)"))) in ("TDCZ", "EZ")
+            w.ask(wire.query("ROLLBACK"))
+            healthy(w)
+
+
+def test_cancel_requests_in_masses(proxies, pg):
+    with Gate(pg.port) as gate:
+        proxy = proxies(url=pg.url(port=gate.port))
+        with raw(proxy) as w:
+            w.send(wire.query("SELECT pg_sleep(2)"))
+            harness.poll(lambda: pg.count("usename = 'app' AND state = 'active'") == 1)
+            before = proxy.open_files()
+            gate.silent = True
+            sent = [socket.create_connection(("127.0.0.1", proxy.port), 10) for _ in range(100)]
+            for one in sent:
+                one.sendall(wire.request(wire.CANCEL_REQUEST, struct.pack("!I", w.pid) + w.key))
+            harness.poll(lambda: proxy.open_files() <= before + 10, what="few wait for the server")
+            w.until()
+            for one in sent:
+                one.close()
+            gate.cut()
+            gate.silent = False
+            healthy(w)
 
 
 def test_cancel_hits_nobody_else(proxies, pg):

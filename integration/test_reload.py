@@ -159,6 +159,19 @@ def test_the_upstreams_ca(proxies, pg, tmp_path):
         harness.poll(lambda: (w.value("SELECT 1"), server_pids(proxy))[1] not in ([], first), what="a connection that was made with it")
 
 
+# ---- what needs a restart
+
+def test_an_address_is_used_until_the_restart(proxies):
+    proxy = proxies()
+    told = "reload: listen changed, which needs a restart"
+    for times in (1, 2):
+        reload(proxy, {"listen": "127.0.0.1:1"})
+        harness.poll(lambda: proxy.log_text().count(told) == times, what="it is told at each reload")
+        assert f"listen: 127.0.0.1:{proxy.port}\n" in proxy.json("/api/monitoring/config")[1]["yaml"]
+    reload(proxy, {"listen": f"127.0.0.1:{proxy.port}"})
+    harness.poll(lambda: "reload: nothing changed" in proxy.log_text(), what="back to what is in use")
+
+
 # ---- admin and log
 
 def test_admin_and_log(proxies, tmp_path):

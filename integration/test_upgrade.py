@@ -209,9 +209,11 @@ def listening_while_upgraded(start, most):
     """(proxy, the old process, its client that listens, a client of the new one), with `most` server connections in all."""
     proxy = start({"pool": {"max": most, "connectionTimeoutMillis": 8000}})
     with harness.Watch(proxy.pg, f"usename = '{USER}'") as watch:
-        with proxy.connect() as stays:
+        with proxy.connect() as stays, proxy.connect() as other:
             stays.execute("LISTEN news")
+            other.execute("SELECT 1")
             old = proxy.upgrade()
+            old.other = other
             with proxy.connect() as new:
                 yield proxy, old, stays, new
         expect_end(old)
@@ -254,6 +256,21 @@ def test_one_listens_where_two_are_too_many(start):
         proxy.pg.sql("SELECT pg_notify('news', 'y')", database=DATABASE)
         assert hears(new, "y")
         assert new.execute("SELECT 1").fetchone() == (1,)
+
+
+@pytest.mark.parametrize("most", [2, 3])
+def test_a_listening_client_starves_nobody(start, most):
+    """The new process is under load, and one that stays listens: with three there is a connection for the others, with two the one
+    that listens has to listen again."""
+    with listening_while_upgraded(start, most=most) as (proxy, old, stays, new):
+        with old.other, pgbench(proxy, "-S", "-c", "4", seconds=4):
+            poll(lambda: len(proxy.clients()) == 5, 10, "they have connected")
+            take_turns((old.other,))
+            if most == 3:
+                stays.execute("SELECT 1")
+            else:
+                with pytest.raises(psycopg.OperationalError, match="the only server connection is needed"):
+                    stays.execute("SELECT 1")
 
 
 def test_sessions_go_on(start):

@@ -243,7 +243,7 @@ ServerLogin::Step ServerLogin::on_authentication(Reader& reader, std::string& ou
       return Step::NeedFrame;
     case kCleartext:
       if (!allowed("password")) return fail("28000", "the server asks for a cleartext password, which require_auth does not allow");
-      if (!credentials_.encrypted && credentials_.require_auth.empty())
+      if (!credentials_.private_way && credentials_.require_auth.empty())
         return fail("28000", "the server asks for a cleartext password on an unencrypted connection (require_auth=password allows it)");
       if (password_needed()) return no_password();
       asked_ = true;

@@ -60,7 +60,7 @@ struct ServerCredentials {
   std::string channel_binding;  ///< hash of the server's certificate on TLS, else empty
   enum class Binding { Disable, Prefer, Require } binding = Binding::Prefer;
   std::vector<std::string> require_auth;  ///< empty: any; else names as in libpq's require_auth
-  bool encrypted = false;                 ///< cleartext passwords are refused if not
+  bool private_way = false;               ///< TLS or a Unix socket; cleartext passwords are refused if not
 };
 
 /// Logs in to a server: from the StartupMessage to the first ReadyForQuery.

@@ -81,6 +81,12 @@ class Pipeline {
   void skip_copy_ends() {
     while (head_ != tail_ && at(head_).request == Request::CopyEnd) ++head_;
   }
+  /// The end of a COPY of the request in front: another one may follow.
+  void drop_copy_end() {
+    if (head_ + 1 == tail_ || at(head_ + 1).request != Request::CopyEnd) return;
+    at(head_ + 1) = at(head_);
+    ++head_;
+  }
   void append(Owed owed);
   void begin_copy_in();
 
@@ -131,6 +137,7 @@ std::optional<Pipeline::Reply> Pipeline::receive(Backend type, TxStatus status, 
     case Backend::CommandComplete:
     case Backend::EmptyQueryResponse:
       if (!runs) return std::nullopt;
+      if (copy_in_) drop_copy_end();
       copy_in_ = copy_ended_ = held_sync_ = false;
       return reply(front.request == R::Execute);
     case Backend::PortalSuspended:

@@ -55,14 +55,18 @@ void ClientConsole::perform(const ConsoleCommand& command, std::function<void(st
   }
 }
 
+bool ClientSession::is_on_unix_socket() {
+  sockaddr_storage address{};
+  socklen_t size = sizeof address;
+  const int fd = channel_.transport.socket().native_handle();
+  return ::getsockname(fd, reinterpret_cast<sockaddr*>(&address), &size) == 0 && address.ss_family == AF_UNIX;
+}
+
 bool ClientSession::is_own_user() {
   const int fd = channel_.transport.socket().native_handle();
   ucred peer{};
   socklen_t size = sizeof peer;
-  sockaddr_storage address{};
-  socklen_t address_size = sizeof address;
-  if (::getsockname(fd, reinterpret_cast<sockaddr*>(&address), &address_size) != 0 || address.ss_family != AF_UNIX) return false;
-  return ::getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &size) == 0 && (peer.uid == ::geteuid() || peer.uid == 0);
+  return is_on_unix_socket() && ::getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &size) == 0 && (peer.uid == ::geteuid() || peer.uid == 0);
 }
 
 void ClientSession::begin_console(const std::string& user, const std::string& database, bool own_user, bool long_key) {

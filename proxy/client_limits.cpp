@@ -87,7 +87,7 @@ pool::Time ClientSession::check_limits(pool::Time now) {
                  limits.idleInTransactionTimeoutMillis);
     return next;
   }
-  if (!server_->running.leaking && over(sent_at_, limits.idleInTransactionWarnMillis)) tell_leak(now);
+  if (!server_->running.leaking && over(sent_at_, limits.idleInTransactionWarnMillis)) tell_leak();
   return next;
 }
 
@@ -96,19 +96,18 @@ void ClientSession::end_by_limit(std::string_view sqlstate, std::string_view mes
   fatal(sqlstate, message, {}, std::string(key) + " is " + std::to_string(millis) + " ms.");
 }
 
-void ClientSession::tell_leak(pool::Time now) {
+void ClientSession::tell_leak() {
   auto& running = server_->running;
   running.leaking = true;
   ++entry_->pool.counters().leaks;
   worker_.statement_stats.add_left_idle(running.first);
   const auto found = leak();
   const auto seconds = [](std::uint64_t us) { return static_cast<double>(us) / 1e6; };
-  worker_.leak_events.warn(
-      now, "leak", about(),
-      "leak: client {} ({}@{}, application \"{}\", {}) is idle in a transaction for {:.1f} s; open for {:.1f} s on server "
-      "pid {}; first statement: {}; last: {}",
-      id_, entry_->user, entry_->database, application(), found->peer, seconds(found->idleMicros), seconds(found->ageMicros),
-      server_->pid(), found->firstStatement, found->lastStatement);
+  log::warn("leak", about(),
+            "leak: client {} ({}@{}, application \"{}\", {}) is idle in a transaction for {:.1f} s; open for {:.1f} s on server "
+            "pid {}; first statement: {}; last: {}",
+            id_, entry_->user, entry_->database, application(), found->peer, seconds(found->idleMicros), seconds(found->ageMicros),
+            server_->pid(), found->firstStatement, found->lastStatement);
   if (!entry_->pool.settings().noticeLeaks) return;
   Gather notice;
   notice.own([&](std::string& out) {

@@ -80,9 +80,12 @@ std::size_t ClientSession::on_startup(Bytes in) {
     protocol::Reader r(body.subspan(4));
     const std::uint32_t pid = r.u32();
     const Bytes key = r.rest();
-    if (r.ok()) worker_.cancel(pid, {reinterpret_cast<const char*>(key.data()), key.size()});
-    close();
-    return 0;
+    // It is closed when the server has heard of it, as on a direct connection, so that no later statement is hit.
+    transition(State::Closing);
+    std::shared_ptr<void> done(nullptr,
+                               [self = shared_from_this()](void*) { boost::asio::post(self->worker_.loop(), [self] { self->close(); }); });
+    if (r.ok()) worker_.cancel(pid, {reinterpret_cast<const char*>(key.data()), key.size()}, std::move(done));
+    return length;
   }
   if (code >> 16 != 3) {
     worker_.reject(pool::RejectReason::Unsupported);
@@ -110,8 +113,8 @@ void ClientSession::handle_tls() {
   }
   if (result.status != IoStatus::Ok) {
     worker_.reject(pool::RejectReason::Tls);
-    worker_.peer_events.warn(worker_.now(), "client_tls_failed", about(), "client {} from {}: TLS handshake failed: {}", id_, login_->peer,
-                             channel_.transport.tls_error());
+    log::warn("client_tls_failed", about(), "client {} from {}: TLS handshake failed: {}", id_, login_->peer,
+              channel_.transport.tls_error());
     return close();
   }
   if (direct_tls_ && !negotiated_alpn(channel_.transport.ssl())) {
@@ -126,8 +129,9 @@ void ClientSession::handle_tls() {
 void ClientSession::begin_login(protocol::Startup startup) {
   Login& login = *login_;
   login.startup = std::move(startup);
-  login.user = login.startup.get("user");
-  login.database = login.startup.get("database");
+  constexpr std::size_t kLongestName = 63;
+  login.user = login.startup.get("user").substr(0, kLongestName);
+  login.database = login.startup.get("database").substr(0, kLongestName);
   if (login.user.empty()) {
     worker_.reject(pool::RejectReason::Auth);
     return fatal("28000", "no PostgreSQL user name specified in startup packet");
@@ -142,7 +146,7 @@ void ClientSession::begin_login(protocol::Startup startup) {
   }
   if (worker_.full() && !login.console) return refuse_full();
   const bool tls = channel_.transport.is_tls();
-  if (!tls && !login.own_user && (config.tls.mode == conf::TlsMode::Require || config.tls.mode == conf::TlsMode::VerifyFull)) {
+  if (!tls && !is_on_unix_socket() && (config.tls.mode == conf::TlsMode::Require || config.tls.mode == conf::TlsMode::VerifyFull)) {
     worker_.reject(pool::RejectReason::Tls);
     return fatal("28000", "no pg_hba.conf entry for this connection: pgsidecar requires SSL encryption (tls.mode)");
   }
@@ -207,6 +211,7 @@ std::size_t ClientSession::on_password(Bytes in) {
   if (step == protocol::ClientLogin::Step::Accepted || step == protocol::ClientLogin::Step::Given) accepted();
   if (step == protocol::ClientLogin::Step::Rejected) {
     worker_.reject(pool::RejectReason::Auth);
+    worker_.count_error("28P01");
     complain("28P01", "password authentication failed");
     send(worker_.to_client);
     transition(State::Closing);
@@ -286,6 +291,8 @@ void ClientSession::greet() {
   log::debug("client_login", about(), "client {}: user {} database {} from {} logged in", id_, login_->user, login_->database,
              login_->peer);
   login_.reset();
+  entry_->used = true;
+  told_ = fingerprint_of(settings->welcome);
   worker_.on_greeted();
   transition(server_ ? State::Active : State::Ready);
   send(worker_.to_client);
@@ -328,11 +335,10 @@ void ClientSession::complain(std::string_view sqlstate, std::string_view message
   log::About where = about();
   where.sqlstate = sqlstate;
   if (login_)
-    worker_.peer_events.warn(worker_.now(), "client_refused", where, "client {} ({}@{} from {}): {} {}", id_, login_->user,
-                             login_->database, login_->peer, sqlstate, message);
+    log::warn("client_refused", where, "client {} ({}@{} from {}): {} {}", id_, login_->user, login_->database, login_->peer, sqlstate,
+              message);
   else
-    worker_.peer_events.warn(worker_.now(), "client_error", where, "client {} ({}@{}): {} {}", id_, entry_->user, entry_->database,
-                             sqlstate, message);
+    log::warn("client_error", where, "client {} ({}@{}): {} {}", id_, entry_->user, entry_->database, sqlstate, message);
 }
 
 }  // namespace pgsidecar::proxy

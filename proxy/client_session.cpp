@@ -209,6 +209,7 @@ void ClientSession::on_answered() {
     transaction_since = now;  // what is in the pipeline behind it is another one
     server_->running.first = 0;
   }
+  if (tell_due_ && server_->pipeline.status() == protocol::TxStatus::Idle) tell_parameters(worker_.to_client);
   examined_ = false;
   told_residue_ |= residue_;
 }
@@ -229,6 +230,8 @@ bool ClientSession::acquire() {
 
 void ClientSession::on_lease(ServerConnection& server) {
   server_ = &server;
+  const pool::Time now = worker_.now();
+  transaction_since = now;
   if (state_ == State::Greeting) {
     const Worker::Turn turn(worker_);
     server.apply_settings();
@@ -240,13 +243,24 @@ void ClientSession::on_lease(ServerConnection& server) {
     if (!settings->welcome.empty() && server.pipeline.empty()) on_server_ready();
     return;
   }
-  const pool::Time now = worker_.now();
   if (request_since == pool::Time{}) request_since = now;
   wait_micros_ = static_cast<std::uint64_t>(std::chrono::duration_cast<std::chrono::microseconds>(now - request_since).count());
   entry_->pool.counters().wait.record(wait_micros_);
-  transaction_since = now;
   transition(State::Active);
+  Gather told;
+  tell_parameters(told);
+  send(told);
   if (!acquiring_) worker_.run_later(*this);
+}
+
+void ClientSession::tell_parameters(Gather& out) {
+  tell_due_ = server_->settings != settings;
+  if (tell_due_ || told_ == server_->told()) return;
+  told_ = server_->told();
+  out.own([this](std::string& text) {
+    for (const auto& [name, value] : server_->parameters())
+      if (is_sessions(name)) protocol::write_parameter_status(text, name, value);
+  });
 }
 
 // What it sends is kept until it has a server connection whose session is known.
@@ -306,6 +320,7 @@ void ClientSession::release() {
 
 ServerConnection* ClientSession::surrender() {
   ServerConnection* server = std::exchange(server_, nullptr);
+  if (!tell_due_) told_ = server->told();
   forget_residue();
   transition(State::Ready);
   return server;
@@ -319,13 +334,13 @@ bool ClientSession::keeps_request() const {
   return subscriber_ && subscriber_->waits_for_listener() && pipeline.releasable() && !subscriber_->owes_ready();
 }
 
-void ClientSession::on_cancel() {
+void ClientSession::on_cancel(std::shared_ptr<void> done) {
   if (state_ == State::Console) return cancel_console();
   if (waiting() || keeps_request()) {
     unlink();
     return on_wait_failed({"ERROR", "57014", "canceling statement due to user request", {}, {}});
   }
-  if (server_) server_->cancel();
+  if (server_) server_->cancel(std::move(done));
 }
 
 void ClientSession::on_wait_failed(const protocol::ErrorFields& error) {

@@ -59,7 +59,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   /// No server connection came in time, or the pool has none to give.
   void on_wait_failed(const protocol::ErrorFields& error);
   /// A CancelRequest with its key has come.
-  void on_cancel();
+  void on_cancel(std::shared_ptr<void> done = {});  ///< `done` is let go of when the server has heard of it
   /// The server connection died under it.
   void on_server_lost(const std::string& sqlstate, const std::string& message, bool in_transaction);
   /// The server owes nothing and is outside a transaction. Decides whether the lease ends.
@@ -145,7 +145,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   void note_bind(std::string_view portal, const protocol::StatementRef& statement);
   pool::StatementHandle statement_of(protocol::Bytes execute) const;
   void end_by_limit(std::string_view sqlstate, std::string_view message, std::string_view key, std::uint32_t millis);
-  void tell_leak(pool::Time now);
+  void tell_leak();
   void wait_readable();
   void on_readable();
   void read_soon();  ///< in a turn of its own
@@ -159,6 +159,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   void refuse_full();
   void accepted();
   void begin_session();
+  bool is_on_unix_socket();
   bool is_own_user();  ///< of the unix socket: the process's own, or root
   void begin_console(const std::string& user, const std::string& database, bool own_user, bool long_key);
   std::size_t on_console(protocol::Bytes in);
@@ -172,7 +173,8 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   bool keeps_request() const;
   void handle_tls();
   void release();
-  ServerConnection* surrender();  ///< the lease is over
+  void tell_parameters(Gather& out);  ///< what its server reports otherwise than it was told
+  ServerConnection* surrender();      ///< the lease is over
   bool keeps_ready();
   bool take_channels(std::optional<protocol::Channels> channels);  ///< that it listens to on its server connection. False: they pin
   bool can_share(const protocol::Channels& channels) const;
@@ -237,6 +239,8 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   bool waits_for_names_ = false;
   bool unnamed_here_ = false;  // the unnamed statement was parsed in the segment that is being sent
   bool restore_due_ = false;   // after a RESET, when the COPY beside it is over
+  bool tell_due_ = false;      // its server's parameters, when the server has its settings
+  std::uint32_t told_ = 0;     // ServerConnection::told()
   pool::Time connected_at_, sent_at_{};
   pool::Time unread_since_{};  // the client doesn't take what is there for it
   std::uint64_t request_ = 0;

@@ -438,7 +438,7 @@ awaitable<std::string> ServerConnection::exchange_login(const conf::ConnectParam
   credentials.password = login_ && !login_->password.empty()
                              ? login_->password
                              : entry_.given_password.value_or(host.password.empty() ? params.password : host.password);
-  credentials.encrypted = transport.is_tls();
+  credentials.private_way = transport.is_tls() || host.is_unix();
   credentials.require_auth = params.requireAuth;
   if (transport.is_tls()) credentials.channel_binding = channel_binding(transport.ssl(), false);
   using Binding = protocol::ServerCredentials::Binding;
@@ -482,14 +482,16 @@ awaitable<std::string> ServerConnection::exchange_login(const conf::ConnectParam
 
 // --- cancel
 
-void ServerConnection::send_cancel() {
+void ServerConnection::send_cancel(std::shared_ptr<void> done) {
+  constexpr std::uint32_t kMost = 4;  // one is enough, unless it comes before what it is about
+  if (cancels_pending >= kMost) return;
   ++entry_.pool.counters().cancels;
   ++cancels_pending;
-  asio::co_spawn(worker_.loop(), run_cancel(shared_from_this()), asio::detached);
+  asio::co_spawn(worker_.loop(), run_cancel(shared_from_this(), std::move(done)), asio::detached);
 }
 
 // On a connection of its own, encrypted as the one that it is about; over when the server has closed it.
-awaitable<void> ServerConnection::run_cancel(std::shared_ptr<ServerConnection> /*keeps this alive*/) {
+awaitable<void> ServerConnection::run_cancel(std::shared_ptr<ServerConnection> /*keeps this alive*/, std::shared_ptr<void> /*done*/) {
   std::optional<Channel> channel;
   TimeLimit limit(worker_, 5000, 5000);
   try {

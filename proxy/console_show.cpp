@@ -99,7 +99,7 @@ const char* client_state(const ClientRow& client) {
 }
 const char* server_state(const ServerRow& server) {
   const std::string_view state = server.state;
-  if (state == "idle") return "idle";
+  if (state == "idle" && server.client == 0) return "idle";
   if (state == "login") return "new";
   if (state == "reset") return "tested";
   return state == "closing" ? nullptr : "active";

@@ -81,6 +81,14 @@ void Listener::recycle() {
   if (server_ && server_->condemned) server_->close(pool::CloseReason::Reload);
 }
 
+void Listener::end() {
+  std::vector<std::shared_ptr<ClientSession>> listening;
+  for (Subscriber* who : subscribers_) listening.push_back(who->client().shared_from_this());
+  for (const auto& client : listening)
+    client->fatal("57P01", "terminating connection since the only server connection is needed for more than to listen",
+                  "pool.max leaves one, here or during an online restart: connect and LISTEN again.");
+}
+
 void Listener::leave(Subscriber& who) {
   subscribers_.erase(&who);
   std::replace(asked_.begin(), asked_.end(), &who, static_cast<Subscriber*>(nullptr));

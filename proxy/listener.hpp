@@ -41,6 +41,7 @@ class Listener {
   /// Takes a connection that is leased to nobody and owes nothing.
   void adopt(ServerConnection& server);
   void recycle();  ///< a connection that the configuration has outdated
+  void end();      ///< the only connection that there may be is needed: its clients are disconnected
   std::size_t clients() const { return subscribers_.size(); }
   std::size_t channels() const { return subscriptions_.size(); }
   const std::string& marker_channel() const { return marker_channel_; }
@@ -93,6 +94,7 @@ class Subscriber {
   bool dirty() const { return step_ != Step::None || real_ != Real::No; }
   bool over() const { return step_ == Step::None && channels_.empty() && inbox_.empty(); }
   bool listens() const { return !channels_.empty(); }
+  ClientSession& client() { return client_; }
 
   // The leased connection's side.
   /// ReadyForQuery outside a transaction, the last one owed: is it kept until the notifications before it are known?

@@ -8,10 +8,15 @@
 #include <spdlog/sinks/stdout_sinks.h>
 #include <spdlog/spdlog.h>
 
+#include <algorithm>
+#include <array>
 #include <atomic>
 #include <cstdlib>
 #include <future>
+#include <map>
 #include <memory>
+#include <mutex>
+#include <string>
 #include <thread>
 
 #include "conf/utf8.hpp"
@@ -94,6 +99,36 @@ void tell_overrun() {
 
 bool shows(Level level) {
   return spdlog::should_log(level_of(level));
+}
+
+bool admits(Level level, std::string_view event) {
+  if (!shows(level)) return false;
+  // Those of operators are a record of what was done.
+  static constexpr std::array<std::string_view, 4> kUnbounded{"console_command", "operator", "reload", "setting"};
+  if (level == Level::Debug || std::find(kUnbounded.begin(), kUnbounded.end(), event) != kUnbounded.end()) return true;
+  constexpr std::uint64_t kMost = 20;
+  struct Window {
+    std::chrono::steady_clock::time_point begun{};
+    std::uint64_t lines = 0;
+  };
+  static std::mutex mutex;
+  static std::map<std::string, Window, std::less<>> windows;
+  std::uint64_t left_out = 0;
+  bool admitted = false;
+  {
+    const std::lock_guard lock(mutex);
+    auto it = windows.find(event);
+    if (it == windows.end()) it = windows.emplace(event, Window()).first;
+    Window& window = it->second;
+    const auto now = std::chrono::steady_clock::now();
+    if (now - window.begun >= std::chrono::seconds(10)) {
+      left_out = window.lines - std::min(window.lines, kMost);
+      window = {now, 0};
+    }
+    admitted = ++window.lines <= kMost;
+  }
+  if (left_out > 0) write(Level::Warn, "events_left_out", {}, fmt::format("{} more lines {} were not shown", left_out, event));
+  return admitted;
 }
 
 void write(Level level, std::string_view event, const About& about, std::string_view message) {

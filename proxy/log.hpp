@@ -25,12 +25,15 @@ struct About {
 };
 
 bool shows(Level level);
+/// Whether a line is to be written. What clients can bring about is bounded: 20 lines of an event in 10 seconds; the next one comes
+/// with how many were left out.
+bool admits(Level level, std::string_view event);
 void write(Level level, std::string_view event, const About& about, std::string_view message);
 
 /// `event` is a snake_case word that stays what it is (README, "Log events"); the message is for people and may change.
 template <class... Args>
 void log(Level level, std::string_view event, const About& about, fmt::format_string<Args...> format, Args&&... args) {
-  if (shows(level)) write(level, event, about, fmt::format(format, std::forward<Args>(args)...));
+  if (admits(level, event)) write(level, event, about, fmt::format(format, std::forward<Args>(args)...));
 }
 template <class... Args>
 void debug(std::string_view event, const About& about, fmt::format_string<Args...> format, Args&&... args) {
@@ -48,26 +51,6 @@ template <class... Args>
 void error(std::string_view event, const About& about, fmt::format_string<Args...> format, Args&&... args) {
   log(Level::Error, event, about, format, std::forward<Args>(args)...);
 }
-
-/// Bounds what peers can make the log say: 20 events in 10 seconds, then one line that tells how many were left out.
-class PeerEvents {
- public:
-  template <class... Args>
-  void warn(std::chrono::steady_clock::time_point now, std::string_view event, const About& about, fmt::format_string<Args...> format,
-            Args&&... args) {
-    if (now - window_ >= std::chrono::seconds(10)) {
-      if (count_ > kMost) log::warn("events_left_out", {}, "{} more events of clients in 10 s are not shown", count_ - kMost);
-      window_ = now;
-      count_ = 0;
-    }
-    if (++count_ <= kMost) log::warn(event, about, format, std::forward<Args>(args)...);
-  }
-
- private:
-  static constexpr std::uint64_t kMost = 20;
-  std::chrono::steady_clock::time_point window_{};
-  std::uint64_t count_ = 0;
-};
 
 void start(const conf::Log& settings);
 std::size_t footprint();                    ///< of the queue, which is made at start

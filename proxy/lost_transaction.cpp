@@ -43,7 +43,7 @@ void LostTransaction::refuse(std::string& out) {
 }
 
 bool LostTransaction::answer(char type, protocol::Bytes body, protocol::ClientStatements& statements, protocol::StatementCache& cache,
-                             std::string& out) {
+                             const std::shared_ptr<const void>& meaning, std::string& out) {
   protocol::Reader reader(body);
   const auto end_of = [](const protocol::StatementRef& statement) {
     return statement ? transaction_end(std::string_view(statement->body).substr(0, statement->body.find('\0'))) : TransactionEnd::None;
@@ -85,7 +85,7 @@ bool LostTransaction::answer(char type, protocol::Bytes body, protocol::ClientSt
       protocol::Reader text(rest);
       if (transaction_end(text.cstring()) == TransactionEnd::None || text.left() < 2 || (!name.empty() && statements.find(name)))
         return fail();
-      statements.set(name, cache.intern({reinterpret_cast<const char*>(rest.data()), rest.size()}));
+      statements.set(name, cache.intern({reinterpret_cast<const char*>(rest.data()), rest.size()}, meaning));
       empty(Backend::ParseComplete);
       return false;
     }

@@ -2,6 +2,7 @@
 // in a failed transaction, until it ends it: the first request hears what happened, the others 25P02, COMMIT is a ROLLBACK.
 #pragma once
 
+#include <memory>
 #include <string>
 #include <string_view>
 
@@ -20,9 +21,10 @@ class LostTransaction {
   LostTransaction(std::string sqlstate, std::string message, bool told)
       : sqlstate_(std::move(sqlstate)), message_(std::move(message)), told_(told) {}
 
-  /// Answers one whole request. `statements` are the client's: what ends transactions can be parsed, anything can be closed.
-  /// True: the client has ended the transaction.
-  bool answer(char type, protocol::Bytes body, protocol::ClientStatements& statements, protocol::StatementCache& cache, std::string& out);
+  /// Answers one whole request. `statements` are the client's: what ends transactions can be parsed, with this meaning; anything can be
+  /// closed. True: the client has ended the transaction.
+  bool answer(char type, protocol::Bytes body, protocol::ClientStatements& statements, protocol::StatementCache& cache,
+              const std::shared_ptr<const void>& meaning, std::string& out);
 
  private:
   void refuse(std::string& out);

@@ -224,6 +224,7 @@ int main(int argc, char** argv) {
     if (arguments.command == "upgrade") return admin::upgrade(conf::load_admin(arguments.config, env));
     if (arguments.command == "check") {
       const conf::Config config = conf::load(arguments.config, conf::noting(env, asked));
+      proxy::check_certificates(config, env);
       std::vector<std::string> warnings = conf::upstream_warnings(config, env);
       for (std::string& line : conf::unused_variables(asked, ::environ)) warnings.push_back(std::move(line));
       for (const std::string& warning : warnings) std::cerr << "pgsidecar: warning: " << warning << "\n";
@@ -247,6 +248,7 @@ int main(int argc, char** argv) {
     proxy::Program program = proxy::Program::of(argc, argv);
     passed.emplace(conf::PassedSockets::from_environment());
     auto config = std::make_shared<const conf::Config>(conf::load(arguments.config, conf::noting(env, asked)));
+    proxy::check_certificates(*config, env);
     return run(arguments, std::move(config), env, std::move(program), *passed, conf::unused_variables(asked, ::environ));
   } catch (const conf::ConfigError& e) {
     return fail(e.what(), kMistake);

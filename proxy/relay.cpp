@@ -80,8 +80,9 @@ std::size_t ClientSession::on_request(char type, Bytes available, std::size_t to
   if (lost_) {
     if (available.size() < total && total < kMaxNames) return 0;
     bool ended = false;
-    worker_.to_client.own(
-        [&](std::string& out) { ended = lost_->answer(type, available.subspan(kHeaderSize), statements, worker_.statements, out); });
+    worker_.to_client.own([&](std::string& out) {
+      ended = lost_->answer(type, available.subspan(kHeaderSize), statements, worker_.statements, settings->meaning, out);
+    });
     if (ended) lost_.reset();
     if (ended && draining_) fatal("57P01", "terminating connection due to administrator command");
     return swallow();

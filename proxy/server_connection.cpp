@@ -58,7 +58,7 @@ bool is_canceled(Bytes error) {
 }  // namespace
 
 ServerConnection::ServerConnection(Worker& worker, PoolEntry& entry, std::uint64_t id)
-    : worker_(worker), entry_(entry), id_(id), permit_(entry.pool.permits()) {}
+    : worker_(worker), entry_(entry), keeps_entry_(entry.shared_from_this()), id_(id), permit_(entry.pool.permits()) {}
 
 void ServerConnection::transition(State next) {
   state_ = next;
@@ -91,8 +91,8 @@ void ServerConnection::on_readable() {
     if (got.status == IoStatus::WouldBlock) break;
     if (got.status != IoStatus::Ok) {
       if (state_ == State::Closing) return closed();
-      if (farewell_) return lost(farewell_->sqlstate, farewell_->message);
-      return lost("08006", "server closed the connection unexpectedly");
+      if (farewell_) return lost(farewell_->sqlstate, farewell_->message, true);
+      return lost("08006", "server closed the connection unexpectedly", true);
     }
     if (state_ == State::Closing) continue;
     entry_.pool.counters().serverBytesReceived += got.bytes;
@@ -252,6 +252,7 @@ bool ServerConnection::on_frame(Backend type, Bytes available, std::size_t total
       if (!reader.ok()) return false;
       parameters_[std::string(name)] = value;
       told_ = true;
+      fingerprint_ = 0;
       if (name == "standard_conforming_strings") conforming_strings_ = value != "off";
       if (name == "in_hot_standby") on_role_changed();
       return pass(to_client && client_->state() != ClientSession::State::Greeting);
@@ -515,6 +516,7 @@ void ServerConnection::start_reset(bool finish) {
   settings = entry_.settings.intern({});
   send(worker_.to_server);
   std::swap(out, worker_.to_server);
+  resume_reading();  // its client may not have read on
 }
 
 void ServerConnection::settle() {
@@ -542,10 +544,10 @@ void ServerConnection::settle() {
   worker_.serve(entry_);
 }
 
-void ServerConnection::cancel() {
+void ServerConnection::cancel(std::shared_ptr<void> done) {
   const Owed* front = pipeline.front();
   cancel_due_ = front && front->owner == protocol::kProxy;
-  if (front && client_ && front->owner == client_->id()) send_cancel();
+  if (front && client_ && front->owner == client_->id()) send_cancel(std::move(done));
 }
 
 void ServerConnection::settle_after_cancel() {
@@ -579,7 +581,7 @@ log::About ServerConnection::about(std::string_view sqlstate) const {
   return about;
 }
 
-void ServerConnection::lost(const std::string& sqlstate, const std::string& reason) {
+void ServerConnection::lost(const std::string& sqlstate, const std::string& reason, bool ended) {
   if (!alive()) return;
   const auto self = shared_from_this();
   const bool in_transaction = pipeline.status() != TxStatus::Idle;
@@ -589,6 +591,7 @@ void ServerConnection::lost(const std::string& sqlstate, const std::string& reas
   if (state_ == State::Idle && sqlstate.starts_with("57P")) worker_.saw_suspend(entry_);
   unlink();
   transition(State::Closing);
+  deadline = worker_.now() + std::chrono::seconds(5);
   ++entry_.pool.counters()
         .closed[static_cast<std::size_t>(sqlstate.starts_with("57P") ? pool::CloseReason::AdminShutdown : pool::CloseReason::Error)];
   if (ClientSession* client = std::exchange(client_, nullptr)) {
@@ -603,7 +606,8 @@ void ServerConnection::lost(const std::string& sqlstate, const std::string& reas
   }
   if (uses == 0 && worker_.now() - connected < kUnused && !sqlstate.starts_with("57P"))
     worker_.lost_unused(*this, {"FATAL", sqlstate, reason, {}, {}});
-  closed();
+  if (ended) return closed();
+  await_end();
 }
 
 void ServerConnection::close_by_operator() {
@@ -631,10 +635,14 @@ void ServerConnection::close(pool::CloseReason reason) {
     channel_->send(terminate, worker_.tls_scratch());
   }
   transition(State::Closing);
-  permit_.leave();
-  // The permit is kept until the server has closed its end: only then it doesn't count this connection any more.
-  channel_->transport.shutdown_send();
   deadline = worker_.now() + std::chrono::seconds(pipeline.empty() || overdue_ > 0 ? 5 : 1);
+  await_end();
+}
+
+// The permit is kept until the server has closed its end: only then it doesn't count this connection any more.
+void ServerConnection::await_end() {
+  permit_.leave();
+  channel_->transport.shutdown_send();
   worker_.kick();
   wait_readable();
 }

@@ -85,7 +85,8 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   bool has_unread() { return channel_->transport.has_unread(); }  ///< the server has said something, or closed its end
   ClientSession* client() { return client_; }
   const std::map<std::string, std::string>& parameters() const { return parameters_; }
-  log::About about(std::string_view sqlstate = {}) const;  ///< for the log
+  std::uint32_t told() { return fingerprint_ ? fingerprint_ : fingerprint_ = fingerprint_of(parameters_); }  ///< of its parameters
+  log::About about(std::string_view sqlstate = {}) const;                                                    ///< for the log
   std::size_t queued() const { return channel_ ? channel_->queued() : 0; }
   /// Its catalogs are being surveyed, and not for long yet: a waiter is better off with it than with a new connection.
   bool returns_soon(pool::Time now) const;
@@ -163,9 +164,10 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   /// Returns to the pool, or closes, if it is clean and nothing is pending.
   void settle();
   /// Cancels what the client has asked for, as soon as the server is sure to be at it.
-  void cancel();
-  /// Asks the server to cancel what it is doing for this connection, which isn't leased again before it has answered.
-  void send_cancel();
+  void cancel(std::shared_ptr<void> done = {});
+  /// Asks the server to cancel what it is doing for this connection, which isn't leased again before it has answered. `done` is let go
+  /// of then.
+  void send_cancel(std::shared_ptr<void> done = {});
   const std::optional<Login>& login() const { return login_; }
   /// Null: nobody waits for this login, any more.
   std::shared_ptr<ClientSession> take_login_client() { return std::exchange(login_->client, {}).lock(); }
@@ -193,7 +195,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   };
   boost::asio::awaitable<std::string> find_session(SessionState& session);
   boost::asio::awaitable<std::string> ask_session(std::string sql, bool& is_on);
-  boost::asio::awaitable<void> run_cancel(std::shared_ptr<ServerConnection> self);
+  boost::asio::awaitable<void> run_cancel(std::shared_ptr<ServerConnection> self, std::shared_ptr<void> done);
   void fail_connect(const protocol::ErrorFields& error);
 
   void transition(State next);
@@ -216,7 +218,8 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   void rename_error(protocol::Bytes whole, const std::string& name);
   void apply_failed(const protocol::ErrorFields& error);
   void ask(std::uint64_t note, std::string_view sql);
-  void lost(const std::string& sqlstate, const std::string& reason);
+  void lost(const std::string& sqlstate, const std::string& reason, bool ended = false);  ///< ended: the server has closed its end
+  void await_end();
   bool is_on(const char* parameter) const;
   void on_role_changed();   ///< a standby was promoted
   void on_write_refused();  ///< 25006
@@ -234,6 +237,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
 
   Worker& worker_;
   PoolEntry& entry_;
+  const std::shared_ptr<PoolEntry> keeps_entry_;
   const std::uint64_t id_;
   pool::Permit permit_;
   State state_ = State::Connecting;
@@ -246,9 +250,10 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   std::string cancel_key_;
   std::map<std::string, std::string> parameters_;
   ClientSession* client_ = nullptr;
-  std::size_t pass_left_ = 0;  // of a message that is passing through
-  bool answered_ = false;      // ReadyForQuery is the last that was read
-  bool told_ = false;          // parameters_ have changed since they were looked at
+  std::size_t pass_left_ = 0;      // of a message that is passing through
+  bool answered_ = false;          // ReadyForQuery is the last that was read
+  bool told_ = false;              // parameters_ have changed since they were looked at
+  std::uint32_t fingerprint_ = 0;  // of them; 0: not made yet
   bool pass_forward_ = false;
   bool listener_ = false;  // the pool's
   bool asking_residue_ = false, residue_failed_ = false, own_query_failed_ = false;

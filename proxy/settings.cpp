@@ -1,6 +1,7 @@
 #include "proxy/settings.hpp"
 
 #include <algorithm>
+#include <boost/container_hash/hash.hpp>
 
 #include "protocol/footprint.hpp"
 #include "protocol/sql_scan.hpp"
@@ -98,6 +99,19 @@ std::string lower(std::string_view name) {
   std::string out(name);
   std::transform(out.begin(), out.end(), out.begin(), [](char c) { return c >= 'A' && c <= 'Z' ? static_cast<char>(c + 32) : c; });
   return out;
+}
+
+bool is_sessions(std::string_view parameter) {
+  for (const std::string_view other : {"in_hot_standby", "default_transaction_read_only", "is_superuser", "session_authorization"})
+    if (parameter == other) return false;
+  return !parameter.starts_with("server_");
+}
+
+std::uint32_t fingerprint_of(const Values& parameters) {
+  std::size_t hash = 0;
+  for (const auto& [name, value] : parameters)
+    if (is_sessions(name)) boost::hash_combine(hash, value);
+  return static_cast<std::uint32_t>(hash ^ hash >> 32) | 1u;
 }
 
 SettingsRef SettingsCache::intern(std::map<std::string, std::string> values) {

@@ -71,6 +71,11 @@ std::vector<std::string> settings_statements(const Values& have, const Values& w
 /// SQL that gives a session those of `login` again that have no value of its own, after a RESET.
 std::string restore_sql(const Settings& login);
 
+/// Of the parameters that a server reports, those that a session has of its own, or by default.
+bool is_sessions(std::string_view parameter);
+/// Of their values; never 0.
+std::uint32_t fingerprint_of(const std::map<std::string, std::string>& parameters);
+
 std::string lower(std::string_view name);
 std::string literal(std::string_view text);  ///< an SQL string constant
 

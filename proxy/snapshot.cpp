@@ -132,7 +132,7 @@ pool::ServerRow ServerConnection::row() {
     case State::Connecting: row.state = "login"; break;
     case State::Idle: row.state = "idle"; break;
     case State::Leased:
-      row.state = listener_ ? "listening" : state_of(pipeline, "active");
+      row.state = listener_ ? "listening" : state_of(pipeline, client_ ? "idle" : "active");
       begun = std::max(begun, running.since);
       break;
     case State::Resetting: row.state = "reset"; break;
@@ -315,7 +315,9 @@ pool::Snapshot Worker::snapshot(Detail detail) {
     std::map<std::uint32_t, const PoolEntry*> by_number;
     for (const auto& [key, entry] : pools_) by_number[entry->number] = entry.get();
     for (auto& [number, row] : report.rows) {
-      if (const PoolEntry* entry = by_number[number]) row.database = entry->database, row.user = entry->user;
+      const auto it = by_number.find(number);
+      if (it == by_number.end()) continue;  // its pool is forgotten
+      row.database = it->second->database, row.user = it->second->user;
       row.firstMicrosAgo = micros(t - row.first);
       row.lastMicrosAgo = micros(t - row.last);
       s.statements.push_back(std::move(row));

@@ -159,13 +159,12 @@ void ServerConnection::finish_execution(pool::StatementHandle statement) {
   const std::uint32_t slow = worker_.config().log.slowQueryMillis;
   if (slow != 0 && e.total() >= std::uint64_t{slow} * 1000 && statement != pool::kNoStatement) {
     const auto ms = [](std::uint64_t us) { return static_cast<double>(us) / 1000; };
-    worker_.slow_events.warn(
-        now, "slow_statement", about(e.sqlstate),
-        "slow statement: client {} ({}@{}, application \"{}\") request {}: {:.1f} ms (waiting {:.1f}, server {:.1f}, client "
-        "reading {:.1f}), {} rows, {} bytes{}{}: {}{}{}{}",
-        client_->id(), entry_.user, entry_.database, client_->application(), client_->request(), ms(e.total()), ms(e.wait), ms(e.server),
-        ms(e.client), e.rows, e.bytes, e.sqlstate.empty() ? "" : ", error ", e.sqlstate, worker_.statement_stats.text(statement),
-        e.tags.empty() ? "" : " /*", e.tags, e.tags.empty() ? "" : "*/");
+    log::warn("slow_statement", about(e.sqlstate),
+              "slow statement: client {} ({}@{}, application \"{}\") request {}: {:.1f} ms (waiting {:.1f}, server {:.1f}, client "
+              "reading {:.1f}), {} rows, {} bytes{}{}: {}{}{}{}",
+              client_->id(), entry_.user, entry_.database, client_->application(), client_->request(), ms(e.total()), ms(e.wait),
+              ms(e.server), ms(e.client), e.rows, e.bytes, e.sqlstate.empty() ? "" : ", error ", e.sqlstate,
+              worker_.statement_stats.text(statement), e.tags.empty() ? "" : " /*", e.tags, e.tags.empty() ? "" : "*/");
   }
   running.since = now;
   running.rows = running.bytes = 0;

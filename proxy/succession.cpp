@@ -244,7 +244,7 @@ void Succession::balance(const Key& key, Share& share, PoolEntry* entry) {
   const std::uint32_t max = pool.settings().max;
   const std::uint32_t waiting = worker_.missing(*entry);
   // What is lent is what may be given as soon as it is free: connections beyond the rest are closed as they come back.
-  const std::uint32_t half = max == 1 ? 0 : (max + 1) / 2;
+  const std::uint32_t half = max / 2;
   const std::uint32_t used = pool.staying() - static_cast<std::uint32_t>(pool.idle_count());
   const std::uint32_t most = max - (waiting > 0 ? half : std::min(half, used));
   pool.set_lent(std::max(share.given, std::min(share.given + share.wanted, most)));

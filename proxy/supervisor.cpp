@@ -21,16 +21,6 @@ namespace {
 
 constexpr std::uint64_t kOtherFiles = 256;  // than clients'
 
-/// CAs, certificates and keys towards servers can be used. Throws.
-void check_certificates(const conf::Config& config, const conf::Environment& env) {
-  const auto check = [&](const conf::Upstream& upstream) {
-    const conf::ConnectParams params = conf::resolve_upstream(upstream, env);
-    if (params.sslmode != conf::SslMode::Disable) make_client_context(params);
-  };
-  check(config.upstream);
-  for (const auto& [name, database] : config.databases) check(database.upstream);
-}
-
 /// As many descriptors as clients and servers may need, if the hard limit allows.
 void raise_file_limit(std::uint64_t wanted) {
   rlimit limit{};
@@ -50,6 +40,28 @@ void mask_signals(int how) {
 }
 
 }  // namespace
+
+void check_certificates(const conf::Config& config, const conf::Environment& env) {
+  std::vector<std::string> mistakes;
+  const auto check = [&](const std::string& where, const auto& make) {
+    try {
+      make();
+    } catch (const std::exception& e) {
+      mistakes.push_back(where + e.what());
+    }
+  };
+  const auto check_upstream = [&](const std::string& path, const conf::Upstream& upstream) {
+    check(path + ": ", [&] {
+      const conf::ConnectParams params = conf::resolve_upstream(upstream, env);
+      if (params.sslmode != conf::SslMode::Disable) make_client_context(params);
+    });
+  };
+  check_upstream("upstream", config.upstream);
+  for (const auto& [name, database] : config.databases)
+    if (database.upstream != config.upstream) check_upstream("databases." + name + ".upstream", database.upstream);
+  if (config.tls.mode != conf::TlsMode::Disable) check("tls: ", [&] { make_server_context(config.tls); });
+  if (!mistakes.empty()) throw conf::ConfigError(std::move(mistakes));
+}
 
 void hold_signals() {
   mask_signals(SIG_BLOCK);
@@ -113,11 +125,13 @@ std::string Supervisor::reload() {
   const Told told(notifier_);
   changed_files_.merge(files_.changed());
   try {
-    auto next = std::make_shared<const conf::Config>(conf::load(config_path_, env_));
-    check_certificates(*next, env_);
+    conf::Config loaded = conf::load(config_path_, env_);
+    check_certificates(loaded, env_);
+    const conf::Changes changes = conf::compare(*config_, loaded);
+    conf::keep_until_restart(loaded, *config_);
+    auto next = std::make_shared<const conf::Config>(std::move(loaded));
     auto prepared = std::make_shared<Prepared>(next, env_);
     files_.set(conf::files_of(*next, config_path_, env_), next->watchConfig);
-    const conf::Changes changes = conf::compare(*config_, *next);
     log::show_more(next->log);  // what is told of the change is shown if either level shows it
     for (const std::string& key : changes.applied) log::info("reload", {}, "reload: {} changed", key);
     for (const std::string& key : changes.needRestart) log::warn("reload", {}, "reload: {} changed, which needs a restart", key);

@@ -23,6 +23,9 @@ milliseconds rest_after(const conf::Upstream& upstream) {
   return milliseconds(std::uint64_t{900} * upstream.suspendAfterSeconds);
 }
 
+/// So long those who wait bear that the only place is taken by the connection that listens.
+constexpr std::chrono::seconds kWithoutPlace{1};
+
 /// Its connections were made with these.
 bool same_connections(const conf::PoolSettings& a, const conf::PoolSettings& b) {
   return a.mode == b.mode && a.keepAlive == b.keepAlive && a.keepAliveInitialDelayMillis == b.keepAliveInitialDelayMillis &&
@@ -64,7 +67,7 @@ Worker::Worker(asio::io_context& data, Control& control, Prepared prepared)
 Worker::~Worker() {
   // Their pending operations keep them until the loop is gone, which is later than the pools.
   for (const auto& [key, entry] : pools_)
-    for (const auto& [id, server] : entry->servers) server->abandon();
+    for (const auto& [id, server] : std::exchange(entry->servers, {})) server->abandon();
 }
 
 void Worker::use_config(Prepared prepared) {
@@ -177,16 +180,26 @@ PoolEntry* Worker::find_pool(const std::string& database, const std::string& use
   if (!plan) return nullptr;
   auto key = std::make_pair(database, user);
   if (const auto it = pools_.find(key); it != pools_.end()) return it->second.get();
-  auto entry = std::make_unique<PoolEntry>(database, user, plan->settings, std::move(plan->upstream));
+  auto entry = std::make_shared<PoolEntry>(database, user, plan->settings, std::move(plan->upstream));
   entry->passes_password_on = passes_password_on(user);
   entry->paused = is_paused(database);
   entry->pool.set_rest(rest_after(entry->upstream));
-  entry->number = static_cast<std::uint32_t>(pools_.size()) + 1;
+  entry->number = ++last_pool_;
+  entry->left_at = now();
   if (succession_) succession_->join(*entry);
   if (!databases_.contains(database)) databases_[database] = describe(database);
   PoolEntry* added = pools_.emplace(std::move(key), std::move(entry)).first->second.get();
   weigh_capacity(upstream_of(database));
   return added;
+}
+
+pool::Time Worker::forget_at(const PoolEntry& entry) const {
+  if (entry.clients > 0 || !entry.servers.empty() || !entry.logins.empty() || succession_) return pool::Time::max();
+  const auto& [databases, users] = std::tie(config_->databases, config_->users);
+  const bool database = databases.contains(entry.database) || entry.database == upstream_.dbname;
+  const bool user = users.contains(entry.user) || entry.user == upstream_.user;
+  if (database && user) return pool::Time::max();
+  return entry.left_at + (entry.used ? std::chrono::seconds(std::chrono::hours(1)) : std::chrono::seconds(1));
 }
 
 bool Worker::passes_password_on(const std::string& user) const {
@@ -395,8 +408,8 @@ void Worker::on_server_closed(ServerConnection& server) {
 }
 
 void Worker::on_client_closed(ClientSession& client) {
-  if (client.entry())
-    --client.entry()->clients, --logged_in_;
+  if (PoolEntry* entry = client.entry())
+    --entry->clients, --logged_in_, entry->left_at = now();
   else if (client.is_console())
     --consoles_;
   else
@@ -414,13 +427,13 @@ void Worker::on_client_closed(ClientSession& client) {
 
 // --- cancel
 
-void Worker::cancel(std::uint32_t pid, std::string_view key) {
+void Worker::cancel(std::uint32_t pid, std::string_view key, std::shared_ptr<void> done) {
   const auto it = std::find_if(clients_.begin(), clients_.end(), [&](const auto& one) {
     const std::string& own = one.second->cancel_key();
     return one.second->key_pid() == pid && own.size() == key.size() && !own.empty() &&
            CRYPTO_memcmp(own.data(), key.data(), own.size()) == 0;
   });
-  if (it != clients_.end()) return it->second->on_cancel();
+  if (it != clients_.end()) return it->second->on_cancel(std::move(done));
   if (succession_) succession_->cancel(pid, key);
 }
 
@@ -531,6 +544,7 @@ void Worker::tick() {
     }
     for (const auto& server : due) server->on_deadline(t);
     entry->listener.recycle();
+    if (entry->listener.has_server() && entry->pool.capacity() == 1 && t - entry->pool.oldest_wait() > kWithoutPlace) entry->listener.end();
     serve(*entry);
     busy |= entry->listener.wants();
     busy |= entry->pool.any_waiting() || entry->connecting > 0 || !entry->logins.empty();
@@ -540,7 +554,10 @@ void Worker::tick() {
     if (must_look(*entry, t)) look_again(*entry);
     if (const auto every = entry->pool.settings().dnsCheckSeconds; every != 0 && entry->clients > 0 && entry->pool.open() > 0)
       idle_check = std::min<milliseconds>(idle_check, std::chrono::seconds(every));
+    if (const pool::Time at = forget_at(*entry); at != pool::Time::max())
+      idle_check = std::min(idle_check, std::chrono::ceil<milliseconds>(std::max(at, t) - t));
   }
+  std::erase_if(pools_, [&](const auto& pool) { return t >= forget_at(*pool.second); });
   std::vector<std::shared_ptr<ClientSession>> due;
   for (auto& [id, client] : clients_) {
     in_doubt |= client->look();

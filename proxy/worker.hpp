@@ -39,7 +39,7 @@
 namespace pgsidecar::proxy {
 
 /// One pool and its connections.
-struct PoolEntry {
+struct PoolEntry : std::enable_shared_from_this<PoolEntry> {
   PoolEntry(std::string database_name, std::string user_name, const conf::PoolSettings& policy, conf::Upstream from)
       : database(std::move(database_name)), user(std::move(user_name)), pool(policy), upstream(std::move(from)) {}
   log::About about(std::string_view sqlstate = {}) const {
@@ -59,6 +59,8 @@ struct PoolEntry {
   boost::unordered_flat_map<std::uint64_t, std::shared_ptr<ServerConnection>> servers;
   std::uint32_t connecting = 0;
   std::uint32_t clients = 0;
+  pool::Time left_at{};                // by the last of them
+  bool used = false;                   // by one that has logged in
   pool::Backoff backoff;               // after connects that failed
   pool::Addresses addresses;           // of its upstream
   pool::Time looked_at{};              // its names were looked up
@@ -186,7 +188,6 @@ class Worker {
 
   Meter meter;
   pool::Lag lag;  ///< of this loop
-  log::PeerEvents peer_events, slow_events, leak_events;
   pool::StatementStats statement_stats{pool::Clock::now()};
   std::uint64_t next_request() { return ++last_request_; }
   Gather to_client, to_server;  // of the turn that is running
@@ -223,7 +224,8 @@ class Worker {
   void outdate_address(PoolEntry& entry, const std::string& address);  ///< its connections are closed as they come back
   void on_login();
   void on_greeted() { had_client_ = true; }
-  void cancel(std::uint32_t pid, std::string_view key);
+  /// Of the client that has this key. `done` is let go of when the server has heard of it.
+  void cancel(std::uint32_t pid, std::string_view key, std::shared_ptr<void> done = {});
   void reject(pool::RejectReason reason) { ++rejected_[static_cast<std::size_t>(reason)]; }
   void count_error(std::string_view sqlstate);
   /// What a connect to an upstream has shown; by its name as upstream_of() has it.
@@ -303,6 +305,8 @@ class Worker {
   static bool is_known(const PoolEntry& entry, const ServerConnection::Login& login);
   /// The client of such a login hears of what became of it. True: the pool's other clients aren't concerned.
   bool login_failed(PoolEntry& entry, ServerConnection::Login login, const protocol::ErrorFields& error);
+  /// When to forget a pool that nobody uses; max: not at all, as one that the configuration names.
+  pool::Time forget_at(const PoolEntry& entry) const;
   bool may_be_waking(const std::string& upstream) const;
   void weigh_capacity(const std::string& upstream);
   bool add_client(Socket socket, std::string peer);  ///< False: no more may be logging in
@@ -344,7 +348,7 @@ class Worker {
   std::shared_ptr<std::pmr::memory_resource> tick_memory_ = std::make_shared<std::pmr::unsynchronized_pool_resource>();
   boost::asio::steady_timer timer_;
   pool::Time tick_at_ = pool::Time::max();
-  std::map<std::pair<std::string, std::string>, std::unique_ptr<PoolEntry>> pools_;
+  std::map<std::pair<std::string, std::string>, std::shared_ptr<PoolEntry>> pools_;
   boost::unordered_flat_map<std::uint32_t, std::shared_ptr<ClientSession>> clients_;
   Ports ports_;
   bool handing_over_ = false;
@@ -359,6 +363,7 @@ class Worker {
   int turns_ = 0;
   pool::Time turn_began_{};
   std::uint64_t next_server_ = 1, last_request_ = 0;
+  std::uint32_t last_pool_ = 0;
   bool draining_ = false, started_ = false, stopped_ = false, had_client_ = false;
   bool cut_short_ = false;  // queries are being cancelled at the end
   pool::Time drain_at_ = pool::Time::max(), drain_until_ = pool::Time::max(), idle_since_ = pool::Time::max(), started_at_;

@@ -19,7 +19,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
     const std::size_t length = choices.next();
     const Exact body(choices.take(length));
     std::string out;
-    const bool over = lost.answer(type, body.view(), statements, cache, out);
+    const bool over = lost.answer(type, body.view(), statements, cache, nullptr, out);
     int ready = 0, errors = 0;
     char status = 0;
     for (std::size_t at = 0; at < out.size();) {

@@ -51,7 +51,7 @@ void server_login(Choices& choices) {
   const bool require_binding = how & 1;
   if (require_binding) credentials.binding = ServerCredentials::Binding::Require;
   if (how & 2) credentials.channel_binding = "hash";
-  if (how & 4) credentials.encrypted = true;
+  if (how & 4) credentials.private_way = true;
   if (how & 8) credentials.require_auth = {"scram-sha-256"};
   ServerLogin login(credentials, {});
   std::string out;

@@ -45,7 +45,7 @@ Outcome play(ClientAuth method, std::optional<std::string> secret, const std::st
   credentials.channel_binding = std::move(their_binding);
   credentials.binding = binding;
   credentials.require_auth = std::move(require);
-  credentials.encrypted = encrypted;
+  credentials.private_way = encrypted;
   ServerLogin client(credentials, {}, &cache);
   std::string to_server, to_client;
   client.begin(to_server);

@@ -25,7 +25,7 @@ struct Lost {
   std::string ask(char type, const std::string& body) {
     const std::string exact(body.data(), body.size());
     std::string out, letters;
-    over = transaction.answer(type, test::view(exact), statements, cache, out);
+    over = transaction.answer(type, test::view(exact), statements, cache, nullptr, out);
     for (std::size_t at = 0; at < out.size();) {
       const std::size_t total = 1 + protocol::load_u32(test::view(out).data() + at + 1);
       const char letter = out[at];
