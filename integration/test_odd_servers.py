@@ -83,6 +83,44 @@ def test_connections_that_end_at_once_are_not_made_over_and_over(proxies, mode):
         assert server.accepted - before < 5
 
 
+class Dying(Server):
+    """Says that it ends when it is asked something, and takes a while to do so."""
+
+    def __init__(self):
+        self.open, self.most = 0, 0
+        super().__init__()
+
+    def _answer(self, client):
+        self.open += 1
+        self.most = max(self.most, self.open)
+        with contextlib.suppress(OSError):
+            client.settimeout(10)
+            client.recv(4096)
+            client.sendall(WELCOME)
+            client.recv(4096)
+            client.sendall(failure("57P01", "terminating connection due to administrator command"))
+            time.sleep(0.5)
+        self.open -= 1
+        client.close()
+
+
+def test_a_connection_counts_until_its_server_has_ended(proxies):
+    with Dying() as server:
+        proxy = proxies({"pool": {"max": 1, "min": 0, "residueCheck": "never"}}, url=url(server.port))
+        end = time.monotonic() + 4
+
+        def client(_):
+            while time.monotonic() < end:
+                with wire.Wire(proxy.port) as w:
+                    if w.login(USER, PASSWORD, DATABASE) is None:
+                        w.send(wire.query("SELECT 1"))
+                        with contextlib.suppress(wire.Closed):
+                            w.until("E")
+
+        harness.threads(3, client)
+        assert server.accepted > 2 and server.most == 1
+
+
 def test_too_many_connections_is_no_reason_to_go_elsewhere(proxies, pg):
     pg.sql("CREATE ROLE limited LOGIN PASSWORD 'limited' CONNECTION LIMIT 0")
     try:

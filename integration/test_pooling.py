@@ -1,6 +1,5 @@
 """The pool: its bound as the server counts it, recycling, waiting, and that nothing of one client reaches another."""
 import concurrent.futures
-import contextlib
 import random
 import re
 import secrets
@@ -214,21 +213,6 @@ def test_client_gone_that_has_not_read_its_result(proxies, pg):
         before = time.monotonic()
         assert after.value("SELECT pg_backend_pid()") == str(pid)
         assert time.monotonic() - before < 5
-
-
-def test_terminated_connections_count_until_the_server_has_ended_them(proxies, pg):
-    proxy = proxies({"pool": {"max": 2, "connectionTimeoutMillis": 20000}})
-    end = time.monotonic() + 5
-
-    def client(_):
-        while time.monotonic() < end:
-            with contextlib.suppress(psycopg.Error), proxy.connect() as connection:
-                while time.monotonic() < end:
-                    connection.execute("SELECT pg_terminate_backend(pg_backend_pid())")
-
-    with harness.Watch(pg, "usename = 'app'") as one, harness.Watch(pg, "usename = 'app'") as other:
-        harness.threads(6, client)
-    assert one.samples + other.samples > 500 and max(one.most, other.most) == 2
 
 
 def test_pools_that_nobody_uses_are_forgotten(proxies):

@@ -615,7 +615,7 @@ def test_cancel_requests_in_masses(proxies, pg):
             sent = [socket.create_connection(("127.0.0.1", proxy.port), 10) for _ in range(100)]
             for one in sent:
                 one.sendall(wire.request(wire.CANCEL_REQUEST, struct.pack("!I", w.pid) + w.key))
-            harness.poll(lambda: proxy.open_files() <= before + 10, what="few wait for the server")
+            harness.poll(lambda: proxy.open_files() <= before + 10, timeout=2, what="few wait for the server")
             w.until()
             for one in sent:
                 one.close()
