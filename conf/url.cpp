@@ -63,10 +63,10 @@ constexpr Keyword kKeywords[] = {
     {"servicefile", "PGSERVICEFILE", true},
     {"sslcompression", "PGSSLCOMPRESSION", false},
     {"sslcrldir", "PGSSLCRLDIR", false},
-    {"sslcertmode", "PGSSLCERTMODE", false},
+    {"sslcertmode", "PGSSLCERTMODE", true},
     {"sslkeylogfile", "", false},
     {"requirepeer", "PGREQUIREPEER", false},
-    {"requiressl", "PGREQUIRESSL", false},
+    {"requiressl", "PGREQUIRESSL", true},
     {"min_protocol_version", "PGMINPROTOCOLVERSION", false},
     {"max_protocol_version", "PGMAXPROTOCOLVERSION", false},
     {"scram_client_key", "", false},
@@ -372,9 +372,10 @@ std::string usual_file(const Environment& env, const char* name) {
 /// What protects the connection in a way that isn't there is refused, not ignored.
 void refuse_unsupported(const Values& values) {
   for (const auto& [name, harmless] :
-       {std::pair{"sslcrldir", ""}, {"requirepeer", ""}, {"gssencmode", "disable prefer"}, {"sslcertmode", "allow disable"}}) {
+       {std::pair{"sslcrldir", ""}, {"requirepeer", ""}, {"gssencmode", "disable,prefer"}, {"sslcertmode", "allow,disable"}}) {
     const auto it = values.find(std::string_view(name));
-    if (it == values.end() || it->second.empty() || std::string_view(harmless).find(it->second) != std::string_view::npos) continue;
+    const auto allowed = split(harmless, ',');
+    if (it == values.end() || it->second.empty() || std::find(allowed.begin(), allowed.end(), it->second) != allowed.end()) continue;
     throw ConfigError("connection string: " + std::string(name) + "=" + it->second + " is not supported by pgsidecar");
   }
 }
@@ -490,7 +491,7 @@ ConnectParams parse_connection_string(std::string_view text, const std::map<std:
     };
     p.sslrootcert = file("sslrootcert", "root.crt");
     p.sslcrl = file("sslcrl", "root.crl");
-    p.sslcert = file("sslcert", "postgresql.crt");
+    if (get("sslcertmode") != "disable") p.sslcert = file("sslcert", "postgresql.crt");
     p.sslkey = p.sslcert.empty() ? get("sslkey") : file("sslkey", "postgresql.key");
     if (!p.sslcert.empty() && p.sslkey.empty()) throw ConfigError("connection string: sslcert needs sslkey");
     p.sslpassword = get("sslpassword");
@@ -551,7 +552,9 @@ ConnectParams parse_connection_string(std::string_view text, const std::map<std:
                                                                                {"standby", TargetSessionAttrs::Standby},
                                                                                {"prefer-standby", TargetSessionAttrs::PreferStandby}};
   if (const auto attrs = get("target_session_attrs"); !attrs.empty()) p.targetSessionAttrs = choice("target_session_attrs", attrs, kAttrs);
-  p.loadBalanceHosts = get("load_balance_hosts") == "random";
+  static constexpr std::pair<std::string_view, bool> kBalance[] = {{"disable", false}, {"random", true}};
+  if (const auto balance = get("load_balance_hosts"); !balance.empty())
+    p.loadBalanceHosts = choice("load_balance_hosts", balance, kBalance);
   std::string application = get("application_name");
   if (application.empty()) application = get("fallback_application_name");
   if (!application.empty()) p.startup.emplace_back("application_name", application);

@@ -449,6 +449,18 @@ def test_a_unix_socket_needs_no_tls(proxies, tmp_path):
             assert connection.execute("SELECT 1").fetchone() == (1,)
 
 
+def test_a_database_with_a_user_of_its_own(proxies, pg):
+    own = {"upstream": {"url": pg.url(OTHER_USER, OTHER_PASSWORD, OTHER_DATABASE)}}
+    proxy = proxies({"databases": {DATABASE: {}, "own": own}})
+    for user, password in ((OTHER_USER, OTHER_PASSWORD), (USER, PASSWORD)):
+        with proxy.connect(user, password, "own") as connection:
+            assert connection.execute("SELECT current_user, current_database()").fetchone() == (OTHER_USER, OTHER_DATABASE)
+    for user, password, database in ((OTHER_USER, OTHER_PASSWORD, DATABASE), (OTHER_USER, PASSWORD, "own")):
+        with wire.Wire(proxy.port) as w:
+            assert w.login(user, password, database).error["C"] == "28P01"
+    assert {(row["database"], row["user"]) for row in proxy.json("/api/monitoring/pools")[1]["pools"]} == {("own", USER), ("own", OTHER_USER)}
+
+
 def test_names_are_cut_as_the_server_does(proxies, pg):
     long = "n" * 70
     pg.sql(f"CREATE ROLE {long} LOGIN PASSWORD 'x'; GRANT CONNECT ON DATABASE {DATABASE} TO {long}")

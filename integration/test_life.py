@@ -153,6 +153,22 @@ def test_check_tells_every_mistake_with_its_line(proxy, tmp_path):
     assert "hidden" not in done.stderr + done.stdout
 
 
+def test_check_finds_what_a_start_would(proxy, tmp_path):
+    (tmp_path / "garbage.pem").write_text("garbage\n")
+    file, garbage = tmp_path / "bad.yaml", tmp_path / "garbage.pem"
+    url = "upstream: {url: postgresql://u:hidden@h/d}\n"
+    for text, says in ((f"upstream: {{url: postgresql://u:hidden@h/d, sslrootcert: {garbage}}}\n", r"upstream: .*garbage.pem"),
+                       (url + f"databases: {{r: {{upstream: {{sslrootcert: {garbage}}}}}}}\n", r"databases\.r\.upstream: .*garbage.pem"),
+                       (url + f"tls: {{mode: allow, certificate: {garbage}, key: {garbage}}}\n", r"tls: .*garbage.pem"),
+                       (url + "databases:\n  r: {upstream: {dbname: x, sslmode: foo}}\n", r"bad.yaml:\d: databases\.r\..*foo"),
+                       (url + "databases: {r: {upstream: {password: '${file:/nope}'}}}\n", r"databases\.r\..*/nope")):
+        file.write_text(text)
+        for command in (("check",), ()):
+            done = subprocess.run([proxy.binary, *command, "--config", file], capture_output=True, text=True, timeout=20, env={"PATH": os.environ["PATH"]})
+            assert done.returncode == 2 and re.search(says, done.stderr), (text, command, done.stderr)
+            assert "hidden" not in done.stderr
+
+
 def test_no_configuration_at_all(proxy):
     done = subprocess.run([proxy.binary], capture_output=True, text=True, timeout=20, env={"PATH": os.environ["PATH"]})
     assert done.returncode == 2 and "DATABASE_URL" in done.stderr

@@ -3,6 +3,7 @@ import base64
 import contextlib
 import hashlib
 import hmac
+import json
 import re
 import shutil
 import signal
@@ -79,6 +80,14 @@ def test_sslmode(through, pg, rules, mode, says):
         assert got.startswith(says), got
 
 
+@pytest.mark.parametrize("query", ["", "sslmode=prefer&"])
+def test_a_named_ca_is_verified_with_prefer_too(through, pg, tmp_path, query):
+    harness.make_certificates(tmp_path)
+    with hba(pg, "host all all 127.0.0.1/32 scram-sha-256"):
+        assert "t TLS" in through(url(pg, f"{query}sslrootcert={pg.ca}"))
+        assert through(url(pg, f"{query}sslrootcert={tmp_path / 'ca.crt'}")).startswith("f")
+
+
 def test_system_ca_is_the_default_off_loopback(through, pg):
     # Another name than loopback's for the same server: hostaddr.
     upstream = {"url": None, "host": "db.example.com", "hostaddr": "127.0.0.1", "port": pg.port, "user": USER, "password": PASSWORD, "dbname": DATABASE}
@@ -134,8 +143,10 @@ def test_client_certificate(through, pg, tmp_path):
         assert f"/CN={USER}" in through({**keys, "sslkey": str(key)})
         assert f"/CN={USER}" in through({**keys, "sslkey": str(der)})
         assert f"/CN={USER}" in through({**keys, "sslkey": str(encrypted), "sslpassword": "key secret"})
-        assert f'could not load private key file "{encrypted}"' in through({**keys, "sslkey": str(encrypted), "sslpassword": "no"})[1]
-        assert "has group or world access" in through({**keys, "sslkey": str(open_to_all)})[1]
+        for file, password, says in ((encrypted, "no", "could not load private key file"), (open_to_all, "", "has group or world access")):
+            (tmp_path / "bad.yaml").write_text(json.dumps({"upstream": {**keys, "sslkey": str(file), "sslpassword": password}}))
+            refused = subprocess.run([harness.BINARY, "--config", tmp_path / "bad.yaml"], capture_output=True, text=True, timeout=20)
+            assert refused.returncode == 2 and says in refused.stderr and str(file) in refused.stderr, refused
         assert "valid client certificate" in through(url(pg, "sslmode=require", password=None))[1]
 
 

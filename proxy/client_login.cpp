@@ -180,9 +180,10 @@ void ClientSession::begin_login(protocol::Startup startup) {
       }
       break;
   }
-  login.exchange.emplace(method, login.user,
-                         protocol::ClientSecret{worker_.secret_of(login.user), !login.console && worker_.passes_password_on(login.user)},
-                         tls ? channel_binding(channel_.transport.ssl(), true) : std::string(), &worker_.scram_keys);
+  login.exchange.emplace(
+      method, login.user,
+      protocol::ClientSecret{worker_.secret_of(login.user, login.database), !login.console && worker_.passes_password_on(login.user)},
+      tls ? channel_binding(channel_.transport.ssl(), true) : std::string(), &worker_.scram_keys);
   transition(State::Authenticating);
   protocol::ClientLogin::Step step{};
   worker_.to_client.own([&](std::string& out) { step = login.exchange->begin(out); });

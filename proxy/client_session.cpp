@@ -247,15 +247,18 @@ void ClientSession::on_lease(ServerConnection& server) {
   wait_micros_ = static_cast<std::uint64_t>(std::chrono::duration_cast<std::chrono::microseconds>(now - request_since).count());
   entry_->pool.counters().wait.record(wait_micros_);
   transition(State::Active);
-  Gather told;
-  tell_parameters(told);
-  send(told);
+  tell_due_ = server.settings != settings;
+  if (!tell_due_ && told_ != server.told()) {
+    Gather told;
+    tell_parameters(told);
+    send(told);
+  }
   if (!acquiring_) worker_.run_later(*this);
 }
 
 void ClientSession::tell_parameters(Gather& out) {
-  tell_due_ = server_->settings != settings;
-  if (tell_due_ || told_ == server_->told()) return;
+  tell_due_ = false;
+  if (told_ == server_->told()) return;
   told_ = server_->told();
   out.own([this](std::string& text) {
     for (const auto& [name, value] : server_->parameters())

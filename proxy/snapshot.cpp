@@ -170,7 +170,7 @@ Worker::DatabaseEntry Worker::describe(const std::string& name) const {
     entry.shown.host = join_hosts(params, [](const conf::Host& host) { return host.name; });
     entry.shown.port = join_hosts(params, [](const conf::Host& host) { return std::to_string(host.port); });
     entry.shown.database = params.dbname;
-    if (params.user != upstream_.user) entry.shown.forceUser = params.user;
+    if (params.user != upstream_.user) entry.shown.forceUser = params.user, entry.password = params.users_password();
     for (const auto& [parameter, value] : params.startup)
       if (parameter == "client_encoding") entry.encoding = value;
     for (const conf::Host& host : params.hosts) entry.pooler |= !conf::instead_of_pooler(host).empty();

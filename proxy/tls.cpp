@@ -120,8 +120,7 @@ SslContext make_client_context(const conf::ConnectParams& p) {
   if (!p.sslMaxProtocolVersion.empty()) SSL_CTX_set_max_proto_version(c, version_of(p.sslMaxProtocolVersion));
   SSL_CTX_set_options(c, SSL_OP_NO_RENEGOTIATION);
   const bool system = p.sslrootcert.empty() || p.sslrootcert == "system";
-  const bool verify =
-      p.sslmode == conf::SslMode::VerifyCa || p.sslmode == conf::SslMode::VerifyFull || (p.sslmode == conf::SslMode::Require && !system);
+  const bool verify = p.sslmode == conf::SslMode::VerifyCa || p.sslmode == conf::SslMode::VerifyFull || !system;
   if (verify) {
     if (system ? SSL_CTX_set_default_verify_paths(c) != 1 : SSL_CTX_load_verify_locations(c, p.sslrootcert.c_str(), nullptr) != 1)
       fail("could not read root certificate file \"" + p.sslrootcert + "\" (sslrootcert)");

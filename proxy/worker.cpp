@@ -126,7 +126,7 @@ void Worker::reload(Prepared prepared) {
 
 // --- logins and leases
 
-std::optional<std::string> Worker::secret_of(const std::string& user) {
+std::optional<std::string> Worker::secret_of(const std::string& user, const std::string& database) {
   const auto it = config_->users.find(user);
   if (it != config_->users.end() && it->second.password) {
     try {
@@ -137,7 +137,13 @@ std::optional<std::string> Worker::secret_of(const std::string& user) {
     }
   }
   if (user == upstream_.user) return upstream_.users_password();
-  return std::nullopt;
+  return password_of_own_user(database, user);
+}
+
+std::optional<std::string> Worker::password_of_own_user(const std::string& database, const std::string& user) const {
+  const auto it = databases_.find(database);
+  const DatabaseEntry entry = it != databases_.end() ? it->second : describe(database);
+  return entry.shown.forceUser == user && !user.empty() ? std::optional(entry.password) : std::nullopt;
 }
 
 std::optional<Worker::PoolPlan> Worker::plan_database(const std::string& database) const {
@@ -161,7 +167,8 @@ std::optional<Worker::PoolPlan> Worker::plan_pool(const std::string& database, c
     return std::nullopt;
   }
   const auto named = config_->users.find(user);
-  if (user != upstream_.user) {
+  const bool own = named == config_->users.end() && password_of_own_user(database, user);
+  if (user != upstream_.user && !own) {
     if (named == config_->users.end() && !config_->users.contains("*")) {
       sqlstate = "28000";
       error = "role \"" + user + "\" does not exist";

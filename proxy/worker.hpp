@@ -204,7 +204,7 @@ class Worker {
   /// in ClientSession::verified or refused.
   void verify(ClientSession& client, const std::string& password, const std::vector<std::string>& date_styles);
   /// The secret that a user must prove; nullopt: no such user.
-  std::optional<std::string> secret_of(const std::string& user);
+  std::optional<std::string> secret_of(const std::string& user, const std::string& database);
 
   void want_server(ClientSession& client);                         ///< queues it and opens connections
   void run_later(ClientSession& client);                           ///< at the end of this turn
@@ -271,6 +271,7 @@ class Worker {
   struct DatabaseEntry {
     pool::DatabaseSnapshot shown;
     std::string upstream;
+    std::string password;  ///< of the URL's user, if that isn't the global one
     std::string encoding;
     bool pooler = false;
   };
@@ -289,6 +290,8 @@ class Worker {
   static std::string name_of(const conf::ConnectParams& upstream);
   static void show_settings(const conf::PoolSettings& settings, pool::DatabaseSnapshot& shown);
   DatabaseEntry describe(const std::string& name) const;
+  /// The password of a database's own user; nullopt: it isn't this one.
+  std::optional<std::string> password_of_own_user(const std::string& database, const std::string& user) const;
   std::optional<PoolPlan> plan_database(const std::string& database) const;
   std::optional<PoolPlan> plan_pool(const std::string& database, const std::string& user, std::string& sqlstate, std::string& error) const;
   void stir() {
