@@ -14,7 +14,7 @@ import pytest
 
 import harness
 import wire
-from harness import poll
+from harness import PASSWORD, USER, poll
 
 SHOWS = ("ACTIVE_SOCKETS CLIENTS CONFIG DATABASES DNS_HOSTS DNS_ZONES FDS LEAKS LISTS MEM PEER_POOLS PEERS PINS POOLS PREPARED_STATEMENTS "
          "SERVERS SOCKETS STATE STATS STATS_AVERAGES STATS_TOTALS TOTALS USERS VERSION").split()
@@ -370,6 +370,17 @@ def test_a_pauser_that_leaves_takes_it_back(proxy):
         time.sleep(0.2)
         admin.pgconn.finish()
         pausing.join(10)
+        busy.execute("COMMIT")
+        busy.execute("SELECT 1")
+
+
+def test_a_pauser_that_says_goodbye_takes_it_back(proxy):
+    with proxy.connect() as busy, wire.Wire(proxy.port) as w:
+        busy.execute("BEGIN")
+        busy.execute("SELECT 1")
+        assert w.login(USER, PASSWORD, "pgsidecar") is None
+        w.send(wire.query("PAUSE"), wire.frame("X"))
+        w.closed()
         busy.execute("COMMIT")
         busy.execute("SELECT 1")
 

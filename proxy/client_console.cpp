@@ -97,6 +97,10 @@ void ClientSession::begin_console(const std::string& user, const std::string& da
 }
 
 std::size_t ClientSession::on_console(Bytes in) {
+  if (in[0] == 'X') {  // also in the middle of what it waits for
+    close();
+    return 0;
+  }
   if (!console_->session.idle() || channel_.queued() > kHighMark) return 0;
   if (in.size() < kHeaderSize) return 0;
   const std::uint32_t length = protocol::load_u32(in.data() + 1);
@@ -108,10 +112,6 @@ std::size_t ClientSession::on_console(Bytes in) {
   if (in.size() < total) return 0;
   const char type = static_cast<char>(in[0]);
   static constexpr std::string_view kKnown = "QPBDECSHFdcf";
-  if (type == 'X') {
-    close();
-    return 0;
-  }
   if (kKnown.find(type) == std::string_view::npos) {
     fatal("08P01", "invalid frontend message type " + std::to_string(static_cast<unsigned char>(type)));
     return 0;
