@@ -19,6 +19,7 @@ namespace {
 
 constexpr std::size_t kMaxFile = 1u << 20;
 constexpr int kDeepest = 16;  // mappings in mappings
+constexpr std::size_t kMostMappings = 100'000;
 
 std::string joined(const std::vector<std::string>& lines) {
   std::string out;
@@ -87,8 +88,8 @@ class Reader {
   /// False: it can't be read, since it has no end.
   bool no_duplicates(const YAML::Node& map, const std::string& path, int depth) {
     if (!map.IsMap()) return true;
-    if (depth > kDeepest) {
-      mistake(map, path.substr(0, path.find('.')), "nested too deeply (an alias of what it is in?)");
+    if (depth > kDeepest || ++visited_ > kMostMappings) {
+      mistake(map, path.substr(0, path.find('.')), "nested too deeply, or too much (an alias of what it is in?)");
       return false;
     }
     std::set<std::string> seen;
@@ -153,6 +154,8 @@ class Reader {
   }
 
   void top(const YAML::Node& name_node, const YAML::Node& node, const std::string& path) {
+    if (const auto dot = path.find('.'); dot != std::string::npos)
+      return mistake(name_node, path, "keys are nested: " + path.substr(0, dot) + ": {" + path.substr(dot + 1) + ": ...}");
     if (set(config_keys(), config_, path, node, path)) return;
     std::vector<std::string_view> known{"upstream", "databases", "users", "alerts.webhooks"};
     bool section = false;
@@ -449,6 +452,7 @@ class Reader {
   static constexpr const char* kDefaultUrl = "${DATABASE_URL}";
   std::map<std::string, int> lines_;  // where a path was given
   std::set<std::string> wrong_;       // sections with a mistake
+  std::size_t visited_ = 0;           // mappings
   std::string file_;
   const Environment& env_;
   Config& config_;

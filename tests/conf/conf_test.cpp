@@ -394,10 +394,21 @@ TEST(Load, AllMistakesAtOnceWithTheirLines) {
     EXPECT_NE(text.find(says), std::string::npos) << says << "\n" << text;
 }
 
+TEST(Load, AliasesOfAliases) {
+  std::string yaml = "a0: &a0 {x: 1}\n";
+  for (int i = 1; i < 15; ++i) {
+    yaml += "a" + std::to_string(i) + ": &a" + std::to_string(i) + " {";
+    for (int j = 0; j < 6; ++j) yaml += "k" + std::to_string(j) + ": *a" + std::to_string(i - 1) + ", ";
+    yaml += "}\n";
+  }
+  EXPECT_NE(mistake([&] { load_text(yaml, "x", kUrl); }).find("too deeply, or too much"), std::string::npos);
+}
+
 TEST(Load, WhatIsWrong) {
   const struct {
     const char *yaml, *says;
   } rows[] = {
+      {"pool.max: 5\n", "x:1: pool.max: keys are nested: pool: {max: ...}"},
       {"[", "not valid YAML"},
       {"3", "mapping"},
       {"pool: 3", "mapping"},
