@@ -487,11 +487,8 @@ void ServerConnection::detach(bool dirty, bool finish) {
   if (!alive()) return;
   if (dirty) return start_reset(finish);
   if (!adopted_.empty()) {
-    Gather others;
-    std::swap(others, worker_.to_server);
+    const Worker::Aside aside(worker_, *this);
     close_adopted();
-    send(worker_.to_server);
-    std::swap(others, worker_.to_server);
   }
   settle();
 }
@@ -502,11 +499,10 @@ void ServerConnection::start_reset(bool finish) {
   if (pipeline.copy_in()) return close(pool::CloseReason::Broken);
   deadline = finish ? pool::Time::max() : worker_.now() + std::chrono::seconds(1);  // then what is still running is cancelled
   worker_.kick();
-  Gather out;
-  std::swap(out, worker_.to_server);
+  const Worker::Aside aside(worker_, *this);
   if (pipeline.unsynced()) {
     run_within({"ROLLBACK"});  // a Sync alone would commit
-    worker_.to_server.own([](std::string& o) { protocol::Writer(o).begin(protocol::Frontend::Sync).end(); });
+    worker_.to_server.own([](std::string& out) { protocol::Writer(out).begin(protocol::Frontend::Sync).end(); });
     pipeline.push({Request::Sync, Verdict::Skip, protocol::kProxy});
   }
   ask(kReset, "ROLLBACK");
@@ -514,8 +510,6 @@ void ServerConnection::start_reset(bool finish) {
   forget_statements();
   sequences_dirty = false;
   settings = entry_.settings.intern({});
-  send(worker_.to_server);
-  std::swap(out, worker_.to_server);
   resume_reading();  // its client may not have read on
 }
 

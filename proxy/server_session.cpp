@@ -193,11 +193,8 @@ void ServerConnection::restore_settings(const Settings& login) {
 }
 
 void ServerConnection::restore_settings_now(const Settings& login) {
-  Gather others;
-  std::swap(others, worker_.to_server);
+  const Worker::Aside aside(worker_, *this);
   restore_settings(login);
-  send(worker_.to_server);
-  std::swap(others, worker_.to_server);
 }
 
 // --- questions
@@ -329,23 +326,17 @@ bool ServerConnection::ask_catalog() {
     return false;
   }
   residue_failed_ = false;
-  Gather others;
-  std::swap(others, worker_.to_server);
+  const Worker::Aside aside(worker_, *this);
   if (begins) ask(kCapacity, kCapacityQuestion);
   ask(kSurvey, question);
-  send(worker_.to_server);
-  std::swap(others, worker_.to_server);
   return true;
 }
 
 /// Where there are no surveys to ask with. False: it is known.
 bool ServerConnection::ask_capacity() {
   if (!worker_.take_capacity_question(worker_.upstream_of(entry_.database))) return false;
-  Gather others;
-  std::swap(others, worker_.to_server);
+  const Worker::Aside aside(worker_, *this);
   ask(kCapacity, kCapacityQuestion);
-  send(worker_.to_server);
-  std::swap(others, worker_.to_server);
   return true;
 }
 
@@ -420,11 +411,8 @@ void ServerConnection::ask_listening(std::string_view sql) {
 }
 
 void ServerConnection::tell_listening(std::string_view sql) {
-  Gather other;
-  std::swap(other, worker_.to_server);
+  const Worker::Aside aside(worker_, *this);
   ask(kListening, sql);
-  send(worker_.to_server);
-  std::swap(other, worker_.to_server);
 }
 
 void ServerConnection::ask_extended(const std::string& sql) {

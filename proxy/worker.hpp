@@ -177,6 +177,23 @@ class Worker {
     Worker& worker_;
   };
 
+  /// What is gathered for a server connection while this lives is sent to it then; what the turn has gathered for another one stays.
+  class Aside {
+   public:
+    Aside(Worker& worker, ServerConnection& server) : worker_(worker), server_(server) { std::swap(others_, worker_.to_server); }
+    Aside(const Aside&) = delete;
+    Aside& operator=(const Aside&) = delete;
+    ~Aside() {
+      server_.send(worker_.to_server);
+      std::swap(others_, worker_.to_server);
+    }
+
+   private:
+    Worker& worker_;
+    ServerConnection& server_;
+    Gather others_;
+  };
+
   // For clients and servers.
   boost::asio::io_context& loop() { return data_; }
   Control& control() { return control_; }
