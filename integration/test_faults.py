@@ -335,6 +335,36 @@ def test_a_statement_prepared_in_a_lost_transaction(pg, proxies, again):
         assert w.value("SELECT 1") == "1"
 
 
+def test_what_a_lost_server_was_owed_reaches_no_other(pg, proxies):
+    """The server ends the connection in the read in which a Sync that was kept back falls due: it is nobody else's."""
+    pg.sql("DROP TABLE IF EXISTS owed; CREATE TABLE owed (a int); GRANT ALL ON owed TO app", database=DATABASE)
+    proxy = proxies({"pool": {"max": 3}})
+    for _ in range(15):
+        with raw(proxy) as culprit, raw(proxy) as one, raw(proxy) as other:
+            assert one.value("SELECT 1") == other.value("SELECT 1") == "1"
+            culprit.send(wire.parse("COPY owed FROM STDIN"), wire.bind(), wire.execute(), wire.SYNC)
+            culprit.until("G")
+            culprit.send(wire.SYNC, wire.execute())
+            culprit.until("E")
+            one.send(wire.query("SELECT 'one' FROM pg_sleep(0.1)"))
+            time.sleep(0.03)
+            assert other.value("SELECT 'other'") == "other"
+            assert [m.row[0] for m in one.until() if m.type == "D"] == [b"one"]
+
+
+@pytest.mark.parametrize("name,value", [("client_encoding", "LATIN1"), ("DateStyle", "German, DMY")])
+def test_a_client_hears_that_its_setting_is_lost(pg, proxies, name, value):
+    proxy = proxies()
+    with raw(proxy) as w:
+        before = w.parameters[name]
+        w.ask(wire.query(f"BEGIN; SET {name} = {harness.quote(value)}"))
+        assert w.parameters[name] == value
+        harness.poll(lambda: pg.sql("SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE usename = 'app'")[0][0] == 0)
+        w.ask(wire.query("ROLLBACK"))
+        w.ask(wire.query("ROLLBACK"))
+        assert w.value(f"SHOW {name}") == before == w.parameters[name]
+
+
 def test_pipelined_queries_end_with_their_server(pg, proxies):
     """More than one of them is under way: as on a connection of its own, nothing can be told of the later ones."""
     with Gate(pg.port) as gate:

@@ -216,7 +216,8 @@ def test_client_gone_that_has_not_read_its_result(proxies, pg):
 
 
 def test_pools_that_nobody_uses_are_forgotten(proxies):
-    proxy = proxies({"users": {"*": {}, "other": {"password": harness.OTHER_PASSWORD}}, "databases": {"*": {}}, "auth": {"method": "password"}})
+    proxy = proxies({"users": {"*": {}, "other": {"password": harness.OTHER_PASSWORD}}, "databases": {"*": {}}, "auth": {"method": "password"},
+                     "admin": {"users": [USER]}})
 
     def pools():
         return {(row["database"], row["user"]) for row in proxy.json("/api/monitoring/pools")[1]["pools"]}
@@ -233,6 +234,8 @@ def test_pools_that_nobody_uses_are_forgotten(proxies):
     with raw(proxy, user=harness.OTHER_USER, password=harness.OTHER_PASSWORD, database="postgres") as w:
         w.value("SELECT 1")
     time.sleep(1.5)
+    with proxy.connect(database="pgsidecar", prepare_threshold=None) as console:
+        assert not [row for row in console.execute("SHOW DATABASES") if row[0].startswith("nowhere")]
     assert pools() == {(DATABASE, USER), ("postgres", harness.OTHER_USER)}
 
 

@@ -315,6 +315,20 @@ def test_deallocate_and_discard(small):
             assert kinds(messages) == "EZ" and messages[0].error["C"] == "26000", sql
 
 
+@pytest.mark.parametrize("extended", [False, True], ids=["simple", "extended"])
+def test_a_long_text_behind_another_request(small, extended):
+    """Its first half has come when the client gives its server connection back."""
+    text = "/*" + "x" * 300_000 + "*/ SELECT 77"
+    data = wire.parse(text) + wire.bind() + wire.execute() + wire.SYNC if extended else wire.query(text)
+    with raw(small) as w:
+        for cut in (60_000, 70_000, 200_000):
+            w.send(wire.query("SELECT 1"), data[:cut])
+            assert kinds(w.until()) == "TDCZ"
+            time.sleep(0.1)
+            w.send(data[cut:])
+            assert w.until()[-3].row == [b"77"]
+
+
 def test_texts_too_long_to_be_kept(proxies, pg):
     proxy = proxies({"limits": {"maxParseBytes": 65536}, "pool": {"max": 2}})
     plain = harness.Postgres(plain=True)
@@ -330,6 +344,10 @@ def test_texts_too_long_to_be_kept(proxies, pg):
             answers = [[(m.type, m.error["C"] if m.type == "E" else m.body) for m in one.ask(*step, wire.SYNC)] for one in (direct, w)]
             assert answers[0] == answers[1], number
             assert kinds(other.ask(wire.bind(), wire.execute(), wire.SYNC)) == "EZ"
+        w.send(wire.parse("bogus"), wire.SYNC, wire.parse(long), wire.bind(), wire.execute(), wire.SYNC)
+        assert kinds(w.until()) + kinds(w.until()) == "EZ12DCZ"
+        w.ask(wire.bind("none"), wire.parse("SELECT 'skipped'"), wire.close("S"), wire.SYNC)
+        assert w.ask(wire.bind(), wire.execute(), wire.SYNC)[1].row == [b"long", b"100000"]
 
 
 def test_cached_plan_must_not_change_result_type(small, pg):

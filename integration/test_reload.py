@@ -4,6 +4,7 @@ import shutil
 import signal
 import socket
 import ssl
+import time
 
 import harness
 import wire
@@ -157,6 +158,22 @@ def test_the_upstreams_ca(proxies, pg, tmp_path):
         put(ca, pg.ca.read_text())
         reload(proxy)
         harness.poll(lambda: (w.value("SELECT 1"), server_pids(proxy))[1] not in ([], first), what="a connection that was made with it")
+
+
+def test_a_pool_that_is_forgotten_while_its_names_are_looked_up(proxies, pg, tmp_path):
+    patience, program = tmp_path / "patience", tmp_path / "program"
+    patience.write_text("0")
+    program.write_text(f"#!/bin/sh\nsleep $(cat {patience})\necho '{PASSWORD}'\n")
+    program.chmod(0o755)
+    proxy = proxies({"databases": {"*": {}}, "auth": {"method": "trust"},
+                     "upstream": {"url": pg.url(password="", sslmode="require"), "passwordCommand": [str(program)]}}, environment={"MALLOC_PERTURB_": "165"})
+    with raw(proxy) as stays, wire.Wire(proxy.port) as w:
+        assert w.login(USER, PASSWORD, "nowhere").error["C"] == "3D000"
+        patience.write_text("3")
+        reload(proxy)
+        time.sleep(4)
+        patience.write_text("0")
+        assert stays.value("SELECT 1") == "1"
 
 
 # ---- what needs a restart

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <boost/asio/post.hpp>
+#include <cassert>
 
 #include "protocol/sql_scan.hpp"
 #include "proxy/log.hpp"
@@ -75,9 +76,9 @@ void ClientSession::on_readable() {
     }
   }
   for (int round = 0; round < 4; ++round) {
-    if (server_ && server_->queued() > kHighMark) return;                                    // resumed when the server has taken it
-    if (channel_.queued() > kHighMark) return;                                               // resumed when the client has read
-    if ((state_ != State::Active || held()) && channel_.unread.size() > kMaxUnread) return;  // resumed by go_on()
+    if (server_ && server_->queued() > kHighMark) return;                                     // resumed when the server has taken it
+    if (channel_.queued() > kHighMark) return;                                                // resumed when the client has read
+    if ((state_ == State::Console || held()) && channel_.unread.size() > kMaxUnread) return;  // resumed by go_on(), resume_console()
     const IoResult got = channel_.transport.read(worker_.scratch());
     if (got.status == IoStatus::WouldBlock) break;
     if (got.status != IoStatus::Ok) return close();
@@ -145,6 +146,7 @@ void ClientSession::wait_writable() {
 }
 
 std::size_t ClientSession::process(Bytes in) {
+  assert(worker_.to_server.empty() && worker_.to_client.empty());
   std::size_t at = 0;
   auto& to_server = worker_.to_server;
   while (at < in.size() && state_ != State::Closed && state_ != State::Closing && state_ != State::Tls) {
@@ -405,7 +407,8 @@ void ClientSession::on_server_lost(const std::string& sqlstate, const std::strin
   undo_deallocations();
   parse_error_.reset();
   forget_residue();
-  in_request_ = waits_for_names_ = restore_due_ = unnamed_here_ = false;
+  in_request_ = waits_for_names_ = restore_due_ = unnamed_here_ = tell_due_ = false;
+  told_ = 0;  // its transaction may have set something
   names_open_ = names_change_ = kNoNames;
   // A session that lived on that connection, or a transaction, can't go on elsewhere.
   if (pin_ || unknown || several || entry_->pool.settings().mode == conf::PoolMode::Session)

@@ -92,7 +92,7 @@ bool Worker::must_look(PoolEntry& entry, pool::Time t) const {
 
 void Worker::look_again(PoolEntry& entry) {
   entry.looked_at = now();
-  control_.resolve(entry.upstream, [this, &entry](const std::shared_ptr<const Upstream>& found) {
+  control_.resolve(entry.upstream, [this, keeps = entry.shared_from_this(), &entry](const std::shared_ptr<const Upstream>& found) {
     if (!found->error.empty()) return;
     const Turn turn(*this);
     saw_addresses(entry, *found);
@@ -111,7 +111,7 @@ void Worker::look_again(PoolEntry& entry) {
 }
 
 void Worker::recheck(PoolEntry& entry) {
-  control_.resolve(entry.upstream, [this, &entry](const std::shared_ptr<const Upstream>& found) {
+  control_.resolve(entry.upstream, [this, keeps = entry.shared_from_this(), &entry](const std::shared_ptr<const Upstream>& found) {
     if (!found->error.empty()) return;
     const Turn turn(*this);
     outdate_servers(entry, [&](const ServerConnection& server) {
@@ -126,7 +126,8 @@ void Worker::on_write_refused(const ServerConnection& server) {
   PoolEntry& entry = server.entry();
   if (now() - entry.write_refused_at < seconds(10)) return;
   entry.write_refused_at = now();
-  control_.resolve(entry.upstream, [this, &entry, here = address_of(server.target())](const std::shared_ptr<const Upstream>& found) {
+  control_.resolve(entry.upstream, [this, keeps = entry.shared_from_this(), &entry,
+                                    here = address_of(server.target())](const std::shared_ptr<const Upstream>& found) {
     const bool elsewhere =
         std::any_of(found->targets.begin(), found->targets.end(), [&](const Target& target) { return address_of(target) != here; });
     const Turn turn(*this);

@@ -162,7 +162,7 @@ std::size_t ClientSession::on_query(Bytes available, std::size_t total) {
   }
   statements.clear_unnamed();
   for (Pending& pending : pending_)
-    if (pending.name.empty()) pending.before.reset();
+    if (pending.name.empty()) pending.before.reset(), pending.adopted.reset();
   server_->statements.unnamed.reset();
   ++entry_->pool.counters().queries;
   server_->pipeline.push({Request::Query, Verdict::Forward, id_, statement});
@@ -234,7 +234,7 @@ std::size_t ClientSession::on_long_parse(Bytes available, std::size_t total) {
     if (name.empty()) {
       names_change_ |= kUnnamed;
       unnamed_here_ = true;
-      pending_.push_back({Pending::kParse, {}, statements.find({})});
+      pending_.push_back({Pending::kParse, {}, statements.find({}), server_->statements.unnamed});
       server_->statements.unnamed = worker_.statements.make({}, settings->meaning);  // stands for it
       statements.set({}, server_->statements.unnamed);
     } else {
@@ -289,9 +289,8 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
   auto& held = server_->statements;
   if (name.empty()) {
     pipeline.push({Request::Parse, Verdict::Forward, id_});
-    pending_.push_back({Pending::kParse, {}, statements.find({})});
-    statements.set({}, statement);
-    held.unnamed = std::move(statement);
+    pending_.push_back({Pending::kParse, {}, statements.find({}), std::exchange(held.unnamed, statement)});
+    statements.set({}, std::move(statement));
     relay(available, total);
     return total;
   }
@@ -527,8 +526,8 @@ std::size_t ClientSession::on_close(Bytes available, std::size_t total) {
     if (!name.empty() && !names_settled(kNames)) return 0;
     names_change_ |= name.empty() ? kUnnamed : kNames;
     const bool shared = !name.empty() && available.size() == total && !sql_prepared() && !server_->has_adopted(name);
-    if (name.empty()) server_->statements.unnamed.reset();
-    pending_.push_back({Pending::kClose, std::string(name), statements.find(name), shared ? nullptr : server_->forget_adopted(name)});
+    auto known = name.empty() ? std::exchange(server_->statements.unnamed, {}) : shared ? nullptr : server_->forget_adopted(name);
+    pending_.push_back({Pending::kClose, std::string(name), statements.find(name), std::move(known)});
     statements.erase(name);
     pipeline.push({Request::Close, shared ? Verdict::Inject : Verdict::Forward, id_, kOfStatement});
     if (shared) return total;
@@ -566,7 +565,10 @@ void ClientSession::undo(std::vector<Pending>::iterator done) {
   } else {
     statements.erase(done->name);
     if (done->before) statements.set(done->name, std::move(done->before));
-    if (server_) server_->keep_adopted(done->name, done->adopted);
+    if (server_ && done->name.empty())
+      server_->statements.unnamed = std::move(done->adopted);
+    else if (server_)
+      server_->keep_adopted(done->name, done->adopted);
   }
   pending_.erase(done);
 }
@@ -575,7 +577,7 @@ void ClientSession::on_name_done(bool ok, bool skipped) {
   const auto next = next_pending(false);
   if (next == pending_.end()) return;
   if (!ok && next->kind != Pending::kUnkept) {
-    if (next->kind == Pending::kParse && next->name.empty() && !skipped) next->before.reset();  // a Parse that fails has ended it
+    if (next->kind == Pending::kParse && next->name.empty() && !skipped) next->before.reset(), next->adopted.reset();  // it has ended that
     return undo(next);
   }
   if (!ok) parse_error_ = std::make_unique<std::string>(std::move(next->name));

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <boost/asio/post.hpp>
+#include <cassert>
 #include <cerrno>
 
 #include "proxy/client_session.hpp"
@@ -150,6 +151,7 @@ void ServerConnection::wait_writable() {
 }
 
 std::size_t ServerConnection::process(Bytes in) {
+  assert(worker_.to_server.empty() && worker_.to_client.empty());
   const auto self = shared_from_this();
   std::size_t at = 0;
   Gather& out = worker_.to_client;
@@ -208,6 +210,8 @@ std::size_t ServerConnection::process(Bytes in) {
     } else if (ready && client_ && client_->subscriber() && pipeline.empty()) {
       client_->subscriber()->on_answered();
     }
+  } else {
+    worker_.to_server.clear();
   }
   return at;
 }
@@ -440,9 +444,9 @@ void ServerConnection::on_dropped(const Owed& owed, bool skipped) {
     // A Parse of a name that exists already has failed because of that; what it named stays.
     const bool duplicate = ours && owed.verdict == Verdict::Forward && client_->pending_is_duplicate();
     if (!duplicate) statements.erase(owed.note);
-  } else {
+  } else if (owed.verdict == Verdict::Skip) {
     statements.unnamed.reset();
-    adoption_skipped_ |= ours && owed.verdict == Verdict::Skip;
+    adoption_skipped_ |= ours;
   }
   if (owed.verdict == Verdict::Forward && ours) client_->on_name_done(false, skipped);
 }

@@ -253,7 +253,7 @@ void Worker::want_server(ClientSession& client) {
   entry.pool.wait(client, now());
   kick();
   if (is_refused(entry, now())) {  // the client is in the middle of a request
-    asio::post(data_, [this, &entry] {
+    asio::post(data_, [this, keeps = entry.shared_from_this(), &entry] {
       const Turn turn(*this);
       if (is_refused(entry, now())) refuse_waiters(entry);
     });
@@ -406,7 +406,7 @@ void Worker::refuse_waiters(PoolEntry& entry) {
 void Worker::on_server_closed(ServerConnection& server) {
   PoolEntry& entry = server.entry();
   // The connection may be in the middle of a turn of its own.
-  asio::post(data_, [this, &entry, id = server.id()] {
+  asio::post(data_, [this, keeps = entry.shared_from_this(), &entry, id = server.id()] {
     entry.servers.erase(id);
     check_operations();
     serve(entry);
@@ -564,7 +564,12 @@ void Worker::tick() {
     if (const pool::Time at = forget_at(*entry); at != pool::Time::max())
       idle_check = std::min(idle_check, std::chrono::ceil<milliseconds>(std::max(at, t) - t));
   }
-  std::erase_if(pools_, [&](const auto& pool) { return t >= forget_at(*pool.second); });
+  if (std::erase_if(pools_, [&](const auto& pool) { return t >= forget_at(*pool.second); }) > 0)
+    std::erase_if(databases_, [this](const auto& database) {
+      const std::string& name = database.first;
+      return !config_->databases.contains(name) && name != upstream_.dbname &&
+             std::none_of(pools_.begin(), pools_.end(), [&](const auto& pool) { return pool.first.first == name; });
+    });
   std::vector<std::shared_ptr<ClientSession>> due;
   for (auto& [id, client] : clients_) {
     in_doubt |= client->look();

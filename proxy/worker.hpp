@@ -170,6 +170,8 @@ class Worker {
     ~Turn() {
       if (--worker_.turns_ > 0) return;
       if (!worker_.runnable_.empty()) worker_.run_runnable();
+      worker_.to_client.clear();  // what was for a connection that is gone is nobody else's
+      worker_.to_server.clear();
       worker_.meter.end_turn();
     }
 
