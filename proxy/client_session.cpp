@@ -189,7 +189,7 @@ std::size_t ClientSession::process(Bytes in) {
 
 // --- leases
 
-void ClientSession::on_answered() {
+void ClientSession::on_answered(bool told) {
   const pool::Time now = worker_.now();
   const auto micros_since = [now](pool::Time begun) {
     return static_cast<std::uint64_t>(std::chrono::duration_cast<std::chrono::microseconds>(now - begun).count());
@@ -198,7 +198,7 @@ void ClientSession::on_answered() {
   counters.query.record(micros_since(sent_at_));
   sent_at_ = now;
   in_request_ = false;
-  if (!pending_.empty() && answered()) undo_deallocations();
+  if (told && !pending_.empty()) undo_deallocations(false);
   if (restore_due_ && answered()) {
     restore_due_ = false;
     server_->restore_settings_now(*login_settings_);
@@ -211,7 +211,6 @@ void ClientSession::on_answered() {
     transaction_since = now;  // what is in the pipeline behind it is another one
     server_->running.first = 0;
   }
-  if (tell_due_ && server_->pipeline.status() == protocol::TxStatus::Idle) tell_parameters(worker_.to_client);
   examined_ = false;
   told_residue_ |= residue_;
 }
@@ -256,6 +255,13 @@ void ClientSession::on_lease(ServerConnection& server) {
     send(told);
   }
   if (!acquiring_) worker_.run_later(*this);
+}
+
+void ClientSession::on_settings_applied() {
+  if (state_ == State::Greeting)
+    settings->welcome = server_->parameters();
+  else if (tell_due_)
+    tell_parameters(worker_.to_client);
 }
 
 void ClientSession::tell_parameters(Gather& out) {
@@ -400,15 +406,15 @@ void ClientSession::on_server_lost(const std::string& sqlstate, const std::strin
   const bool unknown =
       server_->asking_residue() || server_->restoring() || (subscriber_ && subscriber_->owes_ready()) || left_unknown(in_transaction);
   if (subscriber_) subscriber_->on_server_lost();
+  if (!tell_due_ && told_ != server_->told()) told_ = 0;  // it was told what its transaction has set
   server_ = nullptr;
   if (state_ == State::Greeting) return greet_elsewhere({"FATAL", sqlstate, message, {}, {}});
   worker_.count_error(sqlstate);
   while (next_pending(false) != pending_.end()) on_name_done(false);
-  undo_deallocations();
+  undo_deallocations(true);
   parse_error_.reset();
   forget_residue();
   in_request_ = waits_for_names_ = restore_due_ = unnamed_here_ = tell_due_ = false;
-  told_ = 0;  // its transaction may have set something
   names_open_ = names_change_ = kNoNames;
   // A session that lived on that connection, or a transaction, can't go on elsewhere.
   if (pin_ || unknown || several || entry_->pool.settings().mode == conf::PoolMode::Session)

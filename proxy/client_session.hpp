@@ -64,6 +64,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   void on_server_lost(const std::string& sqlstate, const std::string& message, bool in_transaction);
   /// The server owes nothing and is outside a transaction. Decides whether the lease ends.
   void on_server_ready();
+  void on_settings_applied();  ///< its server has them
   void on_greeting_failed(const protocol::ErrorFields& error);
   void on_residue(SettingsRef settings, const Residue& found);  ///< no settings: they aren't known
   void on_learned() { residue_ |= protocol::kFunction; }        ///< its transaction may have left something: the session is to be looked at
@@ -71,7 +72,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   void on_name_done(bool ok, bool skipped = false);  ///< a Parse, or a Close of a statement; skipped: behind one that failed
   void on_deallocated();                             ///< by SQL
   void on_looks_different(const protocol::StatementRef& statement, std::size_t shape);  ///< than others were told, as this one was told
-  void on_answered();                                                                   ///< ReadyForQuery of a request of its own
+  void on_answered(bool told);                                                          ///< ReadyForQuery; told: it goes to the client
   void on_statements_gone();                                                            ///< DISCARD ALL, DEALLOCATE ALL
   bool waits_for_names() const { return waits_for_names_; }
   void on_names_known();  ///< maybe: something that was waited for is answered
@@ -135,6 +136,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
     std::string name;
     protocol::StatementRef before{};   ///< for the client
     protocol::StatementRef adopted{};  ///< what the server knew by the name itself
+    std::size_t readies = 0;           ///< of DEALLOCATE: it is answered with this ReadyForQuery, counted from the next
   };
 
   void transition(State next) { state_ = next; }
@@ -209,7 +211,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   bool adopt(std::string_view name, const protocol::StatementRef& statement);
   std::vector<Pending>::iterator next_pending(bool by_sql);
   void undo(std::vector<Pending>::iterator done);
-  void undo_deallocations();
+  void undo_deallocations(bool all);
   enum Names : std::uint8_t { kNoNames = 0, kNames = 1, kUnnamed = 2 };
   bool names_settled(Names which);
   bool names_settled(std::string_view name);

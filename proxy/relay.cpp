@@ -187,6 +187,12 @@ void ClientSession::adopt_named(std::string_view sql, int depth) {
   for (const std::string& name : named.names) {
     const auto statement = statements.find(name);
     if (!statement) continue;
+    // For DEALLOCATE alone any text does: the client's may not be valid any more.
+    const auto in = [&](const std::vector<std::string>& names) { return std::count(names.begin(), names.end(), name); };
+    if (in(named.deallocated) == in(named.names)) {
+      server_->adopt(name, worker_.nothing);
+      continue;
+    }
     server_->adopt(name, statement);
     if (statement->residue & protocol::kPrepared && depth < kDeepest) adopt_named(statement->sql, depth + 1);
   }
@@ -198,8 +204,13 @@ void ClientSession::note_deallocations(std::string_view sql) {
   if (!rewrites() || pipeline.failed() || pipeline.status() == protocol::TxStatus::Failed) return;
   const protocol::PreparedNames named = protocol::prepared_names(sql);
   if (named.closes_all) names_open_ |= kNames;
+  std::size_t readies = 1;
+  pipeline.for_each([&](const protocol::Owed& one) {
+    const bool ends = one.request == Request::Query || one.request == Request::Sync || one.request == Request::FunctionCall;
+    readies += ends && one.owner == id_ && one.verdict == Verdict::Forward;
+  });
   for (const std::string& name : named.deallocated) {
-    pending_.push_back({Pending::kDeallocate, name, statements.find(name), server_->forget_adopted(name)});
+    pending_.push_back({Pending::kDeallocate, name, statements.find(name), server_->forget_adopted(name), readies});
     statements.erase(name);
   }
 }
@@ -280,6 +291,13 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
       shared ? worker_.statements.intern(body, settings->meaning) : worker_.statements.make(body, settings->meaning);
   if ((!name.empty() || statement->residue & protocol::kPrepared) && !names_settled(kNames)) return 0;
   server_->running.named = note_statement(*statement);
+  if (const auto existing = name.empty() ? nullptr : statements.find(name)) {
+    // What the server itself finds wrong with it, "already exists" at the latest, with the client's name put back in.
+    prepare(existing, true);
+    server_->parse(existing->id, statement->body, Verdict::Forward);
+    pending_.push_back({Pending::kUnkept, std::string(name)});
+    return total;
+  }
   names_change_ |= name.empty() ? kUnnamed : kNames;
   unnamed_here_ |= name.empty();
   if (refuse(statement->sql, statement->residue, false)) return total;
@@ -297,13 +315,6 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
   if (statements.size() >= worker_.config().limits.maxPreparedStatementsPerClient) {
     fatal("53000", "too many prepared statements", "limits.maxPreparedStatementsPerClient bounds them for each client.");
     return 0;
-  }
-  if (const auto existing = statements.find(name)) {
-    // What the server itself finds wrong with it, "already exists" at the latest, with the client's name put back in.
-    if (!prepare(existing)) return 0;
-    server_->parse(existing->id, statement->body, Verdict::Forward);
-    pending_.push_back({Pending::kUnkept, std::string(name)});
-    return total;
   }
   if (sql_prepared()) {
     pending_.push_back({Pending::kParse, std::string(name), {}, server_->forget_adopted(name)});
@@ -552,8 +563,10 @@ void ClientSession::on_deallocated() {
   if (done != pending_.end()) pending_.erase(done);
 }
 
-void ClientSession::undo_deallocations() {
-  for (auto left = next_pending(true); left != pending_.end(); left = next_pending(true)) undo(left);
+void ClientSession::undo_deallocations(bool all) {
+  for (Pending& one : pending_)
+    if (one.kind == Pending::kDeallocate) one.readies = all ? 0 : one.readies - 1;
+  for (auto left = next_pending(true); left != pending_.end() && left->readies == 0; left = next_pending(true)) undo(left);
 }
 
 void ClientSession::undo(std::vector<Pending>::iterator done) {
@@ -580,7 +593,7 @@ void ClientSession::on_name_done(bool ok, bool skipped) {
     if (next->kind == Pending::kParse && next->name.empty() && !skipped) next->before.reset(), next->adopted.reset();  // it has ended that
     return undo(next);
   }
-  if (!ok) parse_error_ = std::make_unique<std::string>(std::move(next->name));
+  if (!ok && !skipped) parse_error_ = std::make_unique<std::string>(std::move(next->name));
   pending_.erase(next);
 }
 

@@ -306,7 +306,7 @@ bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total
   if (ours) note_answer(type, owed, available, total);
   if (ours && type == Backend::ReadyForQuery) {
     cancel_due_ = false;
-    client_->on_answered();
+    client_->on_answered(owed.verdict == Verdict::Forward);
   }
   if (owed.request == Request::Describe && owed.note != 0) on_described(type, owed, available, total);
   if (forward && type == Backend::ReadyForQuery) {

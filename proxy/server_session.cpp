@@ -266,9 +266,7 @@ void ServerConnection::on_proxy_reply(Backend type, std::uint64_t note, Bytes wh
     if (status != protocol::TxStatus::Idle || !client_->keeps_ready_back())
       worker_.to_client.own([&](std::string& out) { protocol::write_ready_for_query(out, status); });
   }
-  if (note == kApply && client_ && client_->state() == ClientSession::State::Greeting && !own_query_failed_) {
-    settings->welcome = parameters_;
-  }
+  if (note == kApply && client_ && !own_query_failed_) client_->on_settings_applied();
   own_query_failed_ = false;
 }
 
@@ -378,9 +376,10 @@ void ServerConnection::finish_residue() {
   const bool skipped = std::exchange(adoption_skipped_, false);
   std::erase_if(adopted_, [&](const auto& one) {
     const bool there = std::find(residue_.prepared.begin(), residue_.prepared.end(), one.first) != residue_.prepared.end();
+    if (there && one.second == worker_.nothing) return false;
     if (there)
       client_->statements.set(one.first, one.second);
-    else if (!skipped && client_->statements.find(one.first) == one.second)
+    else if (!skipped && (one.second == worker_.nothing || client_->statements.find(one.first) == one.second))
       client_->statements.erase(one.first);
     return !there;
   });
