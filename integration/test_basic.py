@@ -451,7 +451,7 @@ def test_a_unix_socket_needs_no_tls(proxies, tmp_path):
 
 def test_a_database_with_a_user_of_its_own(proxies, pg):
     own = {"upstream": {"url": pg.url(OTHER_USER, OTHER_PASSWORD, OTHER_DATABASE)}}
-    proxy = proxies({"databases": {DATABASE: {}, "own": own}})
+    proxy = proxies({"databases": {DATABASE: {}, "own": own}, "users": {OTHER_USER: {"pool": {"max": 2}}}})
     for user, password in ((OTHER_USER, OTHER_PASSWORD), (USER, PASSWORD)):
         with proxy.connect(user, password, "own") as connection:
             assert connection.execute("SELECT current_user, current_database()").fetchone() == (OTHER_USER, OTHER_DATABASE)

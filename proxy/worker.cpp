@@ -167,15 +167,15 @@ std::optional<Worker::PoolPlan> Worker::plan_pool(const std::string& database, c
     return std::nullopt;
   }
   const auto named = config_->users.find(user);
-  const bool own = named == config_->users.end() && password_of_own_user(database, user);
-  if (user != upstream_.user && !own) {
+  const bool has_password = named != config_->users.end() && named->second.password;
+  if (user != upstream_.user && (has_password || !password_of_own_user(database, user))) {
     if (named == config_->users.end() && !config_->users.contains("*")) {
       sqlstate = "28000";
       error = "role \"" + user + "\" does not exist";
       return std::nullopt;
     }
     plan->upstream.keys["user"] = user;
-    plan->upstream.keys["password"] = named != config_->users.end() && named->second.password ? *named->second.password : "";
+    plan->upstream.keys["password"] = has_password ? *named->second.password : "";
   }
   if (passes_password_on(user)) plan->upstream.passwordCommand.clear();
   if (named != config_->users.end()) plan->settings = conf::overlay(std::move(plan->settings), named->second.pool);
