@@ -399,6 +399,19 @@ def test_a_transaction_that_takes_too_long(proxies):
             two.execute("SELECT pg_sleep(0.08)")
 
 
+def test_a_limit_in_the_middle_of_a_row(proxies):
+    """An error there would be read as the rest of the row."""
+    proxy = proxies({"pool": {"maxTransactionMillis": 1500}})
+    with raw(proxy) as w:
+        w.send(wire.query("BEGIN"), wire.query("SELECT repeat('x', 60) FROM generate_series(1, 100000) WHERE pg_sleep(0.005) IS NOT NULL"))
+        with pytest.raises((wire.Closed, OSError)):
+            while True:
+                message = w.recv()
+                assert message.type != "D" or message.row == [b"x" * 60]
+                if message.type == "E":  # between two rows
+                    assert message.error["C"] == "25P04"
+
+
 def test_a_client_that_is_idle_for_too_long(proxies):
     proxy = proxies({"pool": {"clientIdleTimeoutMillis": 400}})
     with proxy.connect() as idle, proxy.connect() as pinned, proxy.connect() as busy:

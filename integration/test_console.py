@@ -374,6 +374,24 @@ def test_a_pauser_that_leaves_takes_it_back(proxy):
         busy.execute("SELECT 1")
 
 
+@pytest.mark.parametrize("command", ["KILL_CLIENT {id}", "KILL {database}", "RECONNECT"])
+@pytest.mark.parametrize("extended", [False, True], ids=["simple", "extended"])
+def test_what_reaches_other_clients_stays_out_of_the_answer(proxy, command, extended):
+    with harness.raw(proxy) as victim, wire.Wire(proxy.port) as w:
+        victim.value("SELECT 1")
+        assert w.login(USER, PASSWORD, "pgsidecar") is None
+        text = command.format(id=victim.pid, database=harness.DATABASE)
+        messages = w.ask(wire.parse(text), wire.bind(), wire.describe("P"), wire.execute(), wire.SYNC) if extended else w.ask(wire.query("SHOW VERSION; " + text))
+        assert "".join(m.type for m in messages) in (("12nCZ",) if extended else ("TDCCZ", "NTDCCZ", "TNDCCZ")), messages
+        if command == "RECONNECT":
+            assert victim.value("SELECT 2") == "2"
+        else:
+            assert [m.type for m in victim.closed()] == ["E"]
+        if command.startswith("KILL {"):
+            w.ask(wire.query(f"RESUME {harness.DATABASE}"))
+        assert w.ask(wire.query("SHOW VERSION"))[-1].type == "Z"
+
+
 def test_a_pauser_that_says_goodbye_takes_it_back(proxy):
     with proxy.connect() as busy, wire.Wire(proxy.port) as w:
         busy.execute("BEGIN")

@@ -215,6 +215,23 @@ def test_client_gone_that_has_not_read_its_result(proxies, pg):
         assert time.monotonic() - before < 5
 
 
+def test_a_reset_that_fails_counts_as_none(proxies, pg):
+    proxy = proxies({"pool": {"max": 1, "connectionTimeoutMillis": 20000}})
+    with raw(proxy) as w, raw(proxy, timeout=30) as other, pg.admin(DATABASE) as admin:
+        w.ask(wire.query("CREATE TEMP TABLE secret AS SELECT 'of one' AS a"))
+        w.ask(wire.query("SET work_mem = '7MB'; SET lock_timeout = 300"))
+        w.value("SELECT 1")
+        [[table]] = admin.execute("SELECT oid::regclass::text FROM pg_class WHERE relname = 'secret'").fetchall()
+        admin.execute("BEGIN")
+        admin.execute(f"LOCK TABLE {table} IN ACCESS SHARE MODE")  # so that DISCARD ALL can't drop it
+        w.sock.close()
+        release = threading.Timer(1.5, admin.execute, ["ROLLBACK"])
+        release.start()
+        assert other.value("SHOW work_mem") == "4MB"
+        assert other.ask(wire.query("SELECT a FROM secret"))[0].error["C"] == "42P01"
+        release.join()
+
+
 def test_pools_that_nobody_uses_are_forgotten(proxies):
     proxy = proxies({"users": {"*": {}, "other": {"password": harness.OTHER_PASSWORD}}, "databases": {"*": {}}, "auth": {"method": "password"},
                      "admin": {"users": [USER]}})

@@ -393,6 +393,48 @@ def test_copy_in_and_out(small, table):
                 assert b"".join(copy).count(b"\n") == 100000
 
 
+@pytest.mark.parametrize("what", ["asked", "restored", "synced", "queued"])
+def test_a_copy_that_fails_in_the_middle_of_a_message(proxies, pg, table, what):
+    """What the proxy has to say to the server then waits until the message has been sent, or the client's data would be read as messages."""
+    pg.sql("CREATE OR REPLACE FUNCTION slow_copy() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN PERFORM pg_sleep(0.7); RAISE EXCEPTION 'no'; END$$",
+           database=DATABASE)
+    pg.sql("CREATE TRIGGER slow BEFORE INSERT ON copied FOR EACH ROW EXECUTE FUNCTION slow_copy()", database=DATABASE)
+    proxy = proxies({"pool": {"max": 1, "connectionTimeoutMillis": 4000, **({"residueCheck": "never"} if what == "restored" else {})}})
+    with raw(proxy, timeout=20, **({"options": "-c work_mem=3MB"} if what == "restored" else {})) as w, raw(proxy) as other:
+        before = {"asked": "SET work_mem = '5MB'; ", "restored": "RESET work_mem; "}.get(what, "") + "COPY copied (b) FROM STDIN"
+        w.send(*((wire.parse(before), wire.bind(), wire.execute(), wire.FLUSH) if what == "synced" else (wire.query(before),)))
+        w.until("G")
+        if what == "synced":
+            w.send(wire.SYNC)
+        piece = [wire.copy_data(b"x" * 10 + b"\n")] * 4096 if what == "queued" else [wire.copy_data((b"x" * 1000 + b"\n") * 64)]
+
+        def feed():
+            for _ in range(400 if what != "queued" else 100):
+                w.send(*piece)
+            w.send(wire.COPY_DONE, *([wire.SYNC] if what == "synced" else []))
+
+        feeding = threading.Thread(target=feed, daemon=True)
+        feeding.start()
+        answer = w.until()
+        assert [m.error["C"] for m in answer if m.type == "E"] == ["P0001"] and answer[-1].type == "Z"
+        feeding.join(20)
+        assert not feeding.is_alive()
+        if what == "synced":
+            w.until()
+        assert other.value("SELECT 'other'") == "other"
+        assert w.value("SHOW work_mem") == {"asked": "4MB", "restored": "3MB"}.get(what, "4MB")
+    assert "08P01" not in proxy.log_text()
+
+
+def test_a_parse_that_the_proxy_answers_before_a_bind_that_waits(proxies):
+    proxy = proxies({"pool": {"max": 1}})
+    with raw(proxy) as one, raw(proxy, timeout=8) as other:
+        assert kinds(one.ask(wire.parse("DISCARD PLANS", "x"), wire.SYNC)) == "1Z"
+        other.value("SELECT 1")
+        assert kinds(other.ask(wire.parse("DISCARD PLANS", "y"), wire.bind("y"), wire.execute(), wire.SYNC)) == "12CZ"
+        healthy(one)
+
+
 def test_a_sync_in_the_second_copy_of_a_query(small, table):
     with raw(small) as w:
         w.send(wire.query("COPY copied FROM STDIN; COPY copied FROM STDIN"))
@@ -620,6 +662,31 @@ def test_a_cancel_request_is_over_when_the_server_has_it(proxies, pg):
             assert kinds(w.ask(wire.query("SELECT pg_sleep(0.5)"))) in ("TDCZ", "EZ")
             w.ask(wire.query("ROLLBACK"))
             healthy(w)
+
+
+class Late(Gate):
+    """New connections are slow from when `late` is set."""
+    late = 0
+
+    def _relay(self, source, *rest):
+        time.sleep(self.late)
+        super()._relay(source, *rest)
+
+
+def test_a_cancel_that_comes_too_late_hits_nobody(proxies):
+    """Its connection is given up after 5 s; the request comes later all the same."""
+    with harness.Postgres(plain=True) as own, Late(own.port) as gate:
+        proxy = proxies({"pool": {"max": 1, "connectionTimeoutMillis": 20000}}, url=own.url(port=gate.port, sslmode="disable"))
+        with raw(proxy, timeout=30) as one, raw(proxy, timeout=30) as other:
+            one.send(wire.query("SELECT pg_sleep(1)"))
+            harness.poll(lambda: own.count("usename = 'app' AND state = 'active'") == 1)
+            gate.late = 6.5
+            with socket.create_connection(("127.0.0.1", proxy.port), 10) as canceler:
+                canceler.sendall(wire.request(wire.CANCEL_REQUEST, struct.pack("!I", one.pid) + one.key))
+                assert kinds(one.until()) == "TDCZ"
+                gate.late = 0
+                assert kinds(other.ask(wire.query("SELECT pg_sleep(3)"))) == "TDCZ"
+        proxy.stop()
 
 
 def test_cancel_requests_in_masses(proxies, pg):

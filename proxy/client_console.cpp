@@ -35,7 +35,18 @@ void ClientConsole::perform(const ConsoleCommand& command, std::function<void(st
     done(std::move(error));
     client->resume_console();
   };
-  const auto operate = [&](pool::Command::Kind kind) { worker_.operate({kind, command.id, command.name}, std::move(tell), client_.id()); };
+  // In a turn of its own, since it reaches other clients.
+  const auto operate = [&](pool::Command::Kind kind) {
+    boost::asio::post(worker_.loop(),
+                      [&worker = worker_, weak = client_.weak_from_this(), kind, command, tell = std::move(tell)]() mutable {
+                        const Worker::Turn turn(worker);
+                        const auto client = weak.lock();
+                        if (!client || client->state() != ClientSession::State::Console) return;
+                        if (kind != pool::Command::Kind::CloseClient)
+                          return worker.operate({kind, command.id, command.name}, std::move(tell), client->id());
+                        tell(worker.execute({kind, command.id, {}}).empty() ? std::string() : std::string("client not found"));
+                      });
+  };
   switch (command.kind) {
     case Kind::Pause: return operate(pool::Command::Kind::Pause);
     case Kind::Resume: return operate(pool::Command::Kind::Resume);
@@ -44,10 +55,7 @@ void ClientConsole::perform(const ConsoleCommand& command, std::function<void(st
     case Kind::Enable: return operate(pool::Command::Kind::Enable);
     case Kind::Kill: return operate(pool::Command::Kind::Kill);
     case Kind::WaitClose: return operate(pool::Command::Kind::WaitClose);
-    case Kind::KillClient: {
-      pool::Command close{pool::Command::Kind::CloseClient, command.id, {}};
-      return tell(worker_.execute(close).empty() ? std::string() : std::string("client not found"));
-    }
+    case Kind::KillClient: return operate(pool::Command::Kind::CloseClient);
     default:
       log::info("console_command", client_.about(), "console of {}: {}", session.user(), command.tag);
       if (!worker_.on_request) return tell("not available");

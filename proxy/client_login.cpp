@@ -74,6 +74,7 @@ std::size_t ClientSession::on_startup(Bytes in) {
   }
   if (code == protocol::kGssEncRequest) {
     answer('N');
+    send(worker_.to_client);
     return length;
   }
   if (code == protocol::kCancelRequest) {

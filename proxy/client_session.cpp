@@ -146,6 +146,7 @@ void ClientSession::wait_writable() {
 }
 
 std::size_t ClientSession::process(Bytes in) {
+  const Worker::Visit visit(worker_, this);
   assert(worker_.to_server.empty() && worker_.to_client.empty());
   std::size_t at = 0;
   auto& to_server = worker_.to_server;
@@ -153,9 +154,11 @@ std::size_t ClientSession::process(Bytes in) {
     const Bytes left = in.subspan(at);
     if (pass_left_ > 0) {
       const std::size_t n = std::min(pass_left_, left.size());
-      if (pass_to_server_ && server_) to_server.add(left.data(), n);
+      const bool to_its_server = pass_to_server_ && server_;
+      if (to_its_server) to_server.add(left.data(), n);
       pass_left_ -= n;
       at += n;
+      if (to_its_server && pass_left_ == 0) message_sent();
       continue;
     }
     std::size_t used = 0;
@@ -178,11 +181,16 @@ std::size_t ClientSession::process(Bytes in) {
   }
   if (server_) {
     server_->inject();
+    if (waits_for_names_) on_names_known();
     server_->send(to_server);
   } else {
     to_server.clear();
   }
   send(worker_.to_client);
+  if (ready_due_ && !is_sending()) {
+    ready_due_ = false;
+    if (server_) server_->on_ready();
+  }
   if (subscriber_) subscriber_->deliver_if_idle();
   return at;
 }
@@ -199,7 +207,7 @@ void ClientSession::on_answered(bool told) {
   sent_at_ = now;
   in_request_ = false;
   if (told && !pending_.empty()) undo_deallocations(false);
-  if (restore_due_ && answered()) {
+  if (restore_due_ && answered() && !is_sending()) {
     restore_due_ = false;
     server_->restore_settings_now(*login_settings_);
     worker_.run_later(*this);
@@ -332,6 +340,8 @@ void ClientSession::release() {
 ServerConnection* ClientSession::surrender() {
   ServerConnection* server = std::exchange(server_, nullptr);
   if (!tell_due_) told_ = server->told();
+  if (server->queued() > 0) resume_reading();  // it may have waited for that
+  ready_due_ = false;
   forget_residue();
   transition(State::Ready);
   return server;
@@ -355,6 +365,7 @@ void ClientSession::on_cancel(std::shared_ptr<void> done) {
 }
 
 void ClientSession::on_wait_failed(const protocol::ErrorFields& error) {
+  const Worker::Visit visit(worker_, this);
   if (state_ == State::Greeting) return on_greeting_failed(error);
   if (!server_) transition(State::Ready);
   in_request_ = false;
@@ -414,7 +425,7 @@ void ClientSession::on_server_lost(const std::string& sqlstate, const std::strin
   undo_deallocations(true);
   parse_error_.reset();
   forget_residue();
-  in_request_ = waits_for_names_ = restore_due_ = unnamed_here_ = tell_due_ = false;
+  in_request_ = waits_for_names_ = restore_due_ = ready_due_ = unnamed_here_ = tell_due_ = false;
   names_open_ = names_change_ = kNoNames;
   // A session that lived on that connection, or a transaction, can't go on elsewhere.
   if (pin_ || unknown || several || entry_->pool.settings().mode == conf::PoolMode::Session)
@@ -454,9 +465,11 @@ void ClientSession::drain() {
 
 void ClientSession::fatal(std::string_view sqlstate, std::string_view message, std::string_view hint, std::string_view detail) {
   if (state_ == State::Closed || state_ == State::Closing) return;
+  const Worker::Visit visit(worker_, this);
   worker_.count_error(sqlstate);
   if (!sqlstate.starts_with("57P")) complain(sqlstate, message);
   if (sqlstate == "08P01") worker_.reject(pool::RejectReason::Protocol);
+  if (server_ && server_->is_telling()) return close();  // it would be read as the rest of a message
   worker_.to_client.own([&](std::string& out) { protocol::write_error(out, protocol::Severity::Fatal, sqlstate, message, detail, hint); });
   unlink();
   transition(State::Closing);

@@ -65,6 +65,9 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   /// The server owes nothing and is outside a transaction. Decides whether the lease ends.
   void on_server_ready();
   void on_settings_applied();  ///< its server has them
+  /// A message of its own is on its way to its server: nothing may come in between.
+  bool is_sending() const { return pass_left_ > 0 && pass_to_server_; }
+  void ready_later() { ready_due_ = true; }  ///< ServerConnection::on_ready waits until it is sent
   void on_greeting_failed(const protocol::ErrorFields& error);
   void on_residue(SettingsRef settings, const Residue& found);  ///< no settings: they aren't known
   void on_learned() { residue_ |= protocol::kFunction; }        ///< its transaction may have left something: the session is to be looked at
@@ -200,6 +203,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   void note_names(std::string_view sql, std::uint32_t residue);
   void use_sequences();
   void restore_after_reset();
+  void message_sent();
   bool must_ask() const;
   bool left_unknown(bool in_transaction) const;
   void forget_residue() { residue_ = told_residue_ = 0; }
@@ -240,6 +244,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   std::uint8_t names_open_ = kNoNames, names_change_ = kNoNames;  // Names
   bool waits_for_names_ = false;
   bool unnamed_here_ = false;  // the unnamed statement was parsed in the segment that is being sent
+  bool ready_due_ = false;     // ServerConnection::on_ready, when its message is sent
   bool restore_due_ = false;   // after a RESET, when the COPY beside it is over
   bool tell_due_ = false;      // its server's parameters, when the server has its settings
   std::uint32_t told_ = 0;     // ServerConnection::told()

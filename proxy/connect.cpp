@@ -494,6 +494,8 @@ void ServerConnection::send_cancel(std::shared_ptr<void> done) {
 awaitable<void> ServerConnection::run_cancel(std::shared_ptr<ServerConnection> /*keeps this alive*/, std::shared_ptr<void> /*done*/) {
   std::optional<Channel> channel;
   TimeLimit limit(worker_, 5000, 5000);
+  bool reached = false;
+  bool ended = false;
   try {
     Opening opening{worker_, *upstream_, target_, entry_.pool, channel, limit, channel_->transport.is_tls()};
     std::string failure = co_await open_channel(opening);
@@ -501,7 +503,9 @@ awaitable<void> ServerConnection::run_cancel(std::shared_ptr<ServerConnection> /
       Gather request;
       request.own([this](std::string& out) { protocol::write_cancel_request(out, pid_, cancel_key_); });
       channel->send(request, worker_.tls_scratch());
+      reached = true;
       co_await channel->transport.socket().async_wait(Socket::wait_read, use_awaitable);
+      ended = true;
     } else {
       log::warn("cancel_failed", about(), "server {} (pid {}): cannot send a cancel request: {}", id_, pid_, failure);
     }
@@ -509,6 +513,7 @@ awaitable<void> ServerConnection::run_cancel(std::shared_ptr<ServerConnection> /
     log::warn("cancel_failed", about(), "server {} (pid {}): cannot send a cancel request: {}", id_, pid_, e.code().message());
   }
   --cancels_pending;
+  condemned |= reached && !ended;  // it may come yet, and would hit who has the connection then
   settle_after_cancel();
 }
 

@@ -438,6 +438,7 @@ void Subscriber::become(Channels channels) {
 void Subscriber::answer(std::string bytes) {
   const bool ready = std::exchange(ready_held_, false);
   if (bytes.empty() && !ready) return;
+  const Worker::Visit visit(client_.worker_, &client_);
   client_.worker_.to_client.own([&](std::string& out) {
     out += bytes;
     if (ready) protocol::write_ready_for_query(out, protocol::TxStatus::Idle);

@@ -514,6 +514,8 @@ std::size_t ClientSession::on_describe(Bytes available, std::size_t total) {
   } else if (statement && !name.empty()) {
     if (!prepare(statement, true)) return 0;
     note = statement->id;
+    pass_left_ = total - available.size();  // junk behind the name
+    pass_to_server_ = false;
     worker_.to_server.own([&](std::string& out) {
       protocol::Writer(out).begin(protocol::Frontend::Describe).u8('S').cstring(protocol::server_name(statement->id)).end();
     });

@@ -146,11 +146,15 @@ void ServerConnection::wait_writable() {
     if (ec || !self->alive()) return;
     if (!channel.flush(self->worker_.tls_scratch())) return self->read_soon();
     if (channel.queued() > 0) return self->wait_writable();
-    if (self->client_) self->client_->resume_reading();
+    if (self->client_)
+      self->client_->resume_reading();
+    else
+      self->settle();
   });
 }
 
 std::size_t ServerConnection::process(Bytes in) {
+  const Worker::Visit visit(worker_, client_);
   assert(worker_.to_server.empty() && worker_.to_client.empty());
   const auto self = shared_from_this();
   std::size_t at = 0;
@@ -202,18 +206,31 @@ std::size_t ServerConnection::process(Bytes in) {
     send(worker_.to_server);
     if (ready && client_ && pipeline.status() != TxStatus::Idle && entry_.pool.settings().mode == conf::PoolMode::Statement)
       client_->fatal("0A000", "transaction blocks are not allowed in statement mode (pool.mode)");
-    if (ready && pipeline.releasable()) {
-      if (client_)
-        client_->on_server_ready();
-      else
-        settle();
-    } else if (ready && client_ && client_->subscriber() && pipeline.empty()) {
-      client_->subscriber()->on_answered();
-    }
+    if (ready && client_ && client_->is_sending())
+      client_->ready_later();
+    else if (ready)
+      on_ready();
   } else {
     worker_.to_server.clear();
   }
   return at;
+}
+
+void ServerConnection::on_ready() {
+  if (pipeline.releasable()) {
+    if (client_)
+      client_->on_server_ready();
+    else
+      settle();
+  } else if (client_ && client_->subscriber() && pipeline.empty()) {
+    client_->subscriber()->on_answered();
+  }
+}
+
+void ServerConnection::send_held_sync(protocol::OwnerId owner) {
+  if (!pipeline.take_held_sync()) return;
+  worker_.to_server.own([](std::string& out) { protocol::Writer(out).begin(protocol::Frontend::Sync).end(); });
+  pipeline.push({Request::Sync, Verdict::Forward, owner});
 }
 
 std::size_t ServerConnection::pass_rows(Bytes in) {
@@ -340,10 +357,7 @@ bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total
       forward = ours;
     }
     if (ours) client_->forget_pending_parse_error();
-    if (pipeline.take_held_sync()) {
-      worker_.to_server.own([](std::string& out) { protocol::Writer(out).begin(protocol::Frontend::Sync).end(); });
-      pipeline.push({Request::Sync, Verdict::Forward, owed.owner});
-    }
+    if (!ours || !client_->is_sending()) send_held_sync(owed.owner);
   } else if (type == Backend::ParseComplete) {
     if (const auto statement = owed.note != 0 && client_ ? statements.find(owed.note) : nullptr)
       statement->proven_with = client_->settings.get();
@@ -470,7 +484,7 @@ void ServerConnection::lease(ClientSession& client) {
   entry_.pool.lease(*this);
   client_ = &client;
   leased_anew_ = true;
-  cancel_due_ = awaiting_shape_ = restoring_ = plans_stale = false;
+  cancel_due_ = awaiting_shape_ = restoring_ = plans_stale = adoption_skipped_ = open_definition_ = false;
   changed_ = 0;
   unknown_calls.clear();
   unknown_names.clear();

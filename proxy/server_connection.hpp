@@ -163,6 +163,9 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   void ask_extended(const std::string& sql);  ///< within the client's extended query; its error is the client's
   /// Returns to the pool, or closes, if it is clean and nothing is pending.
   void settle();
+  void on_ready();                                                     ///< ReadyForQuery has come
+  void send_held_sync(protocol::OwnerId owner);                        ///< if one was kept back in a COPY that has failed
+  bool is_telling() const { return pass_left_ > 0 && pass_forward_; }  ///< its client has half a message
   /// Cancels what the client has asked for, as soon as the server is sure to be at it.
   void cancel(std::shared_ptr<void> done = {});
   /// Asks the server to cancel what it is doing for this connection, which isn't leased again before it has answered. `done` is let go

@@ -251,6 +251,10 @@ void ServerConnection::on_proxy_reply(Backend type, std::uint64_t note, Bytes wh
   if (type == Backend::ErrorResponse) {
     const auto error = protocol::parse_error(whole.subspan(kHeaderSize));
     own_query_failed_ = true;
+    if (note == kReset || !client_) {  // what its session holds is not known
+      condemned = true;
+      settings.reset();
+    }
     if (note == kApply && client_ && error) {
       apply_failed(*error);
     }

@@ -151,6 +151,14 @@ void ClientSession::restore_after_reset() {
     server_->restore_settings(*login_settings_);
 }
 
+// What had to wait for it follows it.
+void ClientSession::message_sent() {
+  server_->send_held_sync(id_);
+  if (!restore_due_ || !answered()) return;
+  restore_due_ = false;
+  server_->restore_settings(*login_settings_);
+}
+
 // The rest of the COPY goes on.
 bool ClientSession::waits_for_restore(char type) const {
   return server_ && !server_->pipeline.awaits_copy_data() && std::string_view("dcfHSX").find(type) == std::string_view::npos;

@@ -53,7 +53,9 @@ void check_certificates(const conf::Config& config, const conf::Environment& env
   const auto check_upstream = [&](const std::string& path, const conf::Upstream& upstream) {
     check(path + ": ", [&] {
       const conf::ConnectParams params = conf::resolve_upstream(upstream, env);
-      if (params.sslmode != conf::SslMode::Disable) make_client_context(params);
+      const bool named =
+          (!params.sslrootcert.empty() && params.sslrootcert != "system") || !params.sslcert.empty() || !params.sslcrl.empty();
+      if (params.sslmode != conf::SslMode::Disable && named) make_client_context(params);  // the system's CAs would take memory
     });
   };
   check_upstream("upstream", config.upstream);

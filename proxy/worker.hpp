@@ -196,6 +196,31 @@ class Worker {
     Gather others_;
   };
 
+  /// What is gathered for a client while this lives, and for its server, doesn't mix with what the turn has gathered for others.
+  class Visit {
+   public:
+    Visit(Worker& worker, const ClientSession* client) : worker_(worker), before_(worker.visited_) {
+      if (before_ && before_ != client) swap(others_.emplace());
+      worker_.visited_ = client;
+    }
+    Visit(const Visit&) = delete;
+    Visit& operator=(const Visit&) = delete;
+    ~Visit() {
+      if (others_) swap(*others_);
+      worker_.visited_ = before_;
+    }
+
+   private:
+    using Gathers = std::pair<Gather, Gather>;
+    void swap(Gathers& with) {
+      std::swap(with.first, worker_.to_client);
+      std::swap(with.second, worker_.to_server);
+    }
+    Worker& worker_;
+    const ClientSession* const before_;
+    std::optional<Gathers> others_;
+  };
+
   // For clients and servers.
   boost::asio::io_context& loop() { return data_; }
   Control& control() { return control_; }
@@ -384,6 +409,7 @@ class Worker {
   std::uint32_t logging_in_ = 0, logged_in_ = 0;
   std::vector<std::shared_ptr<ClientSession>> runnable_, running_;
   int turns_ = 0;
+  const ClientSession* visited_ = nullptr;  // whose bytes to_client has
   pool::Time turn_began_{};
   std::uint64_t next_server_ = 1, last_request_ = 0;
   std::uint32_t last_pool_ = 0;
