@@ -97,11 +97,11 @@ TEST(Tls, EverySslmodeWithEveryCertificate) {
       {"IPv4 address", &w.server, "127.0.0.1", w.ca.certificate_file, "yyyyy"},
       {"IPv6 address", &w.server, "::1", w.ca.certificate_file, "yyyyy"},
       {"wrong address", &w.server, "127.0.0.2", w.ca.certificate_file, "yyyyn"},
-      {"wrong CA", &w.foreign, "db.example", w.ca.certificate_file, "yynnn"},
-      {"signed by itself", &w.own, "db.example", w.ca.certificate_file, "yynnn"},
+      {"wrong CA", &w.foreign, "db.example", w.ca.certificate_file, "nnnnn"},
+      {"signed by itself", &w.own, "db.example", w.ca.certificate_file, "nnnnn"},
       {"itself the root", &w.own, "db.example", w.own.certificate_file, "yyyyy"},
-      {"expired", &w.expired, "db.example", w.ca.certificate_file, "yynnn"},
-      {"not yet valid", &w.future, "db.example", w.ca.certificate_file, "yynnn"},
+      {"expired", &w.expired, "db.example", w.ca.certificate_file, "nnnnn"},
+      {"not yet valid", &w.future, "db.example", w.ca.certificate_file, "nnnnn"},
   };
   for (const auto& row : rows)
     for (std::size_t i = 0; i < std::size(kModes); ++i) {
