@@ -30,12 +30,12 @@ struct Statement {
   std::string_view tags;                ///< comment_tags of it
   std::shared_ptr<const void> meaning;  ///< compared only; statements with other meanings are others
   std::uint64_t id = 0;
-  std::uint32_t residue = 0;                  ///< scan_sql of the text
-  mutable std::uint64_t fingerprint = 0;      ///< of the normalised text; 0: not computed yet
-  mutable const void* proven_with = nullptr;  ///< the settings of a session in which a server has accepted it
-  mutable std::size_t shape = 0;              ///< of its parameters and columns, as a client was told; 0: none was
-  mutable std::uint64_t names_version = 0;    ///< of the catalog by which the next was judged
-  mutable std::uint32_t names_residue = 0;    ///< of what hangs on what the text names
+  std::uint32_t residue = 0;                ///< scan_sql of the text
+  mutable std::uint64_t fingerprint = 0;    ///< of the normalised text; 0: not computed yet
+  mutable std::uint64_t proven_with = 0;    ///< the number of the settings of a session in which a server has accepted it
+  mutable std::size_t shape = 0;            ///< of its parameters and columns, as a client was told; 0: none was
+  mutable std::uint64_t names_version = 0;  ///< of the catalog by which the next was judged
+  mutable std::uint32_t names_residue = 0;  ///< of what hangs on what the text names
 };
 using StatementRef = std::shared_ptr<const Statement>;
 

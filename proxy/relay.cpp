@@ -365,7 +365,7 @@ bool ClientSession::parse_unserved(Bytes whole) {
   if (name.empty() || !reader.ok() || statements.size() >= worker_.config().limits.maxPreparedStatementsPerClient) return false;
   protocol::StatementRef statement =
       worker_.statements.intern({reinterpret_cast<const char*>(body.data()), body.size()}, settings->meaning);
-  if (statement->proven_with != settings.get() || statements.find(name)) return false;
+  if (statement->proven_with != settings->number || statements.find(name)) return false;
   ++entry_->pool.counters().clientParses;
   statements.set(name, std::move(statement));
   worker_.to_client.own([](std::string& out) { protocol::Writer(out).begin(protocol::Backend::ParseComplete).end(); });

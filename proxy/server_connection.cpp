@@ -360,7 +360,7 @@ bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total
     if (!ours || !client_->is_sending()) send_held_sync(owed.owner);
   } else if (type == Backend::ParseComplete) {
     if (const auto statement = owed.note != 0 && client_ ? statements.find(owed.note) : nullptr)
-      statement->proven_with = client_->settings.get();
+      statement->proven_with = client_->settings->number;
     if (ours && owed.verdict == Verdict::Forward) client_->on_name_done(true);
   } else if (type == Backend::CloseComplete) {
     if (ours && owed.verdict != Verdict::Skip && owed.note == kOfStatement) client_->on_name_done(true);

@@ -120,7 +120,9 @@ SettingsRef SettingsCache::intern(std::map<std::string, std::string> values) {
   if (const auto it = known_.find(values); it != known_.end()) return it->second;
   if (known_.size() >= kMaxKnown) std::erase_if(known_, [](const auto& e) { return e.second.use_count() == 1; });
   if (meanings_.size() >= kMaxKnown) std::erase_if(meanings_, [](const auto& e) { return e.second.use_count() == 1; });
+  static std::uint64_t last_number = 0;
   auto settings = std::make_shared<Settings>();
+  settings->number = ++last_number;
   settings->values = values;
   auto meaning = values;
   std::erase_if(meaning, [](const auto& e) { return protocol::leaves_meaning(e.first); });

@@ -22,6 +22,7 @@ struct Settings {
   std::map<std::string, std::string> values;  ///< names in lower case; role and session_authorization among them
   std::shared_ptr<const Meaning> meaning;
   std::map<std::string, std::string> welcome;  ///< ParameterStatus of a session with these; empty: not tried yet
+  std::uint64_t number = 0;                    ///< no others have it
   bool temporary = false;                      ///< what is created may be temporary without being called so
 };
 using SettingsRef = std::shared_ptr<Settings>;

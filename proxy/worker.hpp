@@ -200,7 +200,7 @@ class Worker {
   class Visit {
    public:
     Visit(Worker& worker, const ClientSession* client) : worker_(worker), before_(worker.visited_) {
-      if (before_ && before_ != client) swap(others_.emplace());
+      if (before_ && before_ != client) swap(*(others_ = std::make_unique<Gathers>()));
       worker_.visited_ = client;
     }
     Visit(const Visit&) = delete;
@@ -218,7 +218,7 @@ class Worker {
     }
     Worker& worker_;
     const ClientSession* const before_;
-    std::optional<Gathers> others_;
+    std::unique_ptr<Gathers> others_;
   };
 
   // For clients and servers.
