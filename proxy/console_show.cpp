@@ -22,7 +22,6 @@ namespace {
 
 constexpr const char* kOwnName = "pgbouncer";
 
-constexpr auto kText = ColumnType::Text;
 constexpr auto kInt = ColumnType::Int4;
 constexpr auto kBig = ColumnType::Int8;
 constexpr auto kNumeric = ColumnType::Numeric;
