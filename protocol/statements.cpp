@@ -48,20 +48,26 @@ void StatementCache::retire(const Statement& statement) {
   if (it != map_.end() && it->first.second.data() == statement.body.data()) map_.erase(it);
 }
 
-StatementRef ClientStatements::find(std::string_view name) const {
-  if (name.empty()) return unnamed_;
-  if (!named_) return nullptr;
+NamedStatement ClientStatements::look_up(std::string_view name) const {
+  if (name.empty()) return {unnamed_};
+  if (!named_) return {};
   const auto it = named_->find(name);
-  return it == named_->end() ? nullptr : it->second;
+  return it == named_->end() ? NamedStatement{} : it->second;
 }
 
-void ClientStatements::set(std::string_view name, StatementRef statement) {
+void ClientStatements::set(std::string_view name, NamedStatement named) {
   if (name.empty()) {
-    unnamed_ = std::move(statement);
+    unnamed_ = std::move(named.statement);
     return;
   }
-  if (!named_) named_ = std::make_unique<StringMap<StatementRef>>();
-  named_->insert_or_assign(std::string(name), std::move(statement));
+  if (!named_) named_ = std::make_unique<StringMap<NamedStatement>>();
+  named_->insert_or_assign(std::string(name), std::move(named));
+}
+
+void ClientStatements::set_shape(std::uint64_t id, std::size_t shape) {
+  if (!named_) return;
+  for (auto& [name, named] : *named_)
+    if (named.statement->id == id) named.shape = shape;
 }
 
 void ClientStatements::erase(std::string_view name) {
@@ -71,31 +77,28 @@ void ClientStatements::erase(std::string_view name) {
     named_->erase(name);
 }
 
-bool ServerStatements::touch(const StatementRef& statement) {
+ServerStatements::Held* ServerStatements::touch(const StatementRef& statement) {
   const auto it = map_.find(statement->id);
-  if (it == map_.end()) return false;
+  if (it == map_.end()) return nullptr;
   order_.splice(order_.begin(), order_, it->second);
-  return true;
+  return &*it->second;
 }
 
-void ServerStatements::add(const StatementRef& statement) {
-  if (touch(statement)) return;
+ServerStatements::Held& ServerStatements::add(const StatementRef& statement) {
+  if (Held* const held = touch(statement)) return *held;
   order_.push_front({statement});
   map_.emplace(statement->id, order_.begin());
+  return order_.front();
+}
+
+ServerStatements::Held* ServerStatements::look_up(std::uint64_t id) const {
+  const auto it = map_.find(id);
+  return it == map_.end() ? nullptr : &*it->second;
 }
 
 StatementRef ServerStatements::find(std::uint64_t id) const {
-  const auto it = map_.find(id);
-  return it == map_.end() ? nullptr : it->second->statement;
-}
-
-bool ServerStatements::described(std::uint64_t id) const {
-  const auto it = map_.find(id);
-  return it != map_.end() && it->second->described;
-}
-
-void ServerStatements::set_described(std::uint64_t id) {
-  if (const auto it = map_.find(id); it != map_.end()) it->second->described = true;
+  const Held* const held = look_up(id);
+  return held ? held->statement : nullptr;
 }
 
 void ServerStatements::erase(std::uint64_t id) {

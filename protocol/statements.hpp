@@ -33,7 +33,6 @@ struct Statement {
   std::uint32_t residue = 0;                ///< scan_sql of the text
   mutable std::uint64_t fingerprint = 0;    ///< of the normalised text; 0: not computed yet
   mutable std::uint64_t proven_with = 0;    ///< the number of the settings of a session in which a server has accepted it
-  mutable std::size_t shape = 0;            ///< of its parameters and columns, as a client was told; 0: none was
   mutable std::uint64_t names_version = 0;  ///< of the catalog by which the next was judged
   mutable std::uint32_t names_residue = 0;  ///< of what hangs on what the text names
 };
@@ -69,17 +68,26 @@ struct StringHash {
 template <class T>
 using StringMap = boost::unordered_flat_map<std::string, T, StringHash, std::equal_to<>>;
 
+/// What a client's name stands for.
+struct NamedStatement {
+  StatementRef statement;
+  std::size_t shape = 0;  ///< shape_of its parameters and columns, as the client was told last; 0: it wasn't told
+};
+
 /// A client's names. Few per client, so a small vector would do; a map keeps the bound of thousands cheap.
 class ClientStatements {
  public:
-  StatementRef find(std::string_view name) const;
-  void set(std::string_view name, StatementRef statement);
+  NamedStatement look_up(std::string_view name) const;  ///< no statement: there is none of that name
+  StatementRef find(std::string_view name) const { return look_up(name).statement; }
+  void set(std::string_view name, NamedStatement named);
+  void set(std::string_view name, StatementRef statement) { set(name, NamedStatement{std::move(statement)}); }
+  void set_shape(std::uint64_t id, std::size_t shape);  ///< of all names of this statement
   void erase(std::string_view name);
   void clear_named() { named_.reset(); }
   template <class F>
   void for_each_named(F&& f) const {
     if (named_)
-      for (const auto& [name, statement] : *named_) f(name, statement);
+      for (const auto& [name, named] : *named_) f(name, named.statement);
   }
   void clear_unnamed() { unnamed_.reset(); }
   std::size_t size() const { return named_ ? named_->size() : 0; }
@@ -87,20 +95,23 @@ class ClientStatements {
 
  private:
   StatementRef unnamed_;
-  std::unique_ptr<StringMap<StatementRef>> named_;
+  std::unique_ptr<StringMap<NamedStatement>> named_;
 };
 
 /// What is prepared on one server connection, least recently used last.
 class ServerStatements {
  public:
-  /// True if it is prepared there; it then counts as used now.
-  bool touch(const StatementRef& statement);
-  void add(const StatementRef& statement);
+  struct Held {
+    StatementRef statement;
+    std::size_t shape = 0;  ///< as the server has said since it was prepared there; 0: it hasn't
+  };
+
+  /// Null: it isn't prepared there; else it counts as used now.
+  Held* touch(const StatementRef& statement);
+  Held& add(const StatementRef& statement);
+  Held* look_up(std::uint64_t id) const;  ///< null: it isn't prepared there
   StatementRef find(std::uint64_t id) const;
   void erase(std::uint64_t id);
-  /// That the server has said there what it looks like, since it was prepared.
-  bool described(std::uint64_t id) const;
-  void set_described(std::uint64_t id);
   void clear();
   template <class F>
   void for_each(F&& f) const {
@@ -113,11 +124,6 @@ class ServerStatements {
   StatementRef unnamed;  ///< what the server's unnamed statement holds, if known
 
  private:
-  struct Held {
-    StatementRef statement;
-    bool described = false;
-  };
-
   std::list<Held> order_;
   boost::unordered_flat_map<std::uint64_t, std::list<Held>::iterator> map_;
 };

@@ -74,9 +74,8 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   bool made_temporary() const { return (residue_ & protocol::kTemporary) != 0; }  ///< its transaction may have
   void on_name_done(bool ok, bool skipped = false);  ///< a Parse, or a Close of a statement; skipped: behind one that failed
   void on_deallocated();                             ///< by SQL
-  void on_looks_different(const protocol::StatementRef& statement, std::size_t shape);  ///< than others were told, as this one was told
-  void on_answered(bool told);                                                          ///< ReadyForQuery; told: it goes to the client
-  void on_statements_gone();                                                            ///< DISCARD ALL, DEALLOCATE ALL
+  void on_answered(bool told);                       ///< ReadyForQuery; told: it goes to the client
+  void on_statements_gone();                         ///< DISCARD ALL, DEALLOCATE ALL
   bool waits_for_names() const { return waits_for_names_; }
   void on_names_known();  ///< maybe: something that was waited for is answered
   void on_apply_failed(const protocol::ErrorFields& error);
@@ -137,9 +136,9 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
     enum Kind : std::uint8_t { kParse, kUnkept, kClose, kDeallocate };
     Kind kind;
     std::string name;
-    protocol::StatementRef before{};   ///< for the client
-    protocol::StatementRef adopted{};  ///< what the server knew by the name itself
-    std::size_t readies = 0;           ///< of DEALLOCATE: it is answered with this ReadyForQuery, counted from the next
+    protocol::NamedStatement before{};  ///< for the client
+    protocol::StatementRef adopted{};   ///< what the server knew by the name itself
+    std::size_t readies = 0;            ///< of DEALLOCATE: it is answered with this ReadyForQuery, counted from the next
   };
 
   void transition(State next) { state_ = next; }
@@ -224,8 +223,10 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   bool answered() const;  ///< whatever it has sent
   bool waits_for_restore(char type) const;
   bool sql_prepared() const;
-  bool prepare(const protocol::StatementRef& statement, bool to_describe = false);
-  bool looks_the_same(const protocol::Statement& statement, bool first);
+  bool prepare(const protocol::NamedStatement& named, bool to_describe = false);
+  protocol::ServerStatements::Held* prepare_here(const protocol::StatementRef& statement);
+  bool looks_as_told(const protocol::NamedStatement& named, std::size_t here, bool first);
+  void tell_shape();
   void prepare_unnamed(const protocol::StatementRef& statement);
   bool rewrites() const;
 
@@ -251,6 +252,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   pool::Time connected_at_, sent_at_{};
   pool::Time unread_since_{};  // the client doesn't take what is there for it
   std::uint64_t request_ = 0;
+  std::uint64_t bound_ = 0;                             // the statement of its last Bind, if the client doesn't know yet what it looks like
   std::uint64_t wait_micros_ = 0, reading_micros_ = 0;  // of the execution that is running
   pool::StatementHandle executed_ = 0;                  // the last that is over
   std::uint32_t residue_ = 0;                           // of its texts, since its session was last known

@@ -162,7 +162,7 @@ std::size_t ClientSession::on_query(Bytes available, std::size_t total) {
   }
   statements.clear_unnamed();
   for (Pending& pending : pending_)
-    if (pending.name.empty()) pending.before.reset(), pending.adopted.reset();
+    if (pending.name.empty()) pending.before = {}, pending.adopted.reset();
   server_->statements.unnamed.reset();
   ++entry_->pool.counters().queries;
   server_->pipeline.push({Request::Query, Verdict::Forward, id_, statement});
@@ -210,7 +210,7 @@ void ClientSession::note_deallocations(std::string_view sql) {
     readies += ends && one.owner == id_ && one.verdict == Verdict::Forward;
   });
   for (const std::string& name : named.deallocated) {
-    pending_.push_back({Pending::kDeallocate, name, statements.find(name), server_->forget_adopted(name), readies});
+    pending_.push_back({Pending::kDeallocate, name, statements.look_up(name), server_->forget_adopted(name), readies});
     statements.erase(name);
   }
 }
@@ -245,7 +245,7 @@ std::size_t ClientSession::on_long_parse(Bytes available, std::size_t total) {
     if (name.empty()) {
       names_change_ |= kUnnamed;
       unnamed_here_ = true;
-      pending_.push_back({Pending::kParse, {}, statements.find({}), server_->statements.unnamed});
+      pending_.push_back({Pending::kParse, {}, statements.look_up({}), server_->statements.unnamed});
       server_->statements.unnamed = worker_.statements.make({}, settings->meaning);  // stands for it
       statements.set({}, server_->statements.unnamed);
     } else {
@@ -293,8 +293,8 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
   server_->running.named = note_statement(*statement);
   if (const auto existing = name.empty() ? nullptr : statements.find(name)) {
     // What the server itself finds wrong with it, "already exists" at the latest, with the client's name put back in.
-    prepare(existing, true);
-    server_->parse(existing->id, statement->body, Verdict::Forward);
+    prepare_here(statement);
+    server_->parse(statement->id, statement->body, Verdict::Forward);
     pending_.push_back({Pending::kUnkept, std::string(name)});
     return total;
   }
@@ -307,7 +307,7 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
   auto& held = server_->statements;
   if (name.empty()) {
     pipeline.push({Request::Parse, Verdict::Forward, id_});
-    pending_.push_back({Pending::kParse, {}, statements.find({}), std::exchange(held.unnamed, statement)});
+    pending_.push_back({Pending::kParse, {}, statements.look_up({}), std::exchange(held.unnamed, statement)});
     statements.set({}, std::move(statement));
     relay(available, total);
     return total;
@@ -373,15 +373,19 @@ bool ClientSession::parse_unserved(Bytes whole) {
 }
 
 // False: the request that needs it has to wait, and is then looked at anew.
-bool ClientSession::prepare(const protocol::StatementRef& statement, bool to_describe) {
-  auto& held = server_->statements;
+bool ClientSession::prepare(const protocol::NamedStatement& named, bool to_describe) {
   const bool first = !server_->pipeline.unsynced();  // of what the client has sent since its last Sync
-  note_residue(*statement);
+  note_residue(*named.statement);
+  const std::size_t here = prepare_here(named.statement)->shape;
+  return to_describe || looks_as_told(named, here, first);
+}
+
+protocol::ServerStatements::Held* ClientSession::prepare_here(const protocol::StatementRef& statement) {
+  auto& held = server_->statements;
   if (std::exchange(server_->plans_stale, false)) server_->close_shared_statements();
-  if (server_->take_changed(*statement)) return true;
-  if (held.touch(statement)) {
+  if (auto* const known = held.touch(statement)) {
     ++entry_->pool.counters().preparedHits;
-    return to_describe || looks_the_same(*statement, first);
+    return known;
   }
   ++entry_->pool.counters().preparedMisses;
   // Its constants mean what they meant when the client prepared it. If preparing fails, the settings for it go with the transaction.
@@ -391,30 +395,40 @@ bool ClientSession::prepare(const protocol::StatementRef& statement, bool to_des
   server_->parse(statement->id, statement->body, Verdict::Skip);
   names_change_ |= kNames;
   if (other) server_->run_within(settings_statements(meaning->values, settings->meaning->values));
-  held.add(statement);
+  auto& added = held.add(statement);
   evict();
-  return to_describe || looks_the_same(*statement, first);
+  return &added;
 }
 
-/// What clients were told of it holds on this connection too. False: that isn't known yet, and asked for.
-bool ClientSession::looks_the_same(const protocol::Statement& statement, bool first) {
-  if (statement.shape == 0 || server_->statements.described(statement.id)) return true;
-  if (server_->pipeline.status() == protocol::TxStatus::Failed) return true;
+/// What the client was told of it holds on this connection too (`here`; 0: not known). False: the server is asked.
+bool ClientSession::looks_as_told(const protocol::NamedStatement& named, std::size_t here, bool first) {
+  if (named.shape == 0) return true;
+  const protocol::Statement& statement = *named.statement;
+  const bool asked = server_->take_asked(statement);
+  if (here == named.shape || server_->pipeline.status() == protocol::TxStatus::Failed) return true;
+  if (asked) {
+    if (here == 0) return true;  // too long to be looked at
+    worker_.statements.retire(statement);
+    server_->raise(false, "cached plan must not change result type", "");
+    return true;
+  }
+  if (here != 0) {  // of an earlier time, maybe
+    server_->drop_statement(statement.id);
+    prepare_here(named.statement);
+  }
   server_->ask_shape(statement, first);
   return false;
 }
 
-void ClientSession::on_looks_different(const protocol::StatementRef& statement, std::size_t shape) {
-  auto& cache = worker_.statements;
-  cache.retire(*statement);
-  auto anew = cache.intern(statement->body, statement->meaning);
-  if (anew->shape != 0 && anew->shape != shape) anew = cache.make(statement->body, statement->meaning);
-  anew->shape = shape;
-  std::vector<std::string> names;
-  statements.for_each_named([&](const std::string& name, const protocol::StatementRef& s) {
-    if (s == statement) names.push_back(name);
-  });
-  for (const std::string& name : names) statements.set(name, anew);
+/// With a description of the portal the client learns what its last statement looks like, and may rely on it from then on.
+void ClientSession::tell_shape() {
+  const std::uint64_t id = std::exchange(bound_, 0);
+  const auto* const held = id != 0 ? server_->statements.look_up(id) : nullptr;
+  if (!held || server_->pipeline.status() == protocol::TxStatus::Failed) return;
+  if (held->shape != 0)
+    statements.set_shape(id, held->shape);
+  else
+    server_->describe(id);
 }
 
 void ClientSession::prepare_unnamed(const protocol::StatementRef& statement) {
@@ -460,7 +474,8 @@ std::size_t ClientSession::on_bind(Bytes available, std::size_t total) {
     return available.size();
   }
   if (!names_settled(name)) return 0;
-  const auto statement = statements.find(name);
+  const protocol::NamedStatement named = statements.look_up(name);
+  const protocol::StatementRef& statement = named.statement;
   if (statement && subscriber_ && listen_ahead(note_residue(*statement), false) == Subscriber::Verdict::Wait) return 0;
   const bool names_others = statement && statement->residue & protocol::kPrepared;
   if (names_others) {
@@ -468,6 +483,7 @@ std::size_t ClientSession::on_bind(Bytes available, std::size_t total) {
     note_deallocations(statement->sql);
   }
   note_bind(portal, statement);
+  bound_ = 0;
   auto& queries = entry_->pool.counters().queries;
   if (!statement || name.empty() || names_others) {
     ++queries;
@@ -480,7 +496,8 @@ std::size_t ClientSession::on_bind(Bytes available, std::size_t total) {
     relay(available, total);
     return available.size();
   }
-  if (!prepare(statement)) return 0;
+  if (!prepare(named)) return 0;
+  if (named.shape == 0) bound_ = statement->id;
   ++queries;
   ++entry_->pool.counters().binds;
   const protocol::ServerName own_name = protocol::server_name(statement->id);
@@ -506,13 +523,14 @@ std::size_t ClientSession::on_describe(Bytes available, std::size_t total) {
   const char kind = static_cast<char>(reader.u8());
   const std::string_view name = reader.cstring();
   if (kind == 'S' && !pipeline.failed() && !names_settled(name)) return 0;
+  if (kind == 'P' && !pipeline.failed()) tell_shape();
   const auto statement = kind == 'S' && reader.ok() && rewrites() && !pipeline.failed() ? statements.find(name) : nullptr;
   std::uint64_t note = 0;
   if (statement && statement->residue & protocol::kPrepared) {
     if (!adopt(name, statement)) return 0;
     relay(available, total);
   } else if (statement && !name.empty()) {
-    if (!prepare(statement, true)) return 0;
+    prepare({statement}, true);
     note = statement->id;
     pass_left_ = total - available.size();  // junk behind the name
     pass_to_server_ = false;
@@ -540,7 +558,7 @@ std::size_t ClientSession::on_close(Bytes available, std::size_t total) {
     names_change_ |= name.empty() ? kUnnamed : kNames;
     const bool shared = !name.empty() && available.size() == total && !sql_prepared() && !server_->has_adopted(name);
     auto known = name.empty() ? std::exchange(server_->statements.unnamed, {}) : shared ? nullptr : server_->forget_adopted(name);
-    pending_.push_back({Pending::kClose, std::string(name), statements.find(name), std::move(known)});
+    pending_.push_back({Pending::kClose, std::string(name), statements.look_up(name), std::move(known)});
     statements.erase(name);
     pipeline.push({Request::Close, shared ? Verdict::Inject : Verdict::Forward, id_, kOfStatement});
     if (shared) return total;
@@ -579,7 +597,7 @@ void ClientSession::undo(std::vector<Pending>::iterator done) {
     later->adopted = std::move(done->adopted);
   } else {
     statements.erase(done->name);
-    if (done->before) statements.set(done->name, std::move(done->before));
+    if (done->before.statement) statements.set(done->name, std::move(done->before));
     if (server_ && done->name.empty())
       server_->statements.unnamed = std::move(done->adopted);
     else if (server_)
@@ -592,7 +610,7 @@ void ClientSession::on_name_done(bool ok, bool skipped) {
   const auto next = next_pending(false);
   if (next == pending_.end()) return;
   if (!ok && next->kind != Pending::kUnkept) {
-    if (next->kind == Pending::kParse && next->name.empty() && !skipped) next->before.reset(), next->adopted.reset();  // it has ended that
+    if (next->kind == Pending::kParse && next->name.empty() && !skipped) next->before = {}, next->adopted.reset();  // it has ended that
     return undo(next);
   }
   if (!ok && !skipped) parse_error_ = std::make_unique<std::string>(std::move(next->name));

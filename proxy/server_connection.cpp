@@ -303,10 +303,13 @@ bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total
     if (!error) return false;
     worker_.count_error(error->sqlstate);
     if (error->sqlstate == "25006") on_write_refused();
-    // Whoever parses the same text anew must get a new plan, as on a connection of its own.
+    // Whoever parses the same text anew must get a new plan, as on a connection of its own, and so must who never relied on the old one.
     if (const Owed* front = pipeline.front();
         front && error->sqlstate == "0A000" && (front->request == Request::Bind || front->request == Request::Describe))
-      if (const auto statement = statements.find(front->note)) worker_.statements.retire(*statement);
+      if (const auto statement = statements.find(front->note)) {
+        worker_.statements.retire(*statement);
+        drop_statement(statement->id);
+      }
     if (error->severity == "FATAL" || error->severity == "PANIC" || pipeline.empty()) {
       lost(error->sqlstate, error->message);
       return true;
@@ -371,6 +374,7 @@ bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total
     if (tag == "DEALLOCATE") client_->on_deallocated();
     if (tag == "DISCARD ALL" || tag == "DEALLOCATE ALL") client_->on_statements_gone();
     if (changes_results(tag)) worker_.statements.retire_all();
+    had_temporary_ |= client_->made_temporary();
     plans_stale |= client_->made_temporary() && (tag.starts_with("CREATE ") || tag.starts_with("SELECT "));
     open_definition_ |= changes_catalog(tag);
   }
@@ -382,13 +386,17 @@ bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total
   return true;
 }
 
-void ServerConnection::ask_shape(const protocol::Statement& statement, bool first) {
+void ServerConnection::describe(std::uint64_t id) {
   worker_.to_server.own([&](std::string& out) {
-    protocol::Writer w(out);
-    w.begin(protocol::Frontend::Describe).u8('S').cstring(protocol::server_name(statement.id)).end();
-    w.begin(protocol::Frontend::Flush).end();
+    protocol::Writer(out).begin(protocol::Frontend::Describe).u8('S').cstring(protocol::server_name(id)).end();
   });
-  pipeline.push({Request::Describe, Verdict::Skip, client_->id(), statement.id});
+  pipeline.push({Request::Describe, Verdict::Skip, client_->id(), id});
+}
+
+void ServerConnection::ask_shape(const protocol::Statement& statement, bool first) {
+  describe(statement.id);
+  worker_.to_server.own([](std::string& out) { protocol::Writer(out).begin(protocol::Frontend::Flush).end(); });
+  asked_ = statement.id;
   awaiting_shape_ = true;
   shape_first_ = first;
 }
@@ -401,32 +409,15 @@ void ServerConnection::on_described(Backend type, const Owed& owed, Bytes availa
   if (type != Backend::RowDescription && type != Backend::NoData) return;
   if (available.size() < total) shape_ = 0;  // too long to be looked at
   if (shape_ != 0) shape_ = protocol::shape_of(type, available.subspan(kHeaderSize), shape_);
-  if (const auto statement = statements.find(owed.note)) {
-    if (statement->shape == 0) statement->shape = shape_;
-    if (shape_ == 0 || statement->shape == shape_) {
-      statements.set_described(owed.note);
-    } else {
-      statements.erase(owed.note);
-      unclosed_.insert(owed.note);
-      if (owed.verdict == Verdict::Skip)
-        changed_ = owed.note;
-      else if (client_ && client_->id() == owed.owner)
-        client_->on_looks_different(statement, shape_);
-    }
-  }
-  if (owed.verdict == Verdict::Skip) stop_awaiting_shape();
+  if (auto* const held = statements.look_up(owed.note)) held->shape = shape_;
+  if (awaiting_shape_ && owed.verdict == Verdict::Skip && owed.note == asked_)
+    stop_awaiting_shape();
+  else if (client_ && client_->id() == owed.owner)
+    client_->statements.set_shape(owed.note, shape_);
 }
 
 void ServerConnection::stop_awaiting_shape() {
   if (std::exchange(awaiting_shape_, false) && client_) worker_.run_later(*client_);
-}
-
-bool ServerConnection::take_changed(const protocol::Statement& statement) {
-  if (changed_ != statement.id) return false;
-  changed_ = 0;
-  worker_.statements.retire(statement);
-  raise(false, "cached plan must not change result type", "");
-  return true;
 }
 
 void ServerConnection::inject() {
@@ -448,7 +439,10 @@ void ServerConnection::on_dropped(const Owed& owed, bool skipped) {
     else if (owed.note == kOfStatement && ours)
       client_->on_name_done(false);
   }
-  if (owed.request == Request::Describe && owed.verdict == Verdict::Skip && ours) stop_awaiting_shape();
+  if (owed.request == Request::Describe && owed.verdict == Verdict::Skip && ours) {
+    asked_ = 0;
+    stop_awaiting_shape();
+  }
   if (owed.request != Request::Parse) return;
   if (owed.verdict == Verdict::Inject) {
     if (ours) client_->on_name_done(false);
@@ -484,8 +478,8 @@ void ServerConnection::lease(ClientSession& client) {
   entry_.pool.lease(*this);
   client_ = &client;
   leased_anew_ = true;
-  cancel_due_ = awaiting_shape_ = restoring_ = plans_stale = adoption_skipped_ = open_definition_ = false;
-  changed_ = 0;
+  cancel_due_ = awaiting_shape_ = restoring_ = adoption_skipped_ = open_definition_ = false;
+  asked_ = 0;
   unknown_calls.clear();
   unknown_names.clear();
   unknown_residue_ = 0;
@@ -501,6 +495,7 @@ void ServerConnection::lease(ClientSession& client) {
 void ServerConnection::detach(bool dirty, bool finish) {
   client_ = nullptr;
   asking_residue_ = awaiting_shape_ = cancel_due_ = false;
+  plans_stale |= std::exchange(had_temporary_, false);
   pass_forward_ = false;
   if (!alive()) return;
   if (dirty) return start_reset(finish);

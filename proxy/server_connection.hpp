@@ -103,7 +103,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   bool meaning_changed = false;               ///< in this lease, how constants are read may have been set, and the server not asked yet
   bool sequences_touched = false;             ///< in this lease
   bool sequences_dirty = false;               ///< the session may have values of sequences that another client took
-  bool plans_stale = false;                   ///< what is prepared there may mean something else, since temporary objects have come
+  bool plans_stale = false;                   ///< what is prepared there may mean something else: temporary objects have come, or gone
   bool conforming_strings() const { return conforming_strings_; }  ///< standard_conforming_strings
 
   void lease(ClientSession& client);
@@ -120,15 +120,18 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   /// Parse and Close of a statement under the proxy's name for it.
   void parse(std::uint64_t id, std::string_view body, protocol::Verdict verdict);
   void close_statement(std::uint64_t id);
+  void drop_statement(std::uint64_t id);  ///< is closed before it is parsed anew
   /// Prepares a statement of the client's under the client's own name for it, for SQL that names it.
   void adopt(const std::string& name, const protocol::StatementRef& statement, protocol::Verdict verdict = protocol::Verdict::Skip);
-  /// Has the server describe what was just prepared, since clients were told what it looks like. The client waits until then. `first`:
+  /// Has the server describe it, for `look_up(id)->shape`, and the client's.
+  void describe(std::uint64_t id);
+  /// Has the server describe what was just prepared, since the client was told what it looks like, and waits until then. `first`:
   /// it has sent nothing since its last Sync.
   void ask_shape(const protocol::Statement& statement, bool first);
   bool awaiting_shape() const { return awaiting_shape_; }
   bool sent_nothing() const { return awaiting_shape_ && shape_first_; }  ///< of the request that waits for it
-  /// It looks different; told once.
-  bool take_changed(const protocol::Statement& statement);
+  /// It is the one that was asked for, and that is answered.
+  bool take_asked(const protocol::Statement& statement) { return asked_ == statement.id && std::exchange(asked_, 0) != 0; }
   bool has_adopted(std::string_view name) const;
   protocol::StatementRef forget_adopted(std::string_view name);                         ///< null: the server doesn't know the name
   void keep_adopted(const std::string& name, const protocol::StatementRef& statement);  ///< null: it doesn't know it
@@ -262,7 +265,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   bool asking_residue_ = false, residue_failed_ = false, own_query_failed_ = false;
   bool leased_anew_ = false, cancel_due_ = false, awaiting_shape_ = false, shape_first_ = false, restoring_ = false;
   std::size_t shape_ = 0;             // as described so far
-  std::uint64_t changed_ = 0;         // the statement that was found to look different
+  std::uint64_t asked_ = 0;           // the statement that ask_shape was about
   std::set<std::uint64_t> unclosed_;  // statements that are forgotten and may still be prepared
   bool conforming_strings_ = true;
   bool retry_other_tls_ = false;  // sslmode prefer and allow
@@ -273,6 +276,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   std::vector<std::pair<std::string, protocol::StatementRef>> adopted_;
   bool adoption_skipped_ = false;      // the server may not have all of adopted_
   bool open_definition_ = false;       // its transaction has made or altered something
+  bool had_temporary_ = false;         // since it was leased
   std::uint32_t unknown_residue_ = 0;  // of unknown_names, as a survey found
   Catalog::Inquiry inquiry_;
   std::unique_ptr<Survey> survey_;

@@ -145,6 +145,11 @@ void ServerConnection::close_statement(std::uint64_t id) {
   pipeline.push({Request::Close, Verdict::Skip, client_->id(), id});
 }
 
+void ServerConnection::drop_statement(std::uint64_t id) {
+  statements.erase(id);
+  unclosed_.insert(id);
+}
+
 void ServerConnection::close_shared_statements() {
   statements.for_each([this](const protocol::StatementRef& statement) { close_statement(statement->id); });
   for (const std::uint64_t id : std::exchange(unclosed_, {})) close_statement(id);
@@ -381,9 +386,10 @@ void ServerConnection::finish_residue() {
   std::erase_if(adopted_, [&](const auto& one) {
     const bool there = std::find(residue_.prepared.begin(), residue_.prepared.end(), one.first) != residue_.prepared.end();
     if (there && one.second == worker_.nothing) return false;
-    if (there)
+    const bool same = client_->statements.find(one.first) == one.second;
+    if (there && !same)
       client_->statements.set(one.first, one.second);
-    else if (!skipped && (one.second == worker_.nothing || client_->statements.find(one.first) == one.second))
+    else if (!there && !skipped && (same || one.second == worker_.nothing))
       client_->statements.erase(one.first);
     return !there;
   });

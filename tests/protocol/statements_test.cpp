@@ -79,19 +79,34 @@ TEST(ServerStatements, LeastRecentlyUsedLeaves) {
   EXPECT_FALSE(server.touch(a));
 }
 
-TEST(ServerStatements, DescribedSinceItWasPrepared) {
+TEST(ServerStatements, TheShapeIsThatOfWhatIsPrepared) {
   StatementCache cache;
   ServerStatements server;
   const auto a = cache.intern("A"), b = cache.intern("B");
-  server.add(a);
+  server.add(a).shape = 7;
   server.add(b);
-  server.set_described(a->id);
-  EXPECT_TRUE(server.described(a->id));
-  EXPECT_FALSE(server.described(b->id));
+  EXPECT_EQ(server.look_up(a->id)->shape, 7u);
+  EXPECT_EQ(server.add(a).shape, 7u);
+  EXPECT_EQ(server.look_up(b->id)->shape, 0u);
   server.erase(a->id);
-  server.set_described(a->id);  // forgotten: nothing to remember it by
-  server.add(a);
-  EXPECT_FALSE(server.described(a->id));
+  EXPECT_EQ(server.look_up(a->id), nullptr);
+  EXPECT_EQ(server.add(a).shape, 0u);
+}
+
+TEST(ClientStatements, WhatItWasToldIsTheClientsOwn) {
+  StatementCache cache;
+  ClientStatements one, two;
+  const auto a = cache.intern("A"), b = cache.intern("B");
+  for (ClientStatements* client : {&one, &two})
+    for (const char* name : {"a", "again"}) client->set(name, a);
+  one.set("b", b);
+  one.set_shape(a->id, 7);
+  EXPECT_EQ(one.look_up("a").shape, 7u);
+  EXPECT_EQ(one.look_up("again").shape, 7u);
+  EXPECT_EQ(one.look_up("b").shape, 0u);
+  EXPECT_EQ(two.look_up("a").shape, 0u);
+  one.set("a", b);
+  EXPECT_EQ(one.look_up("a").shape, 0u);
 }
 
 }  // namespace
