@@ -1,5 +1,6 @@
 #include "admin/stream.hpp"
 
+#include <algorithm>
 #include <boost/json.hpp>
 
 #include "tests/admin/harness.hpp"
@@ -128,7 +129,7 @@ TEST(AdminStream, AReaderThatTakesNothingIsDropped) {
   }
   EXPECT_EQ(server.get("/api/monitoring/stream").status, 503);
   EXPECT_TRUE(gets_a_place(server, 60s));
-  EXPECT_TRUE(slow.front()->closes_within(5s));
+  EXPECT_TRUE(std::any_of(slow.begin(), slow.end(), [](const auto& one) { return one->closes_within(2s); }));
 }
 
 TEST(AdminStream, StopEndsIt) {
