@@ -77,7 +77,8 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   void on_answered(bool told);                       ///< ReadyForQuery; told: it goes to the client
   void on_statements_gone();                         ///< DISCARD ALL, DEALLOCATE ALL
   bool waits_for_names() const { return waits_for_names_; }
-  void on_names_known();  ///< maybe: something that was waited for is answered
+  void on_names_known();        ///< maybe: something that was waited for is answered
+  void end_interrupted_copy();  ///< it has sent something else than the COPY's data
   void on_apply_failed(const protocol::ErrorFields& error);
   /// The Parse that is next to be answered names a statement that exists already.
   bool pending_is_duplicate();

@@ -97,6 +97,10 @@ std::size_t ClientSession::on_request(char type, Bytes available, std::size_t to
     if (available.size() == total && type == 'P' && parse_unserved(available)) return total;
     if (!acquire()) return 0;
   }
+  if (server_->pipeline.awaits_copy_data() && std::string_view("dcfHS").find(type) == std::string_view::npos) {
+    end_interrupted_copy();
+    return 0;
+  }
   if (server_->pipeline.empty()) begin_execution();
   server_->apply_settings();
   switch (type) {
@@ -123,6 +127,11 @@ std::size_t ClientSession::on_request(char type, Bytes available, std::size_t to
   }
   relay(available, total);
   return available.size();
+}
+
+// As the server would, which may not get to see the message.
+void ClientSession::end_interrupted_copy() {
+  fatal("08P01", "another message than CopyData, CopyDone, CopyFail, Flush or Sync during COPY from stdin");
 }
 
 void ClientSession::relay(Bytes available, std::size_t total) {
@@ -643,7 +652,6 @@ bool ClientSession::names_settled(Names which) {
     names_open_ = kNoNames;
     return true;
   }
-  if (server_->pipeline.awaits_copy_data()) return true;
   waits_for_names_ = true;
   if (server_->pipeline.unsynced())
     worker_.to_server.own([](std::string& out) { protocol::Writer(out).begin(protocol::Frontend::Flush).end(); });
