@@ -22,7 +22,7 @@ bool Pipeline::push(Owed owed) {
     return false;
   }
   if (failed_) return false;
-  if (owed.request != Request::Query && owed.request != Request::FunctionCall) unsynced_ = true;
+  unsynced_ = !ends_with_ready(owed.request);
   append(owed);
   return true;
 }
@@ -66,10 +66,7 @@ void Pipeline::begin_copy_in() {
   unsynced_ = false;
   for (std::size_t j = head_; j != tail_; ++j) {
     const Request request = at(j).request;
-    if (request == Request::Sync)
-      unsynced_ = false;
-    else if (request != Request::CopyEnd && request != Request::Query && request != Request::FunctionCall)
-      unsynced_ = true;
+    if (request != Request::CopyEnd) unsynced_ = !ends_with_ready(request);
   }
 }
 

@@ -25,6 +25,11 @@ enum class Verdict : std::uint8_t {
 
 enum class Request : std::uint8_t { Query, Parse, Bind, Describe, Execute, Close, Sync, FunctionCall, CopyEnd };
 
+/// The last of the answer is ReadyForQuery, and nothing sent before waits for a Sync any more.
+constexpr bool ends_with_ready(Request request) {
+  return request == Request::Query || request == Request::Sync || request == Request::FunctionCall;
+}
+
 struct Owed {
   Request request = Request::Query;
   Verdict verdict = Verdict::Forward;
@@ -111,12 +116,12 @@ std::optional<Pipeline::Reply> Pipeline::receive(Backend type, TxStatus status, 
   const bool runs = front.request == R::Query || front.request == R::Execute;
   switch (type) {
     case Backend::ReadyForQuery:
-      if (front.request != R::Sync && front.request != R::Query && front.request != R::FunctionCall) return std::nullopt;
+      if (!ends_with_ready(front.request)) return std::nullopt;
       status_ = status;
       copy_in_ = copy_ended_ = held_sync_ = false;
       return reply(true);
     case Backend::ErrorResponse:
-      if (front.request == R::Sync || front.request == R::Query || front.request == R::FunctionCall) {
+      if (ends_with_ready(front.request)) {
         copy_in_ = false;
         return reply(false);
       }
@@ -127,6 +132,7 @@ std::optional<Pipeline::Reply> Pipeline::receive(Backend type, TxStatus status, 
         dropped(skipped);
       }
       failed_ = empty();
+      unsynced_ |= failed_;
       return Reply{front, true};
     case Backend::ParseComplete: return front.request == R::Parse ? std::optional(reply(true)) : std::nullopt;
     case Backend::BindComplete: return front.request == R::Bind ? std::optional(reply(true)) : std::nullopt;

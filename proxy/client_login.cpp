@@ -275,6 +275,8 @@ void ClientSession::refused(const protocol::ErrorFields& error) {
 
 void ClientSession::begin_session() {
   login_deadline = pool::Time::max();
+  mode_ = entry_->pool.settings().mode;
+  entry_->shared |= rewrites();
   entry_->settings.derive_welcome(*settings);
   if (!settings->welcome.empty() && rewrites()) return greet();
   worker_.want_server(*this);  // in session mode it is told the server's own pid

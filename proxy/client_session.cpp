@@ -24,6 +24,7 @@ namespace {
 
 constexpr std::size_t kMaxUnread = 64 * 1024;  // of a client that waits
 constexpr std::uint32_t kMaxMessage = 0x40000000;
+constexpr std::string_view kTerminate("X\0\0\0\4", 5);
 
 bool is_extended(char type) {
   return type == 'P' || type == 'B' || type == 'D' || type == 'E' || type == 'C' || type == 'H';
@@ -45,7 +46,9 @@ const std::string& ClientSession::application() const {
 // --- reading and writing
 
 void ClientSession::wait_readable() {
-  if (channel_.reading || state_ == State::Closed) return;
+  if (state_ == State::Closed) return;
+  if (channel_.transport.pending()) return read_soon();
+  if (channel_.reading) return;
   channel_.reading = true;
   channel_.transport.wait_readable(state_ == State::Closing, [self = shared_from_this()](const boost::system::error_code& ec) {
     self->channel_.reading = false;
@@ -81,6 +84,8 @@ void ClientSession::on_readable() {
     if ((state_ == State::Console || held()) && channel_.unread.size() > kMaxUnread) return;  // resumed by go_on(), resume_console()
     const IoResult got = channel_.transport.read(worker_.scratch());
     if (got.status == IoStatus::WouldBlock) break;
+    // Who has said goodbye has what is kept of it executed first, as on the server itself: go_on() reads its end again.
+    if (got.status == IoStatus::Eof && held() && channel_.unread.ends_with(kTerminate)) return;
     if (got.status != IoStatus::Ok) return close();
     if (state_ == State::Closing) continue;
     const Bytes fresh(worker_.scratch().data(), got.bytes);
@@ -94,7 +99,6 @@ void ClientSession::on_readable() {
     if (state_ == State::Closed || state_ == State::Tls) return;
     if (got.bytes < worker_.scratch().size() && !channel_.transport.pending()) break;
   }
-  if (channel_.transport.pending()) return read_soon();
   wait_readable();
 }
 
@@ -151,6 +155,7 @@ std::size_t ClientSession::process(Bytes in) {
   std::size_t at = 0;
   auto& to_server = worker_.to_server;
   while (at < in.size() && state_ != State::Closed && state_ != State::Closing && state_ != State::Tls) {
+    if (ready_due_ && !is_sending()) break;  // first that
     const Bytes left = in.subspan(at);
     if (pass_left_ > 0) {
       const std::size_t n = std::min(pass_left_, left.size());
@@ -190,6 +195,7 @@ std::size_t ClientSession::process(Bytes in) {
   if (ready_due_ && !is_sending()) {
     ready_due_ = false;
     if (server_) server_->on_ready();
+    worker_.run_later(*this);
   }
   if (subscriber_) subscriber_->deliver_if_idle();
   return at;
@@ -205,8 +211,11 @@ void ClientSession::on_answered(bool told) {
   auto& counters = entry_->pool.counters();
   counters.query.record(micros_since(sent_at_));
   sent_at_ = now;
-  in_request_ = false;
-  if (told && !pending_.empty()) undo_deallocations(false);
+  if (told) {
+    in_request_ = false;
+    if (!answered() || server_->pipeline.unsynced()) begin_request();  // what it has sent behind
+    if (!pending_.empty()) undo_deallocations(false);
+  }
   if (restore_due_ && answered() && !is_sending()) {
     restore_due_ = false;
     server_->restore_settings_now(*login_settings_);
@@ -224,7 +233,7 @@ void ClientSession::on_answered(bool told) {
 }
 
 bool ClientSession::rewrites() const {
-  return entry_->pool.settings().mode != conf::PoolMode::Session;
+  return mode_ != conf::PoolMode::Session;
 }
 
 bool ClientSession::acquire() {
@@ -299,7 +308,7 @@ void ClientSession::on_server_ready() {
     greet();
     ServerConnection* server = std::exchange(server_, nullptr);
     transition(State::Ready);
-    if (entry_->pool.settings().mode == conf::PoolMode::Session) {
+    if (!rewrites()) {
       server_ = server;
       transition(State::Active);
     } else {
@@ -309,7 +318,7 @@ void ClientSession::on_server_ready() {
     return;
   }
   if (!server_ || server_->asking_residue()) return;
-  if (entry_->pool.settings().mode == conf::PoolMode::Session) {
+  if (!rewrites()) {
     note_effects();
     if (draining_) fatal("57P01", "terminating connection due to administrator command");
     return;
@@ -344,12 +353,14 @@ ServerConnection* ClientSession::surrender() {
   ready_due_ = false;
   forget_residue();
   transition(State::Ready);
+  server->condemned |= entry_->pool.settings().mode == conf::PoolMode::Session;  // by now; sessions have no statements of others
   return server;
 }
 
 // The request that is next has to wait for what the proxy does, and the client waits for nothing else.
 bool ClientSession::keeps_request() const {
-  if (!server_ || channel_.unread.size() < kHeaderSize) return false;
+  constexpr std::string_view kRequests = "QFPBDEC";
+  if (!server_ || channel_.unread.size() < kHeaderSize || kRequests.find(channel_.unread[0]) == std::string_view::npos) return false;
   if (server_->asking_residue()) return !subscriber_ || !subscriber_->owes_ready();
   const auto& pipeline = server_->pipeline;
   return subscriber_ && subscriber_->waits_for_listener() && pipeline.releasable() && !subscriber_->owes_ready();
@@ -404,8 +415,7 @@ void ClientSession::on_server_lost(const std::string& sqlstate, const std::strin
   pipeline.for_each([&](const Owed& o) {
     if (o.owner != id_) return;
     owed = true;
-    const bool ends = o.request == Request::Query || o.request == Request::Sync || o.request == Request::FunctionCall;
-    readies += ends && o.verdict == Verdict::Forward;
+    readies += protocol::ends_with_ready(o.request) && o.verdict == Verdict::Forward;
   });
   if (server_->sent_nothing() && !in_transaction && readies == 0) owed = false;
   // What it has sent behind them without waiting may belong to a transaction that is gone before it was one.
@@ -428,7 +438,7 @@ void ClientSession::on_server_lost(const std::string& sqlstate, const std::strin
   in_request_ = waits_for_names_ = restore_due_ = ready_due_ = unnamed_here_ = tell_due_ = false;
   names_open_ = names_change_ = kNoNames;
   // A session that lived on that connection, or a transaction, can't go on elsewhere.
-  if (pin_ || unknown || several || entry_->pool.settings().mode == conf::PoolMode::Session)
+  if (pin_ || unknown || several || !rewrites())
     return fatal(sqlstate, message, "The server connection that held this client's transaction or session is gone.");
   pass_to_server_ = false;  // the rest of what it is sending
   transition(State::Ready);
@@ -489,7 +499,7 @@ void ClientSession::give_up_server() {
   server->send(worker_.to_server);  // what came before counts, as it would on a direct connection
   if (pass_left_ > 0 && pass_to_server_) return server->close(pool::CloseReason::Broken);  // half a message was sent
   server->detach(!server->pipeline.releasable() || pin_ || (residue_ & ~protocol::kPassive) != 0 || (subscriber_ && subscriber_->dirty()) ||
-                     entry_->pool.settings().mode == conf::PoolMode::Session,
+                     !rewrites(),
                  said_goodbye_);
 }
 

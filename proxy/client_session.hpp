@@ -40,6 +40,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   void start();
 
   State state() const { return state_; }
+  conf::PoolMode mode() const { return mode_; }  ///< the pool's when it logged in
   std::uint32_t id() const { return id_; }
   std::uint32_t key_pid() const { return key_pid_; }
   const std::string& cancel_key() const { return cancel_key_; }
@@ -235,6 +236,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   const std::uint32_t id_;
   std::uint32_t key_pid_;  // as BackendKeyData says
   State state_ = State::Startup;
+  conf::PoolMode mode_ = conf::PoolMode::Transaction;
   bool draining_ = false, discarding_ = false, began_ = false, acquiring_ = false;
   bool examined_ = false;  // its session, since it was last answered
   bool pass_to_server_ = false;

@@ -209,7 +209,11 @@ void Worker::adjust(std::shared_ptr<const conf::Config> config) {
     if (const auto plan = plan_database(name)) show_settings(plan->settings, entry.shown);
   for (auto& [key, entry] : pools_) {
     std::string sqlstate, error;
-    if (const auto plan = plan_pool(entry->database, entry->user, sqlstate, error)) entry->pool.set_settings(plan->settings);
+    if (const auto plan = plan_pool(entry->database, entry->user, sqlstate, error)) {
+      const bool same_mode = plan->settings.mode == entry->pool.settings().mode;
+      entry->pool.set_settings(plan->settings);
+      if (!same_mode) outdate_servers(*entry, [](const ServerConnection&) { return true; });
+    }
     close_outdated(*entry);
     serve(*entry);
   }

@@ -93,6 +93,9 @@ std::size_t ClientSession::on_request(char type, Bytes available, std::size_t to
       worker_.to_client.own([](std::string& out) { protocol::write_ready_for_query(out, protocol::TxStatus::Idle); });
       return swallow();
     }
+    // Who is still sending it needs no server connection yet.
+    const bool read_whole = (type == 'Q' || type == 'P') && rewrites() && total <= worker_.config().limits.maxParseBytes;
+    if (available.size() < total && (read_whole || total < kMaxNames)) return 0;
     if (available.size() == total && type == 'C' && close_unserved(available)) return total;
     if (available.size() == total && type == 'P' && parse_unserved(available)) return total;
     if (!acquire()) return 0;
@@ -215,8 +218,7 @@ void ClientSession::note_deallocations(std::string_view sql) {
   if (named.closes_all) names_open_ |= kNames;
   std::size_t readies = 1;
   pipeline.for_each([&](const protocol::Owed& one) {
-    const bool ends = one.request == Request::Query || one.request == Request::Sync || one.request == Request::FunctionCall;
-    readies += ends && one.owner == id_ && one.verdict == Verdict::Forward;
+    readies += protocol::ends_with_ready(one.request) && one.owner == id_ && one.verdict == Verdict::Forward;
   });
   for (const std::string& name : named.deallocated) {
     pending_.push_back({Pending::kDeallocate, name, statements.look_up(name), server_->forget_adopted(name), readies});
@@ -274,7 +276,8 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
       const std::string_view name = reader.cstring();
       const Bytes body = reader.rest();
       const auto statement = worker_.statements.intern({reinterpret_cast<const char*>(body.data()), body.size()}, settings->meaning);
-      statements.set(name, statement);  // for the statistics
+      // For the statistics.
+      if (name.empty() || statements.size() < worker_.config().limits.maxPreparedStatementsPerClient) statements.set(name, statement);
       server_->running.named = note_statement(*statement);
       note_residue(statement->sql, protocol::scan_sql(statement->sql, server_->conforming_strings()));
     }
@@ -572,6 +575,7 @@ std::size_t ClientSession::on_close(Bytes available, std::size_t total) {
     pipeline.push({Request::Close, shared ? Verdict::Inject : Verdict::Forward, id_, kOfStatement});
     if (shared) return total;
   } else {
+    if (!rewrites() && kind == 'S' && reader.ok()) statements.erase(name);
     pipeline.push({Request::Close, Verdict::Forward, id_});
   }
   relay(available, total);

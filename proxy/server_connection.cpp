@@ -87,7 +87,8 @@ void ServerConnection::on_readable() {
   if (state_ == State::Closed) return;
   const Worker::Turn turn(worker_);
   for (int round = 0; round < 4; ++round) {
-    if (client_ && client_->queued() > kHighMark) return;  // resumed when the client has read
+    paused_ = client_ && client_->queued() > kHighMark;
+    if (paused_) return;  // resumed when the client has read, or has gone
     const IoResult got = channel_->transport.read(worker_.scratch());
     if (got.status == IoStatus::WouldBlock) break;
     if (got.status != IoStatus::Ok) {
@@ -170,6 +171,7 @@ std::size_t ServerConnection::process(Bytes in) {
       if (pass_forward_ && client_) out.add(left.data(), n);
       pass_left_ -= n;
       at += n;
+      if (pass_left_ == 0 && pipeline.injects()) inject();
       continue;
     }
     if (const std::size_t rows = is_row(left[0]) ? pass_rows(left) : 0) {
@@ -204,7 +206,7 @@ std::size_t ServerConnection::process(Bytes in) {
     out.clear();
   if (alive()) {
     send(worker_.to_server);
-    if (ready && client_ && pipeline.status() != TxStatus::Idle && entry_.pool.settings().mode == conf::PoolMode::Statement)
+    if (ready && client_ && pipeline.status() != TxStatus::Idle && client_->mode() == conf::PoolMode::Statement)
       client_->fatal("0A000", "transaction blocks are not allowed in statement mode (pool.mode)");
     if (ready && client_ && client_->is_sending())
       client_->ready_later();
@@ -422,6 +424,7 @@ void ServerConnection::stop_awaiting_shape() {
 }
 
 void ServerConnection::inject() {
+  if (pass_left_ > 0) return;  // not in the middle of a message of the server's
   while (const auto owed = pipeline.take_injection()) {
     const bool ours = client_ && owed->owner == client_->id();
     if (!ours) continue;
@@ -493,8 +496,14 @@ void ServerConnection::lease(ClientSession& client) {
   client.on_lease(*this);
 }
 
+ClientSession* ServerConnection::let_go() {
+  if (client_ && client_->is_sending()) cut_off_ = true;
+  if (std::exchange(paused_, false)) resume_reading();
+  return std::exchange(client_, nullptr);
+}
+
 void ServerConnection::detach(bool dirty, bool finish) {
-  client_ = nullptr;
+  let_go();
   asking_residue_ = awaiting_shape_ = cancel_due_ = false;
   plans_stale |= std::exchange(had_temporary_, false);
   pass_forward_ = false;
@@ -524,7 +533,6 @@ void ServerConnection::start_reset(bool finish) {
   forget_statements();
   sequences_dirty = false;
   settings = entry_.settings.intern({});
-  resume_reading();  // its client may not have read on
 }
 
 void ServerConnection::settle() {
@@ -602,7 +610,7 @@ void ServerConnection::lost(const std::string& sqlstate, const std::string& reas
   deadline = worker_.now() + std::chrono::seconds(5);
   ++entry_.pool.counters()
         .closed[static_cast<std::size_t>(sqlstate.starts_with("57P") ? pool::CloseReason::AdminShutdown : pool::CloseReason::Error)];
-  if (ClientSession* client = std::exchange(client_, nullptr)) {
+  if (ClientSession* client = let_go()) {
     client->send(worker_.to_client);
     if (pass_left_ > 0 && pass_forward_) {
       // Half a message is on its way: an error behind it would be read as its rest.
@@ -622,7 +630,7 @@ void ServerConnection::close_by_operator() {
   if (!alive()) return;
   const auto self = shared_from_this();
   if (!pipeline.empty()) send_cancel();  // the server counts it until it has noticed
-  if (ClientSession* client = std::exchange(client_, nullptr)) {
+  if (ClientSession* client = let_go()) {
     client->send(worker_.to_client);
     if (pass_left_ > 0 && pass_forward_)
       client->close();  // an error would be read as the rest of a message
@@ -636,9 +644,9 @@ void ServerConnection::close(pool::CloseReason reason) {
   if (state_ == State::Closed || state_ == State::Closing) return;
   unlink();
   ++entry_.pool.counters().closed[static_cast<std::size_t>(reason)];
-  client_ = nullptr;
+  let_go();
   Gather terminate;
-  if (channel_->queued() == 0) {
+  if (channel_->queued() == 0 && !cut_off_) {  // behind half a message it would be read as the rest of that
     terminate.own([](std::string& out) { protocol::Writer(out).begin(protocol::Frontend::Terminate).end(); });
     channel_->send(terminate, worker_.tls_scratch());
   }

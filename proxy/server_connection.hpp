@@ -222,6 +222,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   void stop_awaiting_shape();
   void tell_raised(protocol::Bytes whole);
   void rename_error(protocol::Bytes whole, const std::string& name);
+  ClientSession* let_go();  ///< the client, which it hasn't any more
   void apply_failed(const protocol::ErrorFields& error);
   void ask(std::uint64_t note, std::string_view sql);
   void lost(const std::string& sqlstate, const std::string& reason, bool ended = false);  ///< ended: the server has closed its end
@@ -261,6 +262,8 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   bool told_ = false;              // parameters_ have changed since they were looked at
   std::uint32_t fingerprint_ = 0;  // of them; 0: not made yet
   bool pass_forward_ = false;
+  bool paused_ = false;    // not read, since its client doesn't take what is there
+  bool cut_off_ = false;   // half a message of its client's was sent, and the rest won't be
   bool listener_ = false;  // the pool's
   bool asking_residue_ = false, residue_failed_ = false, own_query_failed_ = false;
   bool leased_anew_ = false, cancel_due_ = false, awaiting_shape_ = false, shape_first_ = false, restoring_ = false;

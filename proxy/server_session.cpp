@@ -283,11 +283,9 @@ void ServerConnection::apply_failed(const protocol::ErrorFields& error) {
   condemned = true;  // what its session holds is not known
   settings.reset();
   if (client_->state() == ClientSession::State::Greeting) {
-    ClientSession* client = std::exchange(client_, nullptr);
-    client->on_greeting_failed(error);
+    let_go()->on_greeting_failed(error);
   } else {
-    ClientSession* client = std::exchange(client_, nullptr);
-    client->on_apply_failed(error);
+    let_go()->on_apply_failed(error);
   }
   boost::asio::post(worker_.loop(), [self = shared_from_this()] {
     if (self->alive()) self->close(pool::CloseReason::Broken);
@@ -314,7 +312,7 @@ bool ServerConnection::ask_catalog() {
   const bool begins = !survey_;
   if (begins) {
     const conf::PoolSettings& policy = entry_.pool.settings();
-    if (policy.mode == conf::PoolMode::Session || policy.residueCheck == conf::ResidueCheck::Never) return !client_ && ask_capacity();
+    if (!entry_.shared || policy.residueCheck == conf::ResidueCheck::Never) return !client_ && ask_capacity();
     if (!entry_.catalog.due(now)) return false;
     survey_ = std::make_unique<Survey>(entry_.catalog, now);
   }
@@ -401,7 +399,7 @@ void ServerConnection::finish_residue() {
 // --- listening
 
 std::string ServerConnection::listen_for_pool() {
-  client_ = nullptr;
+  let_go();
   listener_ = true;
   transition(State::Leased);
   std::string sql;

@@ -61,6 +61,7 @@ struct PoolEntry : std::enable_shared_from_this<PoolEntry> {
   std::uint32_t clients = 0;
   pool::Time left_at{};                // by the last of them
   bool used = false;                   // by one that has logged in
+  bool shared = false;                 // by one in transaction or statement mode
   pool::Backoff backoff;               // after connects that failed
   pool::Addresses addresses;           // of its upstream
   pool::Time looked_at{};              // its names were looked up

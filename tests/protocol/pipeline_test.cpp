@@ -78,6 +78,40 @@ TEST(Pipeline, FlushedWithoutSyncIsNotReleasable) {
   EXPECT_FALSE(s.pipeline.releasable());
 }
 
+TEST(Pipeline, ASimpleQueryNeedsNoSync) {
+  for (const Request simple : {Request::Query, Request::FunctionCall}) {
+    Script s;
+    s.ask(Request::Parse);
+    s.ask(simple);
+    EXPECT_FALSE(s.pipeline.unsynced());
+    EXPECT_TRUE(s.all(simple == Request::Query ? "1CZ" : "1VZ"));
+    EXPECT_TRUE(s.pipeline.releasable());
+  }
+}
+
+TEST(Pipeline, ASimpleQueryBehindAnErrorIsSkippedToo) {
+  Script s;
+  s.ask(Request::Parse);
+  s.ask(Request::Query);
+  EXPECT_TRUE(s.all("E"));
+  EXPECT_EQ(s.dropped.size(), 2u);
+  EXPECT_TRUE(s.pipeline.failed());
+  EXPECT_FALSE(s.pipeline.releasable()) << "the server waits for a Sync";
+  s.ask(Request::Sync);
+  EXPECT_TRUE(s.all("Z"));
+  EXPECT_TRUE(s.pipeline.releasable());
+}
+
+TEST(Pipeline, WhatInterruptsACopy) {
+  for (const Request behind : {Request::Parse, Request::Query, Request::CopyEnd, Request::Sync}) {
+    Script s;
+    s.ask(Request::Execute);
+    s.ask(behind);
+    EXPECT_TRUE(s.all("G"));
+    EXPECT_EQ(s.pipeline.copy_interrupted(), behind == Request::Parse || behind == Request::Query);
+  }
+}
+
 TEST(Pipeline, AnErrorSkipsUpToSync) {
   Script s;
   s.ask(Request::Parse, Verdict::Forward, kA, 1);
