@@ -51,6 +51,12 @@ def proxy(proxies):
     return proxies()
 
 
+@pytest.fixture
+def small(proxies):
+    """Two server connections only, so that every mistake in sharing shows."""
+    return proxies({"pool": {"max": 2, "connectionTimeoutMillis": 30000}})
+
+
 def pytest_runtest_protocol(item):
     # A hang ends the run with every thread's stack instead of with silence.
     faulthandler.dump_traceback_later(float(os.environ.get("TEST_TIMEOUT", "180")), exit=True, file=_stderr)

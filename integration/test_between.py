@@ -2,7 +2,6 @@
 import re
 import socket
 import ssl
-import struct
 import time
 
 import pytest
@@ -10,20 +9,15 @@ import pytest
 import harness
 import wire
 from harness import DATABASE, PASSWORD, USER, poll, raw
-from test_protocol import healthy, kinds
+from test_cancel import send_cancel
 from test_reload import reload, tls_to_clients
+from wire import healthy, kinds
 
 
 @pytest.fixture
 def table(pg):
     pg.sql("DROP TABLE IF EXISTS between; CREATE TABLE between (a int); GRANT ALL ON between TO app", database=DATABASE)
     return lambda: pg.sql("SELECT count(*) FROM between", database=DATABASE)[0][0]
-
-
-def cancel(proxy, w):
-    with wire.Wire(proxy.port) as other:
-        other.send(wire.request(wire.CANCEL_REQUEST, struct.pack("!I", w.pid) + w.key))
-        other.closed()
 
 
 # ---- in the middle of a message
@@ -198,7 +192,7 @@ def test_a_cancel_while_the_rest_of_a_copy_is_kept(proxies, pg):
             w.ask(wire.query("SET work_mem = '3MB'"))
             w.send(wire.copy_data(b"1\n"), wire.COPY_DONE)
             time.sleep(0.2)
-            cancel(proxy, w)
+            send_cancel(proxy, w)
         assert kinds(w.ask(wire.query("SELECT 42"))) == "TDCZ"
 
 
@@ -281,7 +275,7 @@ def test_a_client_keeps_the_mode_that_it_logged_in_with(proxies, pg, how):
         shared.ask(wire.query("LISTEN own"))
         change("session")
         assert shared.ask(wire.bind("s"), wire.execute(), wire.SYNC)[1].row == [b"secret"]
-        assert kinds(shared.ask(wire.query("UNLISTEN *"))) == "CZ"
+        assert kinds(shared.ask(wire.query("UNLISTEN *"))).replace("N", "") == "CZ"  # its listener was connected anew
         with raw(proxy) as new:
             assert new.value("SELECT count(*) FROM pg_prepared_statements") == "0"
         assert shared.ask(wire.bind("s"), wire.execute(), wire.SYNC)[1].row == [b"secret"]

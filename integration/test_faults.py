@@ -14,6 +14,7 @@ import harness
 import wire
 from gate import Gate
 from harness import DATABASE, PASSWORD, USER, raw
+from wire import kinds
 
 LOST = {"08006", "08003", "57P01", "57P02", "57P03", "08001"}
 
@@ -36,10 +37,6 @@ def own():
     """A server of its own for tests that break it."""
     with harness.Postgres(max_connections=40) as server:
         yield server
-
-
-def kinds(messages):
-    return "".join(m.type for m in messages)
 
 
 def kill_backend(pid):

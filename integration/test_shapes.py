@@ -4,7 +4,7 @@ import pytest
 
 import wire
 from harness import DATABASE, raw
-from test_protocol import kinds
+from wire import kinds
 
 TEXT = "SELECT * FROM seen"
 PARSE, RUN = wire.parse(TEXT, "s"), (wire.bind("s"), wire.execute())
@@ -81,3 +81,60 @@ def test_anothers_temporary_table_leaves_no_plan_behind(proxies, seen, told, gon
         other.ask(wire.query(gone))
         for _ in range(2):
             assert kinds(w.ask(*RUN, wire.SYNC)) == "2DCZ"
+
+
+def test_described_columns_hold_on_a_server_that_prepared_before(small, pg):
+    """One server has prepared it while a column was an int; the client was told bigint by another; it is an int again."""
+    def alter(to):
+        pg.sql(f"DROP TABLE IF EXISTS turned; CREATE TABLE turned AS SELECT 1::{to} AS a; GRANT ALL ON turned TO PUBLIC", database=DATABASE)
+
+    alter("int")
+    with raw(small) as one, raw(small) as two, raw(small) as holder:
+        holder.ask(wire.query("BEGIN"))
+        assert kinds(one.ask(wire.parse("SELECT a FROM turned", "s"), wire.SYNC)) == "1Z"
+        pg.sql("ALTER TABLE turned ALTER a TYPE bigint", database=DATABASE)
+        one.ask(wire.query("BEGIN"))
+        holder.ask(wire.query("COMMIT"))
+        told = two.ask(wire.parse("SELECT a FROM turned", "s"), wire.describe("S", "s"), wire.SYNC)
+        assert kinds(told) == "1tTZ"
+        pg.sql("ALTER TABLE turned ALTER a TYPE int", database=DATABASE)
+        holder.ask(wire.query("BEGIN"))
+        one.ask(wire.query("COMMIT"))
+        for _ in range(2):
+            messages = two.ask(wire.bind("s"), wire.execute(), wire.SYNC)
+            assert kinds(messages) == "EZ" and messages[0].error["C"] == "0A000"
+        again = two.ask(wire.close("S", "s"), wire.parse("SELECT a FROM turned", "s"), wire.describe("S", "s"), wire.bind("s"), wire.execute(), wire.SYNC)
+        assert kinds(again) == "31tT2DCZ", [m.error for m in again if m.type == "E"]
+        assert again[3].body != told[2].body
+        holder.ask(wire.query("COMMIT"))
+
+
+def test_whoever_describes_is_told_the_columns_of_now(small, pg):
+    """The same text was described to another client before the table was altered past the proxy."""
+    pg.sql("DROP TABLE IF EXISTS turned; CREATE TABLE turned AS SELECT 1 AS a; GRANT ALL ON turned TO PUBLIC", database=DATABASE)
+    with raw(small) as one, raw(small) as two:
+        first = one.ask(wire.parse("SELECT a FROM turned", "s"), wire.describe("S", "s"), wire.SYNC)
+        pg.sql("ALTER TABLE turned ALTER a TYPE text", database=DATABASE)
+        one.ask(wire.query("BEGIN"))  # on the server that has it
+        second = two.ask(wire.parse("SELECT a FROM turned", "s"), wire.describe("S", "s"), wire.SYNC)
+        assert kinds(second) == "1tTZ" and first[2].body != second[2].body
+        one.ask(wire.query("COMMIT"))
+        for _ in range(4):
+            messages = two.ask(wire.bind("s"), wire.describe("P"), wire.execute(), wire.SYNC)
+            assert kinds(messages) == "2TDCZ" or messages[0].error["C"] == "0A000"
+            messages = one.ask(wire.bind("s"), wire.execute(), wire.SYNC)
+            assert kinds(messages) == "EZ" and messages[0].error["C"] == "0A000"
+
+
+def test_cached_plan_must_not_change_result_type(small, pg):
+    pg.sql("DROP TABLE IF EXISTS shape; CREATE TABLE shape (a int); INSERT INTO shape VALUES (1); GRANT ALL ON shape TO app", database=DATABASE)
+    with raw(small) as w:
+        assert kinds(w.ask(wire.parse("SELECT * FROM shape", "s"), wire.bind("s"), wire.execute(), wire.SYNC)) == "12DCZ"
+        pg.sql("ALTER TABLE shape ADD b int", database=DATABASE)
+        messages = w.ask(wire.bind("s"), wire.execute(), wire.SYNC)
+        # As directly: 0A000; a server that has not prepared it yet gives the new shape.
+        assert kinds(messages) in ("EZ", "2DCZ")
+        if messages[0].type == "E":
+            assert messages[0].error["C"] == "0A000"
+        w.ask(wire.close("S", "s"), wire.SYNC)
+        assert kinds(w.ask(wire.parse("SELECT * FROM shape", "s"), wire.bind("s"), wire.execute(), wire.SYNC)) == "12DCZ"

@@ -40,6 +40,15 @@ class Closed(Exception):
     """The other side closed the connection."""
 
 
+def kinds(messages):
+    """Their types, a letter each."""
+    return "".join(m.type for m in messages)
+
+
+def healthy(w):
+    assert w.value("SELECT 'fine'") == "fine"
+
+
 def frame(kind, body=b""):
     return kind.encode() + struct.pack("!i", len(body) + 4) + body
 

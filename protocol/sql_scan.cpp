@@ -228,13 +228,15 @@ class Scanner {
     }
   }
 
+  static bool sets_path(std::string_view setting) { return any(setting, {"search_path", "role", "session_authorization"}); }
+
   /// Of SET [LOCAL | SESSION] name, RESET name.
   void meaning_of_setting() {
     if (!any(first_, {"set", "reset"})) return;
     if (is(word_, "seed")) residue_ |= kSeed;
-    if (peek_past_blanks() == '.' ||
-        any(word_, {"local", "session", "transaction", "constraints", "characteristics", "authorization", "role", "search_path"}))
-      return;
+    if (peek_past_blanks() == '.' || any(word_, {"local", "session", "transaction", "constraints", "characteristics"})) return;
+    if (sets_path(word_) || any(word_, {"schema", "authorization", "all"})) residue_ |= kPath;
+    if (any(word_, {"schema", "authorization"}) || sets_path(word_)) return;
     if (!leaves_meaning(lower(word_))) residue_ |= kMeaning;
   }
 
@@ -253,7 +255,7 @@ class Scanner {
         if (starts(word_, "pg_temp"))
           residue_ |= kTemporary;
         else if (is(word_, "pg_settings")) {
-          if (updates_) residue_ |= kSettings | kMeaning;  // its rule calls set_config
+          if (updates_) residue_ |= kSettings | kMeaning | kPath;  // its rule calls set_config
         } else if (is(word_, "pg_backend_pid")) {
           if (!unequal_) residue_ |= kBackendPid;
         } else if (starts(word_, "pg_prepared_statement"))
@@ -477,8 +479,8 @@ class Scanner {
         plain_name = literal_.find('.') == std::string_view::npos;
         if (is(written, "seed")) residue_ |= kSeed;
       }
-      if (argument == 1 && !any(written, {"role", "session_authorization", "search_path"}) && !leaves_meaning(lower(written)))
-        residue_ |= kMeaning;
+      if (argument == 1 && (written.empty() || sets_path(written))) residue_ |= kPath;
+      if (argument == 1 && !sets_path(written) && !leaves_meaning(lower(written))) residue_ |= kMeaning;
       if (depth == 0 && argument == 3 && tokens == 1 && local) return void(--calls_);
       if (depth > 0) ++argument, tokens = 0, local = false;
     }

@@ -36,10 +36,12 @@ enum Residue : std::uint32_t {
   kNotify = 1u << 21,            ///< not residue: NOTIFY, pg_notify
   kNewChannel = 1u << 22,        ///< not residue by itself: LISTEN
   kCopy = 1u << 23,              ///< not residue: COPY
+  kPath = 1u << 24,              ///< not residue: sets, be it for the transaction, where names are looked up
   kUnreadable = 1u << 31,        ///< unterminated quote or comment and the like
 };
 /// Of no account by themselves.
-inline constexpr std::uint32_t kPassive = kTransaction | kSequenceWrite | kDrop | kMeaning | kChannels | kNotify | kNewChannel | kCopy;
+inline constexpr std::uint32_t kPassive =
+    kTransaction | kSequenceWrite | kDrop | kMeaning | kPath | kChannels | kNotify | kNewChannel | kCopy;
 
 /// The names of what these bits leave behind, as operators are told; nothing for passive ones.
 std::vector<std::string> residue_names(std::uint32_t residue);

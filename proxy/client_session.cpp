@@ -415,7 +415,7 @@ void ClientSession::on_server_lost(const std::string& sqlstate, const std::strin
   pipeline.for_each([&](const Owed& o) {
     if (o.owner != id_) return;
     owed = true;
-    readies += protocol::ends_with_ready(o.request) && o.verdict == Verdict::Forward;
+    readies += tells_ready(o);
   });
   if (server_->sent_nothing() && !in_transaction && readies == 0) owed = false;
   // What it has sent behind them without waiting may belong to a transaction that is gone before it was one.

@@ -2,6 +2,7 @@
 // prepared statements and its settings, waits for a server connection and gives it back. Owned by the Worker.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -230,6 +231,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   bool looks_as_told(const protocol::NamedStatement& named, std::size_t here, bool first);
   void tell_shape();
   void prepare_unnamed(const protocol::StatementRef& statement);
+  void parse_as_meant(const protocol::Statement& statement, const std::function<void()>& parse);
   bool rewrites() const;
 
   Worker& worker_;

@@ -115,7 +115,10 @@ std::size_t ClientSession::on_request(char type, Bytes available, std::size_t to
     case 'E': server_->pipeline.push({Request::Execute, Verdict::Forward, id_, statement_of(available)}); break;
     case 'F':
       if (available.size() < std::min(total, kHeaderSize + 4)) return 0;
-      if (!is_large_object(protocol::Reader(available.subspan(kHeaderSize)).u32())) residue_ |= protocol::kUnreadable;
+      if (!is_large_object(protocol::Reader(available.subspan(kHeaderSize)).u32())) {
+        if (listen_ahead(protocol::kUnreadable, false) == Subscriber::Verdict::Wait) return 0;
+        residue_ |= protocol::kUnreadable;
+      }
       server_->pipeline.push({Request::FunctionCall, Verdict::Forward, id_});
       break;
     case 'c':
@@ -145,8 +148,9 @@ void ClientSession::relay(Bytes available, std::size_t total) {
 
 std::size_t ClientSession::on_query(Bytes available, std::size_t total) {
   const bool too_large = total > worker_.config().limits.maxParseBytes;
-  if (available.size() < total && !too_large && rewrites()) return 0;
+  if (available.size() < total && !too_large) return 0;
   pool::StatementHandle statement = pool::kNoStatement;
+  bool adopts = false;
   if (available.size() == total && !too_large) {
     protocol::Reader reader(available.subspan(kHeaderSize));
     const std::string_view sql = reader.cstring();
@@ -164,10 +168,7 @@ std::size_t ClientSession::on_query(Bytes available, std::size_t total) {
       const bool synced = !server_->pipeline.unsynced();
       adopt_named(sql);
       note_deallocations(sql);
-      if (synced && server_->pipeline.unsynced()) {
-        worker_.to_server.own([](std::string& out) { protocol::Writer(out).begin(protocol::Frontend::Sync).end(); });
-        server_->pipeline.push({Request::Sync, Verdict::Skip, id_});
-      }
+      adopts = synced && server_->pipeline.unsynced();
     }
   } else if (rewrites()) {
     residue_ |= protocol::kUnreadable;
@@ -180,6 +181,10 @@ std::size_t ClientSession::on_query(Bytes available, std::size_t total) {
   server_->pipeline.push({Request::Query, Verdict::Forward, id_, statement});
   end_segment();
   relay(available, total);
+  if (adopts) {  // if preparing what it names fails, the server skips it
+    worker_.to_server.own([](std::string& out) { protocol::Writer(out).begin(protocol::Frontend::Sync).end(); });
+    server_->pipeline.push({Request::Sync, Verdict::Forward, id_, kInPlace});
+  }
   restore_after_reset();
   return available.size();
 }
@@ -217,9 +222,7 @@ void ClientSession::note_deallocations(std::string_view sql) {
   const protocol::PreparedNames named = protocol::prepared_names(sql);
   if (named.closes_all) names_open_ |= kNames;
   std::size_t readies = 1;
-  pipeline.for_each([&](const protocol::Owed& one) {
-    readies += protocol::ends_with_ready(one.request) && one.owner == id_ && one.verdict == Verdict::Forward;
-  });
+  pipeline.for_each([&](const protocol::Owed& one) { readies += one.owner == id_ && tells_ready(one); });
   for (const std::string& name : named.deallocated) {
     pending_.push_back({Pending::kDeallocate, name, statements.look_up(name), server_->forget_adopted(name), readies});
     statements.erase(name);
@@ -270,8 +273,10 @@ std::size_t ClientSession::on_long_parse(Bytes available, std::size_t total) {
 }
 
 std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
+  const bool too_large = total > worker_.config().limits.maxParseBytes;
+  if (available.size() < total && !too_large) return 0;
   if (!rewrites()) {
-    if (available.size() == total) {
+    if (!too_large) {
       protocol::Reader reader(available.subspan(kHeaderSize));
       const std::string_view name = reader.cstring();
       const Bytes body = reader.rest();
@@ -285,8 +290,7 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
     relay(available, total);
     return available.size();
   }
-  if (total > worker_.config().limits.maxParseBytes) return on_long_parse(available, total);
-  if (available.size() < total) return 0;
+  if (too_large) return on_long_parse(available, total);
   protocol::Reader reader(available.subspan(kHeaderSize));
   const std::string_view name = reader.cstring();
   const Bytes rest = reader.rest();
@@ -298,7 +302,8 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
     if (!pipeline.failed()) pending_.push_back({Pending::kUnkept, std::string(name)});
     return total;
   }
-  const bool shared = !server_->meaning_changed || !may_hold_constants(body);
+  const bool other_meaning = server_->meaning_changed && may_hold_constants(body);
+  const bool shared = !other_meaning && !server_->path_changed;
   protocol::StatementRef statement =
       shared ? worker_.statements.intern(body, settings->meaning) : worker_.statements.make(body, settings->meaning);
   if ((!name.empty() || statement->residue & protocol::kPrepared) && !names_settled(kNames)) return 0;
@@ -315,7 +320,7 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
   if (refuse(statement->sql, statement->residue, false)) return total;
   if (listen_ahead(note_residue(*statement), false) == Subscriber::Verdict::Wait) return 0;
   if (statement->residue & protocol::kPrepared) adopt_named(statement->sql);
-  if (!shared && !name.empty()) residue_ |= protocol::kPrivateStatement;
+  if (other_meaning && !name.empty()) residue_ |= protocol::kPrivateStatement;
   auto& held = server_->statements;
   if (name.empty()) {
     pipeline.push({Request::Parse, Verdict::Forward, id_});
@@ -334,7 +339,9 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
     statements.set(name, std::move(statement));
     return total;
   }
-  if (pipeline.empty() && pipeline.status() == protocol::TxStatus::Failed && !(statement->residue & protocol::kTransaction)) {
+  const auto is_empty = [&] { return protocol::normalize_sql(statement->sql).find_first_not_of("; ") == std::string::npos; };
+  if (pipeline.empty() && pipeline.status() == protocol::TxStatus::Failed && !(statement->residue & protocol::kTransaction) &&
+      !is_empty()) {
     relay(available, total);  // to be refused
     pipeline.push({Request::Parse, Verdict::Forward, id_});
     pending_.push_back({Pending::kUnkept, std::string(name)});
@@ -400,16 +407,23 @@ protocol::ServerStatements::Held* ClientSession::prepare_here(const protocol::St
     return known;
   }
   ++entry_->pool.counters().preparedMisses;
-  // Its constants mean what they meant when the client prepared it. If preparing fails, the settings for it go with the transaction.
-  const auto* meaning = static_cast<const Meaning*>(statement->meaning.get());
-  const bool other = meaning != settings->meaning.get() && server_->pipeline.status() != protocol::TxStatus::Failed;
-  if (other) server_->run_within(settings_statements(settings->meaning->values, meaning->values));
-  server_->parse(statement->id, statement->body, Verdict::Skip);
+  parse_as_meant(*statement, [&] { server_->parse(statement->id, statement->body, Verdict::Skip); });
   names_change_ |= kNames;
-  if (other) server_->run_within(settings_statements(meaning->values, settings->meaning->values));
   auto& added = held.add(statement);
   evict();
   return &added;
+}
+
+/// Its constants mean what they meant when the client prepared it; names are looked up anew by the server itself wherever the search_path
+/// is another. If preparing fails, the settings for it go with the transaction.
+void ClientSession::parse_as_meant(const protocol::Statement& statement, const std::function<void()>& parse) {
+  const auto* meaning = static_cast<const Meaning*>(statement.meaning.get());
+  if (meaning == settings->meaning.get() || server_->pipeline.status() == protocol::TxStatus::Failed) return parse();
+  auto then = meaning->values, now = settings->meaning->values;
+  for (auto* values : {&then, &now}) values->erase("search_path");
+  server_->run_within(settings_statements(now, then));
+  parse();
+  server_->run_within(settings_statements(then, now));
 }
 
 /// What the client was told of it holds on this connection too (`here`; 0: not known). False: the server is asked.
@@ -446,10 +460,13 @@ void ClientSession::tell_shape() {
 void ClientSession::prepare_unnamed(const protocol::StatementRef& statement) {
   if (server_->statements.unnamed == statement) return;
   if (statement->body.empty()) return close_unnamed();  // was too long to be kept
-  worker_.to_server.own(
-      [&](std::string& out) { protocol::Writer(out).begin(protocol::Frontend::Parse).cstring("").bytes(statement->body).end(); });
-  server_->pipeline.push({Request::Parse, Verdict::Skip, id_});
+  parse_as_meant(*statement, [&] {
+    worker_.to_server.own(
+        [&](std::string& out) { protocol::Writer(out).begin(protocol::Frontend::Parse).cstring("").bytes(statement->body).end(); });
+    server_->pipeline.push({Request::Parse, Verdict::Skip, id_});
+  });
   server_->statements.unnamed = statement;
+  names_change_ |= kUnnamed;  // it may be skipped
 }
 
 /// The client has none: what the server holds is another's.

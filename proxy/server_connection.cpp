@@ -325,10 +325,12 @@ bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total
   const bool ours = client_ && owed.owner == client_->id();
   if (type == Backend::ReadyForQuery && status == TxStatus::Idle && std::exchange(open_definition_, false)) on_catalog_changed();
   bool forward = ours && owed.verdict == Verdict::Forward;
+  if (type == Backend::ReadyForQuery && owed.request == Request::Query)
+    if (const Owed* next = pipeline.front()) forward &= next->request != Request::Sync || next->note != kInPlace;
   if (ours) note_answer(type, owed, available, total);
   if (ours && type == Backend::ReadyForQuery) {
     cancel_due_ = false;
-    client_->on_answered(owed.verdict == Verdict::Forward);
+    client_->on_answered(forward);
   }
   if (owed.request == Request::Describe && owed.note != 0) on_described(type, owed, available, total);
   if (forward && type == Backend::ReadyForQuery) {
@@ -487,7 +489,7 @@ void ServerConnection::lease(ClientSession& client) {
   unknown_calls.clear();
   unknown_names.clear();
   unknown_residue_ = 0;
-  sequences_touched = meaning_changed = false;
+  sequences_touched = meaning_changed = path_changed = false;
   suspect.clear();
   running.first = running.last = running.named = running.portal = 0;
   running.portals.clear();

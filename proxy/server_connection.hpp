@@ -33,6 +33,13 @@ struct PoolEntry;
 
 /// Notes of replies owed that aren't a statement's id. Of a client's Close: it is about a statement.
 constexpr std::uint64_t kOfStatement = 1;
+/// Of the proxy's Sync behind a client's simple query: its ReadyForQuery goes to the client in place of the query's, which may be skipped.
+constexpr std::uint64_t kInPlace = 1;
+/// The client hears of it by a ReadyForQuery.
+inline bool tells_ready(const protocol::Owed& owed) {
+  const bool in_place = owed.request == protocol::Request::Sync && owed.note == kInPlace;
+  return protocol::ends_with_ready(owed.request) && owed.verdict == protocol::Verdict::Forward && !in_place;
+}
 /// Of an error that the proxy has the server raise for the client.
 constexpr std::uint64_t kRaised = ~std::uint64_t{0};
 /// Of the proxy's own queries.
@@ -101,6 +108,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   std::vector<protocol::Word> unknown_names;  ///< words of its texts from before a survey
   std::string suspect;                        ///< the last text of this lease that may have left something in the session
   bool meaning_changed = false;               ///< in this lease, how constants are read may have been set, and the server not asked yet
+  bool path_changed = false;                  ///< the same of where names are looked up
   bool sequences_touched = false;             ///< in this lease
   bool sequences_dirty = false;               ///< the session may have values of sequences that another client took
   bool plans_stale = false;                   ///< what is prepared there may mean something else: temporary objects have come, or gone

@@ -379,7 +379,7 @@ void ServerConnection::finish_residue() {
     settings.reset();
     return client_->on_residue(nullptr, residue_);
   }
-  meaning_changed = false;
+  meaning_changed = path_changed = false;
   const bool skipped = std::exchange(adoption_skipped_, false);
   std::erase_if(adopted_, [&](const auto& one) {
     const bool there = std::find(residue_.prepared.begin(), residue_.prepared.end(), one.first) != residue_.prepared.end();

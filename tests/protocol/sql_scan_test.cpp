@@ -140,7 +140,17 @@ TEST(SqlScan, Rows) {
       {"SELECT /* open", kUnreadable},
       {"SELECT U&\"s\\0065t_config\"('a', 'b', false)", kUnreadable | kFunction},
   };
-  for (const auto& row : rows) EXPECT_EQ(scan_sql(row.sql) & ~kMeaning, row.residue) << row.sql;
+  for (const auto& row : rows) EXPECT_EQ(scan_sql(row.sql) & ~(kMeaning | kPath), row.residue) << row.sql;
+}
+
+TEST(SqlScan, WhatDecidesWhereNamesAreLookedUp) {
+  for (const char* sql :
+       {"SET search_path = a", "set local \"search_path\" to b", "RESET search_path", "RESET ALL", "SET SCHEMA 'a'", "SET ROLE bob",
+        "SET SESSION AUTHORIZATION bob", "SELECT set_config('search_path', $1, true)", "SELECT set_config($1, 'x', true)"})
+    EXPECT_TRUE(scan_sql(sql) & kPath) << sql;
+  for (const char* sql : {"SET app.x = 1", "SET LOCAL app.search_path = 'a'", "SET datestyle = 'German'",
+                          "SELECT set_config('app.x', $1, true)", "SET TRANSACTION READ ONLY", "SELECT search_path FROM t"})
+    EXPECT_FALSE(scan_sql(sql) & kPath) << sql;
 }
 
 TEST(SqlScan, WhatDecidesHowConstantsAreRead) {
@@ -252,7 +262,7 @@ TEST(SqlScan, Bodies) {
   };
   for (const auto& row : rows) {
     const BodyScan found = scan_body(row.body);
-    EXPECT_EQ(found.residue & ~kMeaning, row.residue) << row.body;
+    EXPECT_EQ(found.residue & ~(kMeaning | kPath), row.residue) << row.body;
     EXPECT_EQ(found.calls, row.calls) << row.body;
     EXPECT_EQ(found.custom_settings, row.custom_settings) << row.body;
   }

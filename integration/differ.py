@@ -1,0 +1,423 @@
+#!/usr/bin/python3
+"""Random sessions of some clients, played directly and through pgsidecar with fewer server connections: what each client receives
+must be the same. Clients have tables, sequences, channels and locks of their own, but texts and names are the same for all as often
+as can be, so that what leaks shows. A difference is shrunk and printed as a script that --play takes, a step a line in the notation
+of replay.py, with `/call OID value...` besides, and "! " before what is sent in pieces:
+
+  a: BEGIN
+  b: ! /parse s SELECT $1::text /bind s b /execute - /sync
+
+The texts are in differ.txt. What may differ is in is_known(); --ignore KIND counts a kind of difference without shrinking it.
+
+  integration/differ.py [--seconds 120] [--seed N] [--mode transaction|session] [--max N] [--binary PATH] [--play FILE]
+"""
+import argparse
+import collections
+import pathlib
+import random
+import re
+import select
+import signal
+import sys
+import time
+
+import psycopg
+
+import harness
+import replay
+import test_equality
+import wire
+
+PATIENCE = 0.1  # of the script with a client that has begun to wait for a server connection
+STUCK = 12.0
+IN_PIECES = "! "
+SESSIONS = 12  # that a proxy serves before the next one
+
+# Of each client, in place before each session. Both schemas have the same names, with other columns behind them.
+OWN = """
+DROP SCHEMA IF EXISTS s_{me}, r_{me} CASCADE; CREATE SCHEMA s_{me}; CREATE SCHEMA r_{me};
+CREATE TABLE s_{me}.t (id int PRIMARY KEY, v text); INSERT INTO s_{me}.t VALUES (0, 'zero {me}');
+CREATE TABLE r_{me}.t (v text, id bigint, w date DEFAULT '2024-02-03'); INSERT INTO r_{me}.t VALUES ('other {me}', 7);
+CREATE TABLE s_{me}.d (k int UNIQUE DEFERRABLE INITIALLY DEFERRED); CREATE TABLE r_{me}.d (k int CHECK (k < 3));
+CREATE SEQUENCE s_{me}.seq; CREATE SEQUENCE r_{me}.seq START {n}00; CREATE TABLE s_{me}.i (id serial, v text)
+"""
+
+# By topic; a heading is the topic's weight and name.
+TEXTS = [(int(name.split(" ")[0]), texts) for name, texts in replay.read_cases(pathlib.Path(__file__).parent / "differ.txt").items()]
+# With values that fit; most clients prepare the same.
+PREPARED = [("SELECT $1::text, 'same'", ["{me}"]), ("SELECT $1::int + 1", ["{n}"]), ("SELECT '{me}', $1", ["{n}"]), ("SELECT 1 / $1::int", ["{n}"]),
+            ("SELECT 1 / $1::int", ["0"]), ("SELECT * FROM t WHERE id = $1", ["0"]), ("INSERT INTO t (id, v) VALUES ($1, $2)", ["{n}", "{me}"]),
+            ("SELECT id, name FROM numbers ORDER BY id", []), ("SELECT set_config('app.x', $1, false)", ["bound-{me}"]),
+            ("SELECT set_inside('app.y', $1)", ["bound-{me}"]), ("SELECT $1::date, DATE '2024-02-03'", ["2024-05-06"]), ("SELECT nextval($1)", ["seq"]),
+            ("SELECT pg_advisory_lock($1)", ["{n}"]), ("SELECT pg_advisory_unlock($1)", ["{n}"]), ("SELECT count(*) FROM numbers, t", []), ("", []),
+            ("SELECT $1::int[], pg_typeof($1)", ["{1,2}"]), ("SELECT pg_notify('ch_{me}', $1)", ["x"])]
+# set_config, int4div, nextval by text, pg_advisory_lock, pg_notify
+CALLS = ["/call 2078 app.x called-{me} f", "/call 2078 work_mem 3{n}MB f", "/call 154 {n} 0", "/call 154 9 {n}", "/call 2880 {n}", "/call 3036 ch_{me} called",
+         "/call 999999 {n}", "/call 1574 seq"]
+STARTUP = ["", "@search_path=s_{me}", "@search_path=s_{me}", "@search_path=s_{me} application_name={me}", "@search_path=r_{me} datestyle=German",
+           "@options='-c work_mem=5MB -c search_path=s_{me}'"]
+# By one client of a new proxy, so that it knows its functions, and that clients ask for the values of sequences.
+LEARN = ["SELECT set_inside('app.y', 'l'), set_from('l'), set_and_fail('l'), with_own_setting(), remember('l'), lock_inside(99), temp_inside('l'), cursor_inside('l'), "
+         "prepare_inside('l'), say('l')", "SELECT last_inside()", "CALL set_and_commit('l')", "SELECT nextval('s_a.seq')", "SELECT currval('s_a.seq')", "DISCARD ALL"]
+
+
+class Maker:
+    """What one client does. Knows what it has probably prepared, so that most of what it sends is valid."""
+
+    def __init__(self, rng, topics):
+        self.rng, self.topics, self.values = rng, topics, {}
+
+    def sql(self):
+        return self.rng.choice(self.rng.choices([texts for _, texts in self.topics], [weight for weight, _ in self.topics])[0])
+
+    def several(self):
+        texts = [self.sql() for _ in range(self.rng.randint(2, 4))]
+        return ["; ".join(text for text in texts if not text.startswith("COPY"))]
+
+    def transaction(self):
+        between = [step for _ in range(self.rng.randint(1, 4)) for step in self.steps(nested=True)]
+        return ["BEGIN", *between, self.rng.choice(("COMMIT", "COMMIT", "ROLLBACK"))]
+
+    def segment(self):
+        """Up to its Sync."""
+        rng, parts = self.rng, []
+        for _ in range(rng.choice((1, 1, 1, 2))):
+            name, portal = rng.choice("--sstu"), rng.choice("---p")
+            if name not in self.values or rng.random() < 0.35:
+                if name != "-" and rng.random() < 0.8:
+                    parts.append(f"/close S {name}")
+                sql, values = rng.choice(PREPARED) if rng.random() < 0.6 else (self.sql(), [])
+                if "EXECUTE" in sql and name != "-":
+                    continue  # one that executes itself has PostgreSQL 15 crash
+                if not sql.startswith("COPY"):
+                    self.values[name] = values
+                parts.append(f"/parse {name} {sql}")
+            if rng.random() < 0.3:
+                parts.append(f"/describe S {name}")
+            values = self.values.get(name, []) + ["1"] * (rng.random() < 0.04)
+            parts.append(" ".join([f"/bind {'' if portal == '-' else portal + '='}{name}", *values]))
+            if rng.random() < 0.3:
+                parts.append(f"/describe P {portal}")
+            parts += [f"/execute {portal} {rng.choice((0, 0, 0, 1, 2))}" for _ in range(rng.choice((1, 1, 1, 2)))]
+            parts += rng.choice(([], [], [], [f"/close P {portal}"], [f"/close S {name}"], [f"/describe S {name}"], [f"/execute {rng.choice('pc')} 1"]))
+        return " ".join(parts)
+
+    def pipeline(self):
+        parts = [f"{self.segment()} /sync".strip() if self.rng.random() < 0.85 else f"/query {self.sql()}" for _ in range(self.rng.choice((1, 1, 1, 2, 3, 4)))]
+        return [" ".join(parts)] if not any("COPY" in part and "STDIN" in part for part in parts) else []
+
+    def flushed(self):
+        return [f"{self.segment()} /flush".strip(), self.rng.choice(("/sync", f"{self.segment()} /sync".strip()))]
+
+    def copy(self):
+        data, end = self.rng.choice(("/data 3{n}\t{me}", "/data 3{n}\t{me} /data 4{n}\t{me}", "/data wrong\t{me}")), self.rng.choice(("/done", "/done", "/fail no"))
+        sql = f"COPY {self.rng.choice(('t', 't', 'tmp', 'nope'))} FROM STDIN"
+        return self.rng.choice(([sql, f"{data} {end}"], [f"SELECT 1; {sql}; {self.sql()}", f"{data} {end}"], [f"/query {sql} {data} {end} /query SELECT '{{me}}'"],
+                                [f"/parse - {sql} /bind - /execute - /flush", f"{data} {end} /sync"], [f"/parse - {sql} /bind - /execute - {data} {end} /sync"]))
+
+    def steps(self, nested=False):
+        kinds = {lambda: [self.sql()]: 30, self.several: 10, self.pipeline: 36, self.flushed: 5, self.copy: 5, lambda: [self.rng.choice(CALLS)]: 3,
+                 self.transaction: 0 if nested else 12}
+        return self.rng.choices(list(kinds), kinds.values())[0]()
+
+
+def make_script(rng):
+    """A list of (client, step)."""
+    todo, topics = {}, rng.sample(TEXTS, rng.randint(2, 7))  # few, so that not everyone is pinned for other reasons
+    for client in range(rng.choice((2, 3, 3, 4, 4, 5, 6))):
+        maker = Maker(rng, topics)
+        todo[client] = [text for text in [rng.choice(STARTUP)] if text] + [step for _ in range(rng.randint(2, 12)) for step in maker.steps()]
+    order = [client for client, steps in todo.items() for _ in steps]
+    rng.shuffle(order)
+    return [(client, IN_PIECES * (text[:1] != "@" and rng.random() < 0.4) + text) for client in order for text in [todo[client].pop(0)]]
+
+
+class Client(replay.Client):
+    """One that sends in pieces, and that the script tells when to go on."""
+
+    def __init__(self, index, texts, port, database):
+        self.startup = texts.pop(0) if texts[0].startswith("@") else "@"
+        super().__init__(index, [self.startup], port, database, test_equality.USERS)
+        self.steps, self.told = [make_step(replay.own(text, index)) for text in texts], 0
+        self.parameters = dict(self.wire.parameters)  # as it was told when it was last ready
+        self.wire.send = self.send
+
+    def send(self, frames):
+        rng = random.Random(frames)
+        cuts = sorted(rng.randrange(len(frames) + 1) for _ in range(3)) if self.seen and self.step.text.startswith(IN_PIECES) else []
+        try:
+            for begin, end in zip([0, *cuts], [*cuts, len(frames)]):
+                self.wire.sock.sendall(frames[begin:end])
+                time.sleep(0.001 if end < len(frames) else 0)
+        except OSError:
+            pass  # it is read that the connection is closed
+
+    def take(self, message):
+        # How often a parameter changes on the way doesn't matter: a RESET tells the server's default first, then what it was at the login.
+        if message.type in "ZG":
+            now = self.wire.parameters
+            self.status = [f"status {name} {now[name]}" for name in now if now[name] != self.parameters.get(name)]
+            self.parameters = dict(now)
+        super().take(message)
+
+    @property
+    def busy(self):
+        return self.waits or len(self.seen) < min(self.told, len(self.steps))
+
+
+def make_step(text):
+    plain = text.removeprefix(IN_PIECES)
+    if not plain.startswith("/call "):
+        return replay.make_step(plain)._replace(text=text)
+    _, oid, *values = plain.split(" ")
+    return replay.Step(text, wire.function_call(int(oid), *[value.encode() for value in values]), 1, 0, False, "")
+
+
+def play(script, port, database, patience):
+    """What each client received, step by step. The script goes on past a client that has to wait for a server connection."""
+    clients = {}
+
+    def until(condition, seconds):
+        deadline = time.monotonic() + seconds
+        while not condition() and time.monotonic() < deadline:
+            for client in running:
+                if client.busy and not client.waits:
+                    client.begin()
+                    client.read()  # what has come already
+            waiting = [client for client in running if client.waits]
+            for sock in select.select([client.wire.sock for client in waiting], [], [], 0.02)[0] if waiting else []:
+                next(client for client in waiting if client.wire.sock is sock).read()
+            for client in [client for client in running if client.finished]:
+                running.remove(client)
+                client.leave()
+
+    try:
+        for index in sorted({index for index, _ in script}):
+            clients[index] = Client(index, [text for one, text in script if one == index], port, database)
+        running = list(clients.values())
+        for index, text in script:
+            client = clients[index]
+            behind, client.told = client.busy, client.told + (not text.startswith("@"))
+            until(lambda client=client: not client.busy, 0.002 if behind else patience)
+        until(lambda: not running, STUCK)
+        for client in running:
+            client.seen[-1].append("no answer")
+    finally:
+        for client in clients.values():
+            client.leave()
+    return {index: [(client.startup, []), *((step.text, in_order(step, seen)) for step, seen in zip(client.steps, client.seen))]
+            for index, client in clients.items()}
+
+
+def in_order(step, seen):
+    """A notification of a pipeline's transaction may come with the pipeline's last one."""
+    told = [line for line in seen if line.startswith("notification")]
+    return [line for line in seen if line not in told] + told if step.readies > 1 else seen
+
+
+def is_known(before, step, direct, pooled):
+    """What may differ from one line of the answer on; see README and CONTRIBUTING."""
+    # A text that the client hasn't had described may have other columns after DDL, where a direct connection says 0A000.
+    if "C=0A000 M=cached plan" in direct and not any("/describe S" in text for text in before):
+        return True
+    # In a failed transaction a server connection that hasn't prepared the statement refuses it with its Bind or Describe.
+    if "C=25P02" in pooled and re.match("bound|parameters|columns|no data|.* C=08P01", direct):
+        return True
+    # Behind a RESET in the same text or up to the same Sync the server's defaults count instead of what came at the login.
+    if before[0] != "@" and re.search("RESET.*(;|/)", step):
+        return True
+    # A FATAL error of the server's says besides that the session is lost.
+    if direct.startswith("S=FATAL") and pooled.startswith(direct):
+        return True
+    # Behind the end of a failed transaction in the same text, the client's statements aren't there by their names.
+    if "C=26000" in pooled and re.search("(COMMIT|ROLLBACK).*;.*(EXECUTE|DEALLOCATE|prepared_statements)", step):
+        return True
+    # An error names another of the client's names for the same text.
+    return re.sub(r'statement "[^"]*"', "", direct) == re.sub(r'statement "[^"]*"', "", pooled)
+
+
+def difference(direct, pooled):
+    """The first difference of the first client that has one that isn't known: (its kind, the text to print), or None."""
+    for index in direct:
+        before = []
+        for (step, expected), (_, got) in zip(direct[index], pooled[index]):
+            if expected != got:
+                at = next((i for i, (a, b) in enumerate(zip(expected, got)) if a != b), min(len(expected), len(got)))
+                lines = [(seen[at:] or ["nothing more"])[0] for seen in (expected, got)]
+                if is_known(before, step, *lines):
+                    break  # from here on its session is another
+                kind = " / ".join((re.search(r"C=(\S+)", line) or re.match(r"(\S+)", line)).group(1) for line in lines)
+                return kind, "\n  ".join([f"client {replay.LETTERS[index]}: {step[:500]}\n  direct", *(f"  {line[:300]}" for line in expected), "proxy",
+                                         *(f"  {line[:300]}" for line in got)])
+            before.append(step)
+    return None
+
+
+class World:
+    def __init__(self, options, server):
+        self.options, self.server, self.proxy, self.served = options, server, None, []
+        self.admins = []
+        for name in ("equal_direct", "equal_pooled"):
+            test_equality.make_database(server, name)
+            self.admins.append(server.admin(name))
+            self.admins[-1].execute("SET client_min_messages = error; SET ROLE app")
+
+    def renew(self, most):
+        self.close()
+        users = {name: {"password": password} for name, password in test_equality.USERS.items()}
+        config = {"pool": {"max": most, "mode": self.options.mode, "connectionTimeoutMillis": 30000}, "databases": {"*": {}}, "users": users}
+        self.proxy, self.served = harness.Proxy(self.server, config, binary=self.options.binary), []
+        self.prepare([(0, "")])
+        play([(0, text) for text in LEARN], self.proxy.port, "equal_pooled", STUCK)
+
+    def close(self):
+        if self.proxy:
+            proxy, self.proxy = self.proxy, None
+            proxy.close()
+
+    def prepare(self, script):
+        for admin in self.admins:
+            for index in {index for index, _ in script}:
+                try:
+                    admin.execute("SET lock_timeout = '5s';" + replay.own(OWN, index))
+                except psycopg.errors.LockNotAvailable:
+                    raise AssertionError("a client's session has outlived it: " + self.proxy.log_text()[-2000:]) from None
+
+    def compare(self, script):
+        self.served.append(script)
+        self.prepare(script)
+        direct = play(script, self.server.port, "equal_direct", STUCK)
+        return difference(direct, play(script, self.proxy.port, "equal_pooled", PATIENCE))
+
+    def anew(self, scripts, most):
+        """The last of them on a new proxy, behind the others."""
+        self.renew(most)
+        for script in scripts[:-1]:
+            self.compare(script)
+        return self.compare(scripts[-1])
+
+
+def fewer(items):
+    """The list without a part of it, large parts first."""
+    size = len(items)
+    while size := size // 2:
+        for at in range(0, len(items), size):
+            yield items[:at] + items[at + size:]
+
+
+def without_client(script):
+    for client in sorted({index for index, _ in script}):
+        yield [(index, text) for index, text in script if index != client]
+
+
+def simpler(script):
+    """With a message, or a statement, less in a step, or sent as a whole."""
+    for at, (index, text) in enumerate(script):
+        if text.startswith(IN_PIECES):
+            text = text.removeprefix(IN_PIECES)
+            yield [*script[:at], (index, text), *script[at + 1:]]
+        extended = text.startswith("/")
+        parts = ["/" + part for part in replay.COMMANDS.split(text) if part.strip()] if extended else text.split("; ")
+        for drop in range(len(parts) - extended if len(parts) > 1 else 0):  # what it ends with asks for the answer
+            yield [*script[:at], (index, (" " if extended else "; ").join(parts[:drop] + parts[drop + 1:])), *script[at + 1:]]
+
+
+def shrink(items, ways, fails, deadline):
+    """The least that still fails, as far as time goes."""
+    tries = (less for way in ways for less in way(items))
+    while time.monotonic() < deadline:
+        less = next(tries, None)
+        if less is None:
+            break
+        if less and fails(less):
+            items, tries = less, (less for way in ways for less in way(items))
+    return items
+
+
+def read_scripts(path):
+    """Played one after the other; "--" is between them."""
+    scripts = [[]]
+    for line in path.read_text().splitlines():
+        if line == "--":
+            scripts.append([])
+        elif re.match("[a-f]: ", line):
+            scripts[-1].append((replay.LETTERS.index(line[0]), line[3:]))
+    return scripts
+
+
+class Differ:
+    def __init__(self, options, world):
+        self.options, self.world, self.kinds = options, world, collections.Counter()
+
+    def explain(self, kind, text, seed, most):
+        """Shrinks and prints the difference that the last script has shown."""
+        world, scripts, deadline = self.world, self.world.served, time.monotonic() + self.options.shrink
+
+        def fails(scripts):  # some only with luck
+            return any((found := world.anew(scripts, most)) and found[0] == kind for _ in range(2))
+
+        if fails(scripts[-1:]):
+            scripts = scripts[-1:]
+        elif fails(scripts):
+            earlier = shrink(scripts[:-1], [fewer], lambda less: fails([*less, scripts[-1]]), deadline)
+            scripts = [*earlier, scripts[-1]]
+        else:
+            print(f"== seed {seed}, max {most}: {kind}, once", text, sep="\n", flush=True)
+            return
+        least = shrink(scripts[-1], [without_client, fewer, simpler], lambda less: any(not text.startswith("@") for _, text in less) and fails([*scripts[:-1], less]), deadline)
+        _, text = world.anew([*scripts[:-1], least], most) or (kind, f"not each time; at first\n{text}")
+        print(f"== seed {seed}, max {most}: {kind}" + (f", behind {len(scripts) - 1} other sessions" if scripts[1:] else ""))
+        for script in scripts[:-1]:
+            print(*(f"{replay.LETTERS[index]}: {step}" for index, step in script), "--", sep="\n")
+        print(*(f"{replay.LETTERS[index]}: {step}" for index, step in least), text, sep="\n", flush=True)
+
+    def run(self):
+        options, world, seed, began = self.options, self.world, self.options.seed, time.monotonic()
+        while time.monotonic() - began < options.seconds:
+            most = options.max or 2 + seed // SESSIONS % 2
+            if not world.proxy or len(world.served) >= SESSIONS:
+                world.renew(most)
+            if found := world.compare(make_script(random.Random(seed))):
+                self.kinds[found[0]] += 1
+                if self.kinds[found[0]] <= options.each and found[0] not in options.ignore:
+                    self.explain(*found, seed, most)
+                world.renew(most)
+            seed += 1
+        print(f"{seed - options.seed} sessions, differences {dict(self.kinds)}")
+
+    def play(self):
+        found = self.world.anew(read_scripts(self.options.play), self.options.max or 2)
+        self.kinds.update([found[0]] if found else [])
+        print(found[1] if found else "no difference")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=120)
+    parser.add_argument("--seed", type=int, default=1, help="of the first session; the next one has the next")
+    parser.add_argument("--mode", default="transaction", choices=("transaction", "session"))
+    parser.add_argument("--max", type=int, default=0, help="server connections (default: 2 and 3 in turn, in session mode 6)")
+    parser.add_argument("--binary", default=harness.BINARY, type=lambda path: pathlib.Path(path).resolve())
+    parser.add_argument("--each", type=int, default=1, help="of each kind of difference, shrink and print so many")
+    parser.add_argument("--ignore", action="append", default=[], help="a kind of difference that is only counted")
+    parser.add_argument("--shrink", type=float, default=60, help="seconds to shrink one")
+    parser.add_argument("--play", type=lambda path: pathlib.Path(path).resolve(), help="a script instead")
+    options = parser.parse_args()
+    if options.mode == "session":
+        options.max = options.max or len(replay.LETTERS)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    with harness.Postgres(plain=True) as server:
+        server.sql(test_equality.ROLES)
+        server.sql("CREATE DATABASE equal_template")
+        server.sql(test_equality.SETUP, database="equal_template")
+        world = World(options, server)
+        differ = Differ(options, world)
+        try:
+            differ.play() if options.play else differ.run()
+        finally:
+            world.close()
+    sys.exit(bool(differ.kinds))
+
+
+if __name__ == "__main__":
+    main()
