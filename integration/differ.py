@@ -232,6 +232,9 @@ def is_known(before, step, direct, pooled):
     # Behind the end of a failed transaction in the same text, the client's statements aren't there by their names.
     if "C=26000" in pooled and re.search("(COMMIT|ROLLBACK).*;.*(EXECUTE|DEALLOCATE|prepared_statements)", step):
         return True
+    # setval alone doesn't keep the client where it is.
+    if "C=55000 M=currval" in pooled and any("setval" in text for text in before):
+        return True
     # An error names another of the client's names for the same text.
     return re.sub(r'statement "[^"]*"', "", direct) == re.sub(r'statement "[^"]*"', "", pooled)
 

@@ -349,7 +349,15 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
   }
   auto& counters = entry_->pool.counters();
   ++counters.clientParses;
-  if (held.touch(statement)) {
+  auto* const known = held.touch(statement);
+  bool behind = false;  // segments that may fail, so that the server would refuse it
+  pipeline.for_each([&](const protocol::Owed& one) { behind |= protocol::ends_with_ready(one.request); });
+  if (known && behind) {
+    ++counters.preparedHits;
+    known->shape = 0;
+    server_->close_statement(statement->id);
+    server_->parse(statement->id, statement->body, Verdict::Forward);
+  } else if (known) {
     ++counters.preparedHits;
     pipeline.push({Request::Parse, Verdict::Inject, id_});
   } else {
