@@ -373,6 +373,21 @@ def test_any_users_changed_password(proxies, pg):
         pg.sql("DROP ROLE changing")
 
 
+@pytest.mark.parametrize("mode", ["transaction", "session"])
+def test_any_users_login_beside_an_idle_connection(proxies, mode):
+    """What its DateStyle means is asked by a connection of its own; the one that it is given is there already."""
+    proxy = proxies({"auth": {"method": "password"}, "users": {"*": {}}, "databases": {"*": {}}, "pool": {"mode": mode, "max": 3}})
+    with raw(proxy, OTHER_USER, OTHER_PASSWORD, OTHER_DATABASE) as first:
+        first.value("SELECT 1")
+    harness.poll(lambda: proxy.stats()["idleCount"] >= 1)
+    with wire.Wire(proxy.port) as w:
+        w.send(wire.startup_packet({"user": OTHER_USER, "database": OTHER_DATABASE, "DateStyle": "German", "options": "-c statement_timeout=1234"}))
+        assert w.recv().body == struct.pack("!i", 3)
+        answer = w.ask(wire.frame("p", wire.text(OTHER_PASSWORD)))
+        assert answer[0] == wire.Message("R", struct.pack("!i", 0)), answer
+        assert w.value("SHOW statement_timeout") == "1234ms"
+
+
 def test_any_users_login_is_judged_anew(proxies, pg):
     """A password that the server has accepted counts for ten seconds, and while the server can't be asked."""
     pg.sql("CREATE ROLE judged LOGIN PASSWORD 'judged'")

@@ -272,6 +272,7 @@ awaitable<void> ServerConnection::run_connect(std::shared_ptr<ServerConnection> 
   state_ = State::Leased;  // until settle() puts it on the idle list
   entry_.pool.admit(*this, worker_.now(), worker_.random());
   if (login_ && !login_->date_styles.empty()) {  // its defaults aren't everybody's
+  const Worker::Turn turn(worker_);  // the client whose login this is goes on in it
     entry_.settings.learn_date_style(login_->date_styles, parameters_["DateStyle"]);
     worker_.on_connected(*this);
     wait_readable();
@@ -281,7 +282,6 @@ awaitable<void> ServerConnection::run_connect(std::shared_ptr<ServerConnection> 
   entry_.settings.saw_parameters({}, parameters_);
   settings->welcome = parameters_;
   worker_.on_connected(*this);
-  const Worker::Turn turn(worker_);
   if (const std::string more = std::exchange(channel_->unread, {}); !more.empty()) {  // what came together with the login's end
     const protocol::Bytes bytes(reinterpret_cast<const std::uint8_t*>(more.data()), more.size());
     channel_->keep(bytes, process(bytes));
