@@ -32,6 +32,7 @@ class Router:
         self.context.set_alpn_protocols(["postgresql"])
         self.context.sni_callback = lambda sock, name, context: setattr(sock, "server_name", name)
         self.way, self.wakes_in, self.awake_at = None, 0, 0.0
+        self.cancel_takes = 0.0  # seconds that a cancel request is on its way
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.port = self.listener.getsockname()[1]
         self.open = True
@@ -125,8 +126,10 @@ class Router:
         size = struct.unpack("!i", exactly(near, 4))[0]
         packet = exactly(near, size - 4)
         if struct.unpack_from("!i", packet)[0] == wire.CANCEL_REQUEST:
+            time.sleep(self.cancel_takes)
             with socket.create_connection(("127.0.0.1", self.pg.port)) as far:
                 far.sendall(struct.pack("!i", size) + packet)
+                far.recv(1)  # the server closes it when it has done so
             return near.close()
         words = packet[4:].split(b"\0")[:-2]
         startup = {k.decode(): v.decode() for k, v in zip(words[::2], words[1::2])}

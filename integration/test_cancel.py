@@ -7,6 +7,7 @@ import time
 import psycopg
 import pytest
 
+import cloud
 import harness
 import wire
 from gate import Gate
@@ -98,6 +99,22 @@ def test_a_cancel_that_comes_too_late_hits_nobody(proxies):
                 assert kinds(one.until()) == "TDCZ"
                 gate.late = 0
                 assert kinds(other.ask(wire.query("SELECT pg_sleep(3)"))) == "TDCZ"
+        proxy.stop()
+
+
+def test_a_cancel_that_takes_long_hits_nobody_else(proxies):
+    """A server that sends TLS session tickets has said something before it has the request."""
+    with harness.Postgres(plain=True) as own, cloud.Router(own, own.certificates) as router:
+        router.cancel_takes = 1.0
+        proxy = proxies({"pool": {"max": 1}}, url=own.url(port=router.port, sslmode="require"))
+        with raw(proxy) as one, raw(proxy) as other:
+            one.send(wire.query("SELECT pg_sleep(0.6)"))
+            harness.poll(lambda: own.count("usename = 'app' AND state = 'active'") == 1)
+            with socket.create_connection(("127.0.0.1", proxy.port), 10) as canceler:
+                canceler.sendall(wire.request(wire.CANCEL_REQUEST, struct.pack("!I", one.pid) + one.key))
+                other.send(wire.query("SELECT pg_sleep(1.5)"))
+                assert kinds(one.until()) == "TDCZ"
+                assert kinds(other.until()) == "TDCZ"
         proxy.stop()
 
 

@@ -504,8 +504,12 @@ awaitable<void> ServerConnection::run_cancel(std::shared_ptr<ServerConnection> /
       request.own([this](std::string& out) { protocol::write_cancel_request(out, pid_, cancel_key_); });
       channel->send(request, worker_.tls_scratch());
       reached = true;
-      co_await channel->transport.socket().async_wait(Socket::wait_read, use_awaitable);
-      ended = true;
+      IoResult got{IoStatus::WouldBlock};  // TLS has things to say of its own, such as session tickets
+      while (got.status == IoStatus::Ok || got.status == IoStatus::WouldBlock) {
+        if (!channel->transport.pending()) co_await channel->transport.socket().async_wait(Socket::wait_read, use_awaitable);
+        got = channel->transport.read(worker_.scratch());
+      }
+      ended = !limit.expired();
     } else {
       log::warn("cancel_failed", about(), "server {} (pid {}): cannot send a cancel request: {}", id_, pid_, failure);
     }
