@@ -73,6 +73,21 @@ def test_end_of_the_drain_is_forced(proxies, pg):
     harness.poll(lambda: pg.count("query LIKE '%%pg_sleep(60)%%' AND state = 'active'") == 0, what="the query was cancelled")
 
 
+def test_a_drain_ends_who_is_in_its_tls_handshake(proxies, tmp_path):
+    harness.make_certificates(tmp_path)
+    proxy = proxies({"tls": {"mode": "allow", "certificate": str(tmp_path / "server.crt"), "key": str(tmp_path / "server.key")}})
+    with raw(proxy) as busy, wire.Wire(proxy.port, timeout=3) as shaking:
+        busy.ask(wire.query("BEGIN"))
+        shaking.send(wire.request(wire.SSL_REQUEST))
+        assert shaking.bytes(1) == b"S"
+        before = proxy.cpu_seconds()
+        proxy.signal(signal.SIGTERM)
+        assert shaking.closed() == []
+        assert proxy.cpu_seconds() - before < 0.5
+        busy.ask(wire.query("COMMIT"))
+    assert proxy.wait_exit(10) == 0
+
+
 def test_post_drain(proxies):
     proxy = proxies()
     assert curl(proxy, "/api/admin/drain", "-X", "POST")[0] == 200

@@ -479,6 +479,7 @@ void ClientSession::fatal(std::string_view sqlstate, std::string_view message, s
   worker_.count_error(sqlstate);
   if (!sqlstate.starts_with("57P")) complain(sqlstate, message);
   if (sqlstate == "08P01") worker_.reject(pool::RejectReason::Protocol);
+  if (state_ == State::Tls) return close();              // it can't be told anything in its handshake
   if (server_ && server_->is_telling()) return close();  // it would be read as the rest of a message
   worker_.to_client.own([&](std::string& out) { protocol::write_error(out, protocol::Severity::Fatal, sqlstate, message, detail, hint); });
   unlink();
