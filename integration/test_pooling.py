@@ -457,6 +457,16 @@ def test_session_mode(proxies, pg):
         assert after.value("SELECT count(*) FROM pg_class WHERE relname = 'mine' AND pg_table_is_visible(oid)") == "0"
 
 
+def test_session_mode_ends_who_is_idle_for_too_long(proxies):
+    proxy = proxies({"pool": {"mode": "session", "clientIdleTimeoutMillis": 1500}})
+    with raw(proxy) as w:
+        time.sleep(0.8)
+        assert w.value("SELECT 1") == "1"  # not from the login on
+        begun = time.monotonic()
+        assert [m.error["C"] for m in w.closed()] == ["57P05"]
+        assert time.monotonic() - begun > 1.4
+
+
 def test_statement_mode_refuses_transactions(proxies, pg):
     proxy = proxies({"pool": {"mode": "statement", "max": 1}})
     with raw(proxy) as w:

@@ -72,7 +72,7 @@ pool::Time ClientSession::check_limits(pool::Time now) {
   if (!server_) return next;
   const auto& pipeline = server_->pipeline;
   if (pipeline.status() == protocol::TxStatus::Idle) {
-    if (pipeline.empty() && !in_request_ && over(sent_at_, limits.clientIdleTimeoutMillis))
+    if (pipeline.empty() && !in_request_ && over(std::max(sent_at_, connected_at_), limits.clientIdleTimeoutMillis))
       end_by_limit("57P05", "terminating connection due to idle-session timeout", "pool.clientIdleTimeoutMillis",
                    limits.clientIdleTimeoutMillis);
     return next;
