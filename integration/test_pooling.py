@@ -467,6 +467,20 @@ def test_session_mode_ends_who_is_idle_for_too_long(proxies):
         assert time.monotonic() - begun > 1.4
 
 
+def test_session_mode_tells_the_parameters_of_the_session(proxies, pg):
+    proxy = proxies({"pool": {"mode": "session", "max": 2}})
+    with raw(proxy) as before:
+        pg.sql(f"ALTER ROLE {USER} SET timezone = 'Asia/Tokyo'")
+        try:
+            with raw(proxy) as after:
+                before.sock.close()
+                assert after.parameters["TimeZone"] == after.value("SHOW timezone") == "Asia/Tokyo"
+                with raw(proxy) as again:
+                    assert again.parameters["TimeZone"] == again.value("SHOW timezone")
+        finally:
+            pg.sql(f"ALTER ROLE {USER} RESET timezone")
+
+
 def test_statement_mode_refuses_transactions(proxies, pg):
     proxy = proxies({"pool": {"mode": "statement", "max": 1}})
     with raw(proxy) as w:

@@ -287,8 +287,9 @@ void ClientSession::greet() {
   cancel_key_.resize(long_key ? 32 : 4);
   RAND_bytes(reinterpret_cast<unsigned char*>(cancel_key_.data()), static_cast<int>(cancel_key_.size()));
   if (!rewrites() && server_) key_pid_ = server_->pid();
+  const auto& parameters = server_ ? server_->parameters() : settings->welcome;
   worker_.to_client.own([&](std::string& out) {
-    for (const auto& [name, value] : settings->welcome) protocol::write_parameter_status(out, name, value);
+    for (const auto& [name, value] : parameters) protocol::write_parameter_status(out, name, value);
     protocol::write_backend_key_data(out, key_pid_, cancel_key_);
     protocol::write_ready_for_query(out, protocol::TxStatus::Idle);
   });
@@ -296,7 +297,7 @@ void ClientSession::greet() {
              login_->peer);
   login_.reset();
   entry_->used = true;
-  told_ = fingerprint_of(settings->welcome);
+  told_ = fingerprint_of(parameters);
   worker_.on_greeted();
   transition(server_ ? State::Active : State::Ready);
   send(worker_.to_client);
