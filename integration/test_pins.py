@@ -245,6 +245,21 @@ def test_what_cannot_be_undone_ends_the_server_connection(proxies):
         assert b.value(SERVER) != before
 
 
+@pytest.mark.parametrize("mode", ["transaction", "session"])
+@pytest.mark.parametrize("goodbye", [False, True])
+@pytest.mark.parametrize("sql", ["SELECT setseed(0.5)", "LOAD 'plpgsql'"])
+def test_what_cannot_be_undone_reaches_no_other_client(proxies, mode, goodbye, sql):
+    proxy = proxies({"pool": {"mode": mode, "max": 1}})
+    with raw(proxy) as a:
+        before = a.value(SERVER)
+        if goodbye:
+            a.send(wire.query(sql), wire.TERMINATE)
+        else:
+            a.ask(wire.query(sql))
+    with raw(proxy) as b:
+        assert b.value(SERVER) != before
+
+
 @pytest.mark.parametrize("sql", ["CREATE TEMP TABLE t (a int)", "SELECT pg_advisory_lock(1)", "PREPARE p AS SELECT 1", "SELECT currval('s')",
                                  "DECLARE c CURSOR WITH HOLD FOR SELECT 1", "SELECT pg_backend_pid()", "SELECT setseed(0)", "LOAD 'x'"])
 def test_on_unsupported_error_refuses_by_name(proxies, sql):

@@ -53,7 +53,7 @@ constexpr struct {
                  {protocol::kLibrary, "LOAD and dblink_connect", "session_preload_libraries on the server loads a library for all."}};
 
 /// Nothing resets these but the connection's end.
-constexpr std::uint32_t kIndelible = pool::bit(PinReason::RandomSeed) | pool::bit(PinReason::Library);
+constexpr std::uint32_t kIndelible = protocol::kSeed | protocol::kLibrary;
 
 }  // namespace
 
@@ -66,6 +66,7 @@ std::uint32_t ClientSession::note_residue(const protocol::Statement& statement) 
 void ClientSession::note_names(std::string_view sql, std::uint32_t residue) {
   if (residue == 0) return;
   residue_ |= residue;
+  server_->condemned |= (residue & kIndelible) != 0;
   server_->suspect = sql.substr(0, kMostSuspect);
   if (entry_->catalog.surveyed()) return;
   auto& words = server_->unknown_names;
@@ -93,6 +94,7 @@ std::uint32_t ClientSession::note_residue(std::string_view sql, std::uint32_t kn
       residue = (residue & ~protocol::kCustomSetting) | protocol::kSettings;
   }
   residue_ |= residue;
+  server_->condemned |= (residue & kIndelible) != 0;
   if (residue & protocol::kSequenceRead && rewrites()) use_sequences();
   if (residue & protocol::kSequenceWrite) {
     server_->sequences_touched = true;
@@ -216,7 +218,7 @@ void ClientSession::on_residue(SettingsRef now, const Residue& found) {
 void ClientSession::pin_by_text() {
   const std::uint32_t reasons = reasons_of(residue_);
   if (reasons == 0) return;
-  if (reasons & kIndelible) server_->condemned = true;
+  server_->condemned |= (residue_ & kIndelible) != 0;
   if (!pin_ || (pin_->reasons | reasons) != pin_->reasons)
     entry_->transparency.record(protocol::normalize_sql(server_->suspect), false, false, reasons);
   pin(reasons | (pin_ ? pin_->reasons : 0), pin_ ? pin_->detail : std::string());
