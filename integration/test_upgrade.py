@@ -204,6 +204,22 @@ def test_both_share_a_small_pool(start, most):
     assert 0 < watch.most <= most, watch.most
 
 
+@pytest.mark.parametrize("before,after", [(6, 2), (6, 1), (2, 6)])
+def test_another_max_starves_nobody(start, before, after):
+    proxy = start({"pool": {"max": before, "connectionTimeoutMillis": 4000}})
+    with harness.Watch(proxy.pg, f"usename = '{USER}'") as watch:
+        with pgbench(proxy, "-S", "-c", "6", seconds=6) as stays:
+            poll(lambda: len(proxy.clients()) == 6, 10, "they have connected")
+            proxy.config["pool"]["max"] = after
+            proxy.write_config()
+            old = proxy.upgrade()
+            with pgbench(proxy, "-S", "-c", "4", seconds=2):
+                poll(lambda: proxy.pg.count(f"usename = '{USER}'") <= after, 2, "the new one counts for both")
+            assert old.poll() is None and stays.poll() is None
+        expect_end(old)
+    assert 0 < watch.most <= max(before, after), watch.most
+
+
 @contextlib.contextmanager
 def listening_while_upgraded(start, most):
     """(proxy, the old process, its client that listens, a client of the new one), with `most` server connections in all."""

@@ -135,12 +135,13 @@ void Succession::on_message(std::vector<std::string_view> fields) {
   if (what == "spare" && successor_) return void(spared_.emplace_back(fields[2], fields[3]));
   if (what == "over" && successor_) return worker_.on_alone();
   if (what == "cancel") return worker_.cancel(number(fields[1]), fields[2]);
-  if (what != "held" && what != "give" && what != "want") return;
+  if (what != "held" && what != "give" && what != "want" && what != "max") return;
   const Key key{fields[2], fields[3]};
   Share& share = shares_[key];
   const std::uint32_t count = number(fields[1]);
   if (what == "held") share.given = count;
   if (what == "want") share.wanted = count;
+  if (what == "max") share.others_max = count;
   if (what == "give") {
     share.given -= std::min(share.given, count);
     share.asked -= std::min(share.asked, count);
@@ -242,9 +243,10 @@ void Succession::balance(const Key& key, Share& share, PoolEntry* entry) {
   }
   pool::Pool& pool = entry->pool;
   const std::uint32_t max = pool.settings().max;
+  if (std::exchange(share.max, max) != max) send({"max", std::to_string(max), key.first, key.second});
   const std::uint32_t waiting = worker_.missing(*entry);
   // What is lent is what may be given as soon as it is free: connections beyond the rest are closed as they come back.
-  const std::uint32_t half = max / 2;
+  const std::uint32_t half = std::min(max, share.others_max) / 2;
   const std::uint32_t used = pool.staying() - static_cast<std::uint32_t>(pool.idle_count());
   const std::uint32_t most = max - (waiting > 0 ? half : std::min(half, used));
   pool.set_lent(std::max(share.given, std::min(share.given + share.wanted, most)));
@@ -252,7 +254,8 @@ void Succession::balance(const Key& key, Share& share, PoolEntry* entry) {
   const std::uint32_t room = max - std::min(max, pool.open());
   const std::uint32_t now = std::min(pool.lent(), std::max(room, share.given));
   if (now > share.given) give(key, share, now - share.given);
-  const std::uint32_t ask = pool.open() < pool.capacity() ? 0 : std::min(waiting, share.given);
+  const std::uint32_t beyond = share.given - std::min(share.given, max);  // it has them by a `max` that is greater there
+  const std::uint32_t ask = waiting == 0 || pool.open() < pool.capacity() ? 0 : std::min(waiting + beyond, share.given);
   if (ask <= share.asked && (ask != 0 || share.asked == 0)) return;
   share.asked = ask;
   send({"want", std::to_string(ask), key.first, key.second});

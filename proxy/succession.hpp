@@ -7,7 +7,8 @@
 // `serving` leaves the predecessor in charge. Connections that come meanwhile wait in the sockets, which both have.
 //
 // Of a pool's `max` connections each process has a share: what the other one holds is lent to it. A share grows by `give` alone, so that
-// the sum never exceeds `max`; who has clients that wait for more says `want`, and gets what the other doesn't need, or up to one half.
+// the sum never exceeds `max`; who has clients that wait for more says `want`, and gets what the other doesn't need, or up to one half. If
+// the successor's configuration, or a reload, has another `max`, each process says its own (`max`), and half of the smaller one counts.
 // Cancel requests of the predecessor's clients come to the successor, which hands them on.
 #pragma once
 
@@ -18,6 +19,7 @@
 #include <boost/asio/steady_timer.hpp>
 #include <deque>
 #include <functional>
+#include <limits>
 #include <map>
 #include <memory>
 #include <string>
@@ -65,9 +67,11 @@ class Succession : public std::enable_shared_from_this<Succession> {
   using Socket = boost::asio::basic_seq_packet_socket<boost::asio::generic::seq_packet_protocol, boost::asio::io_context::executor_type>;
   using Key = std::pair<std::string, std::string>;  // database and user
   struct Share {
-    std::uint32_t given = 0;   // to the other one, which may hold as many
-    std::uint32_t wanted = 0;  // by the other one, besides
-    std::uint32_t asked = 0;   // of the other one
+    std::uint32_t given = 0;                                               // to the other one, which may hold as many
+    std::uint32_t wanted = 0;                                              // by the other one, besides
+    std::uint32_t asked = 0;                                               // of the other one
+    std::uint32_t max = 0;                                                 // the pool's here, as the other one was told
+    std::uint32_t others_max = std::numeric_limits<std::uint32_t>::max();  // the pool's there, once it is told
   };
 
   void receive();
