@@ -339,6 +339,9 @@ def test_pause_and_resume(proxies, pg):
         with pytest.raises(psycopg.Error) as error:
             admin.execute("PAUSE nowhere")
         assert state_of(error) == "3D000" or "paused" not in str(error.value)
+        with pytest.raises(psycopg.Error, match="a database is required"):
+            admin.execute("PAUSE ''")
+        assert only(admin, "SHOW DATABASES", name=harness.DATABASE)["paused"] == 0
 
 
 def test_an_interrupted_pause_is_taken_back(proxy):
@@ -489,6 +492,10 @@ def test_set(proxy, pg):
         assert waiting.error is None
         admin.execute("SET query_wait_timeout = 1.5")
         assert only(admin, "SHOW CONFIG", key="pool.connectionTimeoutMillis")["value"] == "1500"
+        admin.execute("SET server_idle_timeout = 0.0001")
+        assert only(admin, "SHOW CONFIG", key="pool.idleTimeoutMillis")["value"] == "1"  # 0 is never
+        with pytest.raises(psycopg.Error, match="SET takes: SET key = value"):
+            admin.execute("SET pool.max = 3 0")
         for sql, what in (("SET pool.max=none", "pool.max"), ("SET pool.maxx=1", 'did you mean "pool.max"'), ("SET listen='x'", "can't be set here"),
                           ("SET pool.min=9", "pool.min would be more"), ("SET auth.method=trust", "can't be set here")):
             with pytest.raises(psycopg.Error, match=re.escape(what)) as error:

@@ -83,6 +83,7 @@ constexpr Verb kVerbs[] = {{"reload", Kind::Reload, "RELOAD", Verb::Argument::No
                            {"suspend", Kind::Suspend, "SUSPEND", Verb::Argument::None}};
 
 struct Token {
+  bool apart;         // from the one before
   std::string text;   // without quotes
   std::string lower;  // of a bare word; empty for what is quoted
 };
@@ -146,10 +147,10 @@ class Lexer {
     at_ = close == std::string_view::npos ? sql_.size() : close + 2;
   }
   void quoted(Statement& s, char quote) {
-    Token token;
+    Token token{at_ != end_, {}, {}};
     for (++at_; at_ < sql_.size(); ++at_) {
       if (sql_[at_] == quote && (at_ + 1 >= sql_.size() || sql_[at_ + 1] != quote)) {
-        ++at_;
+        end_ = ++at_;
         s.tokens.push_back(std::move(token));
         return;
       }
@@ -162,7 +163,8 @@ class Lexer {
     const std::size_t begin = at_++;
     if (in_word(sql_[begin]))
       while (at_ < sql_.size() && in_word(sql_[at_]) && !sql_.substr(at_).starts_with("--")) ++at_;
-    Token token;
+    Token token{begin != end_, {}, {}};
+    end_ = at_;
     token.text = token.lower = std::string(sql_.substr(begin, at_ - begin));
     for (char& c : token.lower)
       if (c >= 'A' && c <= 'Z') c = static_cast<char>(c + 32);
@@ -171,6 +173,7 @@ class Lexer {
 
   std::string_view sql_;
   std::size_t at_ = 0;
+  std::size_t end_ = std::string_view::npos;  // of the last token
 };
 
 ConsoleCommand invalid(std::string error) {
@@ -233,7 +236,9 @@ ConsoleCommand set(const Statement& s) {
   if (key == "characteristics" || key == "time" || key == "names" || key == "transaction" || find_in(kParameters, key)) {
     return plain(Kind::SetIgnored, "SET");
   }
-  if (t.size() <= at + 2 || (t[at + 1].lower != "=" && t[at + 1].lower != "to")) return invalid("SET takes: SET key = value");
+  const bool whole = t.size() > at + 2 && (t[at + 1].lower == "=" || t[at + 1].lower == "to");
+  if (!whole || std::any_of(t.begin() + at + 3, t.end(), [](const Token& more) { return more.apart; }))
+    return invalid("SET takes: SET key = value");
   ConsoleCommand command = plain(Kind::Set, {});
   command.name = t[at].text;
   for (std::size_t i = at + 2; i < t.size(); ++i) command.value += t[i].text;
@@ -259,7 +264,8 @@ ConsoleCommand verb(const Verb& verb, const Statement& s) {
   ConsoleCommand command = plain(verb.kind, verb.tag);
   if (t.size() > 2 || (t.size() == 2 && verb.argument == Argument::None)) return unknown(s);
   if (t.size() == 2) command.name = t[1].text;
-  if (verb.argument == Argument::Database && command.name.empty()) return invalid("a database is required");
+  const bool needed = verb.argument == Argument::Database || (verb.argument == Argument::Maybe && t.size() == 2);
+  if (needed && command.name.empty()) return invalid("a database is required");
   if (verb.argument == Argument::Number) {
     const char* end = command.name.data() + command.name.size();
     const auto [stop, ec] = std::from_chars(command.name.data(), end, command.id);

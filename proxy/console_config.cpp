@@ -67,7 +67,8 @@ std::string from_alias(const Alias& alias, std::string_view value) {
   if (alias.factor <= 1) return std::string(value);
   const double n = parse_decimal(value);
   if (!(n >= 0 && n <= 4e6)) throw std::invalid_argument("\"" + std::string(value) + "\" is not a number of seconds");
-  return std::to_string(static_cast<std::uint64_t>(std::llround(n * alias.factor)));
+  const long long least = n > 0 ? 1 : 0;  // 0 is without a limit
+  return std::to_string(std::max(least, std::llround(n * alias.factor)));
 }
 
 std::string to_alias(const Alias& alias, const std::string& value) {

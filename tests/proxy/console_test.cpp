@@ -48,6 +48,7 @@ TEST(ConsoleCommand, Commands) {
       {"SET extra_float_digits TO 3", Kind::SetIgnored, "", "SET"},
       {"SET pool.max = 7", Kind::Set, "pool.max", "SET pool.max=7"},
       {"set default_pool_size='7';", Kind::Set, "default_pool_size", "SET default_pool_size=7"},
+      {"SET log.file = /a/b", Kind::Set, "log.file", "SET log.file=/a/b"},
       {"SHOW timezone", Kind::Parameter, "timezone", "SHOW"},
       {"SHOW TRANSACTION ISOLATION LEVEL", Kind::Parameter, "transaction_isolation", "SHOW"},
   };
@@ -87,6 +88,10 @@ TEST(ConsoleCommand, Mistakes) {
                           "SET",
                           "SET pool.max",
                           "SET pool.max 7",
+                          "SET pool.max = 3 0",
+                          "SET pool.max = 3 '0'",
+                          "PAUSE ''",
+                          "RESUME \"\"",
                           "PAUSE 'open",
                           "PAUSE /* open",
                           "=",
@@ -122,6 +127,10 @@ TEST(ConsoleConfig, Set) {
   EXPECT_EQ(config.pool.idleTimeoutMillis, 7u);
   EXPECT_EQ(apply_setting(config, "query_timeout", "1.5"), "");
   EXPECT_EQ(config.pool.queryTimeoutMillis, 1500u);
+  EXPECT_EQ(apply_setting(config, "query_timeout", "0.0001"), "");
+  EXPECT_EQ(config.pool.queryTimeoutMillis, 1u);  // 0 is without a limit
+  EXPECT_EQ(apply_setting(config, "query_timeout", "0"), "");
+  EXPECT_EQ(config.pool.queryTimeoutMillis, 0u);
   EXPECT_EQ(apply_setting(config, "max_client_conn", "12"), "");
   EXPECT_EQ(config.limits.maxClients, 12u);
   EXPECT_EQ(apply_setting(config, "log.level", "debug"), "");
