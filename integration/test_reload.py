@@ -103,6 +103,20 @@ def test_users_and_passwords(proxies):
     assert wire.Wire(proxy.port).login(USER, PASSWORD, DATABASE).error["C"] == "28P01"
 
 
+def test_a_user_that_is_named_has_the_password_of_its_name(proxies, pg):
+    """And no longer the one that the server has accepted from a client."""
+    pg.sql("CREATE ROLE named_later LOGIN PASSWORD 'given'")
+    try:
+        proxy = proxies({"auth": {"method": "password"}, "users": {"*": {}}})
+        assert raw(proxy, "named_later", "given", DATABASE).value("SELECT 1") == "1"
+        pg.sql("ALTER ROLE named_later PASSWORD 'configured'")
+        reload(proxy, {"users": {"named_later": {"password": "configured"}}})
+        assert raw(proxy, "named_later", "configured", DATABASE).value("SELECT 1") == "1"
+        proxy.stop()
+    finally:
+        pg.sql("DROP ROLE named_later")
+
+
 def test_a_rotated_password_of_the_upstream(proxies, pg, tmp_path):
     """Its connections are replaced though the configuration says the same."""
     secret = tmp_path / "secret"

@@ -94,6 +94,7 @@ void Worker::reload(Prepared prepared) {
     entry->catalog.forget();
     entry->backoff.hurry();
     entry->passes_password_on = passes_password_on(entry->user);
+    if (!entry->passes_password_on) entry->given_password.reset();
     std::string sqlstate, error;
     auto plan = plan_pool(entry->database, entry->user, sqlstate, error);
     if (!databases_.contains(entry->database))
