@@ -404,6 +404,15 @@ def test_keepalive_of_the_connection(proxies, pg):
             assert timer and int(timer[1]) in idle, shown
 
 
+def test_a_keepalive_of_weeks_is_the_longest_that_there_is(proxies, pg):
+    """Nine hours, instead of the two of the kernel's default."""
+    proxy = proxies({"pool": {"keepAliveInitialDelayMillis": 2147483648}})
+    with proxy.connect() as client:
+        port = client.execute("SELECT client_port FROM pg_stat_activity WHERE pid = pg_backend_pid()").fetchone()[0]
+        shown = subprocess.run(["ss", "-tnoH", "sport", f"= :{port}"], capture_output=True, text=True, check=True).stdout
+        assert re.search(r"timer:\(keepalive,54\dmin", shown), shown
+
+
 def test_names_are_looked_up_anew_each_time(proxies, pg, tmp_path):
     """A hosts file of the proxy's own, in a mount namespace; the name has two addresses, of which the second serves."""
     hosts, binary = tmp_path / "hosts", tmp_path / "pgsidecar"

@@ -11,6 +11,7 @@
 #include <boost/asio/redirect_error.hpp>
 #include <boost/asio/steady_timer.hpp>
 #include <boost/asio/use_awaitable.hpp>
+#include <limits>
 
 #include "proxy/log.hpp"
 #include "proxy/server_connection.hpp"
@@ -31,14 +32,17 @@ void set_socket_options(Socket& socket, const conf::ConnectParams& params, const
   set(IPPROTO_TCP, TCP_NODELAY, 1);
   if (params.tcpUserTimeoutMillis) set(IPPROTO_TCP, TCP_USER_TIMEOUT, static_cast<int>(*params.tcpUserTimeoutMillis));
   if (!params.keepalives.value_or(pool.keepAlive)) return;
-  const int idle = static_cast<int>(params.keepalivesIdleSeconds.value_or(pool.keepAliveInitialDelayMillis / 1000));
+  constexpr std::uint32_t kMostIdle = 32767;  // that Linux takes
+  const int idle = static_cast<int>(std::min(kMostIdle, params.keepalivesIdleSeconds.value_or(pool.keepAliveInitialDelayMillis / 1000)));
   const int interval = static_cast<int>(params.keepalivesIntervalSeconds.value_or(1));
   const int count = static_cast<int>(params.keepalivesCount.value_or(10));
   set(SOL_SOCKET, SO_KEEPALIVE, 1);
   if (idle > 0) set(IPPROTO_TCP, TCP_KEEPIDLE, idle);
   set(IPPROTO_TCP, TCP_KEEPINTVL, interval);
   set(IPPROTO_TCP, TCP_KEEPCNT, count);
-  if (!params.tcpUserTimeoutMillis) set(IPPROTO_TCP, TCP_USER_TIMEOUT, (idle + interval * count) * 1000);
+  if (params.tcpUserTimeoutMillis) return;
+  const std::int64_t millis = (idle + std::int64_t{interval} * count) * 1000;
+  set(IPPROTO_TCP, TCP_USER_TIMEOUT, static_cast<int>(std::min<std::int64_t>(millis, std::numeric_limits<int>::max())));
 }
 
 /// Ends the waits of one attempt when its time is up: a part of it until the host has accepted the connection, then all of it.
@@ -268,11 +272,11 @@ awaitable<void> ServerConnection::run_connect(std::shared_ptr<ServerConnection> 
   worker_.database_took(worker_.upstream_of(entry_.database), took, false);
   ++entry_.pool.counters().connects;
   attempt = {};
+  const Worker::Turn turn(worker_);  // the client whose login this is goes on in it
   conforming_strings_ = parameters_["standard_conforming_strings"] != "off";
   state_ = State::Leased;  // until settle() puts it on the idle list
   entry_.pool.admit(*this, worker_.now(), worker_.random());
   if (login_ && !login_->date_styles.empty()) {  // its defaults aren't everybody's
-  const Worker::Turn turn(worker_);  // the client whose login this is goes on in it
     entry_.settings.learn_date_style(login_->date_styles, parameters_["DateStyle"]);
     worker_.on_connected(*this);
     wait_readable();
