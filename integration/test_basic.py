@@ -408,6 +408,37 @@ def test_any_users_login_is_judged_anew(proxies, pg):
         pg.sql("DROP ROLE judged")
 
 
+@pytest.mark.parametrize("most,strangers", [(1, 2), (3, 6)])
+def test_wrong_passwords_starve_nobody(proxies, most, strangers):
+    proxy = proxies({"auth": {"method": "password"}, "users": {"*": {}}, "databases": {"*": {}}, "pool": {"max": most, "connectionTimeoutMillis": 2000}})
+    over, tries = threading.Event(), []
+
+    def stranger(_):
+        while not over.is_set():
+            tries.append(wire_error(proxy.port, False, OTHER_USER, "wrong", OTHER_DATABASE)["C"])
+
+    def client(_):
+        try:
+            with proxy.connect(OTHER_USER, OTHER_PASSWORD, OTHER_DATABASE) as connection:
+                deadline = time.monotonic() + 5
+                while time.monotonic() < deadline:
+                    assert connection.execute("SELECT 1").fetchone() == (1,)
+                    time.sleep(0.02)
+        finally:
+            over.set()
+
+    harness.threads(1 + strangers, lambda index: stranger(index) if index else client(index))
+    assert "28P01" in tries
+
+
+def test_a_stranger_who_waits_hears_of_no_other_client(proxies):
+    proxy = proxies({"auth": {"method": "password"}, "users": {"*": {}}, "databases": {"*": {}}, "pool": {"max": 1, "connectionTimeoutMillis": 1000}})
+    with proxy.connect(OTHER_USER, OTHER_PASSWORD, OTHER_DATABASE, application_name="secret") as holder:
+        holder.execute("BEGIN")
+        error = wire_error(proxy.port, False, OTHER_USER, "wrong", OTHER_DATABASE)
+        assert (error["C"], error["M"]) == ("53300", "timed out after 1000 ms waiting for a server connection: 1 of 1 in use")
+
+
 @pytest.mark.parametrize("mode", ["transaction", "session"])
 @pytest.mark.parametrize("reset", ["RESET ALL", "DISCARD ALL", "SET TimeZone TO DEFAULT"])
 def test_a_prepared_reset_goes_back_to_what_was_brought_too(proxies, mode, reset):

@@ -58,14 +58,28 @@ bool Worker::serve_login(PoolEntry& entry, const ServerConnection::Login& login)
   if (!login.date_styles.empty() && std::any_of(entry.servers.begin(), entry.servers.end(), asks_date_style)) return false;
   if (is_pools_own(entry, login) && !entry.backoff.may_try(now(), true))
     return is_refused(entry, now()) && tell([](ClientSession& client, const protocol::ErrorFields& failure) { client.refused(failure); });
-  if (entry.pool.open() < entry.pool.capacity()) {
+  // Until the server has accepted a password, who waits is served by nothing but a login.
+  const bool serves_all = entry.passes_password_on && !entry.given_password;
+  const bool is_next = serves_all || login.since <= entry.pool.oldest_wait();
+  const std::uint32_t before_it = is_next ? 0 : entry.pool.wanted(connecting_for_all(entry));
+  if (entry.pool.open() + before_it < entry.pool.capacity()) {
     open_server(entry, login);
     return true;
   }
-  if (entry.pool.staying() < entry.pool.open()) return false;     // a place is about to be free
-  if (known && !entry.pool.any_idle()) return tell(accept);       // all are in use: it can't be asked again
-  if (login.since <= entry.pool.oldest_wait()) make_room(entry);  // its turn has come
+  if (entry.pool.staying() < entry.pool.open()) return false;  // a place is about to be free
+  if (known && !entry.pool.any_idle()) return tell(accept);    // all are in use: it can't be asked again
+  if (is_next) make_room(entry);
   return false;
+}
+
+std::uint32_t Worker::connecting_for_all(const PoolEntry& entry) const {
+  if (entry.connecting == 0) return 0;
+  const auto is_logins = [&](const auto& one) {
+    const ServerConnection& server = *one.second;
+    const auto& login = server.login();
+    return server.state() == ServerConnection::State::Connecting && login && (!login->date_styles.empty() || !is_pools_own(entry, *login));
+  };
+  return entry.connecting - static_cast<std::uint32_t>(std::count_if(entry.servers.begin(), entry.servers.end(), is_logins));
 }
 
 void Worker::make_room(PoolEntry& entry) {

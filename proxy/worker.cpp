@@ -304,8 +304,9 @@ void Worker::serve_from(PoolEntry& entry) {
   if (!entry.backoff.may_try(now(), entry.pool.any_waiting()) || (entry.passes_password_on && !entry.given_password)) return;
   const conf::PoolSettings& settings = entry.pool.settings();
   const std::uint32_t capacity = entry.pool.capacity();
-  std::uint32_t open = entry.pool.wanted(entry.connecting);
-  if (open > 0) open = entry.pool.wanted(entry.connecting + returning_soon(entry));
+  const std::uint32_t connecting = connecting_for_all(entry);
+  std::uint32_t open = entry.pool.wanted(connecting);
+  if (open > 0) open = entry.pool.wanted(connecting + returning_soon(entry));
   const bool wanted = entry.clients > 0 && !draining_;
   if (entry.replacements > 0) {
     const std::uint32_t places = capacity - std::min(capacity, entry.pool.open());
@@ -314,8 +315,8 @@ void Worker::serve_from(PoolEntry& entry) {
     entry.replacements = wanted ? entry.replacements - now_possible : 0;
   }
   if (open == 0 && wanted && !entry.pool.resting() && entry.pool.staying() < settings.min && entry.pool.open() < capacity) open = 1;
-  if (open == 0 && listens && !entry.listener.has_server() && entry.connecting == 0 && entry.pool.open() < capacity) open = 1;
-  if (entry.backoff.failures() > 0) open = std::min(open, entry.connecting == 0 ? 1u : 0u);  // one probes for all
+  if (open == 0 && listens && !entry.listener.has_server() && connecting == 0 && entry.pool.open() < capacity) open = 1;
+  if (entry.backoff.failures() > 0) open = std::min(open, connecting == 0 ? 1u : 0u);  // one probes for all
   for (; open > 0; --open) open_server(entry, {});
 }
 
@@ -491,7 +492,7 @@ void Worker::close_outdated(PoolEntry& entry) {
   while (pool::Slot* slot = entry.pool.outdated(now(), reason)) static_cast<ServerConnection*>(slot)->close(reason);
 }
 
-protocol::ErrorFields Worker::wait_error(const PoolEntry& entry) const {
+protocol::ErrorFields Worker::wait_error(const PoolEntry& entry, bool stranger) const {
   if (!entry.paused && entry.backoff.failures() > 0 && !entry.last_failure.message.empty()) return entry.last_failure;
   const auto seconds_since = [this](pool::Time then) { return std::chrono::duration<double>(now() - then).count(); };
   protocol::ErrorFields error{"ERROR", "53300", {}, {}, {}};
@@ -510,6 +511,7 @@ protocol::ErrorFields Worker::wait_error(const PoolEntry& entry) const {
     if (entry.pool.open() == entry.connecting && entry.pool.lent() == 0) error.sqlstate = "08006";
   }
   if (entry.pool.lent() > 0) text += fmt::format(", {} by the other process of an online restart", entry.pool.lent());
+  if (stranger) return error;
   ClientSession* longest = nullptr;
   for (const auto& [id, server] : entry.servers)
     if (server->client() && (!longest || server->client()->transaction_since < longest->transaction_since)) longest = server->client();
@@ -537,7 +539,8 @@ void Worker::tick() {
       static_cast<ClientSession*>(waiter)->on_wait_failed(wait_error(*entry));
     }
     while (!entry->logins.empty() && entry->pool.waited_out(entry->logins.front().since, t)) {
-      if (const auto client = entry->logins.front().client.lock()) client->refused(wait_error(*entry));
+      const ServerConnection::Login& login = entry->logins.front();
+      if (const auto client = login.client.lock()) client->refused(wait_error(*entry, !login.password.empty()));
       entry->logins.pop_front();
     }
     close_outdated(*entry);
@@ -547,7 +550,7 @@ void Worker::tick() {
       in_doubt |= server->look();
       const auto& login = server->login();
       if (login && server->state() == ServerConnection::State::Connecting && entry->pool.waited_out(login->since, t))
-        if (const auto client = server->take_login_client()) client->refused(wait_error(*entry));
+        if (const auto client = server->take_login_client()) client->refused(wait_error(*entry, !login->password.empty()));
       if (t >= server->deadline) due.push_back(server);
     }
     for (const auto& server : due) server->on_deadline(t);

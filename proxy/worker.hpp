@@ -252,11 +252,12 @@ class Worker {
   /// The secret that a user must prove; nullopt: no such user.
   std::optional<std::string> secret_of(const std::string& user, const std::string& database);
 
-  void want_server(ClientSession& client);                         ///< queues it and opens connections
-  void run_later(ClientSession& client);                           ///< at the end of this turn
-  void refuse_waiters(PoolEntry& entry);                           ///< by its last failure
-  protocol::ErrorFields wait_error(const PoolEntry& entry) const;  ///< of a client that has waited in vain
-  void serve(PoolEntry& entry);                                    ///< gives idle connections to waiters, opens what is missing
+  void want_server(ClientSession& client);  ///< queues it and opens connections
+  void run_later(ClientSession& client);    ///< at the end of this turn
+  void refuse_waiters(PoolEntry& entry);    ///< by its last failure
+  /// Of a client that has waited in vain; a stranger, whose password isn't known to be right, hears of no other client.
+  protocol::ErrorFields wait_error(const PoolEntry& entry, bool stranger = false) const;
+  void serve(PoolEntry& entry);  ///< gives idle connections to waiters, opens what is missing
   void on_connected(ServerConnection& server);
   void on_connect_failed(ServerConnection& server, const protocol::ErrorFields& error);
   void on_server_closed(ServerConnection& server);
@@ -345,6 +346,8 @@ class Worker {
   }
   void serve_from(PoolEntry& entry);
   std::uint32_t returning_soon(const PoolEntry& entry) const;
+  /// Of the connections being opened those that serve whoever is next: a login's own may be refused, or is closed again.
+  std::uint32_t connecting_for_all(const PoolEntry& entry) const;
   bool wants_listener(const PoolEntry& entry) const;
   void open_server(PoolEntry& entry, std::optional<ServerConnection::Login> login);
   void serve_logins(PoolEntry& entry);
