@@ -379,6 +379,16 @@ def test_a_silent_host_leaves_time_for_the_next(proxies, pg):
         assert harness.threads(4, work) == [(1,)] * 4
 
 
+@pytest.mark.parametrize("sslmode", ["disable", "prefer", "require"])
+def test_a_host_that_accepts_and_is_silent_leaves_time_for_the_next(proxies, pg, sslmode):
+    with hba(pg, "host all all 127.0.0.1/32 scram-sha-256"), socket.create_server(("127.0.0.1", 0), backlog=8) as silent:
+        hosts = f"127.0.0.1:{silent.getsockname()[1]},127.0.0.1:{pg.port}"
+        proxy = proxies({"pool": {"connectionTimeoutMillis": 4000}},
+                        url=f"postgresql://{USER}:{harness.percent(PASSWORD)}@{hosts}/{DATABASE}?sslmode={sslmode}")
+        with proxy.connect() as client:
+            assert client.execute("SELECT 1").fetchone() == (1,)
+
+
 def test_who_waits_for_a_connect_is_told_for_which(proxies, pg):
     with Gate(pg.port) as gate:
         gate.silent = True

@@ -23,38 +23,18 @@ namespace asio = boost::asio;
 using asio::awaitable;
 using asio::use_awaitable;
 
-namespace {
-
-void set_socket_options(Socket& socket, const conf::ConnectParams& params, const conf::PoolSettings& pool, bool tcp) {
-  if (!tcp) return;
-  const int fd = socket.native_handle();
-  const auto set = [fd](int level, int option, int value) { ::setsockopt(fd, level, option, &value, sizeof value); };
-  set(IPPROTO_TCP, TCP_NODELAY, 1);
-  if (params.tcpUserTimeoutMillis) set(IPPROTO_TCP, TCP_USER_TIMEOUT, static_cast<int>(*params.tcpUserTimeoutMillis));
-  if (!params.keepalives.value_or(pool.keepAlive)) return;
-  constexpr std::uint32_t kMostIdle = 32767;  // that Linux takes
-  const int idle = static_cast<int>(std::min(kMostIdle, params.keepalivesIdleSeconds.value_or(pool.keepAliveInitialDelayMillis / 1000)));
-  const int interval = static_cast<int>(params.keepalivesIntervalSeconds.value_or(1));
-  const int count = static_cast<int>(params.keepalivesCount.value_or(10));
-  set(SOL_SOCKET, SO_KEEPALIVE, 1);
-  if (idle > 0) set(IPPROTO_TCP, TCP_KEEPIDLE, idle);
-  set(IPPROTO_TCP, TCP_KEEPINTVL, interval);
-  set(IPPROTO_TCP, TCP_KEEPCNT, count);
-  if (params.tcpUserTimeoutMillis) return;
-  const std::int64_t millis = (idle + std::int64_t{interval} * count) * 1000;
-  set(IPPROTO_TCP, TCP_USER_TIMEOUT, static_cast<int>(std::min<std::int64_t>(millis, std::numeric_limits<int>::max())));
-}
-
-/// Ends the waits of one attempt when its time is up: a part of it until the host has accepted the connection, then all of it.
+/// Ends the waits of one attempt when its time is up: a part of it until the host has answered, then all of it.
 class TimeLimit {
  public:
-  TimeLimit(Worker& worker, std::uint32_t until_accepted, std::uint32_t millis)
+  TimeLimit(Worker& worker, std::uint32_t until_answered, std::uint32_t millis)
       : timer_(worker.loop()), begun_(asio::steady_timer::clock_type::now()), all_(millis), state_(std::make_shared<State>()) {
-    arm(until_accepted);
+    arm(until_answered);
   }
   ~TimeLimit() { state_->socket = nullptr; }
   void watch(Socket& socket) { state_->socket = &socket; }
-  void accepted() { arm(all_); }
+  void answered() {
+    if (millis_ != all_) arm(all_);
+  }
   bool expired() const { return state_->expired; }
   std::uint32_t millis() const { return millis_; }
 
@@ -83,6 +63,28 @@ class TimeLimit {
   std::uint32_t millis_ = 0;
   std::shared_ptr<State> state_;
 };
+
+namespace {
+
+void set_socket_options(Socket& socket, const conf::ConnectParams& params, const conf::PoolSettings& pool, bool tcp) {
+  if (!tcp) return;
+  const int fd = socket.native_handle();
+  const auto set = [fd](int level, int option, int value) { ::setsockopt(fd, level, option, &value, sizeof value); };
+  set(IPPROTO_TCP, TCP_NODELAY, 1);
+  if (params.tcpUserTimeoutMillis) set(IPPROTO_TCP, TCP_USER_TIMEOUT, static_cast<int>(*params.tcpUserTimeoutMillis));
+  if (!params.keepalives.value_or(pool.keepAlive)) return;
+  constexpr std::uint32_t kMostIdle = 32767;  // that Linux takes
+  const int idle = static_cast<int>(std::min(kMostIdle, params.keepalivesIdleSeconds.value_or(pool.keepAliveInitialDelayMillis / 1000)));
+  const int interval = static_cast<int>(params.keepalivesIntervalSeconds.value_or(1));
+  const int count = static_cast<int>(params.keepalivesCount.value_or(10));
+  set(SOL_SOCKET, SO_KEEPALIVE, 1);
+  if (idle > 0) set(IPPROTO_TCP, TCP_KEEPIDLE, idle);
+  set(IPPROTO_TCP, TCP_KEEPINTVL, interval);
+  set(IPPROTO_TCP, TCP_KEEPCNT, count);
+  if (params.tcpUserTimeoutMillis) return;
+  const std::int64_t millis = (idle + std::int64_t{interval} * count) * 1000;
+  set(IPPROTO_TCP, TCP_USER_TIMEOUT, static_cast<int>(std::min<std::int64_t>(millis, std::numeric_limits<int>::max())));
+}
 
 std::string printed(const Target& target) {
   return "server at \"" + target.host.name + "\", port " + std::to_string(target.host.port);
@@ -117,7 +119,6 @@ awaitable<std::string> open_channel(Opening& o) {
   o.limit.watch(socket);
   co_await socket.async_connect(o.target.endpoint, asio::redirect_error(use_awaitable, ec));
   if (ec) co_return ec.message();
-  o.limit.accepted();
   o.channel.emplace(std::move(socket), o.worker.meter);
   Transport& transport = o.channel->transport;
   o.limit.watch(transport.socket());
@@ -133,6 +134,7 @@ awaitable<std::string> open_channel(Opening& o) {
       if (got.status != IoStatus::WouldBlock) co_return std::string("server closed the connection unexpectedly");
       co_await transport.socket().async_wait(Socket::wait_read, use_awaitable);
     }
+    o.limit.answered();
     if (answer == 'N') {
       o.tls = false;
       if (params.sslmode == conf::SslMode::Prefer || params.sslmode == conf::SslMode::Allow) co_return std::string();
@@ -146,6 +148,7 @@ awaitable<std::string> open_channel(Opening& o) {
   for (;;) {
     const IoResult shaken = transport.handshake();
     if (shaken.status == IoStatus::Ok) {
+      o.limit.answered();
       const auto micros = std::chrono::duration_cast<std::chrono::microseconds>(pool::Clock::now() - begun).count();
       o.pool.counters().tlsHandshake.record(static_cast<std::uint64_t>(micros));
       o.worker.saw_certificate(conf::print_address(o.target.host.name, o.target.host.port), SSL_get0_peer_certificate(transport.ssl()));
@@ -319,7 +322,7 @@ awaitable<std::string> ServerConnection::log_in(std::shared_ptr<const Upstream> 
     failure = co_await open_channel(opening);
     retry_other_tls_ = opening.handshake_failed;
     if (failure.empty()) {
-      failure = co_await exchange_login(params, target.host);
+      failure = co_await exchange_login(params, target.host, limit);
       if (login_error_.sqlstate != "08006") co_return failure;  // the server's own words
     }
     if (failure.empty() && wanted != conf::TargetSessionAttrs::Any) {
@@ -435,7 +438,7 @@ awaitable<void> ServerConnection::derive(protocol::ScramDerivation from) {
   co_await derived.async_wait(asio::redirect_error(use_awaitable, ec));
 }
 
-awaitable<std::string> ServerConnection::exchange_login(const conf::ConnectParams& params, const conf::Host& host) {
+awaitable<std::string> ServerConnection::exchange_login(const conf::ConnectParams& params, const conf::Host& host, TimeLimit& limit) {
   Transport& transport = channel_->transport;
   protocol::ServerCredentials credentials;
   credentials.user = params.user;
@@ -465,6 +468,7 @@ awaitable<std::string> ServerConnection::exchange_login(const conf::ConnectParam
   while (step == Step::NeedFrame) {
     std::string failure = co_await receive_frame();
     if (!failure.empty()) co_return failure;
+    limit.answered();
     const std::size_t total = frame_size(in);
     if (const auto from = login.derivation(in[0], frame_body(in, total))) co_await derive(*from);
     gather.own([&](std::string& out) { step = login.on_frame(in[0], frame_body(in, total), out); });

@@ -28,6 +28,7 @@
 namespace pgsidecar::proxy {
 
 class ClientSession;
+class TimeLimit;
 class Worker;
 struct PoolEntry;
 
@@ -199,7 +200,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   /// Empty: logged in; else why not, with login_error_'s SQLSTATE, DETAIL and HINT.
   boost::asio::awaitable<std::string> log_in(std::shared_ptr<const Upstream> upstream, Target target, bool tls,
                                              conf::TargetSessionAttrs wanted);
-  boost::asio::awaitable<std::string> exchange_login(const conf::ConnectParams& params, const conf::Host& host);
+  boost::asio::awaitable<std::string> exchange_login(const conf::ConnectParams& params, const conf::Host& host, TimeLimit& limit);
   boost::asio::awaitable<std::string> receive_frame();
   boost::asio::awaitable<void> derive(protocol::ScramDerivation from);
   /// What target_session_attrs asks about.
