@@ -8,6 +8,7 @@ import select
 import signal
 import socket
 import subprocess
+import threading
 import time
 
 import psycopg
@@ -50,6 +51,28 @@ def test_an_event_of_a_client_names_what_it_is_about(proxies):
         assert events[event]["application"] == "worker" and events[event]["request"] > 0
         assert events[event]["client"] == row["id"]
         assert (events[event]["database"], events[event]["user"], events[event]["pid"]) == (DATABASE, harness.USER, pid)
+
+
+def test_an_error_of_the_proxys_own_is_an_event(proxies):
+    proxy = proxies({"log": {"format": "json"}, "pool": {"max": 1, "connectionTimeoutMillis": 300, "queryTimeoutMillis": 1000, "onUnsupported": "error"}})
+    with proxy.connect(application_name="waits") as waiter, proxy.connect() as holder:
+        holder.execute("BEGIN")
+        for wait in (lambda: waiter.execute("SELECT 1"), lambda: holder.execute("SELECT pg_sleep(5)")):
+            with pytest.raises(psycopg.Error):
+                wait()
+        holder.execute("ROLLBACK")
+        with pytest.raises(psycopg.Error):
+            waiter.execute("CREATE TEMP TABLE unsupported ()")
+        holder.execute("BEGIN")
+        timer = threading.Timer(0.1, waiter.cancel)
+        timer.start()
+        with pytest.raises(psycopg.errors.QueryCanceled):
+            waiter.execute("SELECT 1")
+        timer.join()
+        holder.execute("ROLLBACK")
+    told = [line for line in map(json.loads, proxy.log_text().splitlines()) if line["event"] == "client_error"]
+    assert [line["sqlstate"] for line in told] == ["53300", "57014", "0A000"]
+    assert told[0]["level"] == "warn" and told[0]["application"] == "waits" and "timed out after 300 ms" in told[0]["message"]
 
 
 def test_the_log_level_changes_at_run_time(proxies):

@@ -23,6 +23,7 @@ std::uint64_t micros(pool::Clock::duration d) {
 }  // namespace
 
 void ClientSession::tell_query_timeout() {
+  complain("57014", kQueryTimeout);
   worker_.to_client.own([this](std::string& out) {
     protocol::write_error(out, protocol::Severity::Error, "57014", kQueryTimeout,
                           "pool.queryTimeoutMillis is " + std::to_string(entry_->pool.settings().queryTimeoutMillis) + " ms.");

@@ -25,6 +25,7 @@ namespace {
 constexpr std::size_t kMaxUnread = 64 * 1024;  // of a client that waits
 constexpr std::uint32_t kMaxMessage = 0x40000000;
 constexpr std::string_view kTerminate("X\0\0\0\4", 5);
+constexpr std::string_view kUserRequest = "canceling statement due to user request";
 
 bool is_extended(char type) {
   return type == 'P' || type == 'B' || type == 'D' || type == 'E' || type == 'C' || type == 'H';
@@ -370,7 +371,7 @@ void ClientSession::on_cancel(std::shared_ptr<void> done) {
   if (state_ == State::Console) return cancel_console();
   if (waiting() || keeps_request()) {
     unlink();
-    return on_wait_failed({"ERROR", "57014", "canceling statement due to user request", {}, {}});
+    return on_wait_failed({"ERROR", "57014", std::string(kUserRequest), {}, {}});
   }
   if (server_) server_->cancel(std::move(done));
 }
@@ -381,6 +382,7 @@ void ClientSession::on_wait_failed(const protocol::ErrorFields& error) {
   if (!server_) transition(State::Ready);
   in_request_ = false;
   worker_.count_error(error.sqlstate);
+  if (error.message != kUserRequest) complain(error.sqlstate, error.message);
   // The request that waited is answered with an error; of an extended one, all up to Sync goes unanswered, as on a server.
   const char type = channel_.unread.empty() ? 'Q' : channel_.unread[0];
   worker_.to_client.own([&](std::string& out) {

@@ -71,8 +71,9 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   bool is_sending() const { return pass_left_ > 0 && pass_to_server_; }
   void ready_later() { ready_due_ = true; }  ///< ServerConnection::on_ready waits until it is sent
   void on_greeting_failed(const protocol::ErrorFields& error);
-  void on_residue(SettingsRef settings, const Residue& found);  ///< no settings: they aren't known
-  void on_learned() { residue_ |= protocol::kFunction; }        ///< its transaction may have left something: the session is to be looked at
+  void complain(std::string_view sqlstate, std::string_view message);  ///< in the log
+  void on_residue(SettingsRef settings, const Residue& found);         ///< no settings: they aren't known
+  void on_learned() { residue_ |= protocol::kFunction; }  ///< its transaction may have left something: the session is to be looked at
   bool made_temporary() const { return (residue_ & protocol::kTemporary) != 0; }  ///< its transaction may have
   void on_name_done(bool ok, bool skipped = false);  ///< a Parse, or a Close of a statement; skipped: behind one that failed
   void on_deallocated();                             ///< by SQL
@@ -186,7 +187,6 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   bool take_channels(std::optional<protocol::Channels> channels);  ///< that it listens to on its server connection. False: they pin
   bool can_share(const protocol::Channels& channels) const;
   void give_up_server();
-  void complain(std::string_view sqlstate, std::string_view message);  ///< in the log
   void relay(protocol::Bytes available, std::size_t total);
 
   std::size_t on_query(protocol::Bytes available, std::size_t total);

@@ -102,10 +102,12 @@ void ServerConnection::raise(bool simple, const std::string& message, const std:
 
 // Without the context of the statement that raised it.
 void ServerConnection::tell_raised(Bytes whole) {
-  if (const auto error = protocol::parse_error(whole.subspan(kHeaderSize)))
-    worker_.to_client.own([&](std::string& out) {
-      protocol::write_error(out, protocol::Severity::Error, error->sqlstate, error->message, error->detail, error->hint);
-    });
+  const auto error = protocol::parse_error(whole.subspan(kHeaderSize));
+  if (!error) return;
+  client_->complain(error->sqlstate, error->message);
+  worker_.to_client.own([&](std::string& out) {
+    protocol::write_error(out, protocol::Severity::Error, error->sqlstate, error->message, error->detail, error->hint);
+  });
 }
 
 void ServerConnection::forget_sequences() {
