@@ -232,6 +232,27 @@ def test_many_statements_evict(proxies):
         assert w.value("SELECT count(*) FROM pg_prepared_statements") == "50"  # the client's own
 
 
+def test_too_many_statements_of_a_client(proxies):
+    proxy = proxies({"pool": {"max": 1}, "limits": {"maxPreparedStatementsPerClient": 2}})
+    with raw(proxy) as w:
+        for name in ("s1", "s2"):
+            assert kinds(w.ask(wire.parse("SELECT 1", name), wire.SYNC)) == "1Z"
+        for behind in ((), (wire.bind("s3"), wire.execute()), (wire.describe("S", "s3"), wire.close("S", "s1"))):
+            messages = w.ask(wire.parse("SELECT 3", "s3"), *behind, wire.SYNC)
+            assert kinds(messages) == "EZ" and messages[-1].body == b"I"
+            error = messages[0].error
+            assert (error["S"], error["C"], error["M"]) == ("ERROR", "53000", "too many prepared statements")
+            assert "limits.maxPreparedStatementsPerClient" in error["H"]
+        assert w.ask(wire.query("BEGIN"))[-1].body == b"T"
+        assert w.ask(wire.parse("SELECT 3", "s3"), wire.SYNC)[-1].body == b"E"  # as any error ends a transaction
+        w.ask(wire.query("ROLLBACK"))
+        assert kinds(w.ask(wire.parse("SELECT 4"), wire.bind(), wire.execute(), wire.SYNC)) == "12DCZ"  # the unnamed one is none of them
+        assert [m.error["C"] for m in w.ask(wire.bind("s3"), wire.execute(), wire.SYNC) if m.type == "E"] == ["26000"]
+        for name in ("s1", "s2"):
+            assert kinds(w.ask(wire.bind(name), wire.execute(), wire.SYNC)) == "2DCZ"
+        assert kinds(w.ask(wire.close("S", "s1"), wire.parse("SELECT 3", "s3"), wire.bind("s3"), wire.execute(), wire.SYNC)) == "312DCZ"
+
+
 def test_an_eviction_that_the_server_skips(proxies):
     """What makes room is behind an error in the pipeline: the server has the old statement still."""
     proxy = proxies({"pool": {"max": 1, "maxPreparedStatements": 2}})

@@ -318,6 +318,10 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
   names_change_ |= name.empty() ? kUnnamed : kNames;
   unnamed_here_ |= name.empty();
   if (refuse(statement->sql, statement->residue, false)) return total;
+  if (!name.empty() && statements.size() >= worker_.config().limits.maxPreparedStatementsPerClient) {
+    server_->raise(false, "too many prepared statements", "limits.maxPreparedStatementsPerClient bounds them for each client.", "53000");
+    return total;
+  }
   if (listen_ahead(note_residue(*statement), false) == Subscriber::Verdict::Wait) return 0;
   if (statement->residue & protocol::kPrepared) adopt_named(statement->sql);
   if (other_meaning && !name.empty()) residue_ |= protocol::kPrivateStatement;
@@ -328,10 +332,6 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
     statements.set({}, std::move(statement));
     relay(available, total);
     return total;
-  }
-  if (statements.size() >= worker_.config().limits.maxPreparedStatementsPerClient) {
-    fatal("53000", "too many prepared statements", "limits.maxPreparedStatementsPerClient bounds them for each client.");
-    return 0;
   }
   if (sql_prepared()) {
     pending_.push_back({Pending::kParse, std::string(name), {}, server_->forget_adopted(name)});

@@ -122,8 +122,8 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   void run_ahead(const std::vector<std::string>& sqls);
   /// The same as part of the client's transaction: undone if that fails.
   void run_within(const std::vector<std::string>& sqls, std::uint64_t note = kApply);
-  /// Has the server itself fail in place of the client's message, so that the client's transaction does: error 0A000.
-  void raise(bool simple, const std::string& message, const std::string& hint);
+  /// Has the server itself fail in place of the client's message, so that the client's transaction does.
+  void raise(bool simple, const std::string& message, const std::string& hint, std::string_view sqlstate = "0A000");
   /// A text is about to depend on the values of sequences that the client took in this session.
   void forget_sequences();
   /// Parse and Close of a statement under the proxy's name for it.

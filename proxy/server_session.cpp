@@ -82,8 +82,8 @@ void ServerConnection::run_within(const std::vector<std::string>& sqls, std::uin
   }
 }
 
-void ServerConnection::raise(bool simple, const std::string& message, const std::string& hint) {
-  const std::string sql = "DO $pgsidecar$BEGIN RAISE EXCEPTION USING ERRCODE='0A000', MESSAGE=" + literal(message) +
+void ServerConnection::raise(bool simple, const std::string& message, const std::string& hint, std::string_view sqlstate) {
+  const std::string sql = "DO $pgsidecar$BEGIN RAISE EXCEPTION USING ERRCODE=" + literal(sqlstate) + ", MESSAGE=" + literal(message) +
                           ", HINT=" + literal(hint) + "; END$pgsidecar$";
   statements.unnamed.reset();
   if (simple) {
