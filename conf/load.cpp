@@ -344,7 +344,7 @@ class Reader {
            {std::pair{"sslrootcert", p.sslrootcert}, {"sslcert", p.sslcert}, {"sslkey", p.sslkey}, {"sslcrl", p.sslcrl}})
         if (file != "system") check_file(path, file, keyword);
     } catch (const ConfigError& e) {
-      mistake(lines_.contains(path + ".url") ? path + ".url" : path, e.what());
+      for (const std::string& one : e.mistakes()) mistake(lines_.contains(path + ".url") ? path + ".url" : path, one);
     }
   }
 
@@ -595,15 +595,17 @@ Environment noting(const Environment& env, std::set<std::string, std::less<>>& a
 
 std::vector<std::string> unused_variables(const std::set<std::string, std::less<>>& asked, const char* const* variables) {
   constexpr std::string_view kPrefix = "PGSIDECAR_", kFile = "PGSIDECAR_CONFIG";
-  std::vector<std::string_view> known{kFile};
+  std::vector<std::string_view> known{kFile.substr(kPrefix.size())};  // what all begin with makes none nearer
   for (const std::string& name : asked)
-    if (name.starts_with(kPrefix)) known.push_back(name);
+    if (name.starts_with(kPrefix)) known.push_back(std::string_view(name).substr(kPrefix.size()));
   std::vector<std::string> lines;
   for (; *variables; ++variables) {
     const std::string_view variable = *variables;
     const std::string_view name = variable.substr(0, variable.find('='));
     if (!name.starts_with(kPrefix) || name == kFile || asked.contains(name) || of_a_service(name, variable.substr(name.size()))) continue;
-    lines.push_back("the environment variable " + std::string(name) + " is no setting and is ignored" + did_you_mean(name, known));
+    const std::string_view meant = nearest(name.substr(kPrefix.size()), known);
+    lines.push_back("the environment variable " + std::string(name) + " is no setting and is ignored" +
+                    (meant.empty() ? "" : " (did you mean \"" + std::string(kPrefix) + std::string(meant) + "\"?)"));
   }
   return lines;
 }

@@ -1,5 +1,6 @@
 #include "conf/schema.hpp"
 
+#include <algorithm>
 #include <charconv>
 #include <limits>
 #include <stdexcept>
@@ -90,6 +91,12 @@ Listen parse_listen(const std::string& text, std::uint16_t default_port) {
   return listen;
 }
 
+/// The system gives the one's address to nobody else; `*` is every address.
+bool collide(const Listen& one, const Listen& other) {
+  if (one.kind != other.kind || one.port != other.port || (one.port == 0 && one.kind == Listen::Kind::Tcp)) return false;
+  return one.directory == other.directory && (one.host == other.host || one.host == "*" || other.host == "*");
+}
+
 std::string print_listen(const Listen& listen) {
   if (listen.kind == Listen::Kind::Unix) return "unix:" + listen.directory + ":" + std::to_string(listen.port);
   return print_address(listen.host, listen.port);
@@ -107,6 +114,26 @@ std::vector<std::string> split_list(const std::string& text) {
     }
   }
   return out;
+}
+
+/// The port of a unix socket that names none is the last one before it. Tells of all that is wrong.
+std::vector<Listen> parse_addresses(const std::string& text) {
+  std::vector<Listen> all;
+  std::string mistakes;
+  std::uint16_t port = 6432;
+  for (const std::string& one : split_list(text)) {
+    try {
+      const Listen listen = parse_listen(one, port);
+      if (std::any_of(all.begin(), all.end(), [&](const Listen& other) { return collide(listen, other); }))
+        throw std::invalid_argument("\"" + one + "\" is listened on already");
+      all.push_back(listen);
+      if (listen.kind == Listen::Kind::Tcp) port = listen.port;
+    } catch (const std::invalid_argument& e) {
+      mistakes += (mistakes.empty() ? "" : "; ") + std::string(e.what());
+    }
+  }
+  if (!mistakes.empty()) throw std::invalid_argument(mistakes);
+  return all;
 }
 
 template <class Section, class T>
@@ -188,12 +215,7 @@ std::vector<Key<Config>> make_config_keys() {
   std::vector<Key<Config>> keys;
   keys.push_back({"listen",
                   [](Config& c, const std::string& t) {
-                    c.listen.clear();
-                    std::uint16_t port = 6432;
-                    for (const std::string& one : split_list(t)) {
-                      c.listen.push_back(parse_listen(one, port));
-                      if (c.listen.back().kind == Listen::Kind::Tcp) port = c.listen.back().port;
-                    }
+                    c.listen = parse_addresses(t);
                     if (c.listen.empty()) throw std::invalid_argument("at least one address is needed");
                   },
                   [](const Config& c) {

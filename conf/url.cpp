@@ -92,7 +92,10 @@ const Keyword* find_keyword(std::string_view name) {
 
 constexpr const char* kEncode = "; a / ? # @ : or % in a user name or password is percent-encoded (/ is %2F)";
 
-using Values = std::map<std::string, std::string, std::less<>>;
+/// Keywords and their values. What is no keyword is told with the others at the end.
+struct Values : std::map<std::string, std::string, std::less<>> {
+  std::vector<std::string> mistakes;
+};
 
 /// `secret`: the name may be a part of a password.
 void set_value(Values& values, std::string_view raw_name, std::string value, bool secret = false) {
@@ -100,7 +103,7 @@ void set_value(Values& values, std::string_view raw_name, std::string value, boo
   if (name == "ssl" && value == "true") name = "sslmode", value = "require";  // JDBC's and libpq's old form
   if (!find_keyword(name) && secret) throw ConfigError(std::string("connection string: an unknown parameter") + kEncode);
   if (!find_keyword(name))
-    throw ConfigError("connection string: unknown parameter \"" + name + "\"" + did_you_mean(name, connection_keywords()));
+    values.mistakes.push_back("connection string: unknown parameter \"" + name + "\"" + did_you_mean(name, connection_keywords()));
   values[name] = std::move(value);
 }
 
@@ -417,6 +420,7 @@ ConnectParams parse_connection_string(std::string_view text, const std::map<std:
   else
     parse_keywords(text, values);
   for (const auto& [name, value] : overrides) set_value(values, name, value);
+  if (!values.mistakes.empty()) throw ConfigError(std::move(values.mistakes));
   use_service(values, env);
   if (!default_dbname.empty()) values.try_emplace("dbname", default_dbname);
   ConnectParams p;

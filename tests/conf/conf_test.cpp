@@ -349,13 +349,15 @@ TEST(Load, VariablesThatAreNoSettings) {
                                    "PGSIDECAR_PORT=tcp://10.0.0.1:6432",
                                    "PGSIDECAR_PORT_6432_TCP_ADDR=10.0.0.1",
                                    "PGSIDECAR_ADMIN_PORT=9090",
+                                   "PGSIDECAR_USERS_APP_PASSWORD=x",
                                    nullptr};
   std::set<std::string, std::less<>> asked;
   load(file, noting(env, asked));
   EXPECT_EQ(unused_variables(asked, variables),
             (std::vector<std::string>{
                 "the environment variable PGSIDECAR_POOL_MAXUSE is no setting and is ignored (did you mean \"PGSIDECAR_POOL_MAX_USES\"?)",
-                "the environment variable PGSIDECAR_ADMIN_PORT is no setting and is ignored (did you mean \"PGSIDECAR_ADMIN_HOSTS\"?)"}));
+                "the environment variable PGSIDECAR_ADMIN_PORT is no setting and is ignored (did you mean \"PGSIDECAR_ADMIN_HOSTS\"?)",
+                "the environment variable PGSIDECAR_USERS_APP_PASSWORD is no setting and is ignored"}));
 }
 
 TEST(Load, APasswordCommandOfTheEnvironment) {
@@ -417,6 +419,17 @@ TEST(Load, WhatIsWrong) {
       {"pool: {min: 2, max: 1}", "pool.min: 2 is more than pool.max (1)"},
       {"tls: {mode: require}", "tls.certificate"},
       {"listen: nowhere", "host:port"},
+      {"listen: [nowhere, 'h:x']", "\"nowhere\" is not host:port, [v6]:port or unix:/directory; \"x\""},
+      {"listen: ['127.0.0.1:7001', '127.0.0.1:7001']", "x:1: listen: \"127.0.0.1:7001\" is listened on already"},
+      {"listen: ['*:7001', '[::1]:7001']", "\"[::1]:7001\" is listened on already"},
+      {"listen: ['h:7001', 'unix:/tmp', 'unix:/tmp:7001']", "\"unix:/tmp:7001\" is listened on already"},
+      {"upstream: {url: 'postgresql://h/d?colour=red&taste=sweet'}",
+       "x:1: upstream.url: connection string: unknown parameter \"colour\"\n"},
+      {"upstream: {url: 'postgresql://h/d?colour=red&taste=sweet'}", "x:1: upstream.url: connection string: unknown parameter \"taste\""},
+      {"pool: {mni: 3}", "did you mean \"pool.min\"?"},
+      {"pool: {idleTimeout: 3}", "did you mean \"pool.idleTimeoutMillis\"?"},
+      {"maxClients: 3", "did you mean \"limits.maxClients\"?"},
+      {"upstream: {connectionString: x}", "x:1: upstream.connectionString: unknown key"},
       {"log: {level: loud}", "none of"},
       {"upstream: {url: '${NO_SUCH}'}", "NO_SUCH is not set"},
       {"upstream: {url: 'postgresql://h:x/d'}", "port"},
@@ -442,6 +455,8 @@ TEST(Load, WhatIsWrong) {
     const std::string text = mistake([&] { load_text(row.yaml, "x", kUrl); });
     EXPECT_NE(text.find(row.says), std::string::npos) << row.yaml << " -> " << text;
   }
+  for (const char* yaml : {"upstream: {connectionString: x}", "colour: red"})  // nothing is near
+    EXPECT_EQ(mistake([&] { load_text(yaml, "x", kUrl); }).find("did you mean"), std::string::npos) << yaml;
   EXPECT_NE(mistake([] { load_text("", "", environment({})); }).find("set DATABASE_URL"), std::string::npos);
   EXPECT_NE(mistake([] { load("/tmp", kUrl); }).find("cannot read the configuration file"), std::string::npos);
   EXPECT_EQ(mistake([] { load_text("- a\n- b\n", "x", kUrl); }), "x:1: a mapping of keys is expected");
