@@ -63,6 +63,12 @@ def url(pg, query="", user=USER, password=PASSWORD, host="127.0.0.1", port=None,
     return {"url": f"postgresql://{user}{secret}@{host}:{port or pg.port}/{database}?{query}"}
 
 
+def test_prefer_tells_a_refusal_once(through, pg):
+    assert through(url(pg, "sslmode=prefer", password="wrong"))[1].count("password authentication failed") == 1
+    with hba(pg, f"host all {USER} 127.0.0.1/32 reject"):
+        assert through(url(pg, "sslmode=prefer"))[1].count("rejects connection") == 1
+
+
 # ---- sslmode, methods
 
 @pytest.mark.parametrize("rules,mode,says", [

@@ -162,6 +162,13 @@ awaitable<std::string> open_channel(Opening& o) {
   }
 }
 
+/// Without what a refusal by pg_hba.conf ends with.
+std::string_view but_for_tls(std::string_view error) {
+  for (const std::string_view end : {", SSL encryption", ", no encryption", ", SSL on", ", SSL off"})
+    if (error.ends_with(end)) return error.substr(0, error.size() - end.size());
+  return error;
+}
+
 /// The server has answered, and another host isn't asked (libpq does the same) unless this one can't serve at the moment.
 bool is_final(const std::string& sqlstate) {
   return !sqlstate.starts_with("08") && sqlstate != "57P03";
@@ -242,7 +249,7 @@ awaitable<std::string> ServerConnection::try_hosts() {
         const std::string first_error = std::move(error);
         error = co_await log_in(upstream, target, !tls, wanted);
         if (!error.empty() && is_final(first.sqlstate)) login_error_ = first;
-        if (!error.empty()) error = first_error + "\n" + error;
+        if (!error.empty()) error = but_for_tls(error) == but_for_tls(first_error) ? first_error : first_error + "\n" + error;
       }
       if (error.empty()) entry_.addresses.worked(address_of(target));
       if (error.empty() || is_final(login_error_.sqlstate)) {
