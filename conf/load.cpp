@@ -340,8 +340,11 @@ class Reader {
   void check_upstream(const std::string& path, const Upstream& upstream) {
     try {
       const ConnectParams p = resolve_upstream(upstream, env_);
-      for (const auto& [keyword, file] :
-           {std::pair{"sslrootcert", p.sslrootcert}, {"sslcert", p.sslcert}, {"sslkey", p.sslkey}, {"sslcrl", p.sslcrl}})
+      for (const auto& [keyword, file] : {std::pair{"sslrootcert", p.sslrootcert},
+                                          {"sslcert", p.sslcert},
+                                          {"sslkey", p.sslkey},
+                                          {"sslcrl", p.sslcrl},
+                                          {"sslcrldir", p.sslcrldir}})
         if (file != "system") check_file(path, file, keyword);
     } catch (const ConfigError& e) {
       for (const std::string& one : e.mistakes()) mistake(lines_.contains(path + ".url") ? path + ".url" : path, one);

@@ -9,6 +9,7 @@
 #include <charconv>
 #include <cstdlib>
 #include <fstream>
+#include <limits>
 
 #include "conf/load.hpp"
 #include "conf/suggest.hpp"
@@ -62,7 +63,7 @@ constexpr Keyword kKeywords[] = {
     {"service", "PGSERVICE", true},
     {"servicefile", "PGSERVICEFILE", true},
     {"sslcompression", "PGSSLCOMPRESSION", false},
-    {"sslcrldir", "PGSSLCRLDIR", false},
+    {"sslcrldir", "PGSSLCRLDIR", true},
     {"sslcertmode", "PGSSLCERTMODE", true},
     {"sslkeylogfile", "", false},
     {"requirepeer", "PGREQUIREPEER", false},
@@ -268,10 +269,15 @@ std::string told(std::string_view value) {
   return value.find('@') == std::string_view::npos ? " \"" + std::string(value) + "\"" : std::string();
 }
 
-std::uint32_t number(std::string_view name, std::string_view text, std::uint32_t max) {
-  std::uint32_t n = 0;
-  const auto [end, ec] = std::from_chars(text.data(), text.data() + text.size(), n);
-  if (ec != std::errc() || end != text.data() + text.size() || n > max)
+/// As libpq reads one: with a sign, and blanks around it.
+int number(std::string_view name, std::string_view text, int max = std::numeric_limits<int>::max()) {
+  constexpr std::string_view kBlanks = " \t\n\v\f\r";
+  std::string_view digits = text.substr(std::min(text.find_first_not_of(kBlanks), text.size()));
+  digits = digits.substr(0, digits.find_last_not_of(kBlanks) + 1);
+  if (digits.starts_with('+') && !digits.starts_with("+-")) digits.remove_prefix(1);
+  int n = 0;
+  const auto [end, ec] = std::from_chars(digits.data(), digits.data() + digits.size(), n);
+  if (ec != std::errc() || end != digits.data() + digits.size() || n > max)
     throw ConfigError("connection string: invalid integer value" + told(text) + " for \"" + std::string(name) + "\"");
   return n;
 }
@@ -375,7 +381,7 @@ std::string usual_file(const Environment& env, const char* name) {
 /// What protects the connection in a way that isn't there is refused, not ignored.
 void refuse_unsupported(const Values& values) {
   for (const auto& [name, harmless] :
-       {std::pair{"sslcrldir", ""}, {"requirepeer", ""}, {"gssencmode", "disable,prefer"}, {"sslcertmode", "allow,disable"}}) {
+       {std::pair{"requirepeer", ""}, {"gssencmode", "disable,prefer"}, {"sslcertmode", "allow,disable,require"}}) {
     const auto it = values.find(std::string_view(name));
     const auto allowed = split(harmless, ',');
     if (it == values.end() || it->second.empty() || std::find(allowed.begin(), allowed.end(), it->second) != allowed.end()) continue;
@@ -453,8 +459,9 @@ ConnectParams parse_connection_string(std::string_view text, const std::map<std:
     host.address = values.contains("hostaddr") && i < addresses.size() ? addresses[i] : std::string();
     if (host.name.empty()) host.name = host.address.empty() ? "localhost" : host.address;
     const std::string& port = ports[ports.size() == 1 ? 0 : i];
-    if (!port.empty()) host.port = static_cast<std::uint16_t>(number("port", port, 65535));
-    if (host.port == 0) throw ConfigError("connection string: invalid port number: \"0\"");
+    const int given = port.empty() ? host.port : number("port", port, 65535);
+    if (given < 1) throw ConfigError("connection string: invalid port number: \"" + std::to_string(given) + "\"");
+    host.port = static_cast<std::uint16_t>(given);
     if (const std::string instead = instead_of_pooler(host); !instead.empty())
       p.warnings.push_back("host \"" + host.name +
                            "\" is a pooler in transaction mode, where what a client leaves in its session reaches others: use " + instead);
@@ -494,12 +501,15 @@ ConnectParams parse_connection_string(std::string_view text, const std::map<std:
       return named.empty() ? usual_file(env, usual) : named;
     };
     p.sslrootcert = file("sslrootcert", "root.crt");
-    p.sslcrl = file("sslcrl", "root.crl");
+    p.sslcrldir = get("sslcrldir");
+    p.sslcrl = p.sslcrldir.empty() ? file("sslcrl", "root.crl") : get("sslcrl");
     if (get("sslcertmode") != "disable") p.sslcert = file("sslcert", "postgresql.crt");
     p.sslkey = p.sslcert.empty() ? get("sslkey") : file("sslkey", "postgresql.key");
     if (!p.sslcert.empty() && p.sslkey.empty()) throw ConfigError("connection string: sslcert needs sslkey");
     p.sslpassword = get("sslpassword");
   }
+  p.sslcertRequired = get("sslcertmode") == "require";
+  if (p.sslcertRequired && p.sslcert.empty()) throw ConfigError("connection string: sslcertmode=require needs TLS and sslcert");
   if (!mode.empty()) {
     if (!local && (p.sslmode == SslMode::Prefer || p.sslmode == SslMode::Allow || (p.sslmode == SslMode::Require && p.sslrootcert.empty())))
       p.warnings.push_back("sslmode=" + mode + " does not verify the server's certificate (verify-full does)");
@@ -538,12 +548,15 @@ ConnectParams parse_connection_string(std::string_view text, const std::map<std:
                           (negative ? "positive" : "negative") + " methods");
     }
   }
-  // Zero or less is no limit of its own, as with libpq.
-  if (const auto seconds = get("connect_timeout"); !seconds.empty() && !seconds.starts_with("-"))
-    p.connectTimeoutMillis = std::min(number("connect_timeout", seconds, 2147483647), 2'000'000u) * 1000;
-  if (const auto on = get("keepalives"); !on.empty()) p.keepalives = number("keepalives", on, 1) != 0;
+  // Zero or less is none of its own, as with libpq.
+  const auto positive = [](const char* name, const std::string& given, int max) {
+    return static_cast<std::uint32_t>(std::max(0, number(name, given, max)));
+  };
+  if (const auto seconds = get("connect_timeout"); !seconds.empty())
+    p.connectTimeoutMillis = std::min(positive("connect_timeout", seconds, std::numeric_limits<int>::max()), 2'000'000u) * 1000;
+  if (const auto on = get("keepalives"); !on.empty()) p.keepalives = number("keepalives", on) != 0;
   const auto optional_number = [&](const char* name, std::optional<std::uint32_t>& to) {
-    if (const auto n = get(name); !n.empty()) to = number(name, n, 86'400'000);
+    if (const auto n = get(name); !n.empty()) to = positive(name, n, 86'400'000);
   };
   optional_number("keepalives_idle", p.keepalivesIdleSeconds);
   optional_number("keepalives_interval", p.keepalivesIntervalSeconds);

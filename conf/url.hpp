@@ -36,7 +36,9 @@ struct ConnectParams {
   SslMode sslmode = SslMode::VerifyFull;
   SslNegotiation sslnegotiation = SslNegotiation::Postgres;
   std::string sslrootcert;  ///< file, or empty or "system": the system's CAs
-  std::string sslcert, sslkey, sslpassword, sslcrl;
+  std::string sslcert, sslkey, sslpassword;
+  bool sslcertRequired = false;   ///< the server has to ask for sslcert
+  std::string sslcrl, sslcrldir;  ///< a file; a directory as `openssl rehash` prepares one
   bool sslsni = true;
   std::string sslMinProtocolVersion = "TLSv1.2", sslMaxProtocolVersion;
   ChannelBinding channelBinding = ChannelBinding::Prefer;

@@ -1,6 +1,7 @@
 """The server's side: what a connection string says, and how pgsidecar logs in."""
 import base64
 import contextlib
+import functools
 import hashlib
 import hmac
 import json
@@ -154,6 +155,34 @@ def test_client_certificate(through, pg, tmp_path):
             refused = subprocess.run([harness.BINARY, "--config", tmp_path / "bad.yaml"], capture_output=True, text=True, timeout=20)
             assert refused.returncode == 2 and says in refused.stderr and str(file) in refused.stderr, refused
         assert "valid client certificate" in through(url(pg, "sslmode=require", password=None))[1]
+
+
+def test_sslcertmode_require_wants_the_server_to_ask(through, pg, tmp_path):
+    key = tmp_path / "client.key"
+    shutil.copy(pg.certificates / "client.key", key)
+    key.chmod(0o600)
+    keys = {"sslcert": str(pg.certificates / "client.crt"), "sslkey": str(key), "sslcertmode": "require"}
+    assert f"/CN={USER}" in through({**url(pg, "sslmode=require"), **keys})
+    with TlsFront(pg, pg.certificates, sslrequest=True) as front:  # which asks for none
+        code, text = through({**url(pg, "sslmode=require", port=front.port), **keys})
+        assert code == "08006" and "did not request an SSL certificate" in text
+
+
+def test_revoked_certificates_of_a_directory(through, pg, tmp_path):
+    lists = tmp_path / "crls"
+    lists.mkdir()
+    (tmp_path / "index").touch()
+    ca = pg.certificates / "ca"
+    (tmp_path / "ca.cnf").write_text("[ca]\ndefault_ca = own\n[own]\ndatabase = %s\ndefault_md = sha256\ndefault_crl_days = 30\n" % (tmp_path / "index"))
+    openssl = functools.partial(subprocess.run, check=True, capture_output=True, text=True)
+    of_ca = ["openssl", "ca", "-config", tmp_path / "ca.cnf", "-keyfile", f"{ca}.key", "-cert", f"{ca}.crt"]
+    name = openssl(["openssl", "x509", "-noout", "-subject_hash", "-in", f"{ca}.crt"]).stdout.strip() + ".r0"
+    upstream = {**url(pg, f"sslmode=verify-ca&sslrootcert={pg.ca}"), "sslcrldir": str(lists)}
+    openssl([*of_ca, "-gencrl", "-out", lists / name])
+    assert "t TLS" in through(upstream)
+    openssl([*of_ca, "-revoke", pg.certificates / "server.crt"])
+    openssl([*of_ca, "-gencrl", "-out", lists / name])
+    assert "certificate revoked" in through(upstream)[1]
 
 
 class TlsFront(Listening):

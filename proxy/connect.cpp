@@ -15,6 +15,7 @@
 
 #include "proxy/log.hpp"
 #include "proxy/server_connection.hpp"
+#include "proxy/tls.hpp"
 #include "proxy/worker.hpp"
 
 namespace pgsidecar::proxy {
@@ -447,6 +448,8 @@ awaitable<void> ServerConnection::derive(protocol::ScramDerivation from) {
 
 awaitable<std::string> ServerConnection::exchange_login(const conf::ConnectParams& params, const conf::Host& host, TimeLimit& limit) {
   Transport& transport = channel_->transport;
+  if (params.sslcertRequired && !(transport.is_tls() && asked_for_certificate(transport.ssl())))
+    co_return std::string("server did not request an SSL certificate (sslcertmode=require)");
   protocol::ServerCredentials credentials;
   credentials.user = params.user;
   credentials.password = login_ && !login_->password.empty()

@@ -135,9 +135,9 @@ std::shared_ptr<SSL_CTX> Control::context(const conf::ConnectParams& p) {
                     p.sslMinProtocolVersion + '\n' + p.sslMaxProtocolVersion + '\n' + p.sslpassword;
   for (const conf::Host& host : p.hosts) key += '\n' + host.name;  // a resumed session isn't verified again
   const auto of_system = [this](const char* variable, const char* usual) { return env_(variable).value_or(usual); };
-  for (const std::string& file :
-       {p.sslrootcert, p.sslcert, p.sslkey, p.sslcrl, of_system(X509_get_default_cert_file_env(), X509_get_default_cert_file()),
-        of_system(X509_get_default_cert_dir_env(), X509_get_default_cert_dir())}) {
+  for (const std::string& file : {p.sslrootcert, p.sslcert, p.sslkey, p.sslcrl, p.sslcrldir,
+                                  of_system(X509_get_default_cert_file_env(), X509_get_default_cert_file()),
+                                  of_system(X509_get_default_cert_dir_env(), X509_get_default_cert_dir())}) {
     std::error_code ec;
     const auto changed = std::filesystem::last_write_time(file, ec);
     key += '\n' + file + '\n' + (ec ? "" : std::to_string(changed.time_since_epoch().count()));

@@ -54,7 +54,7 @@ void check_certificates(const conf::Config& config, const conf::Environment& env
     check(path + ": ", [&] {
       const conf::ConnectParams params = conf::resolve_upstream(upstream, env);
       const bool named =
-          (!params.sslrootcert.empty() && params.sslrootcert != "system") || !params.sslcert.empty() || !params.sslcrl.empty();
+          (!params.sslrootcert.empty() && params.sslrootcert != "system") || !(params.sslcert + params.sslcrl + params.sslcrldir).empty();
       if (params.sslmode != conf::SslMode::Disable && named) make_client_context(params);  // the system's CAs would take memory
     });
   };

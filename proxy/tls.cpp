@@ -125,9 +125,11 @@ SslContext make_client_context(const conf::ConnectParams& p) {
     if (system ? SSL_CTX_set_default_verify_paths(c) != 1 : SSL_CTX_load_verify_locations(c, p.sslrootcert.c_str(), nullptr) != 1)
       fail("could not read root certificate file \"" + p.sslrootcert + "\" (sslrootcert)");
     SSL_CTX_set_verify(c, SSL_VERIFY_PEER, nullptr);
-    if (!p.sslcrl.empty()) {
+    if (!p.sslcrl.empty() || !p.sslcrldir.empty()) {
       X509_STORE* store = SSL_CTX_get_cert_store(c);
-      if (X509_STORE_load_locations(store, p.sslcrl.c_str(), nullptr) != 1) fail("could not read \"" + p.sslcrl + "\" (sslcrl)");
+      if (!p.sslcrl.empty() && X509_STORE_load_file(store, p.sslcrl.c_str()) != 1) fail("could not read \"" + p.sslcrl + "\" (sslcrl)");
+      if (!p.sslcrldir.empty() && X509_STORE_load_path(store, p.sslcrldir.c_str()) != 1)
+        fail("could not use \"" + p.sslcrldir + "\" (sslcrldir)");
       X509_STORE_set_flags(store, X509_V_FLAG_CRL_CHECK | X509_V_FLAG_CRL_CHECK_ALL);
     }
   }
@@ -161,6 +163,9 @@ void prepare_client(SSL* ssl, const conf::ConnectParams& params, const conf::Hos
       X509_VERIFY_PARAM_set1_host(verify, host.name.c_str(), host.name.size());
   }
   if (params.sslnegotiation == conf::SslNegotiation::Direct) SSL_set_alpn_protos(ssl, kAlpn, kAlpnSize);
+  const auto note_request = [](SSL* asked, void*) { return SSL_set_app_data(asked, asked); };
+  SSL_set_cert_cb(ssl, note_request, nullptr);
+  if (params.sslcertRequired) return;  // of a resumed session no certificate is asked for
   auto* newest = static_cast<Newest*>(SSL_CTX_get_ex_data(SSL_get_SSL_CTX(ssl), newest_index()));
   if (newest && newest->session) {
     SSL_set_session(ssl, newest->session);
@@ -183,6 +188,10 @@ std::string channel_binding(SSL* ssl, bool own) {
   unsigned size = 0;
   if (!md || X509_digest(certificate, md, hash, &size) != 1) return {};
   return {reinterpret_cast<const char*>(hash), size};
+}
+
+bool asked_for_certificate(SSL* ssl) {
+  return SSL_get_app_data(ssl) != nullptr;
 }
 
 bool negotiated_alpn(SSL* ssl) {

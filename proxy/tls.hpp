@@ -28,14 +28,15 @@ SslContext make_server_context(const conf::Tls& tls);
 SslContext make_client_context(const conf::ConnectParams& params);
 
 /// Prepares one connection to `host`: SNI (unless an IP literal or sslsni=0), the name or address to verify
-/// (verify-full), ALPN if sslnegotiation=direct, the session to resume.
+/// (verify-full), ALPN if sslnegotiation=direct, the session to resume (not with sslcertmode=require).
 void prepare_client(SSL* ssl, const conf::ConnectParams& params, const conf::Host& host);
 
 /// tls-server-end-point data of a certificate (RFC 5929): its hash by its signature's digest, MD5 and SHA-1 as SHA-256.
 /// `own`: of our own certificate (we are the server), else of the peer's. Empty if there is none.
 std::string channel_binding(SSL* ssl, bool own);
 
-bool negotiated_alpn(SSL* ssl);  ///< the peers have agreed on a protocol
+bool asked_for_certificate(SSL* ssl);  ///< the server, of us
+bool negotiated_alpn(SSL* ssl);        ///< the peers have agreed on a protocol
 
 /// When it expires, seconds since the epoch; nullopt if there is none.
 std::optional<std::int64_t> expiry(const X509* certificate);

@@ -101,7 +101,16 @@ TEST(Url, Refused) {
       {"postgresql://h/d?requirepeer=postgres", "not supported"},
       {"postgresql://h/d?gssencmode=require", "not supported"},
       {"postgresql://h/d?gssencmode=dis", "not supported"},
-      {"postgresql://h/d?sslcertmode=require", "not supported"},
+      {"postgresql://h/d?sslcertmode=require", "needs TLS and sslcert"},
+      {"postgresql://h/d?sslmode=disable&sslcert=c&sslkey=k&sslcertmode=require", "needs TLS and sslcert"},
+      {"postgresql://h/d?sslcertmode=never", "not supported"},
+      {"postgresql://h/d?colour=red&sslmod=require", "\"colour\""},
+      {"postgresql://h/d?colour=red&sslmod=require", "\"sslmode\""},
+      {"host=h port=0", "port number: \"0\""},
+      {"host=h port=-1", "port number: \"-1\""},
+      {"host=h keepalives_idle=+-1", "invalid integer"},
+      {"host=h keepalives_idle='1 2'", "invalid integer"},
+      {"host=h keepalives=on", "invalid integer"},
       {"postgresql://h/d?load_balance_hosts=rand", "\"random\""},
       {"postgresql://h/d?require_auth=md", "\"md5\""},
       {"postgresql://h/d?require_auth=md5,!none", "mixed"},
@@ -114,6 +123,22 @@ TEST(Url, Refused) {
     const std::string text = mistake([&] { parse(row.text); });
     EXPECT_NE(text.find(row.says), std::string::npos) << row.text << " -> " << text;
   }
+}
+
+TEST(Url, NumbersAsLibpqReadsThem) {
+  const ConnectParams p = parse("host=h port=' 5433 ' connect_timeout=+7 keepalives=2 keepalives_idle=-5 keepalives_count=' +3'");
+  EXPECT_EQ(p.hosts[0].port, 5433);
+  EXPECT_EQ(p.connectTimeoutMillis, 7000u);
+  EXPECT_EQ(p.keepalives, true);
+  EXPECT_EQ(p.keepalivesIdleSeconds, 0u);
+  EXPECT_EQ(p.keepalivesCount, 3u);
+  EXPECT_EQ(parse("host=h connect_timeout=-1").connectTimeoutMillis, 0u);
+}
+
+TEST(Url, RevocationLists) {
+  EXPECT_EQ(parse("host=h sslcrldir=/crls").sslcrldir, "/crls");
+  EXPECT_TRUE(parse("host=h sslcrldir=/crls").warnings.empty());
+  EXPECT_TRUE(parse("host=h sslcert=c sslkey=k sslcertmode=require").sslcertRequired);
 }
 
 TEST(Url, OtherPoolersAreWarnedOf) {
@@ -167,15 +192,15 @@ TEST(Url, EnvironmentFillsWhatTheUrlLeavesOut) {
 }
 
 TEST(Url, ProtectionThatTheEnvironmentAsksForIsNotIgnored) {
-  const struct {
-    const char *variable, *value;
-  } rows[] = {{"PGGSSENCMODE", "require"}, {"PGREQUIREPEER", "postgres"}, {"PGSSLCRLDIR", "/crls"}, {"PGSSLCERTMODE", "require"}};
+  const struct { const char *variable, *value; } rows[] = {{"PGGSSENCMODE", "require"}, {"PGREQUIREPEER", "postgres"}};
   for (const auto& row : rows)
     EXPECT_NE(mistake([&] {
                 parse("postgresql://h/d", {{row.variable, row.value}});
               }).find("not supported"),
               std::string::npos)
         << row.variable;
+  EXPECT_EQ(parse("postgresql://h/d", {{"PGSSLCRLDIR", "/crls"}}).sslcrldir, "/crls");
+  EXPECT_NE(mistake([] { parse("postgresql://h/d", {{"PGSSLCERTMODE", "require"}}); }).find("needs TLS and sslcert"), std::string::npos);
   EXPECT_TRUE(parse("postgresql://h/d", {{"PGGSSENCMODE", "prefer"}, {"PGKRBSRVNAME", "x"}}).warnings.empty());
   EXPECT_EQ(parse("postgresql://localhost/d", {{"PGREQUIRESSL", "1"}}).sslmode, SslMode::Require);
   EXPECT_EQ(parse("postgresql://localhost/d?sslmode=disable", {{"PGREQUIRESSL", "1"}}).sslmode, SslMode::Disable);
