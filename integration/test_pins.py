@@ -1,4 +1,6 @@
 """What keeps a client on its server connection, by its name, and how it ends; and what needs no pin because it goes with the client."""
+import re
+
 import pytest
 
 import harness
@@ -233,6 +235,14 @@ def test_leaving_out_the_own_backend_does_not_pin(proxies):
         await_reasons(proxy)
 
 
+def test_a_pin_names_each_thing_once(proxies):
+    proxy = proxies()
+    with raw(proxy) as a:
+        a.ask(wire.query("CREATE TEMP TABLE once (a int)"))
+        harness.poll(lambda: pins(proxy), what="it is pinned")
+        assert [pin["detail"] for pin in pins(proxy)] == ["temporary object once"]
+
+
 def test_what_cannot_be_undone_ends_the_server_connection(proxies):
     proxy = proxies({"pool": {"max": 1}})
     with raw(proxy) as a:
@@ -270,6 +280,7 @@ def test_on_unsupported_error_refuses_by_name(proxies, sql):
             messages = a.ask(*frames)
             (error,) = [m.error for m in messages if m.type == "E"]
             assert error["C"] == "0A000" and "pool.onUnsupported" in error["M"] and error["H"]
+            assert re.search(r"s\b| and ", error["M"].split(" need ")[0]), error["M"]
             assert [m.type for m in messages] == ["E", "Z"] and messages[-1].body == b"I"
             assert b.value("SELECT 1") == "1"
             assert a.ask(wire.query("BEGIN"))[-1].body == b"T"

@@ -40,7 +40,9 @@ void Residue::add(const ResidueRow& row, std::string_view login_user) {
   const char kind = row[0].empty() ? '\0' : row[0][0];
   const auto pin = [&](PinReason reason) {
     reasons |= pool::bit(reason);
-    if (detail.size() < kMostDetail) detail += (detail.empty() ? "" : ", ") + in_words(kind) + row[1];
+    const std::string what = in_words(kind) + row[1];
+    const bool told = (", " + detail + ", ").find(", " + what + ", ") != std::string::npos;  // a table's row type has its name
+    if (detail.size() < kMostDetail && !told) detail += (detail.empty() ? "" : ", ") + what;
   };
   switch (kind) {
     case 's': settings[lower(row[1])] = row[2]; break;

@@ -45,11 +45,11 @@ constexpr struct {
   const char *what, *hint;
 } kRefusals[] = {{protocol::kTemporary, "temporary objects", "Use a table, or a CTE."},
                  {protocol::kAdvisoryLock, "session advisory locks", "pg_advisory_xact_lock ends with its transaction."},
-                 {protocol::kPrepared, "PREPARE", "The protocol's prepared statements, which drivers use, work."},
+                 {protocol::kPrepared, "PREPARE and EXECUTE", "The protocol's prepared statements, which drivers use, work."},
                  {protocol::kCursor, "cursors WITH HOLD", "A cursor without hold works within its transaction."},
                  {protocol::kSequenceRead, "currval and lastval", "INSERT ... RETURNING and nextval tell the value."},
-                 {protocol::kBackendPid, "pg_backend_pid()", "In transaction mode it differs from one transaction to the next."},
-                 {protocol::kSeed, "setseed", "Seed and use random() within one statement's source instead."},
+                 {protocol::kBackendPid, "calls of pg_backend_pid()", "In transaction mode it differs from one transaction to the next."},
+                 {protocol::kSeed, "calls of setseed", "Seed and use random() within one statement's source instead."},
                  {protocol::kLibrary, "LOAD and dblink_connect", "session_preload_libraries on the server loads a library for all."}};
 
 /// Nothing resets these but the connection's end.
