@@ -59,7 +59,7 @@ pool::Time ClientSession::check_limits(pool::Time now) {
                       "canceling statement due to query timeout while waiting for a server connection",
                       "pool.queryTimeoutMillis is " + std::to_string(limits.queryTimeoutMillis) + " ms, the wait included.",
                       {}});
-      return pool::Time::max();
+      return next;
     }
     if (server_ && !std::exchange(server_->running.overdue, true)) {
       ++entry_->pool.counters().limitsReached;
