@@ -668,7 +668,7 @@ Admin load_admin(const std::string& path, const Environment& env) {
   return config.admin;
 }
 
-std::string to_redacted_yaml(const Config& config) {
+std::string to_redacted_yaml(const Config& config, const Environment& env) {
   YAML::Emitter out;
   const auto pool = [&](const PoolSettings& settings) {
     out << YAML::BeginMap;
@@ -678,7 +678,13 @@ std::string to_redacted_yaml(const Config& config) {
   const auto upstream = [&](const Upstream& up) {
     // A URL may hold a password anywhere; only what is a reference (without a default) is shown.
     const bool reference = up.url.starts_with("${") && up.url.find('}') == up.url.size() - 1 && up.url.find(":-") == std::string::npos;
-    out << YAML::BeginMap << YAML::Key << "url" << YAML::Value << (up.url.empty() || reference ? up.url : "***");
+    out << YAML::BeginMap;
+    try {
+      out << YAML::Comment(resolve_upstream(up, env).destination());
+    } catch (const ConfigError&) {
+      // A secret can't be read now.
+    }
+    out << YAML::Key << "url" << YAML::Value << (up.url.empty() || reference ? up.url : "***");
     for (const auto& [name, value] : up.keys) {
       const bool secret =
           name.find("password") != std::string::npos || name.find("secret") != std::string::npos || name.starts_with("scram_");

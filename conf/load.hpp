@@ -61,8 +61,9 @@ std::vector<std::string> unused_variables(const std::set<std::string, std::less<
 /// A database's settings with a user's keys over them.
 PoolSettings overlay(PoolSettings settings, const std::map<std::string, std::string>& keys);
 
-/// The effective configuration as YAML with every secret replaced by "***" (for `check` and the API).
-std::string to_redacted_yaml(const Config& config);
+/// The effective configuration as YAML with every secret replaced by "***" (for `check` and the API). A comment at each upstream
+/// says where it leads, if that can be read now.
+std::string to_redacted_yaml(const Config& config, const Environment& env);
 
 /// What changed between two configurations: keys by their path; which of them need a restart (listen, admin.listen,
 /// and so on).

@@ -292,6 +292,11 @@ T choice(std::string_view name, std::string_view text, const std::pair<std::stri
   throw ConfigError("connection string: invalid " + std::string(name) + " value" + told(text) + did_you_mean(text, known));
 }
 
+constexpr std::pair<std::string_view, SslMode> kModes[] = {
+    {"disable", SslMode::Disable},   {"allow", SslMode::Allow},        {"prefer", SslMode::Prefer},          {"require", SslMode::Require},
+    {"no-verify", SslMode::Require}, {"verify-ca", SslMode::VerifyCa}, {"verify-full", SslMode::VerifyFull},
+};
+
 bool is_loopback(const Host& host) {
   const std::string& name = host.address.empty() ? host.name : host.address;
   const bool v4 = name.starts_with("127.") && name.find_first_not_of("0123456789.") == std::string::npos;  // 127.example.com is none
@@ -396,6 +401,16 @@ const std::string& ConnectParams::users_password() const {
   return password.empty() && known != hosts.end() ? known->password : password;
 }
 
+std::string ConnectParams::destination() const {
+  std::string names, ports;
+  for (const Host& host : hosts) {
+    names += (names.empty() ? "" : ",") + host.name;
+    ports += (ports.empty() ? "" : ",") + std::to_string(host.port);
+  }
+  const auto mode = std::find_if(std::begin(kModes), std::end(kModes), [this](const auto& row) { return row.second == sslmode; });
+  return "host=" + names + " port=" + ports + " dbname=" + dbname + " user=" + user + " sslmode=" + std::string(mode->first);
+}
+
 std::string instead_of_pooler(const Host& host) {
   const std::string label = host.name.substr(0, host.name.find('.'));
   constexpr std::string_view kNeon = "-pooler";
@@ -485,11 +500,6 @@ ConnectParams parse_connection_string(std::string_view text, const std::map<std:
     }
   }
 
-  static constexpr std::pair<std::string_view, SslMode> kModes[] = {
-      {"disable", SslMode::Disable},        {"allow", SslMode::Allow},       {"prefer", SslMode::Prefer},
-      {"require", SslMode::Require},        {"no-verify", SslMode::Require}, {"verify-ca", SslMode::VerifyCa},
-      {"verify-full", SslMode::VerifyFull},
-  };
   const bool local = std::all_of(p.hosts.begin(), p.hosts.end(), is_loopback);
   const std::string mode = !get("sslmode").empty() ? get("sslmode") : get("requiressl").starts_with("1") ? "require" : "";
   p.sslmode = !mode.empty()                              ? choice("sslmode", mode, kModes)

@@ -55,6 +55,7 @@ struct ConnectParams {
 
   /// What clients of this user prove that they know: the password as given, or the first that a host has.
   const std::string& users_password() const;
+  std::string destination() const;  ///< for whoever reads it: where it leads, as whom, and how protected
   friend bool operator==(const ConnectParams&, const ConnectParams&) = default;
 };
 

@@ -157,7 +157,7 @@ int run(const Arguments& arguments, std::shared_ptr<const conf::Config> config, 
   callbacks.stacks = [&](std::chrono::seconds time, std::function<void(std::string, std::string)> done) {
     supervisor.stacks(time, std::move(done));
   };
-  callbacks.config = [&] { return conf::to_redacted_yaml(supervisor.config()); };
+  callbacks.config = [&] { return conf::to_redacted_yaml(supervisor.config(), env); };
   callbacks.probe = [&](proxy::Supervisor::SnapshotDone done) { supervisor.probe(std::move(done)); };
   callbacks.act = [&](std::string_view action) -> std::string {
     if (action == "reload") return supervisor.reload();
@@ -228,7 +228,7 @@ int main(int argc, char** argv) {
       std::vector<std::string> warnings = conf::upstream_warnings(config, env);
       for (std::string& line : conf::unused_variables(asked, ::environ)) warnings.push_back(std::move(line));
       for (const std::string& warning : warnings) std::cerr << "pgsidecar: warning: " << warning << "\n";
-      std::cout << conf::to_redacted_yaml(config);
+      std::cout << conf::to_redacted_yaml(config, env);
       return 0;
     }
   } catch (const conf::ConfigError& e) {

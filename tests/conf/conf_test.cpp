@@ -354,7 +354,7 @@ TEST(Load, KeysBesideTheUpstream) {
   EXPECT_TRUE(config.databases.at("off").upstream.passwordCommand.empty());
   EXPECT_EQ(config.databases.at("other").upstream.passwordCacheSeconds, 600u);
   EXPECT_TRUE(config.databases.at("other").upstream.passwordCommand.empty());
-  const std::string shown = to_redacted_yaml(config);
+  const std::string shown = to_redacted_yaml(config, kUrl);
   EXPECT_NE(shown.find("passwordCommand: [/bin/echo, \"***\", \"***\"]"), std::string::npos) << shown;
   EXPECT_EQ(shown.find("a,b"), std::string::npos);
 }
@@ -499,11 +499,12 @@ TEST(Load, Expands) {
 TEST(Load, SecretsAreNotPrinted) {
   const Config config =
       load_text("users: {u: {password: hunter2}}\nupstream: {url: 'postgresql://u:hunter3@h/d', password: hunter4}\n", "x", kUrl);
-  const std::string text = to_redacted_yaml(config);
+  const std::string text = to_redacted_yaml(config, kUrl);
   EXPECT_EQ(text.find("hunter"), std::string::npos) << text;
   EXPECT_NE(text.find("maxUses"), std::string::npos);
+  EXPECT_NE(text.find("# host=h port=5432 dbname=d user=u sslmode=verify-full\n"), std::string::npos) << text;
   const Config defaulted = load_text("upstream: {url: '${NOPE:-postgresql://u:hunter2@h/d}'}\n", "x", kUrl);
-  EXPECT_EQ(to_redacted_yaml(defaulted).find("hunter2"), std::string::npos);
+  EXPECT_EQ(to_redacted_yaml(defaulted, kUrl).find("hunter2"), std::string::npos);
 }
 
 TEST(Load, MinByDefaultIsNoMoreThanMax) {
