@@ -89,6 +89,26 @@ class Scanner {
   }
   std::uint32_t needs() const { return needs_ & (~needs_ + 1); }
 
+  std::optional<Reset> reset() {
+    std::string text;
+    bool ended = false, begun = false;
+    while (next()) {
+      if (kind_ == ';') {
+        const bool begins = text.starts_with("begin") || text.starts_with("start");
+        ended |= !begins && !text.empty();
+        begun |= begins;
+        if (begins) text.clear();
+        continue;
+      }
+      if (ended || (kind_ != 'w' && kind_ != '.' && kind_ != '=')) return std::nullopt;
+      text += (text.empty() ? "" : " ") + (kind_ == 'w' ? lower(word_) : std::string(1, kind_));
+    }
+    if (literals_ > 0 || residue_ & kUnreadable) return std::nullopt;
+    auto reset = reset_by(std::move(text));
+    if (reset) reset->begins = begun;
+    return reset;
+  }
+
   std::uint32_t run() {
     while (step()) {
       if (kind_ == ';') {
@@ -131,6 +151,37 @@ class Scanner {
     if (is(word_, "setseed")) needs_ |= kSeed;
     if (is(word_, "pg_backend_pid") && !unequal_) needs_ |= kBackendPid;
     if (any(word_, {"dblink_connect", "dblink_connect_u"})) needs_ |= kLibrary;
+  }
+
+  /// Of one statement's words, parted by a blank.
+  static std::optional<Reset> reset_by(std::string text) {
+    const auto take_first = [&](std::string_view words) {
+      const bool has = text.starts_with(words);
+      if (has) text.erase(0, words.size());
+      return has;
+    };
+    const auto take_last = [&](std::string_view words) {
+      const bool has = text.ends_with(words);
+      if (has) text.erase(text.size() - words.size());
+      return has;
+    };
+    if (text == "discard all") return Reset{.discard = true};
+    if (text == "reset all") return Reset{};
+    Reset reset;
+    if (take_first("set ")) {
+      reset.local = take_first("local ");
+      if (!reset.local) take_first("session ");
+      const bool zone = text == "time zone local" || text == "time zone default";
+      if (zone) text = "time zone";
+      if (!zone && !take_last(" to default") && !take_last(" = default")) return std::nullopt;
+    } else if (!take_first("reset ")) {
+      return std::nullopt;
+    }
+    if (text == "time zone") text = "timezone";
+    for (std::size_t dot = 0; (dot = text.find(" . ")) != std::string::npos;) text.replace(dot, 3, ".");
+    if (text.find(' ') != std::string::npos) return std::nullopt;
+    reset.name = std::move(text);
+    return reset;
   }
 
   /// EXECUTE, DEALLOCATE [PREPARE] or PREPARE and a name.
@@ -192,7 +243,7 @@ class Scanner {
           if (is(word_, "deallocate"))
             residue_ |= kPrepared;
           else if (is(word_, "discard"))
-            residue_ |= kDiscard | kReset;
+            residue_ |= kDiscard;
           else if (is(word_, "declare"))
             declare_ = true;
           else if (is(word_, "do"))
@@ -221,6 +272,8 @@ class Scanner {
         if (!any(word_, {"local", "transaction", "constraints"})) residue_ |= kSettings;
       } else if (is(first_, "prepare")) {
         residue_ |= is(word_, "transaction") ? kTransaction : kPrepared;
+      } else if (is(first_, "discard") && is(word_, "all")) {
+        residue_ |= kReset;
       }
     }
     if (is(first_, "explain") || is(first_, "create")) {
@@ -539,6 +592,7 @@ class Scanner {
         while (p_ != end_ && *p_ != '$' && (is_word(static_cast<unsigned char>(*p_)) || *p_ == '.') &&
                !((*p_ | 32) == 'e' && peek(1) == '\''))
           ++p_;
+        ++literals_;
         continue;
       }
       ++p_;
@@ -703,6 +757,10 @@ std::vector<std::string> called_functions(std::string_view sql) {
   BodyScan found;
   Scanner(sql, true, &found).run();
   return std::move(found.calls);
+}
+
+std::optional<Reset> reset_of(std::string_view sql, bool standard_conforming_strings) {
+  return Scanner(sql, standard_conforming_strings).reset();
 }
 
 bool custom_setting_names(std::string_view sql, std::vector<std::string>& names, bool standard_conforming_strings) {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -23,7 +24,7 @@ enum Residue : std::uint32_t {
   kBackendPid = 1u << 8,         ///< pg_backend_pid(), unless it only leaves the own session out (`pid <> pg_backend_pid()`)
   kTransaction = 1u << 9,        ///< not residue: BEGIN, START, COMMIT, END, ROLLBACK, ABORT, PREPARE TRANSACTION
   kCustomSetting = 1u << 10,     ///< SET app.x, set_config of such a name or of one not written out: the server can't list these
-  kReset = 1u << 11,             ///< RESET, SET ... DEFAULT, DISCARD: what the client brought at its login comes back
+  kReset = 1u << 11,             ///< RESET, SET ... DEFAULT, DISCARD ALL: what the client brought at its login comes back
   kFunction = 1u << 12,          ///< calls a function that isn't known to be harmless
   kSequenceRead = 1u << 13,      ///< currval, lastval
   kSeed = 1u << 14,              ///< setseed, SET seed
@@ -76,6 +77,15 @@ PreparedNames prepared_names(std::string_view sql);
 /// What in a text needs its session to outlive the transaction, read strictly: a column called `temp` isn't a temporary table.
 /// One of kTemporary, kAdvisoryLock, kPrepared, kCursor, kSequenceRead, kBackendPid, kSeed, kLibrary; 0 if there is none.
 std::uint32_t needs_session(std::string_view sql, bool standard_conforming_strings = true);
+
+/// What a text with kReset resets if it is a single RESET, SET ... TO DEFAULT or DISCARD ALL, behind BEGIN at most. None: it can't be told.
+struct Reset {
+  std::string name{};  ///< in lower case; empty: all
+  bool local = false;  ///< for the transaction
+  bool discard = false;
+  bool begins = false;  ///< a transaction, before that
+};
+std::optional<Reset> reset_of(std::string_view sql, bool standard_conforming_strings = true);
 
 /// The custom settings (`app.x`) that a text sets, in lower case, for a text with kCustomSetting. False: not all of them are
 /// written out.

@@ -115,6 +115,7 @@ TEST(SqlScan, Rows) {
       {"DO E'BEGIN \\x41 END'", kCode | kUnreadable},
       {"LOAD 'x'", kLibrary},
       {"DISCARD ALL", kDiscard | kReset},
+      {"DISCARD PLANS", kDiscard},
       {"SELECT currval('s')", kSequenceRead},
       {"SELECT lastval()", kSequenceRead},
       {"SELECT setseed(0)", kSeed},
@@ -267,6 +268,55 @@ TEST(SqlScan, Bodies) {
     EXPECT_EQ(found.custom_settings, row.custom_settings) << row.body;
   }
   EXPECT_EQ(called_functions("SELECT a.F(1), now(), \"G\"(2)"), (std::vector<std::string>{"f", "G"}));
+}
+
+TEST(SqlScan, WhatATextResets) {
+  const struct {
+    const char *sql, *name;
+    bool local = false, begins = false;
+  } rows[] = {{"RESET search_path", "search_path"},
+              {" /* a */ reset App . \n Thing ; ", "app.thing"},
+              {"RESET ALL", ""},
+              {"RESET TIME ZONE", "timezone"},
+              {"RESET role;;", "role"},
+              {"SET TimeZone TO DEFAULT", "timezone"},
+              {"SET SESSION a.b.c = DEFAULT", "a.b.c"},
+              {"SET LOCAL x = DEFAULT", "x", true},
+              {"SET TIME ZONE LOCAL", "timezone"},
+              {"SET LOCAL TIME ZONE DEFAULT", "timezone", true},
+              {"BEGIN; RESET x", "x", false, true},
+              {"START TRANSACTION READ ONLY;; reset all", "", false, true}};
+  for (const auto& row : rows) {
+    const auto reset = reset_of(row.sql);
+    ASSERT_TRUE(reset) << row.sql;
+    EXPECT_EQ(reset->name, row.name) << row.sql;
+    EXPECT_EQ(reset->local, row.local) << row.sql;
+    EXPECT_EQ(reset->begins, row.begins) << row.sql;
+    EXPECT_FALSE(reset->discard) << row.sql;
+  }
+  ASSERT_TRUE(reset_of("DISCARD ALL"));
+  EXPECT_TRUE(reset_of("DISCARD ALL")->discard);
+  for (const char* sql : {"",
+                          "BEGIN",
+                          "RESET",
+                          "RESET a; RESET b",
+                          "SELECT 1; RESET a",
+                          "RESET a; SET b = 1",
+                          "RESET \"a\"",
+                          "RESET a 5",
+                          "RESET a b",
+                          "RESET SESSION AUTHORIZATION",
+                          "RESET TRANSACTION ISOLATION LEVEL",
+                          "SET a = 1",
+                          "SET NAMES",
+                          "SET SESSION AUTHORIZATION DEFAULT",
+                          "SET a TO 'DEFAULT'",
+                          "SET a DEFAULT",
+                          "DISCARD PLANS",
+                          "SELECT reset('a')",
+                          "RESET a; COMMIT",
+                          "RESET a /*"})
+    EXPECT_FALSE(reset_of(sql)) << sql;
 }
 
 }  // namespace
