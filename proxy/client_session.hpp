@@ -195,6 +195,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   std::size_t on_bind(protocol::Bytes available, std::size_t total);
   std::size_t on_describe(protocol::Bytes available, std::size_t total);
   std::size_t on_close(protocol::Bytes available, std::size_t total);
+  std::size_t on_execute(protocol::Bytes available, std::size_t total);
   bool close_unserved(protocol::Bytes whole);
   bool parse_unserved(protocol::Bytes whole);
   void evict();
@@ -204,7 +205,9 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   bool refuse(std::string_view sql, std::uint32_t residue, bool simple);
   void note_names(std::string_view sql, std::uint32_t residue);
   void use_sequences();
-  void restore_after_reset();
+  void restore_after_reset(const std::optional<protocol::Reset>& reset = {});
+  void note_reset(std::string_view portal, const protocol::StatementRef& statement);
+  void restore_behind_execute();
   void message_sent();
   bool must_ask() const;
   bool left_unknown(bool in_transaction) const;
@@ -267,7 +270,8 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   PoolEntry* entry_ = nullptr;
   Channel channel_;
   std::string cancel_key_;
-  SettingsRef login_settings_;  // brought at its login
+  SettingsRef login_settings_;          // brought at its login
+  protocol::StatementRef bound_reset_;  // the unnamed portal's, if it resets settings
   std::unique_ptr<Pin> pin_;
   std::vector<Pending> pending_;
   std::unique_ptr<std::string> parse_error_;  // the statement's name as the client has it

@@ -112,7 +112,7 @@ std::size_t ClientSession::on_request(char type, Bytes available, std::size_t to
     case 'B': return on_bind(available, total);
     case 'D': return on_describe(available, total);
     case 'C': return on_close(available, total);
-    case 'E': server_->pipeline.push({Request::Execute, Verdict::Forward, id_, statement_of(available)}); break;
+    case 'E': return on_execute(available, total);
     case 'F':
       if (available.size() < std::min(total, kHeaderSize + 4)) return 0;
       if (!is_large_object(protocol::Reader(available.subspan(kHeaderSize)).u32())) {
@@ -135,6 +135,15 @@ std::size_t ClientSession::on_request(char type, Bytes available, std::size_t to
   return available.size();
 }
 
+std::size_t ClientSession::on_execute(Bytes available, std::size_t total) {
+  if (bound_reset_ && available.size() < total && total < kMaxNames) return 0;
+  server_->pipeline.push({Request::Execute, Verdict::Forward, id_, statement_of(available)});
+  relay(available, total);
+  const bool resets = bound_reset_ && pass_left_ == 0 && protocol::Reader(available.subspan(kHeaderSize)).cstring().empty();
+  if (resets) restore_behind_execute();
+  return available.size();
+}
+
 // As the server would, which may not get to see the message.
 void ClientSession::end_interrupted_copy() {
   fatal("08P01", "another message than CopyData, CopyDone, CopyFail, Flush or Sync during COPY from stdin");
@@ -151,11 +160,15 @@ std::size_t ClientSession::on_query(Bytes available, std::size_t total) {
   if (available.size() < total && !too_large) return 0;
   pool::StatementHandle statement = pool::kNoStatement;
   bool adopts = false;
+  const bool due = (residue_ & protocol::kReset) != 0;
+  std::optional<protocol::Reset> reset;
+  bound_reset_.reset();
   if (available.size() == total && !too_large) {
     protocol::Reader reader(available.subspan(kHeaderSize));
     const std::string_view sql = reader.cstring();
     const auto [residue, fingerprint] = worker_.sql_memory.read(sql, server_->conforming_strings());
     if (residue & protocol::kPrepared && !names_settled(kNames)) return 0;
+    if (residue & protocol::kReset && !due) reset = protocol::reset_of(sql, server_->conforming_strings());
     statement = note_statement(fingerprint, sql, protocol::comment_tags(sql));
     if (refuse(sql, residue, true)) return total;
     switch (listen_ahead(note_residue(sql, residue), true)) {
@@ -185,7 +198,7 @@ std::size_t ClientSession::on_query(Bytes available, std::size_t total) {
     worker_.to_server.own([](std::string& out) { protocol::Writer(out).begin(protocol::Frontend::Sync).end(); });
     server_->pipeline.push({Request::Sync, Verdict::Forward, id_, kInPlace});
   }
-  restore_after_reset();
+  restore_after_reset(reset);
   return available.size();
 }
 
@@ -284,7 +297,8 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
       // For the statistics.
       if (name.empty() || statements.size() < worker_.config().limits.maxPreparedStatementsPerClient) statements.set(name, statement);
       server_->running.named = note_statement(*statement);
-      note_residue(statement->sql, protocol::scan_sql(statement->sql, server_->conforming_strings()));
+      const std::uint32_t residue = protocol::scan_sql(statement->sql, server_->conforming_strings());
+      note_residue(statement->sql, residue & ~protocol::kReset);
     }
     server_->pipeline.push({Request::Parse, Verdict::Forward, id_});
     relay(available, total);
@@ -499,7 +513,8 @@ std::size_t ClientSession::on_bind(Bytes available, std::size_t total) {
   if (!rewrites() || pipeline.failed()) {
     const auto statement = reader.ok() ? statements.find(name) : nullptr;
     if (reader.ok()) note_bind(portal, statement);
-    if (statement && !rewrites()) residue_ |= statement->residue & (protocol::kReset | protocol::kCopy);
+    if (!rewrites()) note_reset(portal, statement);
+    if (statement && !rewrites()) residue_ |= statement->residue & protocol::kCopy;
     pipeline.push({Request::Bind, Verdict::Forward, id_});
     relay(available, total);
     return available.size();
@@ -520,6 +535,7 @@ std::size_t ClientSession::on_bind(Bytes available, std::size_t total) {
     note_deallocations(statement->sql);
   }
   note_bind(portal, statement);
+  note_reset(portal, statement);
   bound_ = 0;
   auto& queries = entry_->pool.counters().queries;
   if (!statement || name.empty() || names_others) {

@@ -147,8 +147,9 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   void forget_statements();                                                             ///< DISCARD ALL, DEALLOCATE ALL
   /// Leaves no prepared statement but those of the client's, for SQL that lists them.
   void close_shared_statements();
-  /// After a RESET of the client's: what it brought at its login comes back, as on a connection of its own.
-  void restore_settings(const Settings& login);
+  /// After a RESET of the client's: what it brought at its login comes back, as on a connection of its own. No reset: it isn't known which.
+  void restore_settings(const Settings& login, const std::optional<protocol::Reset>& reset = {});
+  void restore_within(const Settings& login, const std::optional<protocol::Reset>& reset);  ///< as part of the client's request
   void restore_settings_now(const Settings& login);
   bool restoring() const { return restoring_; }  ///< the client gets its ReadyForQuery behind that
   /// Sends what the worker has gathered for this connection. A failure is dealt with in the next turn.
@@ -248,6 +249,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   void finish_learning();
   void close_adopted();
   void finish_residue();
+  void restore_failed(protocol::Bytes error);
   void settle_after_cancel();
   void closed();
 
@@ -284,6 +286,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   bool unfit_ = false;            // not as target_session_attrs asks
   int overdue_ = 0;               // cancel requests since it should have come back
   Residue residue_;
+  std::optional<protocol::ErrorFields> unrestored_;  // what the client brought isn't back; the next look at the session puts that right
   std::string login_user_;
   std::vector<std::pair<std::string, protocol::StatementRef>> adopted_;
   bool adoption_skipped_ = false;      // the server may not have all of adopted_

@@ -71,13 +71,14 @@ void ServerConnection::run_within(const std::vector<std::string>& sqls, std::uin
   for (const std::string& sql : sqls) {
     worker_.to_server.own([&](std::string& out) {
       protocol::Writer w(out);
+      w.begin(protocol::Frontend::Close).u8('S').cstring(kName).end();  // of one that has failed
       w.begin(protocol::Frontend::Parse).cstring(kName).cstring(sql).u16(0).end();
       w.begin(protocol::Frontend::Bind).cstring(kName).cstring(kName).u16(0).u16(0).u16(0).end();
       w.begin(protocol::Frontend::Execute).cstring(kName).u32(0).end();
       w.begin(protocol::Frontend::Close).u8('P').cstring(kName).end();
       w.begin(protocol::Frontend::Close).u8('S').cstring(kName).end();
     });
-    for (const Request request : {Request::Parse, Request::Bind, Request::Execute, Request::Close, Request::Close})
+    for (const Request request : {Request::Close, Request::Parse, Request::Bind, Request::Execute, Request::Close, Request::Close})
       pipeline.push({request, Verdict::Skip, protocol::kProxy, note});
   }
 }
@@ -192,9 +193,14 @@ void ServerConnection::close_adopted() {
   adopted_.clear();
 }
 
+void ServerConnection::restore_within(const Settings& login, const std::optional<protocol::Reset>& reset) {
+  run_within(restore_statements(login.values, reset, pipeline.status() != protocol::TxStatus::Idle), kRestore);
+}
+
 // Not as a simple query, which would end the client's unnamed statement.
-void ServerConnection::restore_settings(const Settings& login) {
-  run_within({restore_sql(login)}, kRestore);
+void ServerConnection::restore_settings(const Settings& login, const std::optional<protocol::Reset>& reset) {
+  restore_within(login, reset);
+  if (!pipeline.unsynced()) return;  // there is nothing to restore
   worker_.to_server.own([](std::string& out) { protocol::Writer(out).begin(protocol::Frontend::Sync).end(); });
   pipeline.push({Request::Sync, Verdict::Skip, protocol::kProxy, kRestore});
 }
@@ -255,6 +261,7 @@ void ServerConnection::on_proxy_reply(Backend type, std::uint64_t note, Bytes wh
     }
     return;
   }
+  if (type == Backend::ErrorResponse && note == kRestore && client_) return restore_failed(whole);
   if (type == Backend::ErrorResponse) {
     const auto error = protocol::parse_error(whole.subspan(kHeaderSize));
     own_query_failed_ = true;
@@ -279,6 +286,21 @@ void ServerConnection::on_proxy_reply(Backend type, std::uint64_t note, Bytes wh
   }
   if (note == kApply && client_ && !own_query_failed_) client_->on_settings_applied();
   own_query_failed_ = false;
+}
+
+// The client is told if it costs it its transaction.
+void ServerConnection::restore_failed(Bytes error) {
+  const protocol::Owed* end = pipeline.front();
+  const bool in_its_request = !end || end->owner != protocol::kProxy;
+  if (in_its_request || pipeline.status() == protocol::TxStatus::InTransaction) return worker_.to_client.add(error.data(), error.size());
+  if (pipeline.status() != protocol::TxStatus::Idle) return;
+  const auto why = protocol::parse_error(error.subspan(kHeaderSize));
+  const conf::PoolSettings& policy = entry_.pool.settings();
+  const bool is_looked_at = policy.mode != conf::PoolMode::Session && policy.residueCheck != conf::ResidueCheck::Never;
+  if (why && is_looked_at)
+    unrestored_ = why;
+  else if (why)
+    apply_failed(*why);
 }
 
 void ServerConnection::apply_failed(const protocol::ErrorFields& error) {
@@ -376,9 +398,11 @@ void ServerConnection::on_catalog_changed() {
 
 void ServerConnection::finish_residue() {
   asking_residue_ = false;
+  const auto unrestored = std::exchange(unrestored_, std::nullopt);
   if (!client_) return;
   if (residue_.failed) {
     settings.reset();
+    if (unrestored) return apply_failed(*unrestored);
     return client_->on_residue(nullptr, residue_);
   }
   meaning_changed = path_changed = false;

@@ -59,7 +59,8 @@ constexpr std::uint32_t kIndelible = protocol::kSeed | protocol::kLibrary;
 
 std::uint32_t ClientSession::note_residue(const protocol::Statement& statement) {
   if (!entry_->catalog.quiet()) note_names(statement.sql, entry_->catalog.residue_of_names(statement));
-  return note_residue(statement.sql, server_->conforming_strings() ? statement.residue : protocol::scan_sql(statement.sql, false));
+  const std::uint32_t residue = server_->conforming_strings() ? statement.residue : protocol::scan_sql(statement.sql, false);
+  return note_residue(statement.sql, residue & ~protocol::kReset);  // which counts when it is bound
 }
 
 /// What hangs on what a text names: triggers, defaults, rules...
@@ -144,14 +145,28 @@ void ClientSession::use_sequences() {
   if (server_->pipeline.status() != protocol::TxStatus::Failed && !server_->pipeline.failed()) server_->forget_sequences();
 }
 
-void ClientSession::restore_after_reset() {
+void ClientSession::note_reset(std::string_view portal, const protocol::StatementRef& statement) {
+  const bool resets = statement && statement->residue & protocol::kReset;
+  if (resets) residue_ |= protocol::kReset;
+  if (portal.empty()) bound_reset_ = resets ? statement : nullptr;
+}
+
+// In the client's own request, so that it comes back only if the reset succeeds, and what the request goes on with finds it.
+void ClientSession::restore_behind_execute() {
+  const auto reset = protocol::reset_of(bound_reset_->sql, server_->conforming_strings());
+  if (!reset || server_->pipeline.failed() || residue_ & protocol::kCopy) return;
+  residue_ &= ~protocol::kReset;
+  server_->restore_within(*login_settings_, reset);
+}
+
+void ClientSession::restore_after_reset(const std::optional<protocol::Reset>& reset) {
   if (!(residue_ & protocol::kReset)) return;
   residue_ &= ~protocol::kReset;
   if (login_settings_->values.empty()) return;
   if (residue_ & protocol::kCopy)
     restore_due_ = true;
   else
-    server_->restore_settings(*login_settings_);
+    server_->restore_settings(*login_settings_, reset);
 }
 
 // What had to wait for it follows it.

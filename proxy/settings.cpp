@@ -10,6 +10,9 @@ namespace pgsidecar::proxy {
 
 namespace {
 
+/// Lists of names, of which SET takes each by itself.
+constexpr std::string_view kNameLists[] = {"search_path", "temp_tablespaces", "session_preload_libraries", "local_preload_libraries"};
+
 constexpr std::size_t kMaxKnown = 4096, kMaxCustomNames = 64, kMaxDateStyles = 64;
 
 std::string quoted(std::string_view text, char quote) {
@@ -22,11 +25,24 @@ std::string quoted(std::string_view text, char quote) {
   return out += quote;
 }
 
-std::string set_call(std::string_view name, std::string_view value) {
-  return "pg_catalog.set_config(" + literal(name) + "," + literal(value) + ",false)";
+bool is_ascii(std::string_view text) {
+  return std::none_of(text.begin(), text.end(), [](char c) { return static_cast<unsigned char>(c) >= 0x80; });
 }
 
-std::string reset_name(std::string_view name) {
+/// An SQL expression for a text whose bytes are in the database's encoding, whatever the client's is.
+std::string text_sql(std::string_view text) {
+  if (is_ascii(text)) return literal(text);
+  std::string digits;
+  for (const char c : text)
+    for (const int shift : {4, 0}) digits += "0123456789abcdef"[static_cast<unsigned char>(c) >> shift & 15];
+  return "pg_catalog.convert_from(pg_catalog.decode('" + digits + "','hex'),pg_catalog.getdatabaseencoding())";
+}
+
+std::string set_call(std::string_view name, std::string_view value, bool local = false) {
+  return "pg_catalog.set_config(" + text_sql(name) + "," + text_sql(value) + (local ? ",true)" : ",false)");
+}
+
+std::string quoted_name(std::string_view name) {
   std::string out;
   for (std::size_t at = 0;;) {
     const std::size_t dot = name.find('.', at);
@@ -35,6 +51,43 @@ std::string reset_name(std::string_view name) {
     out += '.';
     at = dot + 1;
   }
+}
+
+std::string reset_statement(std::string_view name) {
+  return is_ascii(name) ? "RESET " + quoted_name(name) : "SELECT pg_catalog.set_config(" + text_sql(name) + ",NULL,false)";
+}
+
+/// A list's names, as the server reads them. Empty: it can't be read, or has none.
+std::vector<std::string> names_of(std::string_view list) {
+  constexpr std::string_view kBlanks = " \t\n\r\f\v";
+  std::vector<std::string> names;
+  for (std::size_t at = 0;; ++at) {
+    at = std::min(list.find_first_not_of(kBlanks, at), list.size());
+    std::string name;
+    if (at < list.size() && list[at] == '"') {
+      for (++at; at < list.size() && (list[at] != '"' || (at + 1 < list.size() && list[at + 1] == '"' && ++at)); ++at) name += list[at];
+      if (at++ >= list.size()) return {};
+    } else {
+      const std::size_t end = std::min(list.find_first_of(", \t\n\r\f\v", at), list.size());
+      name = lower(list.substr(at, end - at));
+      at = end;
+    }
+    if (name.empty()) return {};
+    names.push_back(std::move(name));
+    at = std::min(list.find_first_not_of(kBlanks, at), list.size());
+    if (at == list.size()) return names;
+    if (list[at] != ',') return {};
+  }
+}
+
+/// SET takes no snapshot, as SELECT would, but writes a list in its own way.
+std::string set_statement(std::string_view name, std::string_view value, bool local, bool in_transaction) {
+  const bool list = std::find(std::begin(kNameLists), std::end(kNameLists), name) != std::end(kNameLists);
+  const std::vector<std::string> values = list ? names_of(value) : std::vector{std::string(value)};
+  if ((list && !in_transaction) || values.empty() || !is_ascii(name) || !is_ascii(value)) return "SELECT " + set_call(name, value, local);
+  std::string sql = (local ? "SET LOCAL " : "SET ") + quoted_name(name);
+  for (const std::string& one : values) sql += (&one == &values.front() ? " TO " : ",") + literal(one);
+  return sql;
 }
 
 /// As the server tells them; empty: not named.
@@ -65,14 +118,32 @@ std::string literal(std::string_view text) {
   return (text.find('\\') == std::string_view::npos ? "" : " E") + quoted(text, '\'');
 }
 
-std::string restore_sql(const Settings& login) {
+namespace {
+
+/// Of those that have no value of their own, after a reset that the text doesn't show.
+std::string restore_sql(const Values& login) {
   std::string rows;
-  for (const auto& [name, value] : login.values) rows += (rows.empty() ? "(" : ",(") + literal(name) + "," + literal(value) + ")";
+  for (const auto& [name, value] : login) rows += (rows.empty() ? "(" : ",(") + text_sql(name) + "," + text_sql(value) + ")";
   return "SELECT pg_catalog.set_config(n, v, false) FROM (VALUES " + rows +
          ") AS login (n, v) WHERE NOT EXISTS (SELECT FROM pg_catalog.pg_settings WHERE pg_catalog.lower(name) OPERATOR(pg_catalog.=) n"
          " AND source OPERATOR(pg_catalog.=) 'session') AND (pg_catalog.strpos(n, '.') OPERATOR(pg_catalog.=) 0"
          " OR COALESCE(pg_catalog.current_setting(n, true), '') OPERATOR(pg_catalog.=) '')"
          " AND (n OPERATOR(pg_catalog.<>) 'role' OR pg_catalog.current_setting('role') OPERATOR(pg_catalog.=) 'none')";
+}
+
+}  // namespace
+
+std::vector<std::string> restore_statements(const Values& login, const std::optional<protocol::Reset>& reset, bool in_transaction) {
+  const auto is_identity = [](const std::string& name) { return name == "role" || name == "session_authorization"; };
+  const bool resets_identity =
+      reset && reset->discard && std::any_of(login.begin(), login.end(), [&](const auto& e) { return is_identity(e.first); });
+  if (login.empty()) return {};
+  if (!reset || resets_identity) return {restore_sql(login)};
+  std::vector<std::string> statements;
+  for (const auto& [name, value] : login)
+    if (reset->name.empty() ? !is_identity(name) : name == reset->name)
+      statements.push_back(set_statement(name, value, reset->local, in_transaction || reset->begins));
+  return statements;
 }
 
 std::size_t SettingsCache::footprint() const {
@@ -87,7 +158,7 @@ std::size_t SettingsCache::footprint() const {
 bool SettingsCache::learn(const std::vector<std::string>& names) {
   for (const std::string& name : names) {
     // A library's own, which only connections that have it loaded know, and check.
-    if (name.starts_with("plpgsql.")) return false;
+    if (name.starts_with("plpgsql.") || !is_ascii(name)) return false;
     if (std::find(custom_names_.begin(), custom_names_.end(), name) != custom_names_.end()) continue;
     if (custom_names_.size() >= kMaxCustomNames) return false;
     custom_names_.push_back(name);
@@ -224,7 +295,7 @@ std::vector<std::string> settings_statements(const Values& have, const Values& w
     if (!is_identity(name) && (!have.contains(name) || have.at(name) != wanted))
       sets += (sets.empty() ? "SELECT " : ",") + set_call(name, wanted);
   for (const auto& [name, old] : have)
-    if (!is_identity(name) && !want.contains(name)) statements.push_back("RESET " + reset_name(name));
+    if (!is_identity(name) && !want.contains(name)) statements.push_back(reset_statement(name));
   if (!sets.empty()) statements.push_back(std::move(sets));
   // Only who has logged in may change everything, so a role is put on last and off first. A new session user has no role.
   const bool others = !statements.empty();

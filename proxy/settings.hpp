@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "protocol/messages.hpp"
+#include "protocol/sql_scan.hpp"
 
 namespace pgsidecar::proxy {
 
@@ -19,7 +20,8 @@ struct Meaning {
 };
 
 struct Settings {
-  std::map<std::string, std::string> values;  ///< names in lower case; role and session_authorization among them
+  /// Names in lower case, role and session_authorization among them; values in the database's encoding.
+  std::map<std::string, std::string> values;
   std::shared_ptr<const Meaning> meaning;
   std::map<std::string, std::string> welcome;  ///< ParameterStatus of a session with these; empty: not tried yet
   std::uint64_t number = 0;                    ///< no others have it
@@ -69,8 +71,9 @@ std::optional<StartupSettings> settings_of(const protocol::Startup& startup, std
 /// Statements that turn a session with `have` into one with `want`.
 std::vector<std::string> settings_statements(const Values& have, const Values& want);
 
-/// SQL that gives a session those of `login` again that have no value of its own, after a RESET.
-std::string restore_sql(const Settings& login);
+/// Statements that give a session those of `login` again that a reset has taken from it. No reset: it isn't known which. In a transaction
+/// they take no snapshot, as far as possible.
+std::vector<std::string> restore_statements(const Values& login, const std::optional<protocol::Reset>& reset, bool in_transaction);
 
 /// Of the parameters that a server reports, those that a session has of its own, or by default.
 bool is_sessions(std::string_view parameter);
@@ -78,6 +81,6 @@ bool is_sessions(std::string_view parameter);
 std::uint32_t fingerprint_of(const std::map<std::string, std::string>& parameters);
 
 std::string lower(std::string_view name);
-std::string literal(std::string_view text);  ///< an SQL string constant
+std::string literal(std::string_view text);  ///< an SQL string constant; of ASCII, since others mean what the client's encoding says
 
 }  // namespace pgsidecar::proxy

@@ -83,6 +83,36 @@ TEST(Settings, SqlIsTheDifference) {
   EXPECT_EQ(settings_statements(want.values, want.values), Statements{});
 }
 
+TEST(Settings, OtherThanAsciiIsWrittenInTheDatabasesEncoding) {
+  const std::string bytes = "pg_catalog.convert_from(pg_catalog.decode('835c27','hex'),pg_catalog.getdatabaseencoding())";
+  EXPECT_EQ(settings_statements({}, {{"a", "\x83\\'"}}),
+            (std::vector<std::string>{"SELECT pg_catalog.set_config('a'," + bytes + ",false)"}));
+  EXPECT_EQ(settings_statements({{"\x83\\'", "1"}}, {}),
+            (std::vector<std::string>{"SELECT pg_catalog.set_config(" + bytes + ",NULL,false)"}));
+  SettingsCache cache;
+  EXPECT_FALSE(cache.learn({"app.\xc3\xa9"}));
+}
+
+TEST(Settings, WhatComesBackAfterAReset) {
+  using Statements = std::vector<std::string>;
+  const Values login{{"app.a", "it's"}, {"role", "r"}, {"search_path", "One , \"T\"\"w,o\", $user"}, {"work_mem", "1MB"}};
+  const std::string a = R"(SET "app"."a" TO 'it''s')", path = R"(SET "search_path" TO 'one','T"w,o','$user')",
+                    mem = R"(SET "work_mem" TO '1MB')",
+                    listed = R"(SELECT pg_catalog.set_config('search_path','One , "T""w,o", $user',false))";
+  EXPECT_EQ(restore_statements(login, protocol::Reset{}, true), (Statements{a, path, mem}));
+  EXPECT_EQ(restore_statements(login, protocol::Reset{}, false), (Statements{a, listed, mem})) << "to the letter";
+  EXPECT_EQ(restore_statements(login, protocol::Reset{.name = "search_path", .begins = true}, false), (Statements{path}));
+  EXPECT_EQ(restore_statements(login, protocol::Reset{.name = "role"}, false), (Statements{R"(SET "role" TO 'r')"}));
+  EXPECT_EQ(restore_statements(login, protocol::Reset{.name = "work_mem", .local = true}, true),
+            (Statements{R"(SET LOCAL "work_mem" TO '1MB')"}));
+  EXPECT_EQ(restore_statements(login, protocol::Reset{.name = "datestyle"}, true), Statements{});
+  EXPECT_EQ(restore_statements(login, protocol::Reset{.discard = true}, false), restore_statements(login, {}, false))
+      << "and maybe the role";
+  EXPECT_EQ(restore_statements({}, {}, false), Statements{});
+  for (const char* unreadable : {"", "a,", "a b", "\"a", "\"\"", ",a", "\xc3\xa9"})
+    EXPECT_TRUE(restore_statements({{"search_path", unreadable}}, protocol::Reset{}, true).at(0).starts_with("SELECT ")) << unreadable;
+}
+
 TEST(Settings, ARoleIsPutOnLastAndOffFirst) {
   using Statements = std::vector<std::string>;
   const std::string a = "SELECT pg_catalog.set_config('a','1',false)", role = "SELECT pg_catalog.set_config('role','r',false)",
