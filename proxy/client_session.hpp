@@ -83,6 +83,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   void on_names_known();        ///< maybe: something that was waited for is answered
   void end_interrupted_copy();  ///< it has sent something else than the COPY's data
   void on_apply_failed(const protocol::ErrorFields& error);
+  const Settings& login_settings() const { return *login_settings_; }
   /// The Parse that is next to be answered names a statement that exists already.
   bool pending_is_duplicate();
   /// Its name for a statement with this id; null: none.

@@ -1,5 +1,9 @@
 #include "proxy/residue.hpp"
 
+#include <charconv>
+#include <optional>
+#include <utility>
+
 #include "proxy/settings.hpp"
 
 namespace pgsidecar::proxy {
@@ -8,8 +12,25 @@ using pool::PinReason;
 
 namespace {
 
-constexpr const char* kResidueSql =
-    "SELECT 's', name, setting FROM pg_catalog.pg_settings WHERE source OPERATOR(pg_catalog.=) 'session'"
+/// Of an SQL text: its bytes in the database's encoding, whatever the client's is, in hexadecimal digits.
+std::string bytes_of(const std::string& text) {
+  return "pg_catalog.encode(pg_catalog.convert_to(" + text + ", pg_catalog.getdatabaseencoding()), 'hex')";
+}
+
+/// What the server doesn't list: the role and the custom settings. What a RESET would make of one, here for this query alone, is what it
+/// is by default. From then on the role is nobody's, who may see all that the session has set.
+std::string hidden_settings(const std::vector<std::string>& custom_names) {
+  std::string names = "('role')";
+  for (const std::string& name : custom_names) names += ",(" + literal(name) + ")";
+  return "SELECT CASE WHEN v OPERATOR(pg_catalog.=) d THEN 'd' ELSE 's' END, n, " + bytes_of("v") +
+         " FROM (SELECT n, pg_catalog.current_setting(n, true) AS v FROM (VALUES " + names +
+         ") AS names (n) OFFSET 0) AS has, LATERAL (SELECT CASE WHEN v OPERATOR(pg_catalog.=) '' OR n OPERATOR(pg_catalog.=) 'role'"
+         " THEN pg_catalog.set_config(n, NULL, true) END AS d OFFSET 0) AS usual WHERE v IS NOT NULL"
+         " UNION ALL SELECT 'u', pg_catalog.set_config('role', 'none', true), " +
+         bytes_of("session_user::pg_catalog.text");
+}
+
+constexpr const char* kOthers =
     " UNION ALL SELECT 'l', pg_catalog.concat_ws(',', classid, objid), '' FROM pg_catalog.pg_locks"
     " WHERE locktype OPERATOR(pg_catalog.=) 'advisory' AND pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid()"
     " UNION ALL (SELECT 't', relname::pg_catalog.text, '' FROM pg_catalog.pg_class"
@@ -21,8 +42,20 @@ constexpr const char* kResidueSql =
     " UNION ALL SELECT 'p', name, from_sql::pg_catalog.text FROM pg_catalog.pg_prepared_statements"
     " WHERE NOT pg_catalog.starts_with(name, 'pgsidecar_')"
     " UNION ALL SELECT 'c', name, '' FROM pg_catalog.pg_cursors WHERE is_holdable"
-    " UNION ALL SELECT 'n', c, '' FROM pg_catalog.pg_listening_channels() AS c"
-    " UNION ALL SELECT 'r', pg_catalog.current_setting('role'), session_user::pg_catalog.text";
+    " UNION ALL SELECT 'n', c, '' FROM pg_catalog.pg_listening_channels() AS c";
+
+/// None: it isn't hexadecimal.
+std::optional<std::string> from_hex(std::string_view digits) {
+  std::string out(digits.size() / 2, '\0');
+  const char* at = digits.data();
+  for (char& c : out) {
+    std::uint8_t byte = 0;
+    if (std::from_chars(at, at + 2, byte, 16).ptr != at + 2) return std::nullopt;
+    c = static_cast<char>(byte);
+    at += 2;
+  }
+  return digits.size() % 2 == 0 ? std::optional(std::move(out)) : std::nullopt;
+}
 
 std::string in_words(char kind) {
   switch (kind) {
@@ -45,11 +78,18 @@ void Residue::add(const ResidueRow& row, std::string_view login_user) {
     if (detail.size() < kMostDetail && !told) detail += (detail.empty() ? "" : ", ") + what;
   };
   switch (kind) {
-    case 's': settings[lower(row[1])] = row[2]; break;
-    case 'r':
-      if (row[1] != "none") settings["role"] = row[1];
-      if (row[2] != login_user) settings["session_authorization"] = row[2];
+    case 's':
+    case 'd':
+    case 'u': {
+      auto value = from_hex(row[2]);
+      if (!value)
+        failed = true;
+      else if (kind != 'u')
+        (kind == 's' ? settings : defaults)[lower(row[1])] = std::move(*value);
+      else if (*value != login_user)
+        settings["session_authorization"] = std::move(*value);
       break;
+    }
     case 'l': pin(PinReason::AdvisoryLock); break;
     case 't': pin(PinReason::TemporaryObject); break;
     case 'p':
@@ -66,11 +106,8 @@ void Residue::add(const ResidueRow& row, std::string_view login_user) {
 }
 
 std::string residue_sql(const std::vector<std::string>& custom_names, bool sequences) {
-  std::string sql = kResidueSql;
-  for (const std::string& name : custom_names) {
-    const std::string value = "pg_catalog.current_setting(" + literal(name) + ",true)";
-    sql += " UNION ALL SELECT 's'," + literal(name) + "," + value + " WHERE " + value + " OPERATOR(pg_catalog.<>) ''";
-  }
+  std::string sql = hidden_settings(custom_names) + " UNION ALL SELECT 's', name, " + bytes_of("setting") +
+                    " FROM pg_catalog.pg_settings WHERE source OPERATOR(pg_catalog.=) 'session'" + kOthers;
   if (sequences) sql += "; SELECT 'q', pg_catalog.lastval()::pg_catalog.text, ''";
   return sql;
 }

@@ -13,17 +13,20 @@
 
 namespace pgsidecar::proxy {
 
-/// One row of the server's answer: kind, name, value. Kinds: s setting, r role and session authorization, l advisory lock,
-/// t temporary object, p prepared statement, c holdable cursor, n channel listened to, q a sequence's value.
+/// One row of the server's answer: kind, name, value. Kinds: s setting, d one that is as by default, u session user (values of these
+/// three as bytes in the database's encoding, in hexadecimal digits), l advisory lock, t temporary object, p prepared statement, c holdable
+/// cursor, n channel listened to, q a sequence's value.
 using ResidueRow = std::string[3];
 
 struct Residue {
   static constexpr std::size_t kMostDetail = 200;  ///< characters, about
   std::map<std::string, std::string> settings;     ///< names in lower case
+  std::map<std::string, std::string> defaults;     ///< of those that the server doesn't list, what is as it would be after a RESET
   std::uint32_t reasons = 0;                       ///< to pin; bits of pool::PinReason
   std::string detail;                              ///< their names, the first few
   protocol::Channels channels;                     ///< listened to
   std::vector<std::string> prepared;               ///< prepared statements of the client's that exist under its own names
+  bool complete = false;                           ///< all but the sequences is answered
   bool failed = false;                             ///< the server couldn't say
 
   void add(const ResidueRow& row, std::string_view login_user);

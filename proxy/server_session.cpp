@@ -226,12 +226,14 @@ void ServerConnection::on_proxy_reply(Backend type, std::uint64_t note, Bytes wh
         residue_.add(row, login_user_);
       else
         residue_.failed = true;
+    } else if (type == Backend::CommandComplete) {
+      residue_.complete = true;
     } else if (type == Backend::ErrorResponse) {
       const auto error = protocol::parse_error(whole.subspan(kHeaderSize));
       // lastval() says 55000 if there is none, and 42501 if there is one that may not be seen.
-      if (error && error->sqlstate == "42501")
+      if (error && residue_.complete && error->sqlstate == "42501")
         residue_.reasons |= pool::bit(pool::PinReason::Sequence);
-      else if (!error || error->sqlstate != "55000")
+      else if (!error || !residue_.complete || error->sqlstate != "55000")
         residue_.failed = true;
     } else if (type == Backend::ReadyForQuery) {
       finish_residue();
@@ -417,6 +419,14 @@ void ServerConnection::finish_residue() {
       client_->statements.erase(one.first);
     return !there;
   });
+  // What is as by default counts against what the client brought; what isn't asked for by name is as it was brought.
+  for (const auto& [name, value] : client_->login_settings().values) {
+    const auto it = residue_.defaults.find(name);
+    if (it != residue_.defaults.end() && !unrestored) residue_.settings.insert(*it);
+    if (it == residue_.defaults.end() && name.find('.') != std::string::npos) residue_.settings.emplace(name, value);
+  }
+  // From that user the server hides what only superusers may see.
+  condemned |= residue_.settings.contains("session_authorization");
   settings = entry_.settings.intern(std::move(residue_.settings));
   if (settings->welcome.empty()) settings->welcome = parameters_;
   client_->on_residue(settings, residue_);
