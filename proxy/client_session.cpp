@@ -416,13 +416,9 @@ void ClientSession::on_wait_failed(const protocol::ErrorFields& error) {
 void ClientSession::on_server_lost(const std::string& sqlstate, const std::string& message, bool in_transaction) {
   if (!server_) return;
   const auto& pipeline = server_->pipeline;
-  bool owed = pipeline.unsynced();  // an answer to the client, and how many ReadyForQuery
-  int readies = 0;
-  pipeline.for_each([&](const Owed& o) {
-    if (o.owner != id_) return;
-    owed = true;
-    readies += tells_ready(o);
-  });
+  bool owed = pipeline.unsynced();  // an answer to the client
+  pipeline.for_each([&](const Owed& o) { owed |= o.owner == id_; });
+  const std::size_t readies = readies_owed(pipeline, id_);
   if (server_->sent_nothing() && !in_transaction && readies == 0) owed = false;
   // What it has sent behind them without waiting may belong to a transaction that is gone before it was one.
   boost::system::error_code ignored;

@@ -178,10 +178,10 @@ std::size_t ClientSession::on_query(Bytes available, std::size_t total) {
     }
     if (!entry_->catalog.quiet()) note_names(sql, entry_->catalog.residue_of_names(sql));
     if (residue & protocol::kPrepared) {
-      const bool synced = !server_->pipeline.unsynced();
+      const std::size_t owed = server_->pipeline.size();
       adopt_named(sql);
+      adopts = server_->pipeline.size() > owed;
       note_deallocations(sql);
-      adopts = synced && server_->pipeline.unsynced();
     }
   } else if (rewrites()) {
     residue_ |= protocol::kUnreadable;
@@ -234,8 +234,7 @@ void ClientSession::note_deallocations(std::string_view sql) {
   if (!rewrites() || pipeline.failed() || pipeline.status() == protocol::TxStatus::Failed) return;
   const protocol::PreparedNames named = protocol::prepared_names(sql);
   if (named.closes_all) names_open_ |= kNames;
-  std::size_t readies = 1;
-  pipeline.for_each([&](const protocol::Owed& one) { readies += one.owner == id_ && tells_ready(one); });
+  const std::size_t readies = readies_owed(pipeline, id_) + 1;
   for (const std::string& name : named.deallocated) {
     pending_.push_back({Pending::kDeallocate, name, statements.look_up(name), server_->forget_adopted(name), readies});
     statements.erase(name);
