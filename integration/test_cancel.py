@@ -206,6 +206,7 @@ def test_cancel_while_settings_are_carried(proxies, pg):
     proxy = proxies({"pool": {"max": 1}})
     with raw(proxy) as w, pg.admin(DATABASE) as admin:
         w.ask(wire.query("SET default_text_search_config = 'simple'"))
+        harness.poll(lambda: proxy.stats()["activeCount"] == 0, what="its session has been looked at")
         pg.sql("SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE usename = 'app'")
         harness.poll(lambda: proxy.stats()["totalCount"] == 0, what="the loss is noticed")
         with admin.transaction():

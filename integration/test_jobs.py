@@ -242,6 +242,7 @@ def test_refused_credentials_do_not_disconnect_clients(proxies, pg):
     proxy = proxies({"pool": {"max": 2, "connectionTimeoutMillis": 20000}})
     with proxy.connect(prepare_threshold=None) as client, wire.Wire(proxy.port) as pipelining:
         client.execute("SET application_name = 'kept'")
+        harness.poll(lambda: proxy.stats()["activeCount"] == 0, what="its session has been looked at")
         assert pipelining.login(USER, PASSWORD, DATABASE) is None
         pg.sql(f"ALTER ROLE {USER} PASSWORD 'changed'")
         try:

@@ -76,7 +76,7 @@ class Wanted(visitors.Visitor):
         self.want("Library")
 
     def visit_DiscardStmt(self, ancestors, node):
-        self.want("Discard", "Reset")
+        self.want("Discard", *(["Reset"] if node.target == enums.DiscardMode.DISCARD_ALL else []))
 
     def visit_TransactionStmt(self, ancestors, node):
         if node.kind not in (enums.TransactionStmtKind.TRANS_STMT_SAVEPOINT, enums.TransactionStmtKind.TRANS_STMT_RELEASE):

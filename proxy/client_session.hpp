@@ -261,7 +261,6 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   pool::Time connected_at_, sent_at_{};
   pool::Time unread_since_{};  // the client doesn't take what is there for it
   std::uint64_t request_ = 0;
-  std::uint64_t bound_ = 0;                             // the statement of its last Bind, if the client doesn't know yet what it looks like
   std::uint64_t wait_micros_ = 0, reading_micros_ = 0;  // of the execution that is running
   pool::StatementHandle executed_ = 0;                  // the last that is over
   std::uint32_t residue_ = 0;                           // of its texts, since its session was last known
@@ -271,8 +270,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   PoolEntry* entry_ = nullptr;
   Channel channel_;
   std::string cancel_key_;
-  SettingsRef login_settings_;          // brought at its login
-  protocol::StatementRef bound_reset_;  // the unnamed portal's, if it resets settings
+  SettingsRef login_settings_;  // brought at its login
   std::unique_ptr<Pin> pin_;
   std::vector<Pending> pending_;
   std::unique_ptr<std::string> parse_error_;  // the statement's name as the client has it

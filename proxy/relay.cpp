@@ -136,10 +136,10 @@ std::size_t ClientSession::on_request(char type, Bytes available, std::size_t to
 }
 
 std::size_t ClientSession::on_execute(Bytes available, std::size_t total) {
-  if (bound_reset_ && available.size() < total && total < kMaxNames) return 0;
+  if (server_->running.reset && available.size() < total && total < kMaxNames) return 0;
   server_->pipeline.push({Request::Execute, Verdict::Forward, id_, statement_of(available)});
   relay(available, total);
-  const bool resets = bound_reset_ && pass_left_ == 0 && protocol::Reader(available.subspan(kHeaderSize)).cstring().empty();
+  const bool resets = server_->running.reset && pass_left_ == 0 && protocol::Reader(available.subspan(kHeaderSize)).cstring().empty();
   if (resets) restore_behind_execute();
   return available.size();
 }
@@ -162,7 +162,7 @@ std::size_t ClientSession::on_query(Bytes available, std::size_t total) {
   bool adopts = false;
   const bool due = (residue_ & protocol::kReset) != 0;
   std::optional<protocol::Reset> reset;
-  bound_reset_.reset();
+  server_->running.reset.reset();
   if (available.size() == total && !too_large) {
     protocol::Reader reader(available.subspan(kHeaderSize));
     const std::string_view sql = reader.cstring();
@@ -469,7 +469,7 @@ bool ClientSession::looks_as_told(const protocol::NamedStatement& named, std::si
 
 /// With a description of the portal the client learns what its last statement looks like, and may rely on it from then on.
 void ClientSession::tell_shape() {
-  const std::uint64_t id = std::exchange(bound_, 0);
+  const std::uint64_t id = std::exchange(server_->running.untold, 0);
   const auto* const held = id != 0 ? server_->statements.look_up(id) : nullptr;
   if (!held || server_->pipeline.status() == protocol::TxStatus::Failed) return;
   if (held->shape != 0)
@@ -535,7 +535,7 @@ std::size_t ClientSession::on_bind(Bytes available, std::size_t total) {
   }
   note_bind(portal, statement);
   note_reset(portal, statement);
-  bound_ = 0;
+  server_->running.untold = 0;
   auto& queries = entry_->pool.counters().queries;
   if (!statement || name.empty() || names_others) {
     ++queries;
@@ -549,7 +549,7 @@ std::size_t ClientSession::on_bind(Bytes available, std::size_t total) {
     return available.size();
   }
   if (!prepare(named)) return 0;
-  if (named.shape == 0) bound_ = statement->id;
+  if (named.shape == 0) server_->running.untold = statement->id;
   ++queries;
   ++entry_->pool.counters().binds;
   const protocol::ServerName own_name = protocol::server_name(statement->id);

@@ -493,6 +493,8 @@ void ServerConnection::lease(ClientSession& client) {
   suspect.clear();
   running.first = running.last = running.named = running.portal = 0;
   running.portals.clear();
+  running.untold = 0;
+  running.reset.reset();
   running.leaking = running.overdue = false;
   worker_.arm_tick(entry_.pool.limit_check());
   client.on_lease(*this);
@@ -677,6 +679,7 @@ void ServerConnection::abandon() {
   unlink();
   permit_.release();
   statements.clear();
+  running.reset.reset();
 }
 
 }  // namespace pgsidecar::proxy

@@ -77,8 +77,10 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
     pool::StatementHandle named = 0;                                     ///< what the last Parse or Bind was about
     pool::StatementHandle portal = 0;                                    ///< the unnamed portal's
     std::vector<std::pair<std::string, pool::StatementHandle>> portals;  ///< the named ones', at most kMostPortals
-    bool leaking = false;                                                ///< told of, since it was last answered
-    bool overdue = false;                                                ///< cancelled by pool.queryTimeoutMillis
+    std::uint64_t untold = 0;      ///< the statement of the last Bind, if the client doesn't know yet what it looks like
+    protocol::StatementRef reset;  ///< the unnamed portal's, if it resets settings
+    bool leaking = false;          ///< told of, since it was last answered
+    bool overdue = false;          ///< cancelled by pool.queryTimeoutMillis
   };
   static constexpr std::size_t kMostPortals = 64;
 

@@ -148,12 +148,12 @@ void ClientSession::use_sequences() {
 void ClientSession::note_reset(std::string_view portal, const protocol::StatementRef& statement) {
   const bool resets = statement && statement->residue & protocol::kReset;
   if (resets) residue_ |= protocol::kReset;
-  if (portal.empty()) bound_reset_ = resets ? statement : nullptr;
+  if (portal.empty()) server_->running.reset = resets ? statement : nullptr;
 }
 
 // In the client's own request, so that it comes back only if the reset succeeds, and what the request goes on with finds it.
 void ClientSession::restore_behind_execute() {
-  const auto reset = protocol::reset_of(bound_reset_->sql, server_->conforming_strings());
+  const auto reset = protocol::reset_of(server_->running.reset->sql, server_->conforming_strings());
   if (!reset || server_->pipeline.failed() || residue_ & protocol::kCopy) return;
   residue_ &= ~protocol::kReset;
   server_->restore_within(*login_settings_, reset);
