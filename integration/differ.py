@@ -232,6 +232,9 @@ def is_known(before, step, direct, pooled):
     # Behind the end of a failed transaction in the same text, the client's statements aren't there by their names.
     if "C=26000" in pooled and re.search("(COMMIT|ROLLBACK).*;.*(EXECUTE|DEALLOCATE|prepared_statements)", step):
         return True
+    # What a client listens to isn't told in a transaction.
+    if "C=0A000 M=pg_listening_channels" in pooled:
+        return True
     # setval alone doesn't keep the client where it is.
     if "C=55000 M=currval" in pooled and any("setval" in text for text in before):
         return True

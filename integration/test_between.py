@@ -183,6 +183,19 @@ def test_a_simple_query_ends_what_was_sent_without_a_sync(proxies, pg):
         healthy(w)
 
 
+@pytest.mark.parametrize("query", ["EXECUTE n", "DEALLOCATE n", "RESET work_mem"])
+def test_a_simple_query_behind_what_has_failed(proxies, table, query):
+    """The server skips all of it up to the client's Sync."""
+    proxy = proxies({"pool": {"max": 2}})
+    with raw(proxy, options="-c work_mem=5MB") as w:
+        w.ask(wire.parse("SELECT 'n'", "n"), wire.SYNC)
+        w.send(wire.parse("SELECT 1/0"), wire.bind(), wire.execute(), wire.query(query),
+               wire.parse("INSERT INTO between VALUES (1)"), wire.bind(), wire.execute(), wire.SYNC)
+        assert kinds(w.until()) == "1EZ"
+        assert kinds(w.ask(wire.bind("n"), wire.execute(), wire.SYNC)) == "2DCZ"
+        assert w.value("SHOW work_mem") == "5MB" and table() == 0
+
+
 def test_a_cancel_while_the_rest_of_a_copy_is_kept(proxies, pg):
     proxy = proxies({"pool": {"max": 2}})
     with raw(proxy) as w:

@@ -395,6 +395,18 @@ def test_a_sync_in_the_second_copy_of_a_query(small, table):
         assert w.value("SELECT count(*) FROM copied") == "2"
 
 
+def test_a_copy_that_fails_before_it_reads(small, pg, table):
+    """The server answers the Sync then that it ignores in COPY mode."""
+    pg.sql("CREATE OR REPLACE FUNCTION no_copy() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN RAISE EXCEPTION 'no'; END$$", database=DATABASE)
+    pg.sql("CREATE TRIGGER no BEFORE INSERT ON copied FOR EACH STATEMENT EXECUTE FUNCTION no_copy()", database=DATABASE)
+    copy = (wire.parse("COPY copied FROM STDIN"), wire.bind(), wire.describe("P"), wire.execute(), wire.SYNC)
+    with raw(small) as w:
+        assert kinds(w.ask(*copy)) == "12nGEZ"
+        assert kinds(w.ask(wire.parse("COPY (SELECT 1) TO STDOUT"), wire.bind(), wire.execute(), wire.SYNC)) == "12HdcCZ"
+        healthy(w)
+    assert "08P01" not in small.log_text()
+
+
 def test_copy_failed_by_the_client(small, table):
     with raw(small) as w:
         w.send(wire.query("COPY copied FROM STDIN"))

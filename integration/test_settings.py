@@ -5,7 +5,7 @@ import pytest
 
 import wire
 from harness import DATABASE, USER, raw
-from test_protocol import kinds
+from wire import kinds
 
 ROLE = "settings_role"
 TWO = {"pool": {"max": 2}}
@@ -200,3 +200,22 @@ def test_what_a_superuser_has_set_before_it_became_another(proxies, pg, becomes)
             if "ROLE" in becomes:
                 w.ask(wire.query("RESET ROLE"))
                 assert w.value("SHOW dynamic_library_path") == "/of/one"
+
+
+@pytest.mark.parametrize("sets", ["SET LOCAL timezone = 'America/New_York'", "SET timezone = 'America/New_York'", "SELECT set_config('timezone', 'America/New_York', true)"])
+@pytest.mark.parametrize("name", ["s", ""])
+def test_constants_are_read_as_when_they_were_prepared(proxies, sets, name):
+    """Also on a server connection that hasn't the statement, in a transaction with settings of its own; and nobody else's are read so."""
+    proxy = proxies(TWO)
+    parse = wire.parse("SELECT extract(epoch FROM TIMESTAMPTZ '2024-01-01 00:00:00')::bigint", name)
+    run = (wire.bind(name), wire.execute(), wire.SYNC)
+    with raw(proxy, TimeZone="UTC") as w, raw(proxy) as holder, raw(proxy, TimeZone="UTC") as other:
+        w.ask(parse, wire.SYNC)
+        holder.ask(wire.query("BEGIN"))  # on the server connection that has it
+        for n, sql in enumerate(("BEGIN", sets)):
+            w.ask(wire.parse(sql, f"before{n}"), wire.bind(f"before{n}"), wire.execute(), wire.SYNC)
+        assert [m.row for m in w.ask(*run) if m.type == "D"] == [[b"1704067200"]]
+        assert w.value("SELECT current_setting('timezone')") == "America/New_York"
+        w.ask(wire.query("COMMIT"))
+        assert [m.row for m in other.ask(parse, *run) if m.type == "D"] == [[b"1704067200"]]
+        holder.ask(wire.query("COMMIT"))

@@ -2,8 +2,9 @@
 connection would say so (PostgreSQL documentation, PREPARE)."""
 import pytest
 
+import harness
 import wire
-from harness import DATABASE, raw
+from harness import DATABASE, poll, raw
 from wire import kinds
 
 TEXT = "SELECT * FROM seen"
@@ -13,6 +14,26 @@ PARSE, RUN = wire.parse(TEXT, "s"), (wire.bind("s"), wire.execute())
 @pytest.fixture
 def seen(pg):
     pg.sql("DROP TABLE IF EXISTS seen; CREATE TABLE seen (a int); INSERT INTO seen VALUES (1); GRANT ALL ON seen TO app", database=DATABASE)
+
+
+def test_a_known_text_is_not_prepared_again(proxies):
+    """Nor where the server connection gets the client's settings first."""
+    proxy = proxies({"pool": {"max": 1}})
+
+    def parses():
+        text = harness.curl(proxy, "/metrics")[1]
+        return sum(float(line.split(" ")[-1]) for line in text.splitlines() if line.startswith("pgsidecar_server_parses_total"))
+
+    with raw(proxy, application_name="one") as one, raw(proxy, application_name="two") as two:
+        for n in range(10):
+            for w in (one, two):
+                assert kinds(w.ask(wire.parse("SELECT 1", "s"), wire.bind("s"), wire.execute(), wire.close("S", "s"), wire.SYNC)) == "12DC3Z"
+        assert parses() == 1
+
+
+def at_rest(proxy):
+    """None of its server connections is asked anything: the one that was used last is the next."""
+    poll(lambda: proxy.stats()["idleCount"] == proxy.stats()["totalCount"], 5, "all are idle")
 
 
 @pytest.fixture
@@ -47,6 +68,7 @@ def test_who_was_told_hears_of_a_change(proxies, seen, add_column, told):
     with raw(proxy) as w, raw(proxy) as holder:
         w.ask(*told, wire.SYNC)
         assert kinds(w.ask(*RUN, wire.SYNC)) == "2DCZ"
+        at_rest(proxy)
         holder.value("BEGIN; SELECT 1")  # on the connection that knows the statement
         add_column()
         for _ in range(2):
@@ -115,6 +137,7 @@ def test_whoever_describes_is_told_the_columns_of_now(small, pg):
     with raw(small) as one, raw(small) as two:
         first = one.ask(wire.parse("SELECT a FROM turned", "s"), wire.describe("S", "s"), wire.SYNC)
         pg.sql("ALTER TABLE turned ALTER a TYPE text", database=DATABASE)
+        at_rest(small)
         one.ask(wire.query("BEGIN"))  # on the server that has it
         second = two.ask(wire.parse("SELECT a FROM turned", "s"), wire.describe("S", "s"), wire.SYNC)
         assert kinds(second) == "1tTZ" and first[2].body != second[2].body

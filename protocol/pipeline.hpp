@@ -64,8 +64,8 @@ class Pipeline {
   bool copy_in() const { return copy_in_; }
   /// The server says nothing before the client has sent the COPY's data or its end.
   bool awaits_copy_data() const { return copy_in_ && !copy_ended_; }
-  /// What was sent behind a COPY isn't its data.
-  bool copy_interrupted() const { return awaits_copy_data() && size() > 1; }
+  /// What was sent behind a COPY isn't its data, and the server doesn't get to see it.
+  bool copy_interrupted() const { return awaits_copy_data() && size() > 1 && ring_[(head_ + 1) & mask()].verdict == Verdict::Inject; }
   /// A Sync was held back during COPY and must be sent now, because the COPY has failed.
   bool take_held_sync();
   /// Nothing is owed, no transaction is open, and no request waits for its Sync.

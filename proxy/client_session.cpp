@@ -187,7 +187,7 @@ std::size_t ClientSession::process(Bytes in) {
   }
   if (server_) {
     server_->inject();
-    if (waits_for_names_) on_names_known();
+    if (waits_for_answers_) on_maybe_answered();
     server_->send(to_server);
   } else {
     to_server.clear();
@@ -295,7 +295,7 @@ void ClientSession::tell_parameters(Gather& out) {
 // What it sends is kept until it has a server connection whose session is known.
 bool ClientSession::held() const {
   if (state_ == State::Greeting || state_ == State::Waiting || (subscriber_ && subscriber_->busy())) return true;
-  return waits_for_names_ || (server_ && (server_->asking_residue() || server_->awaiting_shape()));
+  return waits_for_answers_ || (server_ && (server_->asking_residue() || server_->awaiting_shape()));
 }
 
 void ClientSession::go_on() {
@@ -337,6 +337,7 @@ void ClientSession::on_server_ready() {
     return server_->ask_residue();
   }
   forget_residue();
+  server_->meaning_changed = server_->path_changed = false;  // were for the transaction
   if (subscriber_) {
     if (subscriber_->begin()) return;
     if (subscriber_->over()) subscriber_.reset();
@@ -437,7 +438,7 @@ void ClientSession::on_server_lost(const std::string& sqlstate, const std::strin
   undo_deallocations(true);
   parse_error_.reset();
   forget_residue();
-  in_request_ = waits_for_names_ = restore_due_ = ready_due_ = unnamed_here_ = tell_due_ = false;
+  in_request_ = waits_for_answers_ = restore_due_ = ready_due_ = unnamed_here_ = tell_due_ = false;
   names_open_ = names_change_ = kNoNames;
   // A session that lived on that connection, or a transaction, can't go on elsewhere.
   if (pin_ || unknown || several || !rewrites())

@@ -79,8 +79,8 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   void on_deallocated();                             ///< by SQL
   void on_answered(bool told);                       ///< ReadyForQuery; told: it goes to the client
   void on_statements_gone();                         ///< DISCARD ALL, DEALLOCATE ALL
-  bool waits_for_names() const { return waits_for_names_; }
-  void on_names_known();        ///< maybe: something that was waited for is answered
+  bool waits_for_answers() const { return waits_for_answers_; }
+  void on_maybe_answered();     ///< maybe: something that was waited for is answered
   void end_interrupted_copy();  ///< it has sent something else than the COPY's data
   void on_apply_failed(const protocol::ErrorFields& error);
   const Settings& login_settings() const { return *login_settings_; }
@@ -225,6 +225,9 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   enum Names : std::uint8_t { kNoNames = 0, kNames = 1, kUnnamed = 2 };
   bool names_settled(Names which);
   bool names_settled(std::string_view name);
+  std::size_t wait_for_answers();
+  bool reads_otherwise(const protocol::Statement& statement) const;
+  bool meaning_known(const protocol::Statement& statement);
   void end_segment();
   void close_unnamed();
   bool answered() const;  ///< whatever it has sent
@@ -252,7 +255,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   // What the client's names stand for depends on what isn't answered yet: on DISCARD, DEALLOCATE ALL or an earlier segment, which may
   // fail; on the segment that is being sent, for those behind it. A request waits for that.
   std::uint8_t names_open_ = kNoNames, names_change_ = kNoNames;  // Names
-  bool waits_for_names_ = false;
+  bool waits_for_answers_ = false;
   bool unnamed_here_ = false;  // the unnamed statement was parsed in the segment that is being sent
   bool ready_due_ = false;     // ServerConnection::on_ready, when its message is sent
   bool restore_due_ = false;   // after a RESET, when the COPY beside it is over

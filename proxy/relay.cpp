@@ -27,6 +27,16 @@ bool may_hold_constants(std::string_view body) {
   return body.find('\'') != std::string_view::npos || body.find("$$") != std::string_view::npos;
 }
 
+/// What decides how a quoted constant is read, be it of whatever type.
+constexpr const char* kReading[] = {"datestyle",
+                                    "timezone",
+                                    "intervalstyle",
+                                    "xmloption",
+                                    "array_nulls",
+                                    "lc_monetary",
+                                    "standard_conforming_strings",
+                                    "transform_null_equals"};
+
 /// pg_catalog's functions for large objects, which libpq and its like call by their numbers.
 bool is_large_object(std::uint32_t oid) {
   switch (oid) {
@@ -124,6 +134,9 @@ std::size_t ClientSession::on_request(char type, Bytes available, std::size_t to
     case 'c':
     case 'f': server_->pipeline.push({Request::CopyEnd, Verdict::Forward, id_}); break;
     case 'S':
+      // Whether the server ignores it, as it does in COPY mode, isn't known before that has begun, or failed to.
+      if (residue_ & protocol::kCopy && answered()) residue_ &= ~protocol::kCopy;
+      if (residue_ & protocol::kCopy && !server_->pipeline.awaits_copy_data()) return wait_for_answers();
       if (!server_->pipeline.push({Request::Sync, Verdict::Forward, id_})) return swallow();  // held during COPY
       end_segment();
       relay(available, total);
@@ -168,6 +181,9 @@ std::size_t ClientSession::on_query(Bytes available, std::size_t total) {
     const std::string_view sql = reader.cstring();
     const auto [residue, fingerprint] = worker_.sql_memory.read(sql, server_->conforming_strings());
     if (residue & protocol::kPrepared && !names_settled(kNames)) return 0;
+    // A Sync of the proxy's follows it, which must not end what the server skips for the client.
+    const bool synced = residue & protocol::kPrepared || (residue & protocol::kReset && !login_settings_->values.empty());
+    if (synced && server_->pipeline.unsynced() && !answered()) return wait_for_answers();
     if (residue & protocol::kReset && !due) reset = protocol::reset_of(sql, server_->conforming_strings());
     statement = note_statement(fingerprint, sql, protocol::comment_tags(sql));
     if (refuse(sql, residue, true)) return total;
@@ -335,7 +351,9 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
     server_->raise(false, "too many prepared statements", "limits.maxPreparedStatementsPerClient bounds them for each client.", "53000");
     return total;
   }
+  const bool meaning_changed = server_->meaning_changed, path_changed = server_->path_changed;
   if (listen_ahead(note_residue(*statement), false) == Subscriber::Verdict::Wait) return 0;
+  server_->meaning_changed = meaning_changed, server_->path_changed = path_changed;  // by what is bound only
   if (statement->residue & protocol::kPrepared) adopt_named(statement->sql);
   if (other_meaning && !name.empty()) residue_ |= protocol::kPrivateStatement;
   auto& held = server_->statements;
@@ -364,7 +382,7 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
   ++counters.clientParses;
   auto* const known = held.touch(statement);
   bool behind = false;  // segments that may fail, so that the server would refuse it
-  pipeline.for_each([&](const protocol::Owed& one) { behind |= protocol::ends_with_ready(one.request); });
+  pipeline.for_each([&](const protocol::Owed& one) { behind |= one.owner == id_ && protocol::ends_with_ready(one.request); });
   if (known && behind) {
     ++counters.preparedHits;
     known->shape = 0;
@@ -414,9 +432,11 @@ bool ClientSession::parse_unserved(Bytes whole) {
 
 // False: the request that needs it has to wait, and is then looked at anew.
 bool ClientSession::prepare(const protocol::NamedStatement& named, bool to_describe) {
+  const bool there = server_->statements.look_up(named.statement->id) && !server_->plans_stale;
+  if (!there && !meaning_known(*named.statement)) return false;
   const bool first = !server_->pipeline.unsynced();  // of what the client has sent since its last Sync
-  note_residue(*named.statement);
   const std::size_t here = prepare_here(named.statement)->shape;
+  note_residue(*named.statement);
   return to_describe || looks_as_told(named, here, first);
 }
 
@@ -439,12 +459,35 @@ protocol::ServerStatements::Held* ClientSession::prepare_here(const protocol::St
 /// is another. If preparing fails, the settings for it go with the transaction.
 void ClientSession::parse_as_meant(const protocol::Statement& statement, const std::function<void()>& parse) {
   const auto* meaning = static_cast<const Meaning*>(statement.meaning.get());
-  if (meaning == settings->meaning.get() || server_->pipeline.status() == protocol::TxStatus::Failed) return parse();
+  const auto status = server_->pipeline.status();
+  const bool by_others = reads_otherwise(statement);
+  if ((meaning == settings->meaning.get() && !by_others) || status == protocol::TxStatus::Failed) return parse();
   auto then = meaning->values, now = settings->meaning->values;
   for (auto* values : {&then, &now}) values->erase("search_path");
-  server_->run_within(settings_statements(now, then));
+  if (by_others && status == protocol::TxStatus::Idle) {
+    server_->raise(false, "a statement with constants can't be prepared again behind a SET that isn't answered yet",
+                   "Send Sync behind the SET, or prepare the statement anew.");
+    return parse();  // is skipped
+  }
+  // What the transaction has set comes back with a savepoint; what is parsed meanwhile stays.
+  if (by_others)
+    for (const char* name : kReading) now[name].clear();
+  auto before = settings_statements(now, then);
+  if (by_others) before.insert(before.begin(), "SAVEPOINT pgsidecar");
+  server_->run_within(before);
   parse();
-  server_->run_within(settings_statements(then, now));
+  server_->run_within(by_others ? std::vector<std::string>{"ROLLBACK TO SAVEPOINT pgsidecar", "RELEASE SAVEPOINT pgsidecar"}
+                                : settings_statements(then, now));
+}
+
+/// How the server would read its constants now isn't what the client's settings say.
+bool ClientSession::reads_otherwise(const protocol::Statement& statement) const {
+  return server_->meaning_changed && may_hold_constants(statement.body);
+}
+
+/// False: whether there is a transaction is seen when what was sent before is answered.
+bool ClientSession::meaning_known(const protocol::Statement& statement) {
+  return !reads_otherwise(statement) || answered() || wait_for_answers() != 0;
 }
 
 /// What the client was told of it holds on this connection too (`here`; 0: not known). False: the server is asked.
@@ -541,6 +584,7 @@ std::size_t ClientSession::on_bind(Bytes available, std::size_t total) {
     ++queries;
     if (!statement && name.empty()) close_unnamed();
     if (statement && !names_others) {
+      if (server_->statements.unnamed != statement && !meaning_known(*statement)) return 0;
       prepare_unnamed(statement);
       note_residue(*statement);
     }
@@ -582,7 +626,7 @@ std::size_t ClientSession::on_describe(Bytes available, std::size_t total) {
     if (!adopt(name, statement)) return 0;
     relay(available, total);
   } else if (statement && !name.empty()) {
-    prepare({statement}, true);
+    if (!prepare({statement}, true)) return 0;
     note = statement->id;
     pass_left_ = total - available.size();  // junk behind the name
     pass_to_server_ = false;
@@ -590,6 +634,7 @@ std::size_t ClientSession::on_describe(Bytes available, std::size_t total) {
       protocol::Writer(out).begin(protocol::Frontend::Describe).u8('S').cstring(protocol::server_name(statement->id)).end();
     });
   } else {
+    if (statement && server_->statements.unnamed != statement && !meaning_known(*statement)) return 0;
     if (statement) prepare_unnamed(statement);
     if (kind == 'S' && name.empty() && !statement && rewrites() && !pipeline.failed()) close_unnamed();
     relay(available, total);
@@ -691,24 +736,29 @@ bool ClientSession::answered() const {
 
 // False: the request has to wait, and is then looked at anew.
 bool ClientSession::names_settled(Names which) {
-  if (!(names_open_ & which) || !rewrites()) return true;
-  if (answered()) {
-    names_open_ = kNoNames;
-    return true;
-  }
-  waits_for_names_ = true;
+  if (!rewrites()) return true;
+  const bool may_recover = server_->pipeline.status() == protocol::TxStatus::Failed;  // by what isn't answered yet
+  if (!(names_open_ & which) && !may_recover) return true;
+  if (!answered()) return wait_for_answers() != 0;
+  names_open_ = kNoNames;
+  return true;
+}
+
+/// The request is looked at anew when all that was sent before is answered, or a COPY's data is waited for. Returns 0.
+std::size_t ClientSession::wait_for_answers() {
+  waits_for_answers_ = true;
   if (server_->pipeline.unsynced())
     worker_.to_server.own([](std::string& out) { protocol::Writer(out).begin(protocol::Frontend::Flush).end(); });
-  return false;
+  return 0;
 }
 
 bool ClientSession::names_settled(std::string_view name) {
   return name.empty() ? unnamed_here_ || names_settled(kUnnamed) : names_settled(kNames);
 }
 
-void ClientSession::on_names_known() {
+void ClientSession::on_maybe_answered() {
   if (!answered() && !server_->pipeline.awaits_copy_data()) return;
-  waits_for_names_ = false;
+  waits_for_answers_ = false;
   worker_.run_later(*this);
 }
 

@@ -194,7 +194,8 @@ void ServerConnection::close_adopted() {
 }
 
 void ServerConnection::restore_within(const Settings& login, const std::optional<protocol::Reset>& reset) {
-  run_within(restore_statements(login.values, reset, pipeline.status() != protocol::TxStatus::Idle), kRestore);
+  const bool in_transaction = pipeline.status() != protocol::TxStatus::Idle || readies_owed(pipeline, client_->id()) > 1;  // may be by then
+  run_within(restore_statements(login.values, reset, in_transaction), kRestore);
 }
 
 // Not as a simple query, which would end the client's unnamed statement.
@@ -298,7 +299,7 @@ void ServerConnection::restore_failed(Bytes error) {
   if (pipeline.status() != protocol::TxStatus::Idle) return;
   const auto why = protocol::parse_error(error.subspan(kHeaderSize));
   const conf::PoolSettings& policy = entry_.pool.settings();
-  const bool is_looked_at = policy.mode != conf::PoolMode::Session && policy.residueCheck != conf::ResidueCheck::Never;
+  const bool is_looked_at = client_->mode() != conf::PoolMode::Session && policy.residueCheck != conf::ResidueCheck::Never;
   if (why && is_looked_at)
     unrestored_ = why;
   else if (why)

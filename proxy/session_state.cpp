@@ -147,22 +147,26 @@ void ClientSession::use_sequences() {
 
 void ClientSession::note_reset(std::string_view portal, const protocol::StatementRef& statement) {
   const bool resets = statement && statement->residue & protocol::kReset;
-  if (resets) residue_ |= protocol::kReset;
-  if (portal.empty()) server_->running.reset = resets ? statement : nullptr;
+  if (portal.empty())
+    server_->running.reset = resets ? statement : nullptr;
+  else if (resets)
+    residue_ |= protocol::kReset;
 }
 
 // In the client's own request, so that it comes back only if the reset succeeds, and what the request goes on with finds it.
 void ClientSession::restore_behind_execute() {
   const auto reset = protocol::reset_of(server_->running.reset->sql, server_->conforming_strings());
-  if (!reset || server_->pipeline.failed() || residue_ & protocol::kCopy) return;
-  residue_ &= ~protocol::kReset;
-  server_->restore_within(*login_settings_, reset);
+  if (server_->pipeline.failed()) return;
+  if (!reset || residue_ & (protocol::kCopy | protocol::kReset))
+    residue_ |= protocol::kReset;
+  else
+    server_->restore_within(*login_settings_, reset);
 }
 
 void ClientSession::restore_after_reset(const std::optional<protocol::Reset>& reset) {
   if (!(residue_ & protocol::kReset)) return;
   residue_ &= ~protocol::kReset;
-  if (login_settings_->values.empty()) return;
+  if (login_settings_->values.empty() || server_->pipeline.failed()) return;
   if (residue_ & protocol::kCopy)
     restore_due_ = true;
   else

@@ -103,13 +103,14 @@ TEST(Pipeline, ASimpleQueryBehindAnErrorIsSkippedToo) {
 }
 
 TEST(Pipeline, WhatInterruptsACopy) {
-  for (const Request behind : {Request::Parse, Request::Query, Request::CopyEnd, Request::Sync}) {
-    Script s;
-    s.ask(Request::Execute);
-    s.ask(behind);
-    EXPECT_TRUE(s.all("G"));
-    EXPECT_EQ(s.pipeline.copy_interrupted(), behind == Request::Parse || behind == Request::Query);
-  }
+  for (const Request behind : {Request::Close, Request::CopyEnd, Request::Sync})
+    for (const Verdict verdict : {Verdict::Forward, Verdict::Inject}) {
+      Script s;
+      s.ask(Request::Execute);
+      s.ask(behind, verdict);
+      EXPECT_TRUE(s.all("G"));
+      EXPECT_EQ(s.pipeline.copy_interrupted(), behind == Request::Close && verdict == Verdict::Inject) << "else the server sees it";
+    }
 }
 
 TEST(Pipeline, AnErrorSkipsUpToSync) {
