@@ -1,0 +1,293 @@
+// The names of a client's prepared statements: what they stand for, what is prepared for them on its server connection, and what is
+// undone if the server skips it. Part of ClientSession.
+#include <algorithm>
+
+#include "protocol/sql_scan.hpp"
+#include "proxy/client_session.hpp"
+#include "proxy/server_connection.hpp"
+#include "proxy/worker.hpp"
+
+namespace pgsidecar::proxy {
+
+using protocol::Request;
+using protocol::Verdict;
+
+namespace {
+
+/// What decides how a quoted constant is read, be it of whatever type.
+constexpr const char* kReading[] = {"datestyle",
+                                    "timezone",
+                                    "intervalstyle",
+                                    "xmloption",
+                                    "array_nulls",
+                                    "lc_monetary",
+                                    "standard_conforming_strings",
+                                    "transform_null_equals"};
+
+}  // namespace
+
+// SQL that names prepared statements (EXECUTE, DEALLOCATE, PREPARE, or lists them) finds those of the client's under the client's
+// own names. Which of them are left is asked when the transaction is over.
+void ClientSession::adopt_named(std::string_view sql, int depth) {
+  constexpr int kDeepest = 4;  // a text that executes one that executes...
+  auto& pipeline = server_->pipeline;
+  if (!rewrites() || pipeline.failed() || pipeline.status() == protocol::TxStatus::Failed) return;
+  const protocol::PreparedNames named = protocol::prepared_names(sql);
+  names_change_ |= kNames;
+  if (named.all) {
+    statements.for_each_named([&](const std::string& name, const protocol::StatementRef& s) { server_->adopt(name, s); });
+    server_->close_shared_statements();
+  }
+  for (const std::string& name : named.names) {
+    const auto statement = statements.find(name);
+    if (!statement) continue;
+    // For DEALLOCATE alone any text does: the client's may not be valid any more.
+    const auto in = [&](const std::vector<std::string>& names) { return std::count(names.begin(), names.end(), name); };
+    if (in(named.deallocated) == in(named.names)) {
+      server_->adopt(name, worker_.nothing);
+      continue;
+    }
+    server_->adopt(name, statement);
+    if (statement->residue & protocol::kPrepared && depth < kDeepest) adopt_named(statement->sql, depth + 1);
+  }
+}
+
+/// Of SQL that is about to be executed.
+void ClientSession::note_deallocations(std::string_view sql) {
+  auto& pipeline = server_->pipeline;
+  if (!rewrites() || pipeline.failed() || pipeline.status() == protocol::TxStatus::Failed) return;
+  const protocol::PreparedNames named = protocol::prepared_names(sql);
+  if (named.closes_all) names_open_ |= kNames;
+  const std::size_t readies = readies_owed(pipeline, id_) + 1;
+  for (const std::string& name : named.deallocated) {
+    pending_.push_back({Pending::kDeallocate, name, statements.look_up(name), server_->forget_adopted(name), readies});
+    statements.erase(name);
+  }
+}
+
+/// Ahead of a Bind or a Describe of such a statement, which is among what it may list. False: it has to wait.
+bool ClientSession::adopt(std::string_view name, const protocol::StatementRef& statement) {
+  if (!names_settled(kNames)) return false;
+  note_residue(*statement);
+  adopt_named(statement->sql);
+  if (name.empty())
+    prepare_unnamed(statement);
+  else
+    server_->adopt(std::string(name), statement);
+  return true;
+}
+
+/// The server may know statements of the client's by any name: SQL, or what was too long to be looked at, has prepared them.
+bool ClientSession::sql_prepared() const {
+  constexpr std::uint32_t kReasons = pool::bit(pool::PinReason::PreparedStatement) | pool::bit(pool::PinReason::Unreadable);
+  return (residue_ & (protocol::kPrepared | protocol::kUnreadable)) || (pin_ && pin_->reasons & kReasons);
+}
+
+// False: the request that needs it has to wait, and is then looked at anew.
+bool ClientSession::prepare(const protocol::NamedStatement& named, bool to_describe) {
+  const bool there = server_->statements.look_up(named.statement->id) && !server_->plans_stale;
+  if (!there && !meaning_known(*named.statement)) return false;
+  const bool first = !server_->pipeline.unsynced();  // of what the client has sent since its last Sync
+  const std::size_t here = prepare_here(named.statement)->shape;
+  note_residue(*named.statement);
+  return to_describe || looks_as_told(named, here, first);
+}
+
+protocol::ServerStatements::Held* ClientSession::prepare_here(const protocol::StatementRef& statement) {
+  auto& held = server_->statements;
+  if (std::exchange(server_->plans_stale, false)) server_->close_shared_statements();
+  if (auto* const known = held.touch(statement)) {
+    ++entry_->pool.counters().preparedHits;
+    return known;
+  }
+  ++entry_->pool.counters().preparedMisses;
+  parse_as_meant(*statement, [&] { server_->parse(statement->id, statement->body, Verdict::Skip); });
+  names_change_ |= kNames;
+  auto& added = held.add(statement);
+  evict();
+  return &added;
+}
+
+/// Its constants mean what they meant when the client prepared it; names are looked up anew by the server itself wherever the search_path
+/// is another. If preparing fails, the settings for it go with the transaction.
+void ClientSession::parse_as_meant(const protocol::Statement& statement, const std::function<void()>& parse) {
+  const auto* meaning = static_cast<const Meaning*>(statement.meaning.get());
+  const auto status = server_->pipeline.status();
+  const bool by_others = reads_otherwise(statement);
+  if ((meaning == settings->meaning.get() && !by_others) || status == protocol::TxStatus::Failed) return parse();
+  auto then = meaning->values, now = settings->meaning->values;
+  for (auto* values : {&then, &now}) values->erase("search_path");
+  if (by_others && status == protocol::TxStatus::Idle) {
+    server_->raise(false, "a statement with constants can't be prepared again behind a SET that isn't answered yet",
+                   "Send Sync behind the SET, or prepare the statement anew.");
+    return parse();  // is skipped
+  }
+  // What the transaction has set comes back with a savepoint; what is parsed meanwhile stays.
+  if (by_others)
+    for (const char* name : kReading) now[name].clear();
+  auto before = settings_statements(now, then);
+  if (by_others) before.insert(before.begin(), "SAVEPOINT pgsidecar");
+  server_->run_within(before);
+  parse();
+  server_->run_within(by_others ? std::vector<std::string>{"ROLLBACK TO SAVEPOINT pgsidecar", "RELEASE SAVEPOINT pgsidecar"}
+                                : settings_statements(then, now));
+}
+
+/// What the client was told of it holds on this connection too (`here`; 0: not known). False: the server is asked.
+bool ClientSession::looks_as_told(const protocol::NamedStatement& named, std::size_t here, bool first) {
+  if (named.shape == 0) return true;
+  const protocol::Statement& statement = *named.statement;
+  const bool asked = server_->take_asked(statement);
+  if (here == named.shape || server_->pipeline.status() == protocol::TxStatus::Failed) return true;
+  if (asked) {
+    if (here == 0) return true;  // too long to be looked at
+    worker_.statements.retire(statement);
+    server_->raise(false, "cached plan must not change result type", "");
+    return true;
+  }
+  if (here != 0) {  // of an earlier time, maybe
+    server_->drop_statement(statement.id);
+    prepare_here(named.statement);
+  }
+  server_->ask_shape(statement, first);
+  return false;
+}
+
+/// With a description of the portal the client learns what its last statement looks like, and may rely on it from then on.
+void ClientSession::tell_shape() {
+  const std::uint64_t id = std::exchange(server_->running.untold, 0);
+  const auto* const held = id != 0 ? server_->statements.look_up(id) : nullptr;
+  if (!held || server_->pipeline.status() == protocol::TxStatus::Failed) return;
+  if (held->shape != 0)
+    statements.set_shape(id, held->shape);
+  else
+    server_->describe(id);
+}
+
+void ClientSession::prepare_unnamed(const protocol::StatementRef& statement) {
+  if (server_->statements.unnamed == statement) return;
+  if (statement->body.empty()) return close_unnamed();  // was too long to be kept
+  parse_as_meant(*statement, [&] {
+    worker_.to_server.own(
+        [&](std::string& out) { protocol::Writer(out).begin(protocol::Frontend::Parse).cstring("").bytes(statement->body).end(); });
+    server_->pipeline.push({Request::Parse, Verdict::Skip, id_});
+  });
+  server_->statements.unnamed = statement;
+  names_change_ |= kUnnamed;  // it may be skipped
+}
+
+/// The client has none: what the server holds is another's.
+void ClientSession::close_unnamed() {
+  worker_.to_server.own([](std::string& out) { protocol::Writer(out).begin(protocol::Frontend::Close).u8('S').cstring("").end(); });
+  server_->pipeline.push({Request::Close, Verdict::Skip, id_});
+  server_->statements.unnamed.reset();
+}
+
+void ClientSession::evict() {
+  while (const auto old = server_->statements.evict(entry_->pool.settings().maxPreparedStatements)) {
+    ++entry_->pool.counters().preparedEvictions;
+    server_->close_statement(old->id);
+  }
+}
+
+std::vector<ClientSession::Pending>::iterator ClientSession::next_pending(bool by_sql) {
+  return std::find_if(pending_.begin(), pending_.end(), [=](const Pending& p) { return (p.kind == Pending::kDeallocate) == by_sql; });
+}
+
+bool ClientSession::pending_is_duplicate() {
+  const auto next = next_pending(false);
+  return next != pending_.end() && next->kind == Pending::kUnkept;
+}
+
+void ClientSession::on_deallocated() {
+  const auto done = next_pending(true);
+  if (done != pending_.end()) pending_.erase(done);
+}
+
+void ClientSession::undo_deallocations(bool all) {
+  for (Pending& one : pending_)
+    if (one.kind == Pending::kDeallocate) one.readies = all ? 0 : one.readies - 1;
+  for (auto left = next_pending(true); left != pending_.end() && left->readies == 0; left = next_pending(true)) undo(left);
+}
+
+void ClientSession::undo(std::vector<Pending>::iterator done) {
+  const auto later =
+      std::find_if(std::next(done), pending_.end(), [&](const Pending& p) { return p.kind != Pending::kUnkept && p.name == done->name; });
+  if (later != pending_.end()) {
+    later->before = std::move(done->before);
+    later->adopted = std::move(done->adopted);
+  } else {
+    statements.erase(done->name);
+    if (done->before.statement) statements.set(done->name, std::move(done->before));
+    if (server_ && done->name.empty())
+      server_->statements.unnamed = std::move(done->adopted);
+    else if (server_)
+      server_->keep_adopted(done->name, done->adopted);
+  }
+  pending_.erase(done);
+}
+
+void ClientSession::on_name_done(bool ok, bool skipped) {
+  const auto next = next_pending(false);
+  if (next == pending_.end()) return;
+  if (!ok && next->kind != Pending::kUnkept) {
+    if (next->kind == Pending::kParse && next->name.empty() && !skipped) next->before = {}, next->adopted.reset();  // it has ended that
+    return undo(next);
+  }
+  if (!ok && !skipped) parse_error_ = std::make_unique<std::string>(std::move(next->name));
+  pending_.erase(next);
+}
+
+const std::string* ClientSession::name_of(std::uint64_t id) const {
+  const std::string* found = nullptr;
+  statements.for_each_named([&](const std::string& name, const protocol::StatementRef& s) {
+    if (s->id == id) found = &name;
+  });
+  return found;
+}
+
+void ClientSession::end_segment() {
+  names_open_ |= std::exchange(names_change_, kNoNames);
+  unnamed_here_ = false;
+}
+
+bool ClientSession::answered() const {
+  bool owed = false;
+  server_->pipeline.for_each([&](const protocol::Owed& one) { owed |= one.owner == id_; });
+  return !owed;
+}
+
+// False: the request has to wait, and is then looked at anew.
+bool ClientSession::names_settled(Names which) {
+  if (!rewrites()) return true;
+  const bool may_recover = server_->pipeline.status() == protocol::TxStatus::Failed;  // by what isn't answered yet
+  if (!(names_open_ & which) && !may_recover) return true;
+  if (!answered()) return wait_for_answers() != 0;
+  names_open_ = kNoNames;
+  return true;
+}
+
+/// The request is looked at anew when all that was sent before is answered, or a COPY's data is waited for. Returns 0.
+std::size_t ClientSession::wait_for_answers() {
+  waits_for_answers_ = true;
+  if (server_->pipeline.unsynced())
+    worker_.to_server.own([](std::string& out) { protocol::Writer(out).begin(protocol::Frontend::Flush).end(); });
+  return 0;
+}
+
+bool ClientSession::names_settled(std::string_view name) {
+  return name.empty() ? unnamed_here_ || names_settled(kUnnamed) : names_settled(kNames);
+}
+
+void ClientSession::on_maybe_answered() {
+  if (!answered() && !server_->pipeline.awaits_copy_data()) return;
+  waits_for_answers_ = false;
+  worker_.run_later(*this);
+}
+
+void ClientSession::on_statements_gone() {
+  statements.clear_named();
+  server_->forget_statements();
+}
+
+}  // namespace pgsidecar::proxy
