@@ -103,6 +103,11 @@ def make_certificates(directory, names=("DNS:localhost", "IP:127.0.0.1")):
         file.chmod(0o600)
 
 
+def certified(tmp_path):
+    make_certificates(tmp_path)
+    return {"certificate": str(tmp_path / "server.crt"), "key": str(tmp_path / "server.key"), "ca": str(tmp_path / "ca.crt")}
+
+
 class Postgres:
     """A PostgreSQL 15 of its own: TLS with a CA of its own, SCRAM, a free port, a temporary directory."""
 
@@ -329,6 +334,10 @@ class Process:
         """PG* variables for psql and pgbench."""
         return {**os.environ, "PGHOST": self.host, "PGPORT": str(self.port), "PGUSER": user, "PGPASSWORD": password, "PGDATABASE": database,
                 "PGSSLMODE": "disable", "PGCONNECT_TIMEOUT": "20"}
+
+
+def psql(environment, *arguments):
+    return subprocess.run(["psql", "-XAtq", "-v", "ON_ERROR_STOP=1", *arguments], env=environment, capture_output=True, text=True, timeout=60)
 
 
 def raw(proxy, user=USER, password=PASSWORD, database=DATABASE, timeout=30, **parameters):

@@ -2,9 +2,7 @@
 import os
 import re
 import socket
-import ssl
 import struct
-import subprocess
 import threading
 import time
 
@@ -14,11 +12,8 @@ import pytest
 import harness
 import wire
 from gate import Gate
-from harness import DATABASE, OTHER_DATABASE, OTHER_PASSWORD, OTHER_USER, PASSWORD, USER, raw
-
-
-def psql(environment, *arguments):
-    return subprocess.run(["psql", "-XAtq", "-v", "ON_ERROR_STOP=1", *arguments], env=environment, capture_output=True, text=True, timeout=60)
+from harness import DATABASE, OTHER_DATABASE, OTHER_PASSWORD, OTHER_USER, PASSWORD, USER, certified, psql, raw
+from wire import encrypted, wire_error
 
 
 def login_error(conninfo):
@@ -27,18 +22,6 @@ def login_error(conninfo):
         psycopg.connect(conninfo).close()
     # libpq gives the text of a failed connect only; wire_error has the SQLSTATE.
     return re.sub(r"^connection failed: |^connection to server .* failed: ", "", str(caught.value)).strip()
-
-
-def wire_error(port, tls, user, password, database, **parameters):
-    with wire.Wire(port) as w:
-        if tls:
-            w.send(wire.request(wire.SSL_REQUEST))
-            assert w.bytes(1) == b"S"
-            context = ssl.create_default_context()
-            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-            w.sock = context.wrap_socket(w.sock)
-        failure = w.login(user, password, database, **parameters)
-        return failure and {k: v for k, v in failure.error.items() if k in "SVCMDH"}
 
 
 @pytest.mark.generic
@@ -340,105 +323,6 @@ def test_auth_methods(proxies, method):
         assert (wrong["C"], wrong["M"]) == ("28P01", f'password authentication failed for user "{USER}"')
 
 
-def test_any_user_by_its_own_password(proxies, pg):
-    """`users: {"*": {}}`: the server is asked whether the password is right, and pools are per user."""
-    proxy = proxies({"auth": {"method": "password"}, "users": {"*": {}}, "databases": {"*": {}}, "pool": {"max": 2, "min": 0}})
-    for _ in range(3):
-        with proxy.connect(OTHER_USER, OTHER_PASSWORD, OTHER_DATABASE) as connection:
-            assert connection.execute("SELECT session_user").fetchone() == (OTHER_USER,)
-        for password in ("wrong", PASSWORD):
-            error = wire_error(proxy.port, False, OTHER_USER, password, OTHER_DATABASE)
-            assert (error["S"], error["C"], error["M"]) == ("FATAL", "28P01", f'password authentication failed for user "{OTHER_USER}"')
-    # A wrong password costs nobody else anything, and all of this stays within `max`.
-    with harness.Watch(pg, f"usename = '{OTHER_USER}'") as watch, proxy.connect(OTHER_USER, OTHER_PASSWORD, OTHER_DATABASE) as one:
-        one.execute("BEGIN")
-        assert wire_error(proxy.port, False, OTHER_USER, "wrong", OTHER_DATABASE)["C"] == "28P01"
-        with proxy.connect(OTHER_USER, OTHER_PASSWORD, OTHER_DATABASE) as two:
-            assert two.execute("SELECT 1").fetchone() == (1,)
-    assert 0 < watch.most <= 2
-
-
-def test_any_users_changed_password(proxies, pg):
-    pg.sql("CREATE ROLE changing LOGIN PASSWORD 'old'")
-    try:
-        proxy = proxies({"auth": {"method": "password"}, "users": {"*": {}}, "pool": {"min": 0}})
-        with proxy.connect("changing", "old") as connection:
-            assert connection.execute("SELECT session_user").fetchone() == ("changing",)
-        pg.sql("ALTER ROLE changing PASSWORD 'new'")
-        with proxy.connect("changing", "new") as connection:
-            assert connection.execute("SELECT session_user").fetchone() == ("changing",)
-        assert wire_error(proxy.port, False, "changing", "old", DATABASE)["C"] == "28P01"
-        proxy.stop()
-    finally:
-        pg.sql("DROP ROLE changing")
-
-
-@pytest.mark.parametrize("mode", ["transaction", "session"])
-def test_any_users_login_beside_an_idle_connection(proxies, mode):
-    """What its DateStyle means is asked by a connection of its own; the one that it is given is there already."""
-    proxy = proxies({"auth": {"method": "password"}, "users": {"*": {}}, "databases": {"*": {}}, "pool": {"mode": mode, "max": 3}})
-    with raw(proxy, OTHER_USER, OTHER_PASSWORD, OTHER_DATABASE) as first:
-        first.value("SELECT 1")
-    harness.poll(lambda: proxy.stats()["idleCount"] >= 1)
-    with wire.Wire(proxy.port) as w:
-        w.send(wire.startup_packet({"user": OTHER_USER, "database": OTHER_DATABASE, "DateStyle": "German", "options": "-c statement_timeout=1234"}))
-        assert w.recv().body == struct.pack("!i", 3)
-        answer = w.ask(wire.frame("p", wire.text(OTHER_PASSWORD)))
-        assert answer[0] == wire.Message("R", struct.pack("!i", 0)), answer
-        assert w.value("SHOW statement_timeout") == "1234ms"
-
-
-def test_any_users_login_is_judged_anew(proxies, pg):
-    """A password that the server has accepted counts for ten seconds, and while the server can't be asked."""
-    pg.sql("CREATE ROLE judged LOGIN PASSWORD 'judged'")
-    try:
-        proxy = proxies({"auth": {"method": "password"}, "users": {"*": {}}, "pool": {"min": 0, "max": 1, "connectionTimeoutMillis": 1000}})
-        with proxy.connect("judged", "judged") as holder:
-            pg.sql("ALTER ROLE judged NOLOGIN")
-            holder.execute("BEGIN")
-            time.sleep(10.5)
-            assert wire_error(proxy.port, False, "judged", "judged", DATABASE) is None  # its only place is taken
-            holder.execute("COMMIT")
-            error = wire_error(proxy.port, False, "judged", "judged", DATABASE)
-            assert (error["S"], error["C"], error["M"]) == ("FATAL", "28000", 'role "judged" is not permitted to log in')
-        pg.sql("ALTER ROLE judged LOGIN")
-        assert wire_error(proxy.port, False, "judged", "judged", DATABASE) is None
-        proxy.stop()
-    finally:
-        pg.sql("DROP ROLE judged")
-
-
-@pytest.mark.parametrize("most,strangers", [(1, 2), (3, 6)])
-def test_wrong_passwords_starve_nobody(proxies, most, strangers):
-    proxy = proxies({"auth": {"method": "password"}, "users": {"*": {}}, "databases": {"*": {}}, "pool": {"max": most, "connectionTimeoutMillis": 2000}})
-    over, tries = threading.Event(), []
-
-    def stranger(_):
-        while not over.is_set():
-            tries.append(wire_error(proxy.port, False, OTHER_USER, "wrong", OTHER_DATABASE)["C"])
-
-    def client(_):
-        try:
-            with proxy.connect(OTHER_USER, OTHER_PASSWORD, OTHER_DATABASE) as connection:
-                deadline = time.monotonic() + 5
-                while time.monotonic() < deadline:
-                    assert connection.execute("SELECT 1").fetchone() == (1,)
-                    time.sleep(0.02)
-        finally:
-            over.set()
-
-    harness.threads(1 + strangers, lambda index: stranger(index) if index else client(index))
-    assert "28P01" in tries
-
-
-def test_a_stranger_who_waits_hears_of_no_other_client(proxies):
-    proxy = proxies({"auth": {"method": "password"}, "users": {"*": {}}, "databases": {"*": {}}, "pool": {"max": 1, "connectionTimeoutMillis": 1000}})
-    with proxy.connect(OTHER_USER, OTHER_PASSWORD, OTHER_DATABASE, application_name="secret") as holder:
-        holder.execute("BEGIN")
-        error = wire_error(proxy.port, False, OTHER_USER, "wrong", OTHER_DATABASE)
-        assert (error["C"], error["M"]) == ("53300", "timed out after 1000 ms waiting for a server connection: 1 of 1 in use")
-
-
 @pytest.mark.parametrize("mode", ["transaction", "session"])
 @pytest.mark.parametrize("reset", ["RESET ALL", "DISCARD ALL", "SET TimeZone TO DEFAULT"])
 def test_a_prepared_reset_goes_back_to_what_was_brought_too(proxies, mode, reset):
@@ -541,50 +425,6 @@ def test_clients_are_told_of_changed_defaults(proxies, most):
         proxy.stop()
 
 
-def certified(tmp_path):
-    harness.make_certificates(tmp_path)
-    return {"certificate": str(tmp_path / "server.crt"), "key": str(tmp_path / "server.key"), "ca": str(tmp_path / "ca.crt")}
-
-
-def test_tls_for_clients(proxies, tmp_path):
-    files = certified(tmp_path)
-    proxy = proxies({"tls": {"mode": "require", **files}})
-    for extra in ({}, {"channel_binding": "require"}):
-        with proxy.connect(sslmode="verify-full", sslrootcert=files["ca"], **extra) as connection:
-            assert connection.pgconn.ssl_in_use
-            assert connection.execute("SELECT 1").fetchone() == (1,)
-    error = wire_error(proxy.port, False, USER, PASSWORD, DATABASE)
-    assert error["S"] == "FATAL" and error["C"] == "28000", error
-    optional = proxies({"tls": {"mode": "allow", **files}})
-    for mode in ("disable", "require"):
-        with optional.connect(sslmode=mode) as connection:
-            assert connection.pgconn.ssl_in_use == (mode == "require")
-            assert connection.execute("SELECT repeat('x', 1000000)").fetchone()[0] == "x" * 1000000
-
-
-def test_client_certificates(proxies, tmp_path):
-    files = certified(tmp_path)
-    proxy = proxies({"tls": {"mode": "verify-full", **files}, "auth": {"method": "cert"}})
-    keys = {"sslmode": "verify-full", "sslrootcert": files["ca"]}
-    with proxy.connect(password=None, sslcert=tmp_path / "client.crt", sslkey=tmp_path / "client.key", **keys) as connection:
-        assert connection.execute("SELECT current_user").fetchone() == (USER,)
-    with pytest.raises(psycopg.OperationalError):
-        proxy.connect(password=None, **keys)
-
-
-def test_direct_tls(proxies, tmp_path):
-    """TLS without an SSLRequest, as with sslnegotiation=direct, told by ALPN."""
-    files = certified(tmp_path)
-    proxy = proxies({"tls": {"mode": "require", **files}})
-    context = ssl.create_default_context(cafile=files["ca"])
-    context.set_alpn_protocols(["postgresql"])
-    with wire.Wire(proxy.port) as w:
-        w.sock = context.wrap_socket(w.sock, server_hostname="localhost")
-        assert w.sock.selected_alpn_protocol() == "postgresql"
-        assert w.login(USER, PASSWORD, DATABASE) is None
-        assert w.value("SELECT 1") == "1"
-
-
 def test_login_timeout(proxies):
     proxy = proxies({"limits": {"loginTimeoutMillis": 500}})
     with wire.Wire(proxy.port) as silent, wire.Wire(proxy.port) as half:
@@ -645,56 +485,6 @@ def test_upstream_password_is_read_at_each_connect(proxies, pg, tmp_path):
     harness.poll(lambda: wire_error(proxy.port, False, USER, PASSWORD, DATABASE) is None, timeout=20, what="the new password counts")
 
 
-# ---- how a client may begin, under TLS
-
-def encrypted(w, ca, alpn=None, certificate=None):
-    """TLS on the raw connection from here on."""
-    context = ssl.create_default_context(cafile=ca)
-    if alpn:
-        context.set_alpn_protocols([alpn])
-    if certificate:
-        context.load_cert_chain(*certificate)
-    w.sock = context.wrap_socket(w.sock, server_hostname="localhost")
-
-
-def test_requests_before_and_within_tls(proxies, tmp_path):
-    files = certified(tmp_path)
-    proxy = proxies({"tls": {"mode": "require", **files}})
-    with wire.Wire(proxy.port) as w:
-        w.send(wire.request(wire.GSSENC_REQUEST))
-        assert w.bytes(1) == b"N"
-        w.send(wire.request(wire.SSL_REQUEST))
-        assert w.bytes(1) == b"S"
-        encrypted(w, files["ca"])
-        for code in (wire.SSL_REQUEST, wire.GSSENC_REQUEST):  # not twice
-            w.send(wire.request(code))
-            assert w.bytes(1) == b"N"
-        assert w.login(USER, PASSWORD, DATABASE) is None
-    with wire.Wire(proxy.port) as w:  # what somebody put before the handshake isn't taken for the client's (CVE-2021-23222)
-        w.send(wire.request(wire.SSL_REQUEST) + wire.startup_packet({"user": USER, "database": DATABASE}))
-        assert [m.error["C"] for m in w.closed()] == ["08P01"]
-
-
-def test_tls_of_another_protocol_or_version_is_refused(proxies, tmp_path):
-    files = certified(tmp_path)
-    proxy = proxies({"tls": {"mode": "allow", **files}})
-    with wire.Wire(proxy.port) as w, pytest.raises(ssl.SSLError, match="no application protocol"):
-        encrypted(w, files["ca"], alpn="http/1.1")
-        w.login(USER, PASSWORD, DATABASE)
-    for least, most, works in (("TLSv1", "TLSv1.1", False), ("TLSv1.2", "TLSv1.2", True), ("TLSv1.3", "TLSv1.3", True)):
-        done = psql({**proxy.environment(), "PGSSLMODE": "require", "PGSSLMINPROTOCOLVERSION": least, "PGSSLMAXPROTOCOLVERSION": most}, "-c", "SELECT 1")
-        assert (done.stdout == "1\n") == works, done.stderr
-
-
-def test_direct_tls_without_alpn_is_refused(proxies, tmp_path):
-    files = certified(tmp_path)
-    proxy = proxies({"tls": {"mode": "require", **files}})
-    with wire.Wire(proxy.port) as w:
-        encrypted(w, files["ca"])
-        with pytest.raises((wire.Closed, OSError)):
-            w.login(USER, PASSWORD, DATABASE)
-
-
 @pytest.mark.parametrize("method", ["scram-sha-256", "md5", "password"])
 @pytest.mark.parametrize("form", ["plain", "md5", "verifier"])
 def test_forms_of_a_password(proxies, pg, method, form):
@@ -710,21 +500,6 @@ def test_forms_of_a_password(proxies, pg, method, form):
             assert connection.execute("SELECT current_user").fetchone() == (USER,)
 
 
-def test_certificates_of_others_are_refused(proxies, tmp_path):
-    files = certified(tmp_path)
-    (tmp_path / "other").mkdir()
-    certified(tmp_path / "other")
-    proxy = proxies({"tls": {"mode": "require", **files}, "auth": {"method": "cert"}, "users": {USER: {}, OTHER_USER: {"password": OTHER_PASSWORD}}})
-    own = {"sslmode": "require", "sslcert": tmp_path / "client.crt", "sslkey": tmp_path / "client.key", "password": None}
-    with proxy.connect(**own) as connection:
-        assert connection.execute("SELECT 1").fetchone() == (1,)
-    for user, keys, says in ((OTHER_USER, own, "certificate authentication failed"),
-                             (USER, {"sslmode": "require", "sslcert": "/none", "password": None}, "certificate authentication failed"),
-                             (USER, {**own, "sslcert": tmp_path / "other/client.crt", "sslkey": tmp_path / "other/client.key"}, "unknown ca")):
-        with pytest.raises(psycopg.OperationalError, match=says):
-            proxy.connect(user=user, **keys)
-
-
 def test_defaults_of_role_and_database_count(proxy, pg):
     pg.sql(f"ALTER ROLE {USER} SET work_mem = '7MB'")
     pg.sql(f"ALTER DATABASE {DATABASE} SET lock_timeout = '9s'")
@@ -737,25 +512,6 @@ def test_defaults_of_role_and_database_count(proxy, pg):
     finally:
         pg.sql(f"ALTER ROLE {USER} RESET work_mem")
         pg.sql(f"ALTER DATABASE {DATABASE} RESET lock_timeout")
-
-
-def test_any_user_and_database_with_trust(proxies, pg):
-    """Errors are the server's own, at once."""
-    hba = pg.data / "pg_hba.conf"
-    before = hba.read_text()
-    hba.write_text("hostssl all all 127.0.0.1/32 trust\n" + before)
-    pg.sql("SELECT pg_reload_conf()")
-    try:
-        proxy = proxies({"databases": {"*": {}}, "users": {"*": {}}, "auth": {"method": "trust"}})
-        for user, database in ((OTHER_USER, OTHER_DATABASE), ("nobody_here", DATABASE), (OTHER_USER, "no_such_database")):
-            through = wire_error(proxy.port, False, user, "", database)
-            direct = wire_error(pg.port, True, user, "", database)
-            assert (through and through["M"], through and through["C"]) == (direct and direct["M"], direct and direct["C"])
-        with proxy.connect(OTHER_USER, None, OTHER_DATABASE) as connection:
-            assert connection.execute("SELECT session_user, current_database()").fetchone() == (OTHER_USER, OTHER_DATABASE)
-    finally:
-        hba.write_text(before)
-        pg.sql("SELECT pg_reload_conf()")
 
 
 def test_too_many_clients_that_log_in_at_once(proxies):
@@ -776,14 +532,6 @@ def test_too_many_clients_that_log_in_at_once(proxies):
     assert last.count("Z") == 3
     for w in clients:
         w.sock.close()
-
-
-def test_login_timeout_in_the_middle_of_a_handshake(proxies, tmp_path):
-    proxy = proxies({"limits": {"loginTimeoutMillis": 300}, "tls": {"mode": "allow", **certified(tmp_path)}})
-    with wire.Wire(proxy.port, timeout=3) as w:
-        w.send(wire.request(wire.SSL_REQUEST))
-        assert w.bytes(1) == b"S"
-        assert w.closed() == []
 
 
 def test_a_unix_socket_in_use_is_not_taken_over(proxies):

@@ -4,6 +4,7 @@ import hashlib
 import hmac
 import os
 import socket
+import ssl
 import struct
 from typing import NamedTuple
 
@@ -216,6 +217,29 @@ class Wire:
                 self.negotiated = message
             elif message.type == "Z":
                 return None
+
+
+def encrypted(w, ca, alpn=None, certificate=None):
+    """TLS on the raw connection from here on."""
+    context = ssl.create_default_context(cafile=ca)
+    if alpn:
+        context.set_alpn_protocols([alpn])
+    if certificate:
+        context.load_cert_chain(*certificate)
+    w.sock = context.wrap_socket(w.sock, server_hostname="localhost")
+
+
+def wire_error(port, tls, user, password, database, **parameters):
+    """The fields of a login's error; None if it succeeds."""
+    with Wire(port) as w:
+        if tls:
+            w.send(request(SSL_REQUEST))
+            assert w.bytes(1) == b"S"
+            context = ssl.create_default_context()
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+            w.sock = context.wrap_socket(w.sock)
+        failure = w.login(user, password, database, **parameters)
+        return failure and {k: v for k, v in failure.error.items() if k in "SVCMDH"}
 
 
 class Scram:
