@@ -232,6 +232,9 @@ def is_known(before, step, direct, pooled):
     # Behind the end of a failed transaction in the same text, the client's statements aren't there by their names.
     if "C=26000" in pooled and re.search("(COMMIT|ROLLBACK).*;.*(EXECUTE|DEALLOCATE|prepared_statements)", step):
         return True
+    # A message in a COPY that isn't its data ends the connection, with other words.
+    if "C=08P01 M=unexpected message type" in direct and pooled.startswith("S=FATAL C=08P01"):
+        return True
     # What a client listens to isn't told in a transaction.
     if "C=0A000 M=pg_listening_channels" in pooled:
         return True
