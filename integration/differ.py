@@ -25,8 +25,8 @@ import psycopg
 
 import harness
 import replay
-import test_equality
 import wire
+import worlds
 
 PATIENCE = 0.1  # of the script with a client that has begun to wait for a server connection
 STUCK = 12.0
@@ -123,13 +123,13 @@ class Maker:
 
 def make_script(rng):
     """A list of (client, step)."""
-    todo, topics = {}, rng.sample(TEXTS, rng.randint(2, 7))  # few, so that not everyone is pinned for other reasons
+    left, topics = {}, rng.sample(TEXTS, rng.randint(2, 7))  # few, so that not everyone is pinned for other reasons
     for client in range(rng.choice((2, 3, 3, 4, 4, 5, 6))):
         maker = Maker(rng, topics)
-        todo[client] = [text for text in [rng.choice(STARTUP)] if text] + [step for _ in range(rng.randint(2, 12)) for step in maker.steps()]
-    order = [client for client, steps in todo.items() for _ in steps]
+        left[client] = [text for text in [rng.choice(STARTUP)] if text] + [step for _ in range(rng.randint(2, 12)) for step in maker.steps()]
+    order = [client for client, steps in left.items() for _ in steps]
     rng.shuffle(order)
-    return [(client, IN_PIECES * (text[:1] != "@" and rng.random() < 0.4) + text) for client in order for text in [todo[client].pop(0)]]
+    return [(client, IN_PIECES * (text[:1] != "@" and rng.random() < 0.4) + text) for client in order for text in [left[client].pop(0)]]
 
 
 class Client(replay.Client):
@@ -137,7 +137,7 @@ class Client(replay.Client):
 
     def __init__(self, index, texts, port, database):
         self.startup = texts.pop(0) if texts[0].startswith("@") else "@"
-        super().__init__(index, [self.startup], port, database, test_equality.USERS)
+        super().__init__(index, [self.startup], port, database, worlds.USERS)
         self.steps, self.told = [make_step(replay.own(text, index)) for text in texts], 0
         self.parameters = dict(self.wire.parameters)  # as it was told when it was last ready
         self.wire.send = self.send
@@ -266,15 +266,14 @@ class World:
     def __init__(self, options, server):
         self.options, self.server, self.proxy, self.served = options, server, None, []
         self.admins = []
+        worlds.make(server)
         for name in ("equal_direct", "equal_pooled"):
-            test_equality.make_database(server, name)
             self.admins.append(server.admin(name))
             self.admins[-1].execute("SET client_min_messages = error; SET ROLE app")
 
     def renew(self, most):
         self.close()
-        users = {name: {"password": password} for name, password in test_equality.USERS.items()}
-        config = {"pool": {"max": most, "mode": self.options.mode, "connectionTimeoutMillis": 30000}, "databases": {"*": {}}, "users": users}
+        config = {"pool": {"max": most, "mode": self.options.mode, "connectionTimeoutMillis": 30000}, **worlds.CONFIG}
         self.proxy, self.served = harness.Proxy(self.server, config, binary=self.options.binary), []
         self.prepare([(0, "")])
         play([(0, text) for text in LEARN], self.proxy.port, "equal_pooled", STUCK)
@@ -416,9 +415,6 @@ def main():
         options.max = options.max or len(replay.LETTERS)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     with harness.Postgres(plain=True) as server:
-        server.sql(test_equality.ROLES)
-        server.sql("CREATE DATABASE equal_template")
-        server.sql(test_equality.SETUP, database="equal_template")
         world = World(options, server)
         differ = Differ(options, world)
         try:
