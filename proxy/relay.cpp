@@ -272,7 +272,12 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
   server_->running.named = note_statement(*statement);
   if (const auto existing = name.empty() ? nullptr : statements.find(name)) {
     // What the server itself finds wrong with it, "already exists" at the latest, with the client's name put back in.
-    prepare_here(statement);
+    if (!server_->statements.touch(statement)) {
+      server_->parse(statement->id, statement->body, Verdict::Skip);
+      names_change_ |= kNames;
+      server_->statements.add(statement);
+      evict();
+    }
     server_->parse(statement->id, statement->body, Verdict::Forward);
     pending_.push_back({Pending::kUnkept, std::string(name)});
     return total;
