@@ -49,7 +49,7 @@ def read_cases(path):
 
 
 def own(text, index):
-    text = text.replace("{locks}", LOCKS).replace("{statements}", STATEMENTS).replace("{long}", "{me}" * 5000).replace("{newline}", "\n")
+    text = text.replace("{locks}", LOCKS).replace("{statements}", STATEMENTS).replace("{long}", "{me}" * 5000).replace("{huge}", "{me}" * 100000).replace("{newline}", "\n")
     return text.replace("{me}", LETTERS[index]).replace("{n}", str(index + 1)).replace("{next}", LETTERS[(index + 1) % len(LETTERS)])
 
 
@@ -147,14 +147,17 @@ class Client:
     """One client that goes through a case; `seen` has a list of lines for each step."""
 
     def __init__(self, index, lines, port, database, users):
-        parameters, _, lines = startup(lines, index)
+        parameters, options, lines = startup(lines, index)
         user = parameters.pop("user", "app")
         self.index, self.steps = index, [make_step(own(text, index)) for text in lines]
         self.seen, self.owed, self.replies, self.waits = [], 0, 0, False
         self.failed = False  # in the extended protocol, so that all is ignored until a Sync
-        self.wire = wire.Wire(port)
+        self.wire = self.connect(port, options)
         failure = self.wire.login(user, users[user], database, **parameters)
         assert failure is None, failure.error
+
+    def connect(self, port, _options):
+        return wire.Wire(port)
 
     @property
     def step(self):
@@ -174,7 +177,7 @@ class Client:
     def read(self):
         """Takes what has come; called when something has."""
         try:
-            while self.waits and (self.wire.buffer or select.select([self.wire.sock], [], [], 0)[0]):
+            while self.waits and self.wire.ready():
                 self.take(self.wire.recv())
         except (wire.Closed, ConnectionResetError):
             self.seen[-1].append("closed")

@@ -3,6 +3,7 @@ import base64
 import hashlib
 import hmac
 import os
+import select
 import socket
 import ssl
 import struct
@@ -127,7 +128,7 @@ class Wire:
         else:
             self.sock = socket.create_connection((host, port), timeout)
             self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.buffer = b""
+        self.buffer, self.most = b"", 1 << 16  # that is read at once
         self.parameters, self.pid, self.key, self.negotiated = {}, 0, b"", None
 
     def __enter__(self):
@@ -139,10 +140,14 @@ class Wire:
     def send(self, *frames):
         self.sock.sendall(b"".join(frames))
 
+    def ready(self):
+        """True if something has come."""
+        return self.buffer or isinstance(self.sock, ssl.SSLSocket) and self.sock.pending() or select.select([self.sock], [], [], 0)[0]
+
     def bytes(self, count):
         parts, have = [self.buffer], len(self.buffer)
         while have < count:
-            data = self.sock.recv(1 << 16)
+            data = self.sock.recv(self.most)
             if not data:
                 raise Closed()
             parts.append(data)
@@ -219,9 +224,11 @@ class Wire:
                 return None
 
 
-def encrypted(w, ca, alpn=None, certificate=None):
-    """TLS on the raw connection from here on."""
+def encrypted(w, ca=None, alpn=None, certificate=None):
+    """TLS on the raw connection from here on; without a CA with whoever it is."""
     context = ssl.create_default_context(cafile=ca)
+    if not ca:
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     if alpn:
         context.set_alpn_protocols([alpn])
     if certificate:
@@ -235,9 +242,7 @@ def wire_error(port, tls, user, password, database, **parameters):
         if tls:
             w.send(request(SSL_REQUEST))
             assert w.bytes(1) == b"S"
-            context = ssl.create_default_context()
-            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-            w.sock = context.wrap_socket(w.sock)
+            encrypted(w)
         failure = w.login(user, password, database, **parameters)
         return failure and {k: v for k, v in failure.error.items() if k in "SVCMDH"}
 
