@@ -2,14 +2,19 @@
 """Random sessions of some clients, played directly and through pgsidecar with fewer server connections: what each client receives
 must be the same. Clients have tables, sequences, channels and locks of their own, but texts and names are the same for all as often
 as can be, so that what leaks shows. A difference is shrunk and printed as a script that --play takes, a step a line in the notation
-of replay.py, with `/call OID value...` besides, and "! " before what is sent in pieces:
+of replay.py, with `/call OID value...` besides, "! " before what is sent in pieces, and what disturb.py has:
 
+  a: @tls slow
   a: BEGIN
   b: ! /parse s SELECT $1::text /bind s b /execute - /sync
+  a: /leave
+  -: reload
 
-The texts are in differ.txt. What may differ is in is_known(); --ignore KIND counts a kind of difference without shrinking it.
+The first line of a client may have "tls", and "slow" for one that reads little at a time. The texts are in differ.txt, how they are put together
+in sessions.py. What may differ is in is_known(); --ignore KIND counts a kind of difference without shrinking it. Afterwards
+the tables must hold the same.
 
-  integration/differ.py [--seconds 120] [--seed N] [--mode transaction|session] [--max N] [--binary PATH] [--play FILE]
+  integration/differ.py [--seconds 120] [--seed N] [--mode transaction|session|statement] [--max N] [--binary PATH] [--play FILE]
 """
 import argparse
 import collections
@@ -18,118 +23,37 @@ import random
 import re
 import select
 import signal
+import socket
 import sys
 import time
 
 import psycopg
 
+import disturb
 import harness
 import replay
+import sessions
 import wire
 import worlds
+from disturb import NOBODY, clients_of, letter
+from sessions import IN_PIECES
 
 PATIENCE = 0.1  # of the script with a client that has begun to wait for a server connection
 STUCK = 12.0
-IN_PIECES = "! "
 SESSIONS = 12  # that a proxy serves before the next one
 
 # Of each client, in place before each session. Both schemas have the same names, with other columns behind them.
 OWN = """
-DROP SCHEMA IF EXISTS s_{me}, r_{me} CASCADE; CREATE SCHEMA s_{me}; CREATE SCHEMA r_{me};
+DROP SCHEMA IF EXISTS s_{me}, r_{me}, s_{me}_old CASCADE; CREATE SCHEMA s_{me}; CREATE SCHEMA r_{me};
 CREATE TABLE s_{me}.t (id int PRIMARY KEY, v text); INSERT INTO s_{me}.t VALUES (0, 'zero {me}');
 CREATE TABLE r_{me}.t (v text, id bigint, w date DEFAULT '2024-02-03'); INSERT INTO r_{me}.t VALUES ('other {me}', 7);
 CREATE TABLE s_{me}.d (k int UNIQUE DEFERRABLE INITIALLY DEFERRED); CREATE TABLE r_{me}.d (k int CHECK (k < 3));
 CREATE SEQUENCE s_{me}.seq; CREATE SEQUENCE r_{me}.seq START {n}00; CREATE TABLE s_{me}.i (id serial, v text)
 """
 
-# By topic; a heading is the topic's weight and name.
-TEXTS = [(int(name.split(" ")[0]), texts) for name, texts in replay.read_cases(pathlib.Path(__file__).parent / "differ.txt").items()]
-# With values that fit; most clients prepare the same.
-PREPARED = [("SELECT $1::text, 'same'", ["{me}"]), ("SELECT $1::int + 1", ["{n}"]), ("SELECT '{me}', $1", ["{n}"]), ("SELECT 1 / $1::int", ["{n}"]),
-            ("SELECT 1 / $1::int", ["0"]), ("SELECT * FROM t WHERE id = $1", ["0"]), ("INSERT INTO t (id, v) VALUES ($1, $2)", ["{n}", "{me}"]),
-            ("SELECT id, name FROM numbers ORDER BY id", []), ("SELECT set_config('app.x', $1, false)", ["bound-{me}"]),
-            ("SELECT set_inside('app.y', $1)", ["bound-{me}"]), ("SELECT $1::date, DATE '2024-02-03'", ["2024-05-06"]), ("SELECT nextval($1)", ["seq"]),
-            ("SELECT pg_advisory_lock($1)", ["{n}"]), ("SELECT pg_advisory_unlock($1)", ["{n}"]), ("SELECT count(*) FROM numbers, t", []), ("", []),
-            ("SELECT $1::int[], pg_typeof($1)", ["{1,2}"]), ("SELECT pg_notify('ch_{me}', $1)", ["x"])]
-# set_config, int4div, nextval by text, pg_advisory_lock, pg_notify
-CALLS = ["/call 2078 app.x called-{me} f", "/call 2078 work_mem 3{n}MB f", "/call 154 {n} 0", "/call 154 9 {n}", "/call 2880 {n}", "/call 3036 ch_{me} called",
-         "/call 999999 {n}", "/call 1574 seq"]
-STARTUP = ["", "@search_path=s_{me}", "@search_path=s_{me}", "@search_path=s_{me} application_name={me}", "@search_path=r_{me} datestyle=German",
-           "@options='-c work_mem=5MB -c search_path=s_{me}'"]
 # By one client of a new proxy, so that it knows its functions, and that clients ask for the values of sequences.
 LEARN = ["SELECT set_inside('app.y', 'l'), set_from('l'), set_and_fail('l'), with_own_setting(), remember('l'), lock_inside(99), temp_inside('l'), cursor_inside('l'), "
          "prepare_inside('l'), say('l')", "SELECT last_inside()", "CALL set_and_commit('l')", "SELECT nextval('s_a.seq')", "SELECT currval('s_a.seq')", "DISCARD ALL"]
-
-
-class Maker:
-    """What one client does. Knows what it has probably prepared, so that most of what it sends is valid."""
-
-    def __init__(self, rng, topics):
-        self.rng, self.topics, self.values = rng, topics, {}
-
-    def sql(self):
-        return self.rng.choice(self.rng.choices([texts for _, texts in self.topics], [weight for weight, _ in self.topics])[0])
-
-    def several(self):
-        texts = [self.sql() for _ in range(self.rng.randint(2, 4))]
-        return ["; ".join(text for text in texts if not text.startswith("COPY"))]
-
-    def transaction(self):
-        between = [step for _ in range(self.rng.randint(1, 4)) for step in self.steps(nested=True)]
-        return ["BEGIN", *between, self.rng.choice(("COMMIT", "COMMIT", "ROLLBACK"))]
-
-    def segment(self):
-        """Up to its Sync."""
-        rng, parts = self.rng, []
-        for _ in range(rng.choice((1, 1, 1, 2))):
-            name, portal = rng.choice("--sstu"), rng.choice("---p")
-            if name not in self.values or rng.random() < 0.35:
-                if name != "-" and rng.random() < 0.8:
-                    parts.append(f"/close S {name}")
-                sql, values = rng.choice(PREPARED) if rng.random() < 0.6 else (self.sql(), [])
-                if "EXECUTE" in sql and name != "-":
-                    continue  # one that executes itself has PostgreSQL 15 crash
-                if not sql.startswith("COPY"):
-                    self.values[name] = values
-                parts.append(f"/parse {name} {sql}")
-            if rng.random() < 0.3:
-                parts.append(f"/describe S {name}")
-            values = self.values.get(name, []) + ["1"] * (rng.random() < 0.04)
-            parts.append(" ".join([f"/bind {'' if portal == '-' else portal + '='}{name}", *values]))
-            if rng.random() < 0.3:
-                parts.append(f"/describe P {portal}")
-            parts += [f"/execute {portal} {rng.choice((0, 0, 0, 1, 2))}" for _ in range(rng.choice((1, 1, 1, 2)))]
-            parts += rng.choice(([], [], [], [f"/close P {portal}"], [f"/close S {name}"], [f"/describe S {name}"], [f"/execute {rng.choice('pc')} 1"]))
-        return " ".join(parts)
-
-    def pipeline(self):
-        parts = [f"{self.segment()} /sync".strip() if self.rng.random() < 0.85 else f"/query {self.sql()}" for _ in range(self.rng.choice((1, 1, 1, 2, 3, 4)))]
-        return [" ".join(parts)] if not any("COPY" in part and "STDIN" in part for part in parts) else []
-
-    def flushed(self):
-        return [f"{self.segment()} /flush".strip(), self.rng.choice(("/sync", f"{self.segment()} /sync".strip()))]
-
-    def copy(self):
-        data, end = self.rng.choice(("/data 3{n}\t{me}", "/data 3{n}\t{me} /data 4{n}\t{me}", "/data wrong\t{me}")), self.rng.choice(("/done", "/done", "/fail no"))
-        sql = f"COPY {self.rng.choice(('t', 't', 'tmp', 'nope'))} FROM STDIN"
-        return self.rng.choice(([sql, f"{data} {end}"], [f"SELECT 1; {sql}; {self.sql()}", f"{data} {end}"], [f"/query {sql} {data} {end} /query SELECT '{{me}}'"],
-                                [f"/parse - {sql} /bind - /execute - /flush", f"{data} {end} /sync"], [f"/parse - {sql} /bind - /execute - {data} {end} /sync"]))
-
-    def steps(self, nested=False):
-        kinds = {lambda: [self.sql()]: 30, self.several: 10, self.pipeline: 36, self.flushed: 5, self.copy: 5, lambda: [self.rng.choice(CALLS)]: 3,
-                 self.transaction: 0 if nested else 12}
-        return self.rng.choices(list(kinds), kinds.values())[0]()
-
-
-def make_script(rng):
-    """A list of (client, step)."""
-    left, topics = {}, rng.sample(TEXTS, rng.randint(2, 7))  # few, so that not everyone is pinned for other reasons
-    for client in range(rng.choice((2, 3, 3, 4, 4, 5, 6))):
-        maker = Maker(rng, topics)
-        left[client] = [text for text in [rng.choice(STARTUP)] if text] + [step for _ in range(rng.randint(2, 12)) for step in maker.steps()]
-    order = [client for client, steps in left.items() for _ in steps]
-    rng.shuffle(order)
-    return [(client, IN_PIECES * (text[:1] != "@" and rng.random() < 0.4) + text) for client in order for text in [left[client].pop(0)]]
 
 
 class Client(replay.Client):
@@ -142,15 +66,39 @@ class Client(replay.Client):
         self.parameters = dict(self.wire.parameters)  # as it was told when it was last ready
         self.wire.send = self.send
 
+    def connect(self, port, options):
+        w = wire.Wire(port)
+        if "tls" in options:
+            w.send(wire.request(wire.SSL_REQUEST))
+            assert w.bytes(1) == b"S"
+            wire.encrypted(w)
+        if "slow" in options:
+            w.most = 2000
+            w.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        return w
+
     def send(self, frames):
-        rng = random.Random(frames)
-        cuts = sorted(rng.randrange(len(frames) + 1) for _ in range(3)) if self.seen and self.step.text.startswith(IN_PIECES) else []
+        rng, cuts = random.Random(frames), []
+        leaves = self.seen and self.step.text.startswith(disturb.CUT)
+        if leaves:
+            frames = frames[:rng.randrange(1, len(frames))]
+        if leaves or self.seen and self.step.text.startswith(IN_PIECES):
+            cuts = sorted(rng.randrange(len(frames) + 1) for _ in range(rng.choice((3, 3, 20))))
         try:
             for begin, end in zip([0, *cuts], [*cuts, len(frames)]):
                 self.wire.sock.sendall(frames[begin:end])
                 time.sleep(0.001 if end < len(frames) else 0)
         except OSError:
             pass  # it is read that the connection is closed
+        if leaves:
+            self.wire.sock.close()
+
+    def give_up(self):
+        """Leaves at once; what it was waiting for isn't known."""
+        self.wire.sock.close()
+        if self.waits:
+            self.seen.pop()
+        self.waits, self.steps = False, self.steps[:len(self.seen)]
 
     def take(self, message):
         # How often a parameter changes on the way doesn't matter: a RESET tells the server's default first, then what it was at the login.
@@ -167,13 +115,15 @@ class Client(replay.Client):
 
 def make_step(text):
     plain = text.removeprefix(IN_PIECES)
+    if plain.startswith(disturb.CUT):  # it asks for nothing that it could wait for
+        return make_step(plain.removeprefix(disturb.CUT))._replace(text=text, readies=0, flushed=0, feeds=False)
     if not plain.startswith("/call "):
         return replay.make_step(plain)._replace(text=text)
     _, oid, *values = plain.split(" ")
     return replay.Step(text, wire.function_call(int(oid), *[value.encode() for value in values]), 1, 0, False, "")
 
 
-def play(script, port, database, patience):
+def play(script, port, database, patience, operator=lambda what: None):
     """What each client received, step by step. The script goes on past a client that has to wait for a server connection."""
     clients = {}
 
@@ -192,13 +142,26 @@ def play(script, port, database, patience):
                 client.leave()
 
     try:
-        for index in sorted({index for index, _ in script}):
-            clients[index] = Client(index, [text for one, text in script if one == index], port, database)
+        for index in clients_of(script):
+            clients[index] = Client(index, [text for one, text in script if one == index and text not in disturb.AT_ONCE], port, database)
         running = list(clients.values())
-        for index, text in script:
+        for (index, text), (_, then) in zip(script, [*script[1:], (NOBODY, "")]):
+            if index == NOBODY:
+                operator(text)
+                continue
             client = clients[index]
+            if text == disturb.CANCEL:
+                disturb.send_cancel(client, port)
+                continue
+            if text == disturb.LEAVE:
+                client.give_up()
+                continue
             behind, client.told = client.busy, client.told + (not text.startswith("@"))
-            until(lambda client=client: not client.busy, 0.002 if behind else patience)
+            if then in disturb.AT_ONCE or then.startswith("kill"):
+                seconds = random.Random(text + then).random() * 0.02
+            else:
+                seconds = 0.002 if behind else patience
+            until(lambda client=client: not client.busy, seconds)
         until(lambda: not running, STUCK)
         for client in running:
             client.seen[-1].append("no answer")
@@ -215,10 +178,14 @@ def in_order(step, seen):
     return [line for line in seen if line not in told] + told if step.readies > 1 else seen
 
 
-def is_known(before, step, direct, pooled):
+def is_known(before, step, expected, direct, pooled):
     """What may differ from one line of the answer on; see README and CONTRIBUTING."""
     # A text that the client hasn't had described may have other columns after DDL, where a direct connection says 0A000.
-    if "C=0A000 M=cached plan" in direct and not any("/describe S" in text for text in before):
+    named = re.findall(r"(?:/bind (?:[^ =]+=)?|/describe S )(\S+)", step)
+    if "C=0A000 M=cached plan" in " ".join(expected) and not any(f"/describe S {name} " in text for name in named for text in before):
+        return True
+    # Constants behind a SET of the same segment.
+    if "C=0A000 M=a statement with constants can't be prepared again" in pooled:
         return True
     # In a failed transaction a server connection that hasn't prepared the statement refuses it with its Bind or Describe.
     if "C=25P02" in pooled and re.match("bound|parameters|columns|no data|.* C=08P01", direct):
@@ -233,10 +200,16 @@ def is_known(before, step, direct, pooled):
     if "C=26000" in pooled and re.search("(COMMIT|ROLLBACK).*;.*(EXECUTE|DEALLOCATE|prepared_statements)", step):
         return True
     # A message in a COPY that isn't its data ends the connection, with other words.
-    if "C=08P01 M=unexpected message type" in direct and pooled.startswith("S=FATAL C=08P01"):
+    if "C=08P01 M=unexpected message type" in direct and pooled.startswith("S=FATAL C=08P01") or "C=08P01 M=terminating connection" in direct:
+        return True
+    # The list of the client's statements fails while one of them can't be parsed any more.
+    if "prepared_statements" in step and re.search("C=42P01|C=42703|C=42883|C=0A000 M=cached plan", pooled):
         return True
     # What a client listens to isn't told in a transaction.
     if "C=0A000 M=pg_listening_channels" in pooled:
+        return True
+    # Nor are there transactions in statement mode.
+    if "C=0A000 M=transaction blocks are not allowed" in pooled:
         return True
     # setval alone doesn't keep the client where it is.
     if "C=55000 M=currval" in pooled and any("setval" in text for text in before):
@@ -245,36 +218,53 @@ def is_known(before, step, direct, pooled):
     return re.sub(r'statement "[^"]*"', "", direct) == re.sub(r'statement "[^"]*"', "", pooled)
 
 
-def difference(direct, pooled):
-    """The first difference of the first client that has one that isn't known: (its kind, the text to print), or None."""
+def first_line(expected, got):
+    at = next((i for i, (a, b) in enumerate(zip(expected, got)) if a != b), min(len(expected), len(got)))
+    return [(seen[at:] or ["nothing more"])[0] for seen in (expected, got)]
+
+
+def tell(index, step, expected, got):
+    return "\n  ".join([f"client {letter(index)}: {step[:500]}\n  direct", *(f"  {line[:300]}" for line in expected), "proxy", *(f"  {line[:300]}" for line in got)])
+
+
+def difference(script, direct, pooled):
+    """The first difference of the first client that has one that isn't known, as (its kind, the text to print), or None; and the
+    clients that have none at all."""
+    same = []
+    for index, answers in pooled.items():
+        if "no answer" in answers[-1][1] and "no answer" not in direct[index][-1][1]:
+            return ("hang", tell(index, answers[-1][0], [], answers[-1][1])), []
+        if line := disturb.foreign(index, answers):
+            return ("foreign", tell(index, "", [], [line])), []
     for index in direct:
         before = []
         for (step, expected), (_, got) in zip(direct[index], pooled[index]):
             if expected != got:
-                at = next((i for i, (a, b) in enumerate(zip(expected, got)) if a != b), min(len(expected), len(got)))
-                lines = [(seen[at:] or ["nothing more"])[0] for seen in (expected, got)]
-                if is_known(before, step, *lines):
+                lines = first_line(expected, got)
+                if is_known(before, step, expected, *lines) or disturb.is_excused(script, index, *lines):
                     break  # from here on its session is another
                 kind = " / ".join((re.search(r"C=(\S+)", line) or re.match(r"(\S+)", line)).group(1) for line in lines)
-                return kind, "\n  ".join([f"client {replay.LETTERS[index]}: {step[:500]}\n  direct", *(f"  {line[:300]}" for line in expected), "proxy",
-                                         *(f"  {line[:300]}" for line in got)])
+                return (kind, tell(index, step, expected, got)), []
             before.append(step)
-    return None
+        else:
+            same += [index] * (len(direct[index]) == len(pooled[index]) and (index, disturb.LEAVE) not in script)
+    return None, same
 
 
 class World:
     def __init__(self, options, server):
         self.options, self.server, self.proxy, self.served = options, server, None, []
-        self.admins = []
+        self.admins, self.tls = [], {"certificate": str(server.certificates / "server.crt"), "key": str(server.certificates / "server.key")}
         worlds.make(server)
         for name in ("equal_direct", "equal_pooled"):
             self.admins.append(server.admin(name))
-            self.admins[-1].execute("SET client_min_messages = error; SET ROLE app")
+            self.admins[-1].execute(f"ALTER DATABASE {name} SET lock_timeout = '1s'; SET client_min_messages = error; SET ROLE app")
 
     def renew(self, most):
         self.close()
-        config = {"pool": {"max": most, "mode": self.options.mode, "connectionTimeoutMillis": 30000}, **worlds.CONFIG}
+        config = {"pool": {"max": most, "mode": self.options.mode, "connectionTimeoutMillis": 30000}, "tls": {"mode": "allow", **self.tls}, **worlds.CONFIG}
         self.proxy, self.served = harness.Proxy(self.server, config, binary=self.options.binary), []
+        self.operator = disturb.Operator(self.proxy, self.admins[1])
         self.prepare([(0, "")])
         play([(0, text) for text in LEARN], self.proxy.port, "equal_pooled", STUCK)
 
@@ -285,7 +275,8 @@ class World:
 
     def prepare(self, script):
         for admin in self.admins:
-            for index in {index for index, _ in script}:
+            disturb.roll_back_prepared(admin)
+            for index in clients_of(script):
                 try:
                     admin.execute("SET lock_timeout = '5s';" + replay.own(OWN, index))
                 except psycopg.errors.LockNotAvailable:
@@ -295,7 +286,16 @@ class World:
         self.served.append(script)
         self.prepare(script)
         direct = play(script, self.server.port, "equal_direct", STUCK)
-        return difference(direct, play(script, self.proxy.port, "equal_pooled", PATIENCE))
+        disturb.settle(self.admins[0])
+        pooled = play(script, self.proxy.port, "equal_pooled", PATIENCE, self.operator)
+        disturb.settle(self.admins[1])
+        found, same = difference(script, direct, pooled)
+        for index in same if not found else []:
+            tables = [disturb.contents(admin, index) for admin in self.admins]
+            if tables[0] != tables[1]:
+                name = next(name for name in [*tables[0], *tables[1]] if tables[0].get(name) != tables[1].get(name))
+                return "contents", tell(index, name, *(tables[at].get(name, "none").splitlines() for at in (0, 1)))
+        return found
 
     def anew(self, scripts, most):
         """The last of them on a new proxy, behind the others."""
@@ -314,13 +314,15 @@ def fewer(items):
 
 
 def without_client(script):
-    for client in sorted({index for index, _ in script}):
+    for client in [*clients_of(script), NOBODY]:
         yield [(index, text) for index, text in script if index != client]
 
 
 def simpler(script):
     """With a message, or a statement, less in a step, or sent as a whole."""
     for at, (index, text) in enumerate(script):
+        if index == NOBODY or text in disturb.AT_ONCE or text.startswith(disturb.CUT):
+            continue
         if text.startswith(IN_PIECES):
             text = text.removeprefix(IN_PIECES)
             yield [*script[:at], (index, text), *script[at + 1:]]
@@ -348,8 +350,8 @@ def read_scripts(path):
     for line in path.read_text().splitlines():
         if line == "--":
             scripts.append([])
-        elif re.match("[a-f]: ", line):
-            scripts[-1].append((replay.LETTERS.index(line[0]), line[3:]))
+        elif re.match("[a-f-]: ", line):
+            scripts[-1].append((replay.LETTERS.find(line[0]), line[3:]))  # of "-" NOBODY's
     return scripts
 
 
@@ -376,8 +378,8 @@ class Differ:
         _, text = world.anew([*scripts[:-1], least], most) or (kind, f"not each time; at first\n{text}")
         print(f"== seed {seed}, max {most}: {kind}" + (f", behind {len(scripts) - 1} other sessions" if scripts[1:] else ""))
         for script in scripts[:-1]:
-            print(*(f"{replay.LETTERS[index]}: {step}" for index, step in script), "--", sep="\n")
-        print(*(f"{replay.LETTERS[index]}: {step}" for index, step in least), text, sep="\n", flush=True)
+            print(*(f"{letter(index)}: {step}" for index, step in script), "--", sep="\n")
+        print(*(f"{letter(index)}: {step}" for index, step in least), text, sep="\n", flush=True)
 
     def run(self):
         options, world, seed, began = self.options, self.world, self.options.seed, time.monotonic()
@@ -385,7 +387,7 @@ class Differ:
             most = options.max or 2 + seed // SESSIONS % 2
             if not world.proxy or len(world.served) >= SESSIONS:
                 world.renew(most)
-            if found := world.compare(make_script(random.Random(seed))):
+            if found := world.compare(sessions.make_script(random.Random(seed), options.mode, options.disturb)):
                 self.kinds[found[0]] += 1
                 if self.kinds[found[0]] <= options.each and found[0] not in options.ignore:
                     self.explain(*found, seed, most)
@@ -403,8 +405,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--seed", type=int, default=1, help="of the first session; the next one has the next")
-    parser.add_argument("--mode", default="transaction", choices=("transaction", "session"))
+    parser.add_argument("--mode", default="transaction", choices=("transaction", "session", "statement"))
     parser.add_argument("--max", type=int, default=0, help="server connections (default: 2 and 3 in turn, in session mode 6)")
+    parser.add_argument("--disturb", type=float, default=1.0, help="so many times as often as usual; 0: not")
     parser.add_argument("--binary", default=harness.BINARY, type=lambda path: pathlib.Path(path).resolve())
     parser.add_argument("--each", type=int, default=1, help="of each kind of difference, shrink and print so many")
     parser.add_argument("--ignore", action="append", default=[], help="a kind of difference that is only counted")
