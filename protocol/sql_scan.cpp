@@ -273,7 +273,7 @@ class Scanner {
       } else if (is(first_, "prepare")) {
         residue_ |= is(word_, "transaction") ? kTransaction : kPrepared;
       } else if (is(first_, "discard") && is(word_, "all")) {
-        residue_ |= kReset;
+        residue_ |= kReset | kMeaning | kPath;
       }
     }
     if (is(first_, "explain") || is(first_, "create")) {

@@ -5,16 +5,49 @@
 
 #include "protocol/normalize.hpp"
 #include "protocol/sql_scan.hpp"
+#include "protocol/wire.hpp"
 
 namespace pgsidecar::protocol {
 
 namespace {
+
+/// Of which the server keeps the words until they are executed; EXPLAIN, DECLARE, CALL and CREATE TABLE AS aren't.
+constexpr std::string_view kUtilities[] = {"abort",   "alter",    "analyze",    "begin",   "checkpoint", "close",     "cluster", "comment",
+                                           "commit",  "copy",     "deallocate", "discard", "do",         "drop",      "end",     "fetch",
+                                           "grant",   "listen",   "load",       "lock",    "move",       "notify",    "prepare", "execute",
+                                           "reindex", "release",  "reset",      "revoke",  "rollback",   "savepoint", "set",     "show",
+                                           "start",   "truncate", "unlisten",   "vacuum"};
+
+std::string_view next_word(std::string_view& text) {
+  const std::size_t begin = std::min(text.find_first_not_of(" \t\n\r\f\v"), text.size());
+  const auto is_letter = [](char c) { return (c | 32) >= 'a' && (c | 32) <= 'z'; };
+  const auto end = std::find_if_not(text.begin() + static_cast<std::ptrdiff_t>(begin), text.end(), is_letter);
+  const std::string_view word = text.substr(begin, static_cast<std::size_t>(end - text.begin()) - begin);
+  text.remove_prefix(begin + word.size());
+  return word;
+}
+
+bool same_word(std::string_view word, std::string_view lower) {
+  return std::ranges::equal(word, lower, [](char a, char b) { return (a | 32) == b; });
+}
 
 std::size_t held_by(const Statement& statement) {
   return sizeof statement + footprint(statement.body) + kNode + kBlock;
 }
 
 }  // namespace
+
+bool depends_on_settings(std::string_view sql) {
+  if (std::ranges::any_of(sql, [](char c) { return c == '\\' || static_cast<unsigned char>(c) >= 0x80; })) return true;
+  const std::string_view first = next_word(sql), second = next_word(sql);
+  if (same_word(first, "create")) return !same_word(second, "index") && !same_word(second, "unique") && !same_word(second, "database");
+  return std::ranges::none_of(kUtilities, [&](std::string_view utility) { return same_word(first, utility); });
+}
+
+void Statement::note_told(std::size_t shape, const std::vector<std::uint32_t>& types) const {
+  constexpr std::size_t kMost = 4;
+  if (told.size() < kMost && std::ranges::find(told, shape, &ToldTypes::shape) == told.end()) told.push_back({shape, types});
+}
 
 std::size_t StatementCache::footprint() const {
   return held_ + footprint_of_slots(map_);
@@ -27,7 +60,7 @@ StatementRef StatementCache::intern(std::string_view body, const std::shared_ptr
   return ref;
 }
 
-StatementRef StatementCache::make(std::string_view body, const std::shared_ptr<const void>& meaning) {
+StatementRef StatementCache::make(std::string_view body, const std::shared_ptr<const void>& meaning, bool own_path, bool own_reading) {
   auto statement = std::make_unique<Statement>();
   statement->body = body;
   statement->sql = std::string_view(statement->body).substr(0, body.find('\0'));
@@ -35,6 +68,9 @@ StatementRef StatementCache::make(std::string_view body, const std::shared_ptr<c
   statement->meaning = meaning;
   statement->id = next_id_++;
   statement->residue = scan_sql(statement->sql);
+  statement->depends = depends_on_settings(statement->sql);
+  statement->own_path = own_path;
+  statement->own_reading = own_reading;
   held_ += held_by(*statement);
   return {statement.release(), [this](const Statement* s) {
             retire(*s);
@@ -48,8 +84,19 @@ void StatementCache::retire(const Statement& statement) {
   if (it != map_.end() && it->first.second.data() == statement.body.data()) map_.erase(it);
 }
 
+StatementRef StatementCache::with_told_types(const Statement& statement, std::size_t shape) {
+  const auto known = std::ranges::find(statement.told, shape, &ToldTypes::shape);
+  if (known == statement.told.end()) return nullptr;
+  std::string body(statement.sql);
+  Writer w(body);
+  w.u8(0).u16(static_cast<std::uint16_t>(known->types.size()));
+  for (const std::uint32_t type : known->types) w.u32(type);
+  if (body == statement.body) return nullptr;
+  return statement.own_path ? make(body, statement.meaning, true) : intern(body, statement.meaning);
+}
+
 NamedStatement ClientStatements::look_up(std::string_view name) const {
-  if (name.empty()) return {unnamed_};
+  if (name.empty()) return unnamed_;
   if (!named_) return {};
   const auto it = named_->find(name);
   return it == named_->end() ? NamedStatement{} : it->second;
@@ -57,22 +104,32 @@ NamedStatement ClientStatements::look_up(std::string_view name) const {
 
 void ClientStatements::set(std::string_view name, NamedStatement named) {
   if (name.empty()) {
-    unnamed_ = std::move(named.statement);
+    unnamed_ = std::move(named);
     return;
   }
   if (!named_) named_ = std::make_unique<StringMap<NamedStatement>>();
   named_->insert_or_assign(std::string(name), std::move(named));
 }
 
-void ClientStatements::set_shape(std::uint64_t id, std::size_t shape) {
+template <class F>
+void ClientStatements::for_each_of(std::uint64_t id, F&& f) {
+  if (unnamed_.statement && unnamed_.statement->id == id) f(unnamed_);
   if (!named_) return;
   for (auto& [name, named] : *named_)
-    if (named.statement->id == id) named.shape = shape;
+    if (named.statement->id == id) f(named);
+}
+
+void ClientStatements::set_shape(std::uint64_t id, std::size_t shape) {
+  for_each_of(id, [shape](NamedStatement& named) { named.shape = shape; });
+}
+
+void ClientStatements::replace(std::uint64_t id, const StatementRef& by) {
+  for_each_of(id, [&by](NamedStatement& named) { named.statement = by; });
 }
 
 void ClientStatements::erase(std::string_view name) {
   if (name.empty())
-    unnamed_.reset();
+    unnamed_ = {};
   else if (named_)
     named_->erase(name);
 }

@@ -13,10 +13,21 @@
 #include <string>
 #include <string_view>
 #include <utility>
+#include <vector>
 
 #include "protocol/footprint.hpp"
 
 namespace pgsidecar::protocol {
+
+/// Whether the server reads more of a text than its words when it parses it, so that it depends on settings: of utility commands it keeps
+/// the words until they are executed (transformStmt). No: it is one of those, and how its characters are read is beyond doubt.
+bool depends_on_settings(std::string_view sql);
+
+/// A described statement's parameter types, by the shape_of what was told of it.
+struct ToldTypes {
+  std::size_t shape;
+  std::vector<std::uint32_t> types;
+};
 
 /// One text with parameter types (Parse's body after the name) and what of the session decided its meaning when it was parsed.
 /// Shared by clients and servers while any holds it.
@@ -30,7 +41,12 @@ struct Statement {
   std::string_view tags;                ///< comment_tags of it
   std::shared_ptr<const void> meaning;  ///< compared only; statements with other meanings are others
   std::uint64_t id = 0;
-  std::uint32_t residue = 0;                ///< scan_sql of the text
+  std::uint32_t residue = 0;            ///< scan_sql of the text
+  bool depends = true;                  ///< depends_on_settings of the text
+  bool own_path = false;                ///< its names were looked up where only its transaction has them looked up
+  bool own_reading = false;             ///< it was read under what only its transaction had set
+  mutable std::vector<ToldTypes> told;  ///< in what clients were told; few
+  void note_told(std::size_t shape, const std::vector<std::uint32_t>& types) const;
   mutable std::uint64_t fingerprint = 0;    ///< of the normalised text; 0: not computed yet
   mutable std::uint64_t proven_with = 0;    ///< the number of the settings of a session in which a server has accepted it
   mutable std::uint64_t names_version = 0;  ///< of the catalog by which the next was judged
@@ -43,7 +59,9 @@ class StatementCache {
  public:
   StatementRef intern(std::string_view body, const std::shared_ptr<const void>& meaning = {});
   /// A statement that nobody shares.
-  StatementRef make(std::string_view body, const std::shared_ptr<const void>& meaning);
+  StatementRef make(std::string_view body, const std::shared_ptr<const void>& meaning, bool own_path = false, bool own_reading = false);
+  /// The same text with parameter types as a client was told them with this shape; null: it has all of them, or nothing is known.
+  StatementRef with_told_types(const Statement& statement, std::size_t shape);
   /// The same body is another statement from now on, since its plan doesn't fit the tables any more.
   void retire(const Statement& statement);
   void retire_all() { map_.clear(); }
@@ -82,6 +100,7 @@ class ClientStatements {
   void set(std::string_view name, NamedStatement named);
   void set(std::string_view name, StatementRef statement) { set(name, NamedStatement{std::move(statement)}); }
   void set_shape(std::uint64_t id, std::size_t shape);  ///< of all names of this statement
+  void replace(std::uint64_t id, const StatementRef& by);
   void erase(std::string_view name);
   void clear_named() { named_.reset(); }
   template <class F>
@@ -89,12 +108,15 @@ class ClientStatements {
     if (named_)
       for (const auto& [name, named] : *named_) f(name, named.statement);
   }
-  void clear_unnamed() { unnamed_.reset(); }
+  void clear_unnamed() { unnamed_ = {}; }
   std::size_t size() const { return named_ ? named_->size() : 0; }
   std::size_t footprint() const { return named_ ? sizeof *named_ + footprint_of_slots(*named_) : 0; }
 
  private:
-  StatementRef unnamed_;
+  template <class F>
+  void for_each_of(std::uint64_t id, F&& f);  ///< f(NamedStatement&)
+
+  NamedStatement unnamed_;
   std::unique_ptr<StringMap<NamedStatement>> named_;
 };
 
@@ -104,6 +126,7 @@ class ServerStatements {
   struct Held {
     StatementRef statement;
     std::size_t shape = 0;  ///< as the server has said since it was prepared there; 0: it hasn't
+    bool doubtful = false;  ///< used where texts are read otherwise, as the server does that has to plan it anew
   };
 
   /// Null: it isn't prepared there; else it counts as used now.
@@ -114,8 +137,8 @@ class ServerStatements {
   void erase(std::uint64_t id);
   void clear();
   template <class F>
-  void for_each(F&& f) const {
-    for (const Held& held : order_) f(held.statement);
+  void erase_if(F&& f) {
+    std::erase_if(order_, [&](const Held& held) { return f(held) && map_.erase(held.statement->id) > 0; });
   }
   /// A statement to close because more than `limit` are prepared; nullptr if none. It is forgotten.
   StatementRef evict(std::size_t limit);

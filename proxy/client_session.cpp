@@ -337,7 +337,7 @@ void ClientSession::on_server_ready() {
     return server_->ask_residue();
   }
   forget_residue();
-  server_->meaning_changed = server_->path_changed = false;  // were for the transaction
+  server_->forget_reading();
   if (subscriber_) {
     if (subscriber_->begin()) return;
     if (subscriber_->over()) subscriber_.reset();

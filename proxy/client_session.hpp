@@ -219,6 +219,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   void adopt_named(std::string_view sql, int depth = 0);
   void note_deallocations(std::string_view sql);
   bool adopt(std::string_view name, const protocol::StatementRef& statement);
+  void adopt_as_meant(const std::string& name, const protocol::StatementRef& statement);
   std::vector<Pending>::iterator next_pending(bool by_sql);
   void undo(std::vector<Pending>::iterator done);
   void undo_deallocations(bool all);
@@ -227,6 +228,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   bool names_settled(std::string_view name);
   std::size_t wait_for_answers();
   bool reads_otherwise(const protocol::Statement& statement) const;
+  bool is_private(std::string_view name, const protocol::StatementRef& statement) const;
   bool meaning_known(const protocol::Statement& statement);
   void end_segment();
   void close_unnamed();

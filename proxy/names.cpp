@@ -12,20 +12,6 @@ namespace pgsidecar::proxy {
 using protocol::Request;
 using protocol::Verdict;
 
-namespace {
-
-/// What decides how a quoted constant is read, be it of whatever type.
-constexpr const char* kReading[] = {"datestyle",
-                                    "timezone",
-                                    "intervalstyle",
-                                    "xmloption",
-                                    "array_nulls",
-                                    "lc_monetary",
-                                    "standard_conforming_strings",
-                                    "transform_null_equals"};
-
-}  // namespace
-
 // SQL that names prepared statements (EXECUTE, DEALLOCATE, PREPARE, or lists them) finds those of the client's under the client's
 // own names. Which of them are left is asked when the transaction is over.
 void ClientSession::adopt_named(std::string_view sql, int depth) {
@@ -35,8 +21,8 @@ void ClientSession::adopt_named(std::string_view sql, int depth) {
   const protocol::PreparedNames named = protocol::prepared_names(sql);
   names_change_ |= kNames;
   if (named.all) {
-    statements.for_each_named([&](const std::string& name, const protocol::StatementRef& s) { server_->adopt(name, s); });
-    server_->close_shared_statements();
+    statements.for_each_named([&](const std::string& name, const protocol::StatementRef& s) { adopt_as_meant(name, s); });
+    server_->close_shared_statements(false);
   }
   for (const std::string& name : named.names) {
     const auto statement = statements.find(name);
@@ -47,7 +33,7 @@ void ClientSession::adopt_named(std::string_view sql, int depth) {
       server_->adopt(name, worker_.nothing);
       continue;
     }
-    server_->adopt(name, statement);
+    adopt_as_meant(name, statement);
     if (statement->residue & protocol::kPrepared && depth < kDeepest) adopt_named(statement->sql, depth + 1);
   }
 }
@@ -73,8 +59,12 @@ bool ClientSession::adopt(std::string_view name, const protocol::StatementRef& s
   if (name.empty())
     prepare_unnamed(statement);
   else
-    server_->adopt(std::string(name), statement);
+    adopt_as_meant(std::string(name), statement);
   return true;
+}
+
+void ClientSession::adopt_as_meant(const std::string& name, const protocol::StatementRef& statement) {
+  if (!server_->adopts(name, statement)) parse_as_meant(*statement, [&] { server_->adopt(name, statement); });
 }
 
 /// The server may know statements of the client's by any name: SQL, or what was too long to be looked at, has prepared them.
@@ -95,42 +85,53 @@ bool ClientSession::prepare(const protocol::NamedStatement& named, bool to_descr
 
 protocol::ServerStatements::Held* ClientSession::prepare_here(const protocol::StatementRef& statement) {
   auto& held = server_->statements;
-  if (std::exchange(server_->plans_stale, false)) server_->close_shared_statements();
+  if (std::exchange(server_->plans_stale, false)) server_->close_shared_statements(true);
   if (auto* const known = held.touch(statement)) {
     ++entry_->pool.counters().preparedHits;
+    known->doubtful |= server_->meaning_changed && statement->depends;
     return known;
   }
   ++entry_->pool.counters().preparedMisses;
   parse_as_meant(*statement, [&] { server_->parse(statement->id, statement->body, Verdict::Skip); });
   names_change_ |= kNames;
   auto& added = held.add(statement);
+  added.doubtful = server_->meaning_changed;
   evict();
   return &added;
 }
 
-/// Its constants mean what they meant when the client prepared it; names are looked up anew by the server itself wherever the search_path
-/// is another. If preparing fails, the settings for it go with the transaction.
+/// It is read as it was when the client prepared it: its constants, its names, and what its parameters' types follow from. Where names
+/// are looked up elsewhere now, the server itself looks them up anew. If preparing fails, the settings for it go with the transaction.
 void ClientSession::parse_as_meant(const protocol::Statement& statement, const std::function<void()>& parse) {
   const auto* meaning = static_cast<const Meaning*>(statement.meaning.get());
   const auto status = server_->pipeline.status();
-  const bool by_others = reads_otherwise(statement);
-  if ((meaning == settings->meaning.get() && !by_others) || status == protocol::TxStatus::Failed) return parse();
-  auto then = meaning->values, now = settings->meaning->values;
-  for (auto* values : {&then, &now}) values->erase("search_path");
-  if (by_others && status == protocol::TxStatus::Idle) {
-    server_->raise(false, "a statement with constants can't be prepared again behind a SET that isn't answered yet",
-                   "Send Sync behind the SET, or prepare the statement anew.");
+  if (!statement.depends || status == protocol::TxStatus::Failed) return parse();
+  if (statement.own_reading) {
+    server_->raise(false, "a statement that was read under settings of its transaction can't be prepared again", "Prepare it anew.");
     return parse();  // is skipped
   }
-  // What the transaction has set comes back with a savepoint; what is parsed meanwhile stays.
-  if (by_others)
-    for (const char* name : kReading) now[name].clear();
-  auto before = settings_statements(now, then);
-  if (by_others) before.insert(before.begin(), "SAVEPOINT pgsidecar");
-  server_->run_within(before);
+  // What the transaction has set, as far as is known.
+  const bool in_transaction = status == protocol::TxStatus::InTransaction;
+  const bool by_others = reads_otherwise(statement) || (server_->code_ran && in_transaction);
+  if (meaning == settings->meaning.get() && !by_others) return parse();
+  if (by_others && !in_transaction) {
+    server_->raise(false, "a statement can't be prepared again behind a SET that isn't answered yet",
+                   "Send Sync behind the SET, or prepare the statement anew.");
+    return parse();
+  }
+  auto then = meaning->values, now = settings->meaning->values;
+  if (statement.own_path)
+    for (auto* values : {&then, &now}) values->erase("search_path");
+  auto before = settings_statements(now, then), behind = settings_statements(then, now);
+  if (by_others) {
+    // It comes back with a savepoint, of a name that the client doesn't have; what is parsed meanwhile stays.
+    before.insert(before.begin(), "SAVEPOINT \"pgsidecar's own\"");
+    before.push_back(reading_statement(then, !statement.own_path));
+    behind = {"ROLLBACK TO SAVEPOINT \"pgsidecar's own\"", "RELEASE SAVEPOINT \"pgsidecar's own\""};
+  }
+  server_->run_within(before, 0, id_);
   parse();
-  server_->run_within(by_others ? std::vector<std::string>{"ROLLBACK TO SAVEPOINT pgsidecar", "RELEASE SAVEPOINT pgsidecar"}
-                                : settings_statements(then, now));
+  server_->run_within(behind, 0, id_);
 }
 
 /// What the client was told of it holds on this connection too (`here`; 0: not known). False: the server is asked.
@@ -141,6 +142,11 @@ bool ClientSession::looks_as_told(const protocol::NamedStatement& named, std::si
   if (here == named.shape || server_->pipeline.status() == protocol::TxStatus::Failed) return true;
   if (asked) {
     if (here == 0) return true;  // too long to be looked at
+    // Parameters keep the types that the client was told.
+    if (const auto typed = worker_.statements.with_told_types(statement, named.shape)) {
+      statements.replace(statement.id, typed);
+      return prepare({typed, named.shape});
+    }
     worker_.statements.retire(statement);
     server_->raise(false, "cached plan must not change result type", "");
     return true;
@@ -239,7 +245,9 @@ void ClientSession::on_name_done(bool ok, bool skipped) {
 }
 
 const std::string* ClientSession::name_of(std::uint64_t id) const {
+  static const std::string kUnnamedOne;
   const std::string* found = nullptr;
+  if (const auto unnamed = statements.find({}); unnamed && unnamed->id == id) found = &kUnnamedOne;
   statements.for_each_named([&](const std::string& name, const protocol::StatementRef& s) {
     if (s->id == id) found = &name;
   });

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <tuple>
 
 #include "protocol/normalize.hpp"
 #include "protocol/sql_scan.hpp"
@@ -21,11 +22,6 @@ using protocol::Verdict;
 namespace {
 
 constexpr std::size_t kMaxNames = 8 * 1024;  // of a message whose names are read
-
-/// Whether how the text is read may depend on settings such as DateStyle: it has a quoted constant.
-bool may_hold_constants(std::string_view body) {
-  return body.find('\'') != std::string_view::npos || body.find("$$") != std::string_view::npos;
-}
 
 /// pg_catalog's functions for large objects, which libpq and its like call by their numbers.
 bool is_large_object(std::uint32_t oid) {
@@ -264,10 +260,12 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
     if (!pipeline.failed()) pending_.push_back({Pending::kUnkept, std::string(name)});
     return total;
   }
-  const bool other_meaning = server_->meaning_changed && may_hold_constants(body);
-  const bool shared = !other_meaning && !server_->path_changed;
-  protocol::StatementRef statement =
-      shared ? worker_.statements.intern(body, settings->meaning) : worker_.statements.make(body, settings->meaning);
+  // Only its transaction may have it read so.
+  const bool path_changed = server_->path_changed || server_->code_ran;
+  const bool own = (server_->meaning_changed || path_changed) && protocol::depends_on_settings(body.substr(0, body.find('\0')));
+  const bool own_reading = own && server_->meaning_changed;
+  protocol::StatementRef statement = own ? worker_.statements.make(body, settings->meaning, path_changed, own_reading)
+                                         : worker_.statements.intern(body, settings->meaning);
   if ((!name.empty() || statement->residue & protocol::kPrepared) && !names_settled(kNames)) return 0;
   server_->running.named = note_statement(*statement);
   if (const auto existing = name.empty() ? nullptr : statements.find(name)) {
@@ -289,11 +287,11 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
     server_->raise(false, "too many prepared statements", "limits.maxPreparedStatementsPerClient bounds them for each client.", "53000");
     return total;
   }
-  const bool meaning_changed = server_->meaning_changed, path_changed = server_->path_changed;
+  const auto changed = std::tuple(server_->meaning_changed, server_->path_changed, server_->code_ran);
   if (listen_ahead(note_residue(*statement), false) == Subscriber::Verdict::Wait) return 0;
-  server_->meaning_changed = meaning_changed, server_->path_changed = path_changed;  // by what is bound only
+  std::tie(server_->meaning_changed, server_->path_changed, server_->code_ran) = changed;  // by what is bound only
   if (statement->residue & protocol::kPrepared) adopt_named(statement->sql);
-  if (other_meaning && !name.empty()) residue_ |= protocol::kPrivateStatement;
+  if (own_reading && !name.empty()) residue_ |= protocol::kPrivateStatement;
   auto& held = server_->statements;
   if (name.empty()) {
     pipeline.push({Request::Parse, Verdict::Forward, id_});
@@ -302,7 +300,7 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
     relay(available, total);
     return total;
   }
-  if (sql_prepared()) {
+  if (sql_prepared() || own_reading) {
     pending_.push_back({Pending::kParse, std::string(name), {}, server_->forget_adopted(name)});
     server_->adopt(std::string(name), statement, Verdict::Forward);
     statements.set(name, std::move(statement));
@@ -368,9 +366,14 @@ bool ClientSession::parse_unserved(Bytes whole) {
   return true;
 }
 
-/// How the server would read its constants now isn't what the client's settings say.
+/// How the server would read it now isn't what the client's settings say.
 bool ClientSession::reads_otherwise(const protocol::Statement& statement) const {
-  return server_->meaning_changed && may_hold_constants(statement.body);
+  return statement.depends && (server_->meaning_changed || (server_->path_changed && !statement.own_path));
+}
+
+/// The server knows it by the client's own name, and can't be told it again.
+bool ClientSession::is_private(std::string_view name, const protocol::StatementRef& statement) const {
+  return statement && statement->own_reading && server_->adopts(name, statement);
 }
 
 /// False: whether there is a transaction is seen when what was sent before is answered.
@@ -411,10 +414,12 @@ std::size_t ClientSession::on_bind(Bytes available, std::size_t total) {
   note_reset(portal, statement);
   server_->running.untold = 0;
   auto& queries = entry_->pool.counters().queries;
-  if (!statement || name.empty() || names_others) {
+  // The unnamed one is prepared by a name where the client knows what it looks like, so that it is held against that.
+  const bool by_name = (!name.empty() && !is_private(name, statement)) || (named.shape != 0 && server_->statements.unnamed != statement);
+  if (!statement || !by_name || names_others) {
     ++queries;
     if (!statement && name.empty()) close_unnamed();
-    if (statement && !names_others) {
+    if (statement && name.empty() && !names_others) {
       if (server_->statements.unnamed != statement && !meaning_known(*statement)) return 0;
       prepare_unnamed(statement);
       note_residue(*statement);
@@ -456,6 +461,8 @@ std::size_t ClientSession::on_describe(Bytes available, std::size_t total) {
   if (statement && statement->residue & protocol::kPrepared) {
     if (!adopt(name, statement)) return 0;
     relay(available, total);
+  } else if (is_private(name, statement)) {
+    relay(available, total);
   } else if (statement && !name.empty()) {
     if (!prepare({statement}, true)) return 0;
     note = statement->id;
@@ -466,7 +473,10 @@ std::size_t ClientSession::on_describe(Bytes available, std::size_t total) {
     });
   } else {
     if (statement && server_->statements.unnamed != statement && !meaning_known(*statement)) return 0;
-    if (statement) prepare_unnamed(statement);
+    if (statement) {
+      prepare_unnamed(statement);
+      note = statement->id;
+    }
     if (kind == 'S' && name.empty() && !statement && rewrites() && !pipeline.failed()) close_unnamed();
     relay(available, total);
   }

@@ -327,7 +327,7 @@ bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total
   bool forward = ours && owed.verdict == Verdict::Forward;
   if (type == Backend::ReadyForQuery && owed.request == Request::Query)
     if (const Owed* next = pipeline.front()) forward &= next->request != Request::Sync || next->note != kInPlace;
-  if (ours) note_answer(type, owed, available, total);
+  if (ours && (owed.verdict == Verdict::Forward || type == Backend::ErrorResponse)) note_answer(type, owed, available, total);
   if (ours && type == Backend::ReadyForQuery) {
     cancel_due_ = false;
     client_->on_answered(forward);
@@ -371,7 +371,7 @@ bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total
     if (ours && owed.verdict == Verdict::Forward) client_->on_name_done(true);
   } else if (type == Backend::CloseComplete) {
     if (ours && owed.verdict != Verdict::Skip && owed.note == kOfStatement) client_->on_name_done(true);
-  } else if (type == Backend::CommandComplete && ours) {
+  } else if (type == Backend::CommandComplete && ours && owed.verdict == Verdict::Forward) {
     protocol::Reader reader(available.subspan(kHeaderSize));
     const std::string_view tag = reader.cstring();
     if (client_->subscriber()) client_->subscriber()->on_tag(tag);
@@ -408,13 +408,21 @@ void ServerConnection::ask_shape(const protocol::Statement& statement, bool firs
 
 void ServerConnection::on_described(Backend type, const Owed& owed, Bytes available, std::size_t total) {
   if (type == Backend::ParameterDescription) {
-    shape_ = available.size() == total ? protocol::shape_of(type, available.subspan(kHeaderSize), 0) : 0;
+    shape_ = 0;
+    types_.clear();
+    if (available.size() < total) return;
+    shape_ = protocol::shape_of(type, available.subspan(kHeaderSize), 0);
+    protocol::Reader reader(available.subspan(kHeaderSize));
+    for (std::size_t left = reader.u16(); left > 0 && reader.ok(); --left) types_.push_back(reader.u32());
     return;
   }
   if (type != Backend::RowDescription && type != Backend::NoData) return;
   if (available.size() < total) shape_ = 0;  // too long to be looked at
   if (shape_ != 0) shape_ = protocol::shape_of(type, available.subspan(kHeaderSize), shape_);
-  if (auto* const held = statements.look_up(owed.note)) held->shape = shape_;
+  auto* const held = statements.look_up(owed.note);
+  if (held) held->shape = shape_;
+  const auto& statement = held ? held->statement : statements.unnamed;
+  if (statement && statement->id == owed.note && shape_ != 0 && !types_.empty()) statement->note_told(shape_, types_);
   if (awaiting_shape_ && owed.verdict == Verdict::Skip && owed.note == asked_)
     stop_awaiting_shape();
   else if (client_ && client_->id() == owed.owner)
@@ -489,7 +497,7 @@ void ServerConnection::lease(ClientSession& client) {
   unknown_calls.clear();
   unknown_names.clear();
   unknown_residue_ = 0;
-  sequences_touched = meaning_changed = path_changed = false;
+  sequences_touched = meaning_changed = path_changed = code_ran = false;
   suspect.clear();
   running.first = running.last = running.named = running.portal = 0;
   running.portals.clear();

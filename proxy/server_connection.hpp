@@ -118,6 +118,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   std::string suspect;                        ///< the last text of this lease that may have left something in the session
   bool meaning_changed = false;               ///< in this lease, how constants are read may have been set, and the server not asked yet
   bool path_changed = false;                  ///< the same of where names are looked up
+  bool code_ran = false;                      ///< the same of what may have set anything
   bool sequences_touched = false;             ///< in this lease
   bool sequences_dirty = false;               ///< the session may have values of sequences that another client took
   bool plans_stale = false;                   ///< what is prepared there may mean something else: temporary objects have come, or gone
@@ -128,8 +129,8 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   void apply_settings();
   /// Puts statements of the proxy's own ahead of what the client sends next, whose failure ends the client.
   void run_ahead(const std::vector<std::string>& sqls);
-  /// The same as part of the client's transaction: undone if that fails.
-  void run_within(const std::vector<std::string>& sqls, std::uint64_t note = kApply);
+  /// The same as part of the client's transaction: undone if that fails. `owner`: of the error, if there is one.
+  void run_within(const std::vector<std::string>& sqls, std::uint64_t note = kApply, protocol::OwnerId owner = protocol::kProxy);
   /// Has the server itself fail in place of the client's message, so that the client's transaction does.
   void raise(bool simple, const std::string& message, const std::string& hint, std::string_view sqlstate = "0A000");
   /// A text is about to depend on the values of sequences that the client took in this session.
@@ -138,8 +139,10 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   void parse(std::uint64_t id, std::string_view body, protocol::Verdict verdict);
   void close_statement(std::uint64_t id);
   void drop_statement(std::uint64_t id);  ///< is closed before it is parsed anew
+  void forget_reading();                  ///< what its transaction had set is gone, or known
   /// Prepares a statement of the client's under the client's own name for it, for SQL that names it.
   void adopt(const std::string& name, const protocol::StatementRef& statement, protocol::Verdict verdict = protocol::Verdict::Skip);
+  bool adopts(std::string_view name, const protocol::StatementRef& statement) const;  ///< it has been, and not skipped
   /// Has the server describe it, for `look_up(id)->shape`, and the client's.
   void describe(std::uint64_t id);
   /// Has the server describe what was just prepared, since the client was told what it looks like, and waits until then. `first`:
@@ -153,8 +156,9 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   protocol::StatementRef forget_adopted(std::string_view name);                         ///< null: the server doesn't know the name
   void keep_adopted(const std::string& name, const protocol::StatementRef& statement);  ///< null: it doesn't know it
   void forget_statements();                                                             ///< DISCARD ALL, DEALLOCATE ALL
-  /// Leaves no prepared statement but those of the client's, for SQL that lists them.
-  void close_shared_statements();
+  /// Leaves no prepared statement but those of the client's, under its names for them. `keep_own`: and those that are the client's alone,
+  /// which were parsed in its session as it is.
+  void close_shared_statements(bool keep_own);
   /// After a RESET of the client's: what it brought at its login comes back, as on a connection of its own. No reset: it isn't known which.
   void restore_settings(const Settings& login, const std::optional<protocol::Reset>& reset = {});
   void restore_within(const Settings& login, const std::optional<protocol::Reset>& reset);  ///< as part of the client's request
@@ -287,6 +291,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   bool asking_residue_ = false, residue_failed_ = false, own_query_failed_ = false;
   bool leased_anew_ = false, cancel_due_ = false, awaiting_shape_ = false, shape_first_ = false, restoring_ = false;
   std::size_t shape_ = 0;             // as described so far
+  std::vector<std::uint32_t> types_;  // of the parameters
   std::uint64_t asked_ = 0;           // the statement that ask_shape was about
   std::set<std::uint64_t> unclosed_;  // statements that are forgotten and may still be prepared
   bool conforming_strings_ = true;

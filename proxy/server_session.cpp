@@ -66,7 +66,7 @@ void ServerConnection::run_ahead(const std::vector<std::string>& sqls) {
   ask(kApply, all);
 }
 
-void ServerConnection::run_within(const std::vector<std::string>& sqls, std::uint64_t note) {
+void ServerConnection::run_within(const std::vector<std::string>& sqls, std::uint64_t note, protocol::OwnerId owner) {
   constexpr std::string_view kName = "pgsidecar_ahead";
   for (const std::string& sql : sqls) {
     worker_.to_server.own([&](std::string& out) {
@@ -79,7 +79,7 @@ void ServerConnection::run_within(const std::vector<std::string>& sqls, std::uin
       w.begin(protocol::Frontend::Close).u8('S').cstring(kName).end();
     });
     for (const Request request : {Request::Close, Request::Parse, Request::Bind, Request::Execute, Request::Close, Request::Close})
-      pipeline.push({request, Verdict::Skip, protocol::kProxy, note});
+      pipeline.push({request, Verdict::Skip, owner, note});
   }
 }
 
@@ -117,10 +117,15 @@ void ServerConnection::forget_sequences() {
   run_ahead({"DISCARD SEQUENCES"});
 }
 
+bool ServerConnection::adopts(std::string_view name, const protocol::StatementRef& statement) const {
+  const auto known = of_name(adopted_, name);
+  return known != adopted_.end() && known->second == statement && !adoption_skipped_;
+}
+
 void ServerConnection::adopt(const std::string& name, const protocol::StatementRef& statement, Verdict verdict) {
+  if (verdict == Verdict::Skip && adopts(name, statement)) return;
   const auto known = of_name(adopted_, name);
   if (known != adopted_.end() && verdict == Verdict::Skip) {
-    if (known->second == statement && !adoption_skipped_) return;
     worker_.to_server.own([&](std::string& out) { protocol::Writer(out).begin(protocol::Frontend::Close).u8('S').cstring(name).end(); });
     pipeline.push({Request::Close, Verdict::Skip, client_->id()});
   }
@@ -153,10 +158,19 @@ void ServerConnection::drop_statement(std::uint64_t id) {
   unclosed_.insert(id);
 }
 
-void ServerConnection::close_shared_statements() {
-  statements.for_each([this](const protocol::StatementRef& statement) { close_statement(statement->id); });
+void ServerConnection::forget_reading() {
+  if (meaning_changed) statements.erase_if([&](const auto& held) { return held.doubtful && unclosed_.insert(held.statement->id).second; });
+  meaning_changed = path_changed = code_ran = false;
+}
+
+void ServerConnection::close_shared_statements(bool keep_own) {
+  statements.erase_if([&](const protocol::ServerStatements::Held& held) {
+    if (keep_own && (held.statement->own_path || held.statement->own_reading)) return false;
+    close_statement(held.statement->id);
+    return true;
+  });
   for (const std::uint64_t id : std::exchange(unclosed_, {})) close_statement(id);
-  statements.clear();
+  statements.unnamed.reset();
 }
 
 bool ServerConnection::has_adopted(std::string_view name) const {
@@ -408,7 +422,7 @@ void ServerConnection::finish_residue() {
     if (unrestored) return apply_failed(*unrestored);
     return client_->on_residue(nullptr, residue_);
   }
-  meaning_changed = path_changed = false;
+  forget_reading();
   const bool skipped = std::exchange(adoption_skipped_, false);
   std::erase_if(adopted_, [&](const auto& one) {
     const bool there = std::find(residue_.prepared.begin(), residue_.prepared.end(), one.first) != residue_.prepared.end();

@@ -102,7 +102,8 @@ std::uint32_t ClientSession::note_residue(std::string_view sql, std::uint32_t kn
     server_->sequences_dirty |= entry_->sequences_matter;
   }
   server_->meaning_changed |= (residue & protocol::kMeaning) != 0;
-  server_->path_changed |= (residue & (protocol::kPath | protocol::kFunction | protocol::kCode)) != 0;
+  server_->path_changed |= (residue & protocol::kPath) != 0;
+  server_->code_ran |= (residue & (protocol::kFunction | protocol::kCode)) != 0;
   const bool takes_value = entry_->sequences_matter && residue & protocol::kSequenceWrite;
   if (residue & ~kPassive || takes_value) server_->suspect = sql.substr(0, kMostSuspect);
   return residue;

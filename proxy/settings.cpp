@@ -13,6 +13,10 @@ namespace {
 /// Lists of names, of which SET takes each by itself.
 constexpr std::string_view kNameLists[] = {"search_path", "temp_tablespaces", "session_preload_libraries", "local_preload_libraries"};
 
+/// What decides how a text is read, whatever the types in it.
+constexpr std::string_view kReading[] = {"client_encoding", "standard_conforming_strings", "datestyle",   "timezone",   "intervalstyle",
+                                         "xmloption",       "transform_null_equals",       "array_nulls", "lc_monetary"};
+
 constexpr std::size_t kMaxKnown = 4096, kMaxCustomNames = 64, kMaxDateStyles = 64;
 
 std::string quoted(std::string_view text, char quote) {
@@ -42,6 +46,10 @@ std::string set_call(std::string_view name, std::string_view value, bool local =
   return "pg_catalog.set_config(" + text_sql(name) + "," + text_sql(value) + (local ? ",true)" : ",false)");
 }
 
+std::string reset_call(std::string_view name) {
+  return "pg_catalog.set_config(" + text_sql(name) + ",NULL,false)";
+}
+
 std::string quoted_name(std::string_view name) {
   std::string out;
   for (std::size_t at = 0;;) {
@@ -54,7 +62,7 @@ std::string quoted_name(std::string_view name) {
 }
 
 std::string reset_statement(std::string_view name) {
-  return is_ascii(name) ? "RESET " + quoted_name(name) : "SELECT pg_catalog.set_config(" + text_sql(name) + ",NULL,false)";
+  return is_ascii(name) ? "RESET " + quoted_name(name) : "SELECT " + reset_call(name);
 }
 
 /// A list's names, as the server reads them. Empty: it can't be read, or has none.
@@ -281,6 +289,17 @@ std::optional<StartupSettings> settings_of(const protocol::Startup& startup, std
       asked.values.erase("datestyle");
   }
   return asked;
+}
+
+std::string reading_statement(const Values& meaning, bool path) {
+  std::string calls;
+  const auto add = [&](std::string_view name) {
+    const auto it = meaning.find(std::string(name));
+    calls += (calls.empty() ? "SELECT " : ",") + (it == meaning.end() ? reset_call(name) : set_call(name, it->second));
+  };
+  for (const std::string_view name : kReading) add(name);
+  if (path) add("search_path");
+  return calls;
 }
 
 std::vector<std::string> settings_statements(const Values& have, const Values& want) {

@@ -71,6 +71,9 @@ std::optional<StartupSettings> settings_of(const protocol::Startup& startup, std
 /// Statements that turn a session with `have` into one with `want`.
 std::vector<std::string> settings_statements(const Values& have, const Values& want);
 
+/// A statement that has texts read as `meaning` says, whatever the transaction has set meanwhile. `path`: names are looked up by it too.
+std::string reading_statement(const Values& meaning, bool path);
+
 /// Statements that give a session those of `login` again that a reset has taken from it. No reset: it isn't known which. In a transaction
 /// they take no snapshot, as far as possible.
 std::vector<std::string> restore_statements(const Values& login, const std::optional<protocol::Reset>& reset, bool in_transaction);

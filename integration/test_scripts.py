@@ -1,0 +1,37 @@
+"""In transaction mode a client sees what it would see on a direct connection: scripts of a few clients whose steps follow each other, played as
+differ.py plays its own. They are in scripts.txt, the heading being pool.max and the script's name."""
+import argparse
+import pathlib
+
+import pytest
+
+import differ
+import harness
+import replay
+
+SCRIPTS = {}
+for heading, lines in replay.read_cases(pathlib.Path(__file__).parent / "scripts.txt").items():
+    most, name = heading.split(": ", 1)
+    SCRIPTS[name] = int(most), [(replay.LETTERS.index(line[0]), line[3:]) for line in lines]
+PATIENCE = 0.3  # with a client that waits for a server connection
+
+
+@pytest.fixture(scope="module")
+def worlds():
+    with harness.Postgres(plain=True) as server:
+        world = differ.World(argparse.Namespace(mode="transaction", binary=harness.BINARY), server)
+        yield world
+        world.close()
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_as_direct(worlds, name):
+    most, script = SCRIPTS[name]
+    worlds.renew(most)
+    worlds.prepare(script)
+    direct = differ.play(script, worlds.server.port, "equal_direct", differ.STUCK)
+    worlds.prepare(script)
+    pooled = differ.play(script, worlds.proxy.port, "equal_pooled", PATIENCE)
+    for index in direct:
+        for (step, expected), (_, got) in zip(direct[index], pooled[index], strict=True):
+            assert (replay.LETTERS[index], step, got) == (replay.LETTERS[index], step, expected)
