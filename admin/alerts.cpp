@@ -167,7 +167,7 @@ std::vector<Alerts::Finding> Alerts::find(const Sample& sample) {
                      {{"upstream", name}},
                      true,
                      true,
-                     name + " can't be reached" + (s.databaseError.empty() ? std::string() : ": " + s.databaseError),
+                     name + " can't be reached" + (upstream.error.empty() ? std::string() : ": " + upstream.error),
                      1,
                      0});
 

@@ -307,12 +307,17 @@ std::string compute_health_json(const Snapshot& s, const Process& process, Clock
   json.key("upstreams").begin('[');
   for (const auto& [name, upstream] : s.upstreams) {
     json.begin('{').field("name", name).field("status", status_of(upstream.state));
+  json.field("endpoint", s.upstream);
     write_capacity(json, upstream, now);
     json.end('}');
   }
   json.end(']');
   write_memory(json, process);
   json.key("cpu").begin('{').field("userSeconds", process.cpuUserSeconds);
+    if (upstream.error.empty())
+      json.null("error");
+    else
+      json.field("error", upstream.error);
   json.field("systemSeconds", process.cpuSystemSeconds);
   json.field("totalSeconds", process.cpuUserSeconds + process.cpuSystemSeconds).end('}');
   write_database(json, s, now);

@@ -110,6 +110,8 @@ Readiness readiness(const Snapshot& s) {
 const char* health_status(const Snapshot& s) {
   if (!s.started || s.database == Database::Down || !s.loginRefused.empty()) return "unhealthy";
   if (s.draining || s.leaving) return "degraded";
+  const auto is_down = [](const auto& one) { return one.second.state == Database::Down; };
+  if (std::any_of(s.upstreams.begin(), s.upstreams.end(), is_down)) return "degraded";
   for (const auto& p : s.pools)
     if (!p.lastError.empty()) return "degraded";
   return "healthy";
@@ -317,7 +319,7 @@ std::string metrics(const Snapshot& s, const Process& process, const std::vector
   out.family("pgsidecar_health_up", MetricType::Gauge, "1 if the server answered last, 0 if it failed; none before the first connect.");
   for (const auto& [name, upstream] : s.upstreams)
     if (upstream.state != Database::Unknown) out.sample(label("upstream", name), std::uint64_t{upstream.state == Database::Up});
-  out.family("pgsidecar_backend_latency_seconds", MetricType::Gauge, "What the last connect or probe took.");
+  out.family("pgsidecar_backend_latency_seconds", MetricType::Gauge, "What the last connect took, its login included.");
   for (const auto& [name, upstream] : s.upstreams)
     if (upstream.latencyMicros != 0) out.sample(label("upstream", name), seconds(upstream.latencyMicros));
   out.family("pgsidecar_cold_starts_total", MetricType::Counter, "Times that a server had to wake up for the first connection.");

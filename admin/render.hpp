@@ -33,16 +33,15 @@ std::uint64_t count_open_files();  ///< takes its time if they are many
 
 using Clock = std::chrono::system_clock;
 
-/// Ready: listening, not draining, and the database isn't known to be down. Not having heard of it is no
-/// reason.
+/// Ready: listening, not draining, and the database of upstream.url isn't known to be down. Not having heard of it is no reason.
 struct Readiness {
   bool ready = false;
   std::string reason;  ///< empty if ready
 };
 Readiness readiness(const pool::Snapshot& snapshot);
 
-/// unhealthy: not started or the database is down; degraded: draining, or a pool's last connect failed; else
-/// healthy.
+/// unhealthy: not started, or the database of upstream.url is down; degraded: draining, another one is down, or a pool's last
+/// connect failed; else healthy.
 const char* health_status(const pool::Snapshot& snapshot);
 
 std::string health_json(const pool::Snapshot& snapshot, const Process& process, Clock::time_point now);

@@ -12,7 +12,7 @@ import pytest
 
 import harness
 import wire
-from harness import DATABASE, PASSWORD, USER, curl, raw
+from harness import DATABASE, PASSWORD, USER, certified, curl, raw
 
 
 def test_health_routes(proxy):
@@ -129,7 +129,7 @@ def test_ready_again_without_any_traffic(proxies, pg):
     with wire.Wire(proxy.port) as w:
         assert w.login(USER, PASSWORD, DATABASE).error["C"] == "08006"
     assert curl(proxy, "/health/ready")[0] == 503
-    with socket.create_server(("127.0.0.1", port)):
+    with gate.Gate(pg.port, listen=("127.0.0.1", port)):
         harness.poll(lambda: curl(proxy, "/health/ready")[0] == 200, what="it is seen to be back")
 
 
@@ -158,6 +158,86 @@ def http(proxy, request, timeout=10):
         while data := sock.recv(65536):
             answer += data
         return answer
+
+
+class StartingUp(gate.Listening):
+    """A server that lets nobody in yet."""
+
+    def serve(self, client):
+        with client:
+            client.recv(1000)
+            body = b"SFATAL\0VFATAL\0C57P03\0Mthe database system is starting up\0\0"
+            client.sendall(b"E" + (len(body) + 4).to_bytes(4, "big") + body)
+
+
+@pytest.mark.parametrize("why", ["silent", "starting up", "another CA", "no standby"])
+def test_where_nobody_can_log_in_it_is_not_ready(proxies, pg, tmp_path, why):
+    """However often it is asked: that something takes connections is no database yet."""
+    with gate.Gate(pg.port) as between, StartingUp() as starting:
+        between.silent = why == "silent"
+        url = {"silent": pg.url(port=between.port), "no standby": pg.url(port=between.port) + "&target_session_attrs=standby",
+               "starting up": pg.url(port=starting.port, sslmode="disable"),
+               "another CA": pg.url(sslmode="require") + "&sslmode=verify-full&sslrootcert=" + certified(tmp_path)["ca"]}[why]
+        proxy = proxies({"pool": {"connectionTimeoutMillis": 300}}, url=url)
+        with wire.Wire(proxy.port) as client:
+            assert client.login(USER, PASSWORD, DATABASE).error["C"] in ("08006", "57P03")
+        answers = set()
+        for _ in range(20):
+            answers.add((curl(proxy, "/health/ready")[0], json.loads(curl(proxy, "/health")[1])["status"]))
+            time.sleep(0.1)
+        assert answers == {(503, "unhealthy")}
+        assert re.search(r"^pgsidecar_health_up.* 0$", curl(proxy, "/metrics")[1], re.M)
+        assert proxy.json("/api/monitoring/compute-health?probe=1")[1]["database"]["status"] == "down"
+        assert proxy.command("wait", "--max", "1s", "--config", proxy.config_file).returncode == 1
+        if why == "silent":
+            between.silent = False
+            assert proxy.command("wait", "--max", "10s", "--config", proxy.config_file).returncode == 0
+            assert pg.count() <= 1 and raw(proxy).value("SELECT 1") == "1"
+
+
+def test_a_probe_wants_an_answer(proxies, pg):
+    """Of the server, not of what stands before it; and it is no connect, whose time is shown elsewhere."""
+    def probe():
+        return proxy.json("/api/monitoring/compute-health?probe=1")[1]["database"]
+
+    def latency():
+        return re.search("^pgsidecar_backend_latency_seconds.*", curl(proxy, "/metrics")[1], re.M)[0]
+    with gate.Gate(pg.port) as between:
+        proxy = proxies({"pool": {"connectionTimeoutMillis": 500}}, url=pg.url(port=between.port))
+        with raw(proxy) as w:
+            assert w.value("SELECT 1") == "1"
+            told, took = len(pg.log.read_text()), latency()
+            assert probe()["status"] == "up" and latency() == took
+            between.silent = True
+            silent = probe()
+            assert silent["status"] == "down" and "timeout expired" in silent["error"]
+            assert curl(proxy, "/health/ready")[0] == 503
+            between.silent = False
+            harness.poll(lambda: curl(proxy, "/health/ready")[0] == 200, what="it is seen to be back")
+            assert w.value("SELECT 1") == "1" and pg.count() == 1
+            assert "SSL" not in pg.log.read_text()[told:], "the server has nothing to complain of"
+
+
+@pytest.mark.parametrize("dead", ["main", "other"])
+def test_readiness_is_of_the_main_database(proxies, pg, dead):
+    nowhere = pg.url(port=harness.free_port())
+    urls = {"main": pg.url(), "other": pg.url(host="localhost")}
+    urls[dead] = nowhere
+    proxy = proxies({"databases": {DATABASE: {}, "other": {"upstream": {"url": urls["other"]}}}, "pool": {"connectionTimeoutMillis": 300}}, url=urls["main"])
+    for _ in range(2):  # in turn: the last to be heard of decides nothing
+        for name, database in (("main", DATABASE), ("other", "other")):
+            with wire.Wire(proxy.port) as client:
+                failure = client.login(USER, PASSWORD, database)
+                assert failure.error["C"] == "08006" if name == dead else failure is None and client.value("SELECT 1") == "1"
+        status, health = proxy.json("/health")
+        error = health["checks"]["database"]["error"]
+        if dead == "main":
+            assert (status, health["status"], curl(proxy, "/health/ready")[0]) == (503, "unhealthy", 503) and "refused" in error
+        else:
+            assert (status, health["status"], curl(proxy, "/health/ready")[0], error) == (200, "degraded", 200, None)
+    upstreams = proxy.json("/api/monitoring/compute-health")[1]["upstreams"]
+    assert sorted(upstream["status"] for upstream in upstreams) == ["down", "up"]
+    assert all(("refused" in (upstream["error"] or "")) == (upstream["status"] == "down") for upstream in upstreams)
 
 
 def test_http_methods_and_pipelines(proxy):
@@ -269,6 +349,7 @@ def test_a_cold_start_is_counted(proxies, pg):
                 for source, sink in ((client, upstream), (upstream, client)):
                     threading.Thread(target=pump, args=(source, sink), daemon=True).start()
 
+        assert compute["endpoint"] == f"127.0.0.1:{server.port}"
         def pump(source, sink):
             try:
                 while data := source.recv(65536):

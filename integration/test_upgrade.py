@@ -419,6 +419,7 @@ def test_a_broken_binary_changes_nothing(start, what):
     ({"admin": {"listen": "192.0.2.1:5000"}}, "admin.listen: 192.0.2.1:5000"),
     ({"upstream": {"url": "postgresql://app:x@127.0.0.1:1/app?sslmode=disable"}}, "cannot use the database"),
     ({"upstream": {"password": "wrong"}, "users": {USER: {"password": PASSWORD}}}, "cannot use the database, which this process can: password authentication failed"),
+    ({"upstream": {"sslrootcert": "system"}}, "cannot use the database, which this process can: connection to server"),
     ({"tls": {"mode": "require", "certificate": "/nowhere.crt", "key": "/nowhere.key"}}, "nowhere"),
 ])
 def test_a_bad_configuration_changes_nothing(start, change, reason):

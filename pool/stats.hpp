@@ -171,7 +171,7 @@ struct Snapshot {
   std::uint64_t statementsEvicted = 0, statementsMicros = 0;  // for how long they have been counted
   MemoryOwners memory;
 
-  // The database, seen passively: from connects and traffic.
+  // The database of upstream.url, seen passively: from connects and traffic.
   enum class Database { Unknown, Up, Down };
   Database database = Database::Unknown;
   std::uint64_t databaseLatencyMicros = 0;  // of the last connect or probe
@@ -184,7 +184,8 @@ struct Snapshot {
   /// The same of each server, or group of servers, that a database may be on.
   struct Upstream {
     Database state = Database::Unknown;
-    std::uint64_t latencyMicros = 0;
+    std::uint64_t latencyMicros = 0;  ///< of the last connect
+    std::string error{};              ///< why the last connect failed, the server's own text; empty: it didn't
     /// Times that it took kColdStart or more to connect, failed attempts included, when there was no other connection: it had to wake up.
     std::uint64_t coldStarts = 0;
     std::uint64_t coldStartMicros = 0, coldStartMicrosAgo = 0;  ///< what the last one took, and when it was over

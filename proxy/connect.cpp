@@ -91,6 +91,12 @@ std::string printed(const Target& target) {
   return "server at \"" + target.host.name + "\", port " + std::to_string(target.host.port);
 }
 
+/// What a connect may take, in milliseconds.
+std::uint32_t time_for(const conf::ConnectParams& params, const conf::PoolSettings& pool) {
+  const std::uint32_t millis = params.connectTimeoutMillis ? params.connectTimeoutMillis : pool.connectionTimeoutMillis;
+  return millis == 0 ? 30000 : millis;
+}
+
 /// Of several addresses one that is silent, since its machine is gone, leaves time for the others.
 std::uint32_t share_of(const Upstream& upstream, std::uint32_t millis) {
   if (upstream.params.connectTimeoutMillis) return millis;
@@ -102,12 +108,32 @@ struct Opening {
   Worker& worker;
   const Upstream& upstream;
   const Target& target;
-  pool::Pool& pool;
+  const conf::PoolSettings& settings;
   std::optional<Channel>& channel;
   TimeLimit& limit;
   bool tls;  ///< asked for, then what it is
+  pool::Histogram* handshakes = nullptr;
   bool handshake_failed = false;
 };
+
+/// Whether the server speaks TLS, which it says before anybody logs in: `o.tls`. Empty, or why there is no answer.
+awaitable<std::string> ask_for_tls(Opening& o) {
+  Transport& transport = o.channel->transport;
+  Gather request;
+  request.own([](std::string& out) { protocol::Writer(out).begin_untyped().u32(protocol::kSslRequest).end(); });
+  if (!o.channel->send(request, o.worker.tls_scratch())) co_return std::string("connection broken");
+  std::uint8_t answer = 0;
+  for (;;) {
+    const IoResult got = transport.read(std::span(&answer, 1));  // one byte only: nothing unencrypted may follow
+    if (got.status == IoStatus::Ok) break;
+    if (got.status != IoStatus::WouldBlock) co_return std::string("server closed the connection unexpectedly");
+    co_await transport.socket().async_wait(Socket::wait_read, use_awaitable);
+  }
+  o.limit.answered();
+  if (answer != 'S' && answer != 'N') co_return std::string("received invalid response to SSL negotiation");
+  o.tls = answer == 'S';
+  co_return std::string();
+}
 
 /// TCP or unix, then TLS if asked for. Empty: open; else why not.
 awaitable<std::string> open_channel(Opening& o) {
@@ -116,7 +142,7 @@ awaitable<std::string> open_channel(Opening& o) {
   Socket socket(o.worker.loop().get_executor());
   socket.open(o.target.endpoint.protocol(), ec);
   if (ec) co_return ec.message();
-  set_socket_options(socket, params, o.pool.settings(), o.target.endpoint.protocol().family() != AF_UNIX);
+  set_socket_options(socket, params, o.settings, o.target.endpoint.protocol().family() != AF_UNIX);
   o.limit.watch(socket);
   co_await socket.async_connect(o.target.endpoint, asio::redirect_error(use_awaitable, ec));
   if (ec) co_return ec.message();
@@ -125,23 +151,12 @@ awaitable<std::string> open_channel(Opening& o) {
   o.limit.watch(transport.socket());
   if (!o.tls) co_return std::string();
   if (params.sslnegotiation == conf::SslNegotiation::Postgres) {
-    Gather request;
-    request.own([](std::string& out) { protocol::Writer(out).begin_untyped().u32(protocol::kSslRequest).end(); });
-    if (!o.channel->send(request, o.worker.tls_scratch())) co_return std::string("connection broken");
-    std::uint8_t answer = 0;
-    for (;;) {
-      const IoResult got = transport.read(std::span(&answer, 1));  // one byte only: nothing unencrypted may follow
-      if (got.status == IoStatus::Ok) break;
-      if (got.status != IoStatus::WouldBlock) co_return std::string("server closed the connection unexpectedly");
-      co_await transport.socket().async_wait(Socket::wait_read, use_awaitable);
-    }
-    o.limit.answered();
-    if (answer == 'N') {
-      o.tls = false;
+    std::string failure = co_await ask_for_tls(o);
+    if (!failure.empty()) co_return failure;
+    if (!o.tls) {
       if (params.sslmode == conf::SslMode::Prefer || params.sslmode == conf::SslMode::Allow) co_return std::string();
       co_return std::string("server does not support SSL, but SSL was required (sslmode)");
     }
-    if (answer != 'S') co_return std::string("received invalid response to SSL negotiation");
   }
   transport.start_tls(o.upstream.tls.get(), false);
   prepare_client(transport.ssl(), params, o.target.host);
@@ -151,7 +166,7 @@ awaitable<std::string> open_channel(Opening& o) {
     if (shaken.status == IoStatus::Ok) {
       o.limit.answered();
       const auto micros = std::chrono::duration_cast<std::chrono::microseconds>(pool::Clock::now() - begun).count();
-      o.pool.counters().tlsHandshake.record(static_cast<std::uint64_t>(micros));
+      if (o.handshakes) o.handshakes->record(static_cast<std::uint64_t>(micros));
       o.worker.saw_certificate(conf::print_address(o.target.host.name, o.target.host.port), SSL_get0_peer_certificate(transport.ssl()));
       co_return std::string();
     }
@@ -280,7 +295,7 @@ awaitable<void> ServerConnection::run_connect(std::shared_ptr<ServerConnection> 
   }
   const pool::Clock::duration took = worker_.now() - begun - upstream_->passwords_took;
   entry_.pool.counters().connect.record(static_cast<std::uint64_t>(std::chrono::duration_cast<std::chrono::microseconds>(took).count()));
-  worker_.database_took(worker_.upstream_of(entry_.database), took, false);
+  worker_.database_took(worker_.upstream_of(entry_.database), took);
   ++entry_.pool.counters().connects;
   attempt = {};
   const Worker::Turn turn(worker_);  // the client whose login this is goes on in it
@@ -320,13 +335,13 @@ awaitable<std::string> ServerConnection::log_in(std::shared_ptr<const Upstream> 
   login_error_.sqlstate = "08006";
   if (channel_) channel_->transport.close();
   channel_.reset();
-  std::uint32_t millis = params.connectTimeoutMillis ? params.connectTimeoutMillis : entry_.pool.settings().connectionTimeoutMillis;
-  if (millis == 0) millis = 30000;
+  const std::uint32_t millis = time_for(params, entry_.pool.settings());
   attempt = {"connecting to " + printed(target), worker_.now()};
   TimeLimit limit(worker_, share_of(*upstream, millis), millis);
   std::string failure;
   try {
-    Opening opening{worker_, *upstream, target, entry_.pool, channel_, limit, tls};
+    pool::Pool& pool = entry_.pool;
+    Opening opening{worker_, *upstream, target, pool.settings(), channel_, limit, tls, &pool.counters().tlsHandshake};
     failure = co_await open_channel(opening);
     retry_other_tls_ = opening.handshake_failed;
     if (failure.empty()) {
@@ -498,6 +513,50 @@ awaitable<std::string> ServerConnection::exchange_login(const conf::ConnectParam
   co_return std::string();
 }
 
+// --- probe
+
+namespace {
+
+/// Goes as far as a login does before it says whose it is. Who takes connections need not be a server, nor one that can be used.
+/// Empty, or why it failed.
+awaitable<std::string> knock(Worker& worker, const Upstream& upstream, const Target& target) {
+  const conf::SslMode mode = target.host.is_unix() ? conf::SslMode::Disable : upstream.params.sslmode;
+  const conf::PoolSettings settings = worker.config().pool;  // a reload replaces them
+  const std::uint32_t millis = std::min(time_for(upstream.params, settings), Worker::kProbeMillis);
+  TimeLimit limit(worker, share_of(upstream, millis), millis);
+  std::optional<Channel> channel;
+  std::string failure;
+  try {
+    Opening opening{worker, upstream, target, settings, channel, limit, mode != conf::SslMode::Disable};
+    failure = co_await open_channel(opening);
+    if (opening.handshake_failed && mode < conf::SslMode::Require) failure.clear();  // a login would be tried without
+    if (failure.empty() && mode == conf::SslMode::Disable) failure = co_await ask_for_tls(opening);
+  } catch (const boost::system::system_error& e) {
+    failure = e.code().message();
+  }
+  if (limit.expired()) failure = "timeout expired after " + std::to_string(limit.millis()) + " ms";
+  if (channel) channel->transport.close();
+  if (failure.empty()) co_return failure;
+  co_return "connection to " + printed(target) + " failed: " + failure;
+}
+
+}  // namespace
+
+awaitable<void> Worker::run_probe(std::shared_ptr<const Upstream> upstream, std::function<void()> done) {
+  std::string failures = upstream->error;
+  bool up = false;
+  for (const Target& target : upstream->targets) {
+    const pool::Time begun = now();
+    const std::string failure = co_await knock(*this, *upstream, target);
+    up = failure.empty();
+    if (up) upstream_times_[name_of(upstream_)].probed = now() - begun;
+    if (up) break;
+    failures += (failures.empty() ? "" : "\n") + failure;
+  }
+  if (!up || !shut_out()) database_seen(name_of(upstream_), up, up ? std::string() : failures);  // a login may have failed meanwhile
+  done();
+}
+
 // --- cancel
 
 void ServerConnection::send_cancel(std::shared_ptr<void> done) {
@@ -515,7 +574,9 @@ awaitable<void> ServerConnection::run_cancel(std::shared_ptr<ServerConnection> /
   bool reached = false;
   bool ended = false;
   try {
-    Opening opening{worker_, *upstream_, target_, entry_.pool, channel, limit, channel_->transport.is_tls()};
+    pool::Pool& pool = entry_.pool;
+    Opening opening{
+        worker_, *upstream_, target_, pool.settings(), channel, limit, channel_->transport.is_tls(), &pool.counters().tlsHandshake};
     std::string failure = co_await open_channel(opening);
     if (failure.empty()) {
       Gather request;

@@ -194,13 +194,12 @@ pool::Snapshot Worker::snapshot(Detail detail) {
   s.maxClients = config_->limits.maxClients;
   s.rejected = rejected_;
   s.errorsByClass.insert(errors_.begin(), errors_.end());
-  s.database = database_;
-  s.databaseError = database_error_;
   if (const PoolEntry* refused = refused_pool()) s.loginRefused = refused->last_failure.message;
   s.databaseVersion = database_version_;
-  s.databaseLatencyMicros = database_latency_;
-  s.databaseProbed = database_probed_;
-  if (database_seen_ != pool::Time{}) s.databaseSeenMicrosAgo = micros(t - database_seen_);
+  const pool::Snapshot::Upstream own = main_upstream();
+  s.database = own.state;
+  s.databaseError = own.error;
+  s.databaseLatencyMicros = own.latencyMicros;
   s.paused = all_paused_;
   for (const auto& [name, entry] : databases_) {
     s.databases.push_back(entry.shown);
@@ -208,6 +207,12 @@ pool::Snapshot Worker::snapshot(Detail detail) {
     s.databases.back().disabled = disabled(name);
   }
   s.upstream = name_of(upstream_);
+  if (const auto it = upstream_times_.find(s.upstream); it != upstream_times_.end()) {
+    const UpstreamTimes& times = it->second;
+    s.databaseProbed = times.probed != pool::Clock::duration::zero();
+    if (s.databaseProbed) s.databaseLatencyMicros = std::max<std::uint64_t>(1, micros(times.probed));
+    if (times.seen != pool::Time{}) s.databaseSeenMicrosAgo = micros(t - times.seen);
+  }
   s.upstreams = upstreams_;
   for (auto& [name, upstream] : s.upstreams) {
     const auto it = upstream_times_.find(name);

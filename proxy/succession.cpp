@@ -116,7 +116,7 @@ void Succession::on_message(std::vector<std::string_view> fields) {
   const std::string_view what = fields[0];
   fields.resize(4);
   if (what == "ready" && !successor_ && state_ == State::Preparing) {
-    if (!fields[1].empty() && worker_.database_is_up())
+    if (!fields[1].empty() && worker_.main_upstream().state == pool::Snapshot::Database::Up)
       return fail("it cannot use the database, which this process can: " + std::string(fields[1]));
     if (worker_.operated()) return fail("databases are paused or disabled, which it wouldn't know");
     return pass();

@@ -48,7 +48,8 @@ void Worker::take_place(int link, std::function<void(std::function<void()> then)
       const auto ready = [this](const std::string& error) {
         if (succession_) succession_->ready(error);
       };
-      if (database_ == pool::Snapshot::Database::Down) return ready(database_error_.empty() ? "no answer" : database_error_);
+      const pool::Snapshot::Upstream seen = main_upstream();
+      if (seen.state == pool::Snapshot::Database::Down) return ready(seen.error.empty() ? "no answer" : seen.error);
       try_login(ready);
     });
   });

@@ -1,11 +1,15 @@
-// What the worker knows of the servers that it connects to: how many connections they allow and whether its pools fit in, whether they
-// sleep, and how long they take to wake up. Part of Worker.
+// What the worker knows of the servers that it connects to: whether they answer, how many connections they allow and whether its pools
+// fit in, whether they sleep, and how long they take to wake up. Part of Worker.
 #include <algorithm>
+#include <boost/asio/co_spawn.hpp>
+#include <boost/asio/detached.hpp>
 
 #include "proxy/log.hpp"
 #include "proxy/worker.hpp"
 
 namespace pgsidecar::proxy {
+
+namespace asio = boost::asio;
 
 namespace {
 
@@ -15,6 +19,60 @@ constexpr std::chrono::seconds kWakeUp{30};
 constexpr int kMostNamed = 8;  // pools, in a line of the log
 
 }  // namespace
+
+// --- health
+
+pool::Snapshot::Upstream Worker::main_upstream() const {
+  const auto seen = upstreams_.find(name_of(upstream_));
+  return seen == upstreams_.end() ? pool::Snapshot::Upstream() : seen->second;
+}
+
+void Worker::database_seen(const std::string& upstream, bool up, std::string error) {
+  auto& seen = upstreams_[upstream];
+  seen.state = up ? pool::Snapshot::Database::Up : pool::Snapshot::Database::Down;
+  seen.error = std::move(error);
+  if (up) upstream_times_[upstream].seen = now();
+  stir();
+}
+
+PoolEntry* Worker::refused_pool() const {
+  const auto it = pools_.find({upstream_.dbname, upstream_.user});
+  if (it == pools_.end() || !is_permanent(it->second->last_failure.sqlstate) || !stands_alone(*it->second)) return nullptr;
+  return it->second.get();
+}
+
+// Of pools on the same upstream that of its own user and database speaks for all.
+PoolEntry* Worker::shut_out() {
+  PoolEntry* out = refused_pool();
+  for (auto& [key, entry] : pools_)
+    if (!out && entry->backoff.failures() > 0 && !is_answer(entry->last_failure.sqlstate) &&
+        upstream_of(entry->database) == name_of(upstream_)) {
+      PoolEntry* own = pool_of(upstream_.dbname, upstream_.user);
+      out = own ? own : entry.get();
+    }
+  const bool may_log_in =
+      out && !out->paused && stands_alone(*out) && out->pool.capacity() > 0 && (!out->passes_password_on || out->given_password);
+  return may_log_in ? out : nullptr;
+}
+
+void Worker::connect_over(PoolEntry& entry) {
+  for (const auto& done : std::exchange(entry.probes, {})) done();
+}
+
+void Worker::probe(std::function<void()> done) {
+  // Where logins have failed nothing but a login shows that they succeed again. Nobody else may try one while the proxy isn't ready.
+  if (PoolEntry* out = shut_out()) {
+    if (out->connecting == 0 && out->backoff.may_try(now(), true)) open_server(*out, {});
+    if (out->connecting == 0) return done();
+    return out->probes.push_back(std::move(done));
+  }
+  // Else it does to knock: that needs no client and no query.
+  conf::Upstream upstream = config_->upstream;
+  upstream.passwordCommand.clear();  // nobody logs in
+  control_.resolve(std::move(upstream), [this, done = std::move(done)](const std::shared_ptr<const Upstream>& found) {
+    asio::co_spawn(data_, run_probe(found, done), asio::detached);
+  });
+}
 
 // --- room
 
@@ -77,14 +135,13 @@ bool Worker::may_be_waking(const std::string& upstream) const {
   return it != upstream_times_.end() && it->second.connect_begun != pool::Time{} && now() - it->second.waking_since < kWakeUp;
 }
 
-void Worker::database_took(const std::string& upstream, pool::Clock::duration time, bool probed) {
+void Worker::database_took(const std::string& upstream, pool::Clock::duration time) {
   auto& seen = upstreams_[upstream];
-  database_latency_ = seen.latencyMicros =
+  seen.latencyMicros =
       static_cast<std::uint64_t>(std::max<std::int64_t>(1, std::chrono::duration_cast<std::chrono::microseconds>(time).count()));
-  database_probed_ = probed;
   UpstreamTimes& times = upstream_times_[upstream];
   const pool::Clock::duration woke = now() - times.waking_since;
-  if (probed) return;
+  times.probed = {};
   times.connect_begun = {};
   if (woke < pool::Snapshot::kColdStart || woke > kWakeUp || is_connected(upstream)) return;
   ++seen.coldStarts;

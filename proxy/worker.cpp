@@ -344,10 +344,13 @@ void Worker::on_connected(ServerConnection& server) {
     }
     if (const auto client = server.take_login_client()) client->verified();
   }
-  if (const auto it = server.parameters().find("server_version"); it != server.parameters().end()) database_version_ = it->second;
+  if (const auto it = server.parameters().find("server_version");
+      it != server.parameters().end() && upstream_of(entry.database) == name_of(upstream_))
+    database_version_ = it->second;
   log::info("server_connected", server.about(), "server {} ({}@{}, pid {}): connected", server.id(), entry.user, entry.database,
             server.pid());
   outdate_servers(entry, [this](const ServerConnection& one) { return is_gone(one); });
+  connect_over(entry);
   if (tried_) std::exchange(tried_, nullptr)({});
   kick();
 }
@@ -357,6 +360,7 @@ void Worker::on_connect_failed(ServerConnection& server, const protocol::ErrorFi
   --entry.connecting;
   if (server.login() && login_failed(entry, *server.login(), error)) {
     entry.servers.erase(server.id());
+    connect_over(entry);
     check_operations();
     serve(entry);
     return check_stopped();
@@ -383,7 +387,9 @@ void Worker::on_connect_failed(ServerConnection& server, const protocol::ErrorFi
   entry.servers.erase(server.id());
   check_operations();
   if (is_permanent(error.sqlstate) && stands_alone(entry)) refuse_waiters(entry);
-  if (tried_) std::exchange(tried_, nullptr)(is_permanent(error.sqlstate) ? error.message : std::string());
+  connect_over(entry);
+  const bool serves = is_answer(error.sqlstate) && !is_permanent(error.sqlstate);  // others, as it seems
+  if (tried_) std::exchange(tried_, nullptr)(serves ? std::string() : error.message);
   kick();
   check_stopped();
 }
@@ -699,13 +705,6 @@ void Worker::count_error(std::string_view sqlstate) {
     errors_.emplace(klass, 1);
 }
 
-void Worker::database_seen(const std::string& upstream, bool up, std::string error) {
-  database_ = upstreams_[upstream].state = up ? pool::Snapshot::Database::Up : pool::Snapshot::Database::Down;
-  database_error_ = std::move(error);
-  if (up) database_seen_ = now();
-  stir();
-}
-
 void Worker::saw_certificate(const std::string& whose, const X509* certificate) {
   if (const auto expires = expiry(certificate)) certificates_[whose] = *expires;
 }
@@ -716,47 +715,6 @@ bool Worker::is_connected(const std::string& upstream) {
     return upstream_of(entry.database) == upstream && std::any_of(entry.servers.begin(), entry.servers.end(), [](const auto& server) {
              return server.second->state() != ServerConnection::State::Connecting;
            });
-  });
-}
-
-PoolEntry* Worker::refused_pool() const {
-  const auto it = pools_.find({upstream_.dbname, upstream_.user});
-  if (it == pools_.end() || !is_permanent(it->second->last_failure.sqlstate) || !stands_alone(*it->second)) return nullptr;
-  return it->second.get();
-}
-
-void Worker::probe(std::function<void()> done) {
-  // Nobody else may log in while the proxy isn't ready, so that a new password would go unnoticed.
-  if (PoolEntry* refused = refused_pool(); refused && refused->backoff.may_try(now(), true) && refused->connecting == 0 && !refused->paused)
-    open_server(*refused, {});
-  // A connect is the probe: it needs no client, no query, and says what a client would hear.
-  conf::Upstream upstream = config_->upstream;
-  upstream.passwordCommand.clear();  // nobody logs in
-  control_.resolve(std::move(upstream), [this, done = std::move(done)](const std::shared_ptr<const Upstream>& found) {
-    if (!found->error.empty() || found->targets.empty()) {
-      database_seen(name_of(upstream_), false, found->error);
-      return done();
-    }
-    probe_from(found, 0, done);
-  });
-}
-
-/// The first of the targets, from this one on, that answers.
-void Worker::probe_from(std::shared_ptr<const Upstream> found, std::size_t target, std::function<void()> done) {
-  auto socket = std::make_shared<Socket>(data_.get_executor());
-  auto timer = std::make_shared<asio::steady_timer>(data_, milliseconds(900));
-  timer->async_wait([socket, timer](const boost::system::error_code& ec) {
-    boost::system::error_code ignored;
-    if (!ec) socket->cancel(ignored);
-  });
-  const pool::Time begun = now();
-  const auto& endpoint = found->targets[target].endpoint;
-  socket->async_connect(endpoint, [this, found, target, socket, timer, begun, done](const boost::system::error_code& ec) {
-    timer->cancel();
-    if (ec && target + 1 < found->targets.size()) return probe_from(found, target + 1, done);
-    database_seen(name_of(upstream_), !ec, ec ? ec.message() : std::string());
-    if (!ec) database_took(name_of(upstream_), now() - begun, true);
-    done();
   });
 }
 

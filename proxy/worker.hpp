@@ -58,6 +58,7 @@ struct PoolEntry : std::enable_shared_from_this<PoolEntry> {
   Listener listener{*this};
   boost::unordered_flat_map<std::uint64_t, std::shared_ptr<ServerConnection>> servers;
   std::uint32_t connecting = 0;
+  std::vector<std::function<void()>> probes;  // who waits for what becomes of those
   std::uint32_t clients = 0;
   pool::Time left_at{};                // by the last of them
   bool used = false;                   // by one that has logged in
@@ -134,7 +135,7 @@ class Worker {
   void handed_over();                                                                     ///< whom it concerns has been told
   bool operated() const { return all_paused_ || !paused_databases_.empty() || !disabled_databases_.empty(); }  ///< by an operator
   bool had_client() const { return had_client_; }
-  bool database_is_up() const { return database_ == pool::Snapshot::Database::Up; }
+  pool::Snapshot::Upstream main_upstream() const;                            ///< what is known of that of upstream.url
   PoolEntry* pool_of(const std::string& database, const std::string& user);  ///< null: there is none yet
   void for_each_pool(const std::function<void(PoolEntry&)>& what);
   std::uint32_t missing(const PoolEntry& entry) const;  ///< connections that somebody waits for
@@ -149,7 +150,9 @@ class Worker {
   using Detail = pool::Snapshot::Detail;
   pool::Snapshot snapshot(Detail detail = Detail::None);
   void watch(std::function<void()> happened) { watcher_ = std::move(happened); }  ///< called once, when anything happens
+  /// Has the database of upstream.url seen anew. `done` is called when it is, which takes kProbeMillis, or a connect.
   void probe(std::function<void()> done);
+  static constexpr std::uint32_t kProbeMillis = 5000;
   /// `done` gets empty, or why it couldn't be done, at once or when the server connections are closed that it waits for. `owner`:
   /// the client that may abandon it.
   void operate(const pool::Command& command, std::function<void(std::string error)> done, std::uint32_t owner = 0);
@@ -286,7 +289,7 @@ class Worker {
   void saw_certificate(const std::string& whose, const X509* certificate);
   /// A server connection of an upstream's has been open already.
   bool is_connected(const std::string& upstream);
-  void database_took(const std::string& upstream, pool::Clock::duration time, bool probed);
+  void database_took(const std::string& upstream, pool::Clock::duration time);  ///< a connect
   const std::string& upstream_of(const std::string& database) { return databases_[database].upstream; }
   /// The client_encoding that a database's connection string asks for; empty: none.
   const std::string& encoding_of(const std::string& database) { return databases_[database].encoding; }
@@ -324,8 +327,10 @@ class Worker {
   };
   /// When what happened to an upstream.
   struct UpstreamTimes {
+    pool::Time seen{};  ///< it has answered
     pool::Time capacity_asked{}, cold_start{}, suspended{};
     pool::Time waking_since{}, connect_begun{};  ///< the first and the last connect since there was no connection
+    pool::Clock::duration probed{};              ///< what a probe took; zero: there was a connect since
   };
   /// What is under way for an operator until server connections are closed.
   struct Operation {
@@ -371,7 +376,10 @@ class Worker {
   pool::Time quits_at() const;
   /// The pool of the upstream's own user and database, if the server refuses its login and no connection is left.
   PoolEntry* refused_pool() const;
-  void probe_from(std::shared_ptr<const Upstream> found, std::size_t target, std::function<void()> done);
+  /// The pool whose login shows whether the upstream of upstream.url lets anybody in again; null: no login there has failed.
+  PoolEntry* shut_out();
+  void connect_over(PoolEntry& entry);  ///< is told to who waits for it
+  boost::asio::awaitable<void> run_probe(std::shared_ptr<const Upstream> upstream, std::function<void()> done);
   bool is_handing_over() const { return handing_over_ || (succession_ && succession_->state() == Succession::State::Passing); }
   bool is_paused(const std::string& database) const;
   void set_paused();
@@ -422,11 +430,7 @@ class Worker {
   pool::Time drain_at_ = pool::Time::max(), drain_until_ = pool::Time::max(), idle_since_ = pool::Time::max(), started_at_;
   std::array<std::uint64_t, static_cast<std::size_t>(pool::RejectReason::kCount)> rejected_{};
   std::map<std::string, std::uint64_t, std::less<>> errors_;
-  pool::Snapshot::Database database_ = pool::Snapshot::Database::Unknown;
-  std::string database_error_, database_version_;
-  pool::Time database_seen_{};
-  std::uint64_t database_latency_ = 0;
-  bool database_probed_ = false;  // the latency is a probe's
+  std::string database_version_;
   std::map<std::string, pool::Snapshot::Upstream> upstreams_;
   std::map<std::string, UpstreamTimes> upstream_times_;
   std::set<std::string> weighed_, outweighed_;        // upstreams whose pools were told to fit, or not to

@@ -115,7 +115,7 @@ TEST(Alerts, EachOfTheOthers) {
   watch.process.residentBytes = 101u << 20;
   EXPECT_EQ(watch.after(11), "+high_memory");
   watch.snapshot.upstreams["db:5432"].state = pool::Snapshot::Database::Down;
-  watch.snapshot.databaseError = "connection refused";
+  watch.snapshot.upstreams["db:5432"].error = "connection refused";
   EXPECT_EQ(watch.after(), "+database_unreachable!");
   EXPECT_EQ(watch.alerts.active().back().summary, "db:5432 can't be reached: connection refused");
   watch.pool().leaking = 1;
