@@ -61,6 +61,17 @@ def test_pool_stats(proxies):
         w.sock.close()
 
 
+@pytest.mark.parametrize("limit, sqlstate", [("connectionTimeoutMillis", "53300"), ("queryTimeoutMillis", "57014")])
+def test_waits_in_vain_count_as_waits(proxies, limit, sqlstate):
+    proxy = proxies({"pool": {"max": 1, limit: 300}})
+    with raw(proxy) as holder, raw(proxy) as waiter:
+        holder.ask(wire.query("BEGIN"))
+        before = proxy.stats()["wait"]["count"]
+        assert [m.error["C"] for m in waiter.ask(wire.query("SELECT 1")) if m.type == "E"] == [sqlstate]
+        wait = proxy.stats()["wait"]
+        assert wait["count"] == before + 1 and wait["max"] >= 290
+
+
 def test_compute_health(proxy):
     with raw(proxy) as w:
         w.value("SELECT 1")

@@ -37,6 +37,15 @@ void ClientSession::start() {
   wait_readable();
 }
 
+void ClientSession::transition(State next) {
+  if (state_ == State::Waiting && next != State::Waiting) {  // in vain or not
+    const auto waited = worker_.now() - request_since;
+    wait_micros_ = static_cast<std::uint64_t>(std::chrono::duration_cast<std::chrono::microseconds>(waited).count());
+    entry_->pool.counters().wait.record(wait_micros_);
+  }
+  state_ = next;
+}
+
 const std::string& ClientSession::application() const {
   static const std::string none;
   if (!settings) return none;
@@ -249,8 +258,7 @@ bool ClientSession::acquire() {
 
 void ClientSession::on_lease(ServerConnection& server) {
   server_ = &server;
-  const pool::Time now = worker_.now();
-  transaction_since = now;
+  transaction_since = worker_.now();
   if (state_ == State::Greeting) {
     const Worker::Turn turn(worker_);
     server.apply_settings();
@@ -262,9 +270,6 @@ void ClientSession::on_lease(ServerConnection& server) {
     if (!settings->welcome.empty() && server.pipeline.empty()) on_server_ready();
     return;
   }
-  if (request_since == pool::Time{}) request_since = now;
-  wait_micros_ = static_cast<std::uint64_t>(std::chrono::duration_cast<std::chrono::microseconds>(now - request_since).count());
-  entry_->pool.counters().wait.record(wait_micros_);
   transition(State::Active);
   tell_due_ = server.settings != settings;
   if (!tell_due_ && told_ != server.told()) {

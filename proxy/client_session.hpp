@@ -146,7 +146,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
     std::size_t readies = 0;            ///< of DEALLOCATE: it is answered with this ReadyForQuery, counted from the next
   };
 
-  void transition(State next) { state_ = next; }
+  void transition(State next);
   void begin_request();
   void begin_execution();
   pool::StatementHandle note_statement(std::uint64_t fingerprint, std::string_view sql, std::string_view tags);
