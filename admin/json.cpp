@@ -99,7 +99,7 @@ void write_capacity(Json& json, const Snapshot::Upstream& upstream, Clock::time_
 
 // What the top level and each pool of pool-stats have in common.
 struct Counts {
-  std::uint64_t total = 0, idle = 0, waiting = 0, active = 0, connecting = 0, closing = 0, max = 0, min = 0, pinned = 0;
+  std::uint64_t total = 0, idle = 0, waiting = 0, active = 0, connecting = 0, resetting = 0, closing = 0, max = 0, min = 0, pinned = 0;
 
   void add(const PoolSnapshot& p) {
     total += p.total();
@@ -107,17 +107,22 @@ struct Counts {
     waiting += p.clientsWaiting;
     active += p.serversActive;
     connecting += p.serversLogin;
+    resetting += p.serversReset;
     closing += p.serversClosing;
     max += p.max;
     min += p.min;
     pinned += p.pinned;
   }
-  double utilization() const { return max == 0 ? 0 : std::round(static_cast<double>(active) / static_cast<double>(max) * 1000) / 1000; }
+  /// More than max are active after a reload that lowers it.
+  double utilization() const {
+    return max == 0 ? 0 : std::min(1.0, std::round(static_cast<double>(active) / static_cast<double>(max) * 1000) / 1000);
+  }
   // pg-pool's expired connections are those that will be closed and not used again: here, the ones being
   // closed.
   void write(Json& json) const {
     json.field("totalCount", total).field("idleCount", idle).field("waitingCount", waiting);
-    json.field("activeCount", active).field("connectingCount", connecting).field("expiredCount", closing);
+    json.field("activeCount", active).field("connectingCount", connecting).field("resettingCount", resetting);
+    json.field("expiredCount", closing);
     json.field("pinnedCount", pinned).field("max", max).field("min", min).field("utilization", utilization());
   }
 };
@@ -302,22 +307,22 @@ std::string compute_health_json(const Snapshot& s, const Process& process, Clock
     json.null("latencyMs");
   else
     json.field("latencyMs", millis(s.databaseLatencyMicros));
+  json.field("endpoint", s.upstream);
   const auto own = s.upstreams.find(s.upstream);
   write_capacity(json, own == s.upstreams.end() ? Snapshot::Upstream() : own->second, now);
   json.key("upstreams").begin('[');
   for (const auto& [name, upstream] : s.upstreams) {
     json.begin('{').field("name", name).field("status", status_of(upstream.state));
-  json.field("endpoint", s.upstream);
+    if (upstream.error.empty())
+      json.null("error");
+    else
+      json.field("error", upstream.error);
     write_capacity(json, upstream, now);
     json.end('}');
   }
   json.end(']');
   write_memory(json, process);
   json.key("cpu").begin('{').field("userSeconds", process.cpuUserSeconds);
-    if (upstream.error.empty())
-      json.null("error");
-    else
-      json.field("error", upstream.error);
   json.field("systemSeconds", process.cpuSystemSeconds);
   json.field("totalSeconds", process.cpuUserSeconds + process.cpuSystemSeconds).end('}');
   write_database(json, s, now);

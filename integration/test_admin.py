@@ -62,6 +62,21 @@ def test_pool_stats(proxies):
 
 
 @pytest.mark.parametrize("limit, sqlstate", [("connectionTimeoutMillis", "53300"), ("queryTimeoutMillis", "57014")])
+def test_pool_stats_after_max_was_lowered(proxies):
+    proxy = proxies({"pool": {"max": 3}})
+    clients = [raw(proxy) for _ in range(3)]
+    for w in clients:
+        w.ask(wire.query("BEGIN"))
+    proxy.write_config(harness.merge(proxy.config, {"pool": {"max": 1}}))
+    assert curl(proxy, "/api/admin/reload", "-X", "POST")[0] == 200
+    harness.poll(lambda: proxy.stats()["max"] == 1, what="it is lowered")
+    stats = proxy.stats()
+    assert (stats["activeCount"], stats["utilization"]) == (3, 1)
+    assert stats["totalCount"] == sum(stats[part + "Count"] for part in ("idle", "active", "connecting", "resetting", "expired"))
+    for w in clients:
+        w.sock.close()
+
+
 def test_waits_in_vain_count_as_waits(proxies, limit, sqlstate):
     proxy = proxies({"pool": {"max": 1, limit: 300}})
     with raw(proxy) as holder, raw(proxy) as waiter:

@@ -42,7 +42,7 @@ const kPoolColumns = [
 ];
 
 function drawPool(td, row) {
-  const other = Math.max(0, row.totalCount - row.activeCount - row.idleCount - row.connectingCount);
+  const other = row.resettingCount + row.expiredCount;
   drawBar(td, [["active", row.activeCount, "active"], ["idle", row.idleCount, "idle"], ["connecting", row.connectingCount, "connecting"],
     ["closing", other, "resetting or closing"]], row.max, `${row.activeCount} active, ${row.idleCount} idle of ${row.max}`);
 }

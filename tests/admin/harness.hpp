@@ -45,6 +45,7 @@ inline pool::PoolSnapshot sample_pool(std::string database, std::string user) {
   p.serversActive = 6;
   p.serversIdle = 2;
   p.serversLogin = 1;
+  p.serversReset = 1;
   p.serversClosing = 1;
   p.pinned = 1;
   p.oldestWaitMicros = 12500;

@@ -156,7 +156,7 @@ TEST(Metrics, PgBouncersNamesAndMeanings) {
                                                       {"pgbouncer_used_clients", "50"},
                                                       {"pgbouncer_login_clients", "1"},
                                                       {"pgbouncer_free_servers", "0"},
-                                                      {"pgbouncer_used_servers", "20"},
+                                                      {"pgbouncer_used_servers", "22"},
                                                       {"pgbouncer_cached_dns_names", "0"},
                                                       {"pgbouncer_cached_dns_zones", "0"},
                                                       {"pgbouncer_in_flight_dns_queries", "0"},
@@ -167,7 +167,7 @@ TEST(Metrics, PgBouncersNamesAndMeanings) {
                                                       {"pgbouncer_pools_server_active_connections" + alice, "6"},
                                                       {"pgbouncer_pools_server_idle_connections" + alice, "2"},
                                                       {"pgbouncer_pools_server_used_connections" + alice, "0"},
-                                                      {"pgbouncer_pools_server_testing_connections" + alice, "0"},
+                                                      {"pgbouncer_pools_server_testing_connections" + alice, "1"},
                                                       {"pgbouncer_pools_server_login_connections" + alice, "1"},
                                                       {"pgbouncer_pools_server_active_cancel_connections" + bob, "2"},
                                                       {"pgbouncer_pools_server_being_canceled_connections" + bob, "1"},
@@ -185,7 +185,7 @@ TEST(Metrics, PgBouncersNamesAndMeanings) {
                                                       {"pgbouncer_databases_pool_size" + database, "15"},
                                                       {"pgbouncer_databases_reserve_pool" + database, "0"},
                                                       {"pgbouncer_databases_max_connections" + database, "0"},
-                                                      {"pgbouncer_databases_current_connections" + database, "20"},
+                                                      {"pgbouncer_databases_current_connections" + database, "22"},
                                                       {"pgbouncer_databases_paused" + database, "0"},
                                                       {"pgbouncer_databases_disabled" + database, "0"}};
   for (const auto& [name, value] : rows) {

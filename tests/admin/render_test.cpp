@@ -21,9 +21,9 @@ TEST(Render, PoolStats) {
   s.pools[1].lastError = "FATAL: no pg_hba.conf entry";
   const auto v = json::parse(pool_stats_json(s, {}, kNow));
   EXPECT_EQ(v.at("timestamp").as_string(), "2023-11-14T22:13:20.123Z");
-  const std::pair<const char*, int> counts[] = {{"totalCount", 20},  {"idleCount", 4},    {"waitingCount", 6},
-                                                {"activeCount", 12}, {"expiredCount", 2}, {"connectingCount", 2},
-                                                {"max", 30},         {"min", 4},          {"idleTimeoutMillis", 20000}};
+  const std::pair<const char*, int> counts[] = {
+      {"totalCount", 22},     {"idleCount", 4},      {"waitingCount", 6}, {"activeCount", 12}, {"expiredCount", 2},
+      {"connectingCount", 2}, {"resettingCount", 2}, {"max", 30},         {"min", 4},          {"idleTimeoutMillis", 20000}};
   for (const auto& [name, n] : counts) EXPECT_EQ(v.at(name).to_number<int>(), n) << name;
   EXPECT_TRUE(v.at("maxUses").is_null()) << "the pools differ";
   EXPECT_DOUBLE_EQ(v.at("utilization").to_number<double>(), 0.4);
@@ -37,7 +37,7 @@ TEST(Render, PoolStats) {
   const auto& second = v.at("perPool").at(1);
   EXPECT_EQ(second.at("database").as_string(), "other");
   EXPECT_EQ(second.at("user").as_string(), "bob");
-  EXPECT_EQ(second.at("totalCount").to_number<int>(), 10);
+  EXPECT_EQ(second.at("totalCount").to_number<int>(), 11);
   EXPECT_EQ(second.at("lastError").as_string(), "FATAL: no pg_hba.conf entry");
 }
 
@@ -72,7 +72,7 @@ TEST(Render, ComputeHealthAndHealth) {
   v = json::parse(health_json(s, process, kNow));
   EXPECT_EQ(v.at("checks").at("database").at("status").as_string(), "unknown");
   EXPECT_TRUE(v.at("checks").at("database").at("latencyMs").is_null());
-  EXPECT_EQ(v.at("checks").at("pool").at("totalCount").to_number<int>(), 10);
+  EXPECT_EQ(v.at("checks").at("pool").at("totalCount").to_number<int>(), 11);
   EXPECT_EQ(v.at("version").as_string(), PGSIDECAR_VERSION);
 }
 
