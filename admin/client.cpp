@@ -101,6 +101,11 @@ Result request(const conf::Admin& settings, http::verb verb, const char* path, m
                   (ec == beast::error::timeout ? "timed out after " + std::to_string(limit.count()) + " ms" : ec.message());
     return result;
   }
+  if (parser.get()[http::field::server] != "pgsidecar") {
+    result.text = "something else answers at http://" + authority(settings) +
+                  ", not pgsidecar; is it running, and with the same admin.listen (PGSIDECAR_ADMIN_LISTEN)?";
+    return result;
+  }
   result.status = parser.get().result_int();
   result.text = parser.get().body();
   while (!result.text.empty() && result.text.back() == '\n') result.text.pop_back();

@@ -53,6 +53,7 @@ constexpr auto kLingerTime = 1s;    // so that an answer to an unread request is
 
 constexpr const char* kJson = "application/json";
 constexpr const char* kHtml = "text/html; charset=utf-8";
+constexpr const char* kServer = "pgsidecar";  // client.cpp knows by it whom it talks to
 constexpr const char* kEvents = "text/event-stream";
 constexpr const char* kText = "text/plain; charset=utf-8";
 constexpr const char* kPrometheus = "text/plain; version=0.0.4; charset=utf-8";
@@ -284,7 +285,7 @@ void Server::Impl::refuse(tcp::socket& socket) {
   const std::string body = error_json("too many admin connections", "at most 32 requests are answered at a time");
   const std::string text =
       "HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nCache-Control: no-store\r\n"
-      "Retry-After: 1\r\nContent-Type: application/json\r\nContent-Length: " +
+      "Retry-After: 1\r\nServer: pgsidecar\r\nContent-Type: application/json\r\nContent-Length: " +
       std::to_string(body.size()) + "\r\n\r\n" + body;
   error_code ec;
   std::array<char, 4096> unread;
@@ -389,6 +390,7 @@ asio::awaitable<void> Server::Impl::write(Session& session, const Answer& answer
     co_await http::async_write(session.stream, response, asio::redirect_error(asio::use_awaitable, ec));
   }
 }
+    response.set(http::field::server, kServer);
 
 asio::awaitable<void> Server::Impl::linger(Session& session) {
   error_code ec;

@@ -18,6 +18,7 @@ constexpr std::string_view kHead =
     "Content-Type: text/event-stream\r\n"
     "Cache-Control: no-store\r\n"
     "X-Content-Type-Options: nosniff\r\n"
+    "Server: pgsidecar\r\n"
     "Connection: close\r\n"
     "\r\n"
     "retry: 1000\n\n";

@@ -1,4 +1,5 @@
 """A Job's pod: a script beside the sidecar; the pod is complete when both have ended. And what comes before: the start."""
+import http.server
 import os
 import pathlib
 import signal
@@ -138,6 +139,29 @@ def test_wait_and_shutdown_tell_what_is_wrong(proxies):
     assert done.returncode == 1 and "not ready within 300 ms" in done.stderr and "PGSIDECAR_ADMIN_LISTEN" in done.stderr
     done = proxy.command("shutdown", "--config", str(proxy.config_file))
     assert done.returncode == 1 and "is it running" in done.stderr
+
+
+def test_another_server_on_the_port_is_not_taken_for_it(proxies):
+    """The application itself, say, that answers everything by a page."""
+    class Page(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", "6")
+            self.end_headers()
+            self.wfile.write(b"<html>")
+        do_POST = do_GET
+
+        def log_message(self, *_):
+            pass
+    proxy = proxies()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Page) as page:
+        threading.Thread(target=page.serve_forever, daemon=True).start()
+        environment = {"PGSIDECAR_ADMIN_LISTEN": f"127.0.0.1:{page.server_port}"}
+        for command in (["healthcheck"], ["wait", "--max", "300ms"], ["shutdown"], ["upgrade"]):
+            done = proxy.command(*command, "--config", proxy.config_file, environment=environment)
+            assert done.returncode == 1, command
+            assert f"something else answers at http://127.0.0.1:{page.server_port}, not pgsidecar" in done.stderr, done.stderr
+        page.shutdown()
 
 
 # ---- start
