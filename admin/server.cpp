@@ -10,8 +10,10 @@
 #include <boost/asio/redirect_error.hpp>
 #include <boost/asio/steady_timer.hpp>
 #include <boost/asio/use_awaitable.hpp>
+#include <boost/asio/write.hpp>
 #include <boost/beast/core/error.hpp>
 #include <boost/beast/core/flat_buffer.hpp>
+#include <boost/beast/core/string.hpp>
 #include <boost/beast/core/tcp_stream.hpp>
 #include <boost/beast/http.hpp>
 #include <chrono>
@@ -51,14 +53,16 @@ constexpr auto kProbeTime = 10s;    // longer than connectionTimeoutMillis' defa
 constexpr auto kRecheckTime = 1s;   // between probes of a database that is known to be down
 constexpr auto kLingerTime = 1s;    // so that an answer to an unread request isn't lost to a reset
 
+constexpr const char* kServer = "pgsidecar";  // client.cpp knows by it whom it talks to
 constexpr const char* kJson = "application/json";
 constexpr const char* kHtml = "text/html; charset=utf-8";
-constexpr const char* kServer = "pgsidecar";  // client.cpp knows by it whom it talks to
 constexpr const char* kEvents = "text/event-stream";
 constexpr const char* kText = "text/plain; charset=utf-8";
 constexpr const char* kPrometheus = "text/plain; version=0.0.4; charset=utf-8";
 constexpr const char* kSilent = R"({"error":"the data loop did not answer within 1 s"})";
 constexpr const char* kOpenMetrics = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+constexpr std::string_view kContinue = "HTTP/1.1 100 Continue\r\n\r\n";
 
 using Request = http::request<http::string_body>;
 
@@ -129,6 +133,17 @@ struct Session {
 
 std::string_view view(boost::beast::string_view s) {
   return {s.data(), s.size()};
+}
+
+/// As a proxy is asked. The target's authority counts then, whatever the Host header says (RFC 9112, section 3.2.2).
+void strip_authority(Request& request) {
+  constexpr std::string_view kScheme = "http://";
+  const std::string target(view(request.target()));
+  if (!beast::iequals(target.substr(0, kScheme.size()), kScheme) || request.count(http::field::host) > 1) return;
+  const auto end = std::min(target.find_first_of("/?", kScheme.size()), target.size());
+  request.set(http::field::host, target.substr(kScheme.size(), end - kScheme.size()));
+  const std::string path = target.substr(end);
+  request.target(path.starts_with('/') ? path : "/" + path);
 }
 
 }  // namespace
@@ -314,13 +329,19 @@ asio::awaitable<void> Server::Impl::serve(std::shared_ptr<Impl> self, std::share
     session->since = std::chrono::steady_clock::now();
     stream.expires_after(kRequestTime);
     error_code ec;
-    co_await http::async_read(stream, buffer, parser, asio::redirect_error(asio::use_awaitable, ec));
+    co_await http::async_read_header(stream, buffer, parser, asio::redirect_error(asio::use_awaitable, ec));
+    if (!ec && !parser.is_done() && parser.get().version() > 10 && beast::iequals(parser.get()[http::field::expect], "100-continue")) {
+      const auto go_on = asio::buffer(kContinue);
+      co_await asio::async_write(stream, go_on, asio::redirect_error(asio::use_awaitable, ec));
+    }
+    if (!ec) co_await http::async_read(stream, buffer, parser, asio::redirect_error(asio::use_awaitable, ec));
     Answer reply;
     bool head = false;
     unsigned version = 11;
     if (!ec) {
       session->state = Session::State::Answering;
-      const Request& request = parser.get();
+      Request& request = parser.get();
+      strip_authority(request);
       head = request.method() == http::verb::head;
       version = request.version();
       // Where a body ends that has another coding last can't be known (RFC 9112, section 6.1).
@@ -369,6 +390,7 @@ asio::awaitable<void> Server::Impl::write(Session& session, const Answer& answer
   const auto fill = [&](auto& response) {
     response.version(version);
     response.result(answer.status);
+    response.set(http::field::server, kServer);
     response.set(http::field::content_type, answer.type);
     response.set(http::field::cache_control, "no-store");
     response.set("X-Content-Type-Options", "nosniff");
@@ -390,7 +412,6 @@ asio::awaitable<void> Server::Impl::write(Session& session, const Answer& answer
     co_await http::async_write(session.stream, response, asio::redirect_error(asio::use_awaitable, ec));
   }
 }
-    response.set(http::field::server, kServer);
 
 asio::awaitable<void> Server::Impl::linger(Session& session) {
   error_code ec;

@@ -10,6 +10,7 @@ import jsonschema
 import psycopg
 import pytest
 
+import gate
 import harness
 import wire
 from harness import DATABASE, PASSWORD, USER, certified, curl, raw
@@ -61,7 +62,6 @@ def test_pool_stats(proxies):
         w.sock.close()
 
 
-@pytest.mark.parametrize("limit, sqlstate", [("connectionTimeoutMillis", "53300"), ("queryTimeoutMillis", "57014")])
 def test_pool_stats_after_max_was_lowered(proxies):
     proxy = proxies({"pool": {"max": 3}})
     clients = [raw(proxy) for _ in range(3)]
@@ -77,6 +77,7 @@ def test_pool_stats_after_max_was_lowered(proxies):
         w.sock.close()
 
 
+@pytest.mark.parametrize("limit, sqlstate", [("connectionTimeoutMillis", "53300"), ("queryTimeoutMillis", "57014")])
 def test_waits_in_vain_count_as_waits(proxies, limit, sqlstate):
     proxy = proxies({"pool": {"max": 1, limit: 300}})
     with raw(proxy) as holder, raw(proxy) as waiter:
@@ -159,33 +160,6 @@ def test_ready_again_without_any_traffic(proxies, pg):
         harness.poll(lambda: curl(proxy, "/health/ready")[0] == 200, what="it is seen to be back")
 
 
-def test_a_wrong_database_does_not_make_the_server_down(proxies):
-    proxy = proxies({"databases": {"*": {}}})
-    with raw(proxy) as w, wire.Wire(proxy.port) as other:
-        assert w.value("SELECT 1") == "1"
-        assert other.login(USER, PASSWORD, "no_such_database").error["C"] == "3D000"
-        assert curl(proxy, "/health/ready")[0] == 200 and w.value("SELECT 1") == "1"
-
-
-def test_the_databases_latency(proxy):
-    with raw(proxy) as w:
-        assert w.value("SELECT 1") == "1"
-        passive = json.loads(curl(proxy, "/api/monitoring/compute-health")[1])["database"]
-        probed = json.loads(curl(proxy, "/api/monitoring/compute-health?probe=1")[1])["database"]
-    assert (probed["source"], passive["source"]) == ("probe", "passive")
-    assert probed["latencyMs"] > 0 and passive["latencyMs"] > 0
-
-
-def http(proxy, request, timeout=10):
-    """All bytes of the answer to raw ones."""
-    with socket.create_connection(("127.0.0.1", proxy.admin_port), timeout) as sock:
-        sock.sendall(request)
-        answer = b""
-        while data := sock.recv(65536):
-            answer += data
-        return answer
-
-
 class StartingUp(gate.Listening):
     """A server that lets nobody in yet."""
 
@@ -266,6 +240,33 @@ def test_readiness_is_of_the_main_database(proxies, pg, dead):
     assert all(("refused" in (upstream["error"] or "")) == (upstream["status"] == "down") for upstream in upstreams)
 
 
+def test_a_wrong_database_does_not_make_the_server_down(proxies):
+    proxy = proxies({"databases": {"*": {}}})
+    with raw(proxy) as w, wire.Wire(proxy.port) as other:
+        assert w.value("SELECT 1") == "1"
+        assert other.login(USER, PASSWORD, "no_such_database").error["C"] == "3D000"
+        assert curl(proxy, "/health/ready")[0] == 200 and w.value("SELECT 1") == "1"
+
+
+def test_the_databases_latency(proxy):
+    with raw(proxy) as w:
+        assert w.value("SELECT 1") == "1"
+        passive = json.loads(curl(proxy, "/api/monitoring/compute-health")[1])["database"]
+        probed = json.loads(curl(proxy, "/api/monitoring/compute-health?probe=1")[1])["database"]
+    assert (probed["source"], passive["source"]) == ("probe", "passive")
+    assert probed["latencyMs"] > 0 and passive["latencyMs"] > 0
+
+
+def http(proxy, request, timeout=10):
+    """All bytes of the answer to raw ones."""
+    with socket.create_connection(("127.0.0.1", proxy.admin_port), timeout) as sock:
+        sock.sendall(request)
+        answer = b""
+        while data := sock.recv(65536):
+            answer += data
+        return answer
+
+
 def test_http_methods_and_pipelines(proxy):
     get = b"GET /health/live HTTP/1.1\r\nHost: a\r\n\r\n"
     answer = http(proxy, get * 3 + b"GET /no HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
@@ -276,6 +277,21 @@ def test_http_methods_and_pipelines(proxy):
         assert b"Cache-Control: no-store" in head
         for method in ("POST", "PUT", "DELETE", "OPTIONS", "BREW"):
             assert http(proxy, f"{method} {path} HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode()).startswith(b"HTTP/1.1 405")
+
+
+def test_http_of_proxies_and_of_careful_clients(proxy):
+    """A target with its scheme and host, which count before the Host header; a client that asks before it sends its body."""
+    def absolute(target, host="a"):
+        return http(proxy, f"GET {target} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
+    for target in ("http://127.0.0.1/health/live", "HTTP://a:5000/health/live?x=1", "http://a", "http://a?x"):
+        assert absolute(target).startswith(b"HTTP/1.1 200"), target
+    assert absolute("http://localhost/api/monitoring/clients", "evil.example").startswith(b"HTTP/1.1 200")
+    assert absolute("http://evil.example/api/monitoring/clients", "localhost").startswith(b"HTTP/1.1 403")
+    with socket.create_connection(("127.0.0.1", proxy.admin_port), 10) as sock:
+        sock.sendall(b"POST /api/admin/reload HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\nContent-Length: 2\r\nConnection: close\r\n\r\n")
+        assert sock.recv(65536) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        sock.sendall(b"{}")
+        assert sock.recv(65536).startswith(b"HTTP/1.1 200")
 
 
 @pytest.mark.parametrize("request_,status", [
@@ -333,6 +349,7 @@ def test_documents_are_as_their_schemas_say(proxies):
             health.validate(shown[1])
             return shown
         _, compute = check()
+        assert compute["endpoint"] == f"127.0.0.1:{server.port}"
         assert compute["maxConnections"] is None and compute["upstreams"] == [] and server.count() == 0  # nothing was woken up
         proxy.json("/api/monitoring/compute-health?probe=1")
         assert check()[1]["database"]["source"] == "probe"
@@ -375,7 +392,6 @@ def test_a_cold_start_is_counted(proxies, pg):
                 for source, sink in ((client, upstream), (upstream, client)):
                     threading.Thread(target=pump, args=(source, sink), daemon=True).start()
 
-        assert compute["endpoint"] == f"127.0.0.1:{server.port}"
         def pump(source, sink):
             try:
                 while data := source.recv(65536):
