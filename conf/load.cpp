@@ -18,7 +18,8 @@ namespace pgsidecar::conf {
 namespace {
 
 constexpr std::size_t kMaxFile = 1u << 20;
-constexpr int kDeepest = 16;  // mappings in mappings
+constexpr std::string_view kOfProcess = "allowExitOnIdle";  // no database's nor user's pool has it
+constexpr int kDeepest = 16;                                // mappings in mappings
 constexpr std::size_t kMostMappings = 100'000;
 
 std::string joined(const std::vector<std::string>& lines) {
@@ -193,7 +194,9 @@ class Reader {
     for (const auto& key : pool_keys()) known.push_back(key.path);
     for (const auto& entry : node) {
       const std::string name = entry.first.Scalar();
-      if (!set(pool_keys(), settings, name, entry.second, path + "." + name))
+      if (name == kOfProcess)
+        mistake(entry.first, path + "." + name, "counts for the whole process: pool." + name);
+      else if (!set(pool_keys(), settings, name, entry.second, path + "." + name))
         mistake(entry.first, path + "." + name, "unknown key" + did_you_mean(name, known));
     }
   }
@@ -388,6 +391,11 @@ class Reader {
       mistake(path + ".min", std::to_string(pool.min) + " is more than " + path + ".max (" + std::to_string(pool.max) + ")");
   }
 
+  void check_exit_on_idle() {
+    if (config_.pool.allowExitOnIdle && config_.pool.idleTimeoutMillis == 0)
+      mistake("pool.allowExitOnIdle", "waits until there was no client for pool.idleTimeoutMillis, and that is 0, never");
+  }
+
   /// The default isn't more than a `max` that was given.
   void fit_min() {
     if (!lines_.contains("pool.min") && !env_("PGSIDECAR_POOL_MIN")) config_.pool.min = std::min(config_.pool.min, config_.pool.max);
@@ -443,6 +451,7 @@ class Reader {
     if (config_.auth.method == AuthMethod::Cert && (tls.ca.empty() || tls.mode == TlsMode::Disable))
       mistake("auth.method", "cert needs TLS (tls.mode) and tls.ca, the CA of the clients' certificates");
     check_file("admin.tokenFile", config_.admin.tokenFile);
+    check_exit_on_idle();
     check_pool("pool", config_.pool);
     if (config_.pool.min > config_.pool.max) return;  // told once
     for (const auto& [name, database] : config_.databases) check_pool("databases." + name + ".pool", database.pool);
@@ -672,7 +681,8 @@ std::string to_redacted_yaml(const Config& config, const Environment& env) {
   YAML::Emitter out;
   const auto pool = [&](const PoolSettings& settings) {
     out << YAML::BeginMap;
-    for (const auto& key : pool_keys()) out << YAML::Key << std::string(key.path) << YAML::Value << key.get(settings);
+    for (const auto& key : pool_keys())
+      if (key.path != kOfProcess) out << YAML::Key << std::string(key.path) << YAML::Value << key.get(settings);
     out << YAML::EndMap;
   };
   const auto upstream = [&](const Upstream& up) {

@@ -91,6 +91,24 @@ def test_port_probes_do_not_keep_it_from_ending(proxies):
         assert proxy.wait_exit(1) == 0
 
 
+def test_allow_exit_on_idle_is_of_the_process(proxies):
+    proxy = proxies({"pool": {"allowExitOnIdle": True}})
+
+    def mistakes(config):
+        proxy.write_config(harness.merge(before, config))
+        done = proxy.command("check", "--config", proxy.config_file)
+        return done.returncode, done.stderr
+    before = proxy.config
+    for section in ("databases", "users"):
+        code, told = mistakes({section: {"app": {"pool": {"allowExitOnIdle": True}}}})
+        assert code == 2 and f"{section}.app.pool.allowExitOnIdle: counts for the whole process: pool.allowExitOnIdle" in told, told
+    code, told = mistakes({"pool": {"idleTimeoutMillis": 0}})
+    assert code == 2 and "pool.allowExitOnIdle: waits until there was no client for pool.idleTimeoutMillis, and that is 0, never" in told, told
+    proxy.write_config(harness.merge(before, {"databases": {"app": {"pool": {"idleTimeoutMillis": 0}}}}))
+    shown = proxy.command("check", "--config", proxy.config_file)
+    assert shown.returncode == 0 and shown.stdout.count("allowExitOnIdle") == 1
+
+
 def test_waiting_for_the_end_costs_nothing(proxies):
     """Not a look at the clock each 100 ms."""
     if harness.sanitized():

@@ -125,6 +125,8 @@ std::string apply_setting(conf::Config& config, std::string_view name, std::stri
   const bool all_fit =
       fits(next.pool) && std::all_of(next.databases.begin(), next.databases.end(), [&](const auto& one) { return fits(one.second.pool); });
   if (!all_fit) return "SET failed: pool.min would be more than pool.max";
+  if (next.pool.allowExitOnIdle && next.pool.idleTimeoutMillis == 0)
+    return "SET failed: pool.allowExitOnIdle would wait for pool.idleTimeoutMillis, which would be 0, never";
   config = std::move(next);
   return {};
 }

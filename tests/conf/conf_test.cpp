@@ -442,6 +442,8 @@ TEST(Load, WhatIsWrong) {
       {"pool: {min: 20}", "more than"},
       {"pool: {max: 3}\n---\npool: {max: 4}\n", "x:3: a second document"},
       {"pool: {min: 2, max: 1}", "pool.min: 2 is more than pool.max (1)"},
+      {"pool: {allowExitOnIdle: true, idleTimeoutMillis: 0}", "pool.allowExitOnIdle: waits until"},
+      {"users: {a: {pool: {allowExitOnIdle: true}}}", "x:1: users.a.pool.allowExitOnIdle: counts for the whole process"},
       {"tls: {mode: require}", "tls.certificate"},
       {"listen: nowhere", "host:port"},
       {"listen: [nowhere, 'h:x']", "\"nowhere\" is not host:port, [v6]:port or unix:/directory; \"x\""},
