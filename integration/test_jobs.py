@@ -68,6 +68,8 @@ def test_unused_is_from_the_start_and_never_after_a_client(proxies):
     assert proxy.stop() == 0
     proxy = proxies({"shutdown": {"exitIfUnusedMillis": 500}})
     with wire.Wire(proxy.port) as undecided:  # its login is under way when the time is up
+        undecided.send(wire.request(wire.SSL_REQUEST))
+        assert undecided.sock.recv(1) == b"N"
         with pytest.raises(subprocess.TimeoutExpired):
             proxy.wait_exit(1)
         assert undecided.login(USER, PASSWORD, DATABASE) is None
@@ -89,6 +91,16 @@ def test_port_probes_do_not_keep_it_from_ending(proxies):
                 pass
             time.sleep(0.1)
         assert proxy.wait_exit(1) == 0
+
+
+@pytest.mark.parametrize("config, client", [({"shutdown": {"exitIfUnusedMillis": 300}}, False),
+                                            ({"pool": {"allowExitOnIdle": True, "idleTimeoutMillis": 300}}, True)])
+def test_who_says_nothing_is_no_client(proxies, config, client):
+    proxy = proxies(config)
+    with wire.Wire(proxy.port):
+        if client:
+            proxy.connect().close()
+        assert proxy.wait_exit(5) == 0
 
 
 def test_allow_exit_on_idle_is_of_the_process(proxies):

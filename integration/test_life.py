@@ -268,6 +268,16 @@ def test_accepts_while_draining_if_told_to(proxies):
     assert proxy.wait_exit(10) == 0
 
 
+def test_who_says_nothing_holds_no_drain_back(proxies):
+    proxy = proxies({"shutdown": {"acceptWhileDraining": True}})
+    with wire.Wire(proxy.port), raw(proxy) as w:
+        proxy.signal(signal.SIGTERM)
+        harness.poll(lambda: curl(proxy, "/health/ready")[0] == 503, what="it drains")
+        assert w.value("SELECT 1") == "1"
+        w.sock.close()
+        assert proxy.wait_exit(5) == 0
+
+
 def test_reload_while_draining(proxies):
     proxy = proxies()
     with raw(proxy) as w:

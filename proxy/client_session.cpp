@@ -24,6 +24,7 @@ namespace {
 
 constexpr std::size_t kMaxUnread = 64 * 1024;  // of a client that waits
 constexpr std::uint32_t kMaxMessage = 0x40000000;
+constexpr std::chrono::milliseconds kSilence{500};
 constexpr std::string_view kTerminate("X\0\0\0\4", 5);
 constexpr std::string_view kUserRequest = "canceling statement due to user request";
 
@@ -35,6 +36,10 @@ bool is_extended(char type) {
 
 void ClientSession::start() {
   wait_readable();
+}
+
+bool ClientSession::is_silent(pool::Time now) const {
+  return !began_ && now - connected_at_ >= kSilence;
 }
 
 void ClientSession::transition(State next) {

@@ -51,7 +51,8 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   log::About about() const;  ///< for the log
   bool counts_as_login() const { return state_ < State::Console; }
   bool is_console() const { return console_ != nullptr; }
-  void resume_console();  ///< what it waited for is done
+  bool is_silent(pool::Time now) const;  ///< has connected a while ago and said nothing yet
+  void resume_console();                 ///< what it waited for is done
 
   /// The server has said what there was to ask at its login.
   void verified();

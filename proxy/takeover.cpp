@@ -110,7 +110,7 @@ void Worker::on_peer_ended(const Succession& which) {
     return check_stopped();
   }
   log::info("predecessor_ended", {}, "process {}, from which this one took over, has ended", ended->peer());
-  if (clients_.size() == consoles_) idle_since_ = now();
+  if (logged_in_ == 0) idle_since_ = now();
   kick();
   if (on_alone) on_alone();
 }

@@ -432,7 +432,7 @@ void Worker::on_client_closed(ClientSession& client) {
   asio::post(data_, [this, id = client.id(), console = client.is_console()] {
     clients_.erase(id);
     if (console) abandon_operation(id);
-    if (clients_.size() == consoles_) {
+    if (logged_in_ == 0) {
       if (idle_since_ == pool::Time::max()) idle_since_ = now();  // who hasn't logged in, as a port probe, was no client
       kick();
     }
@@ -624,8 +624,15 @@ void Worker::tick() {
 
 // --- the end
 
+/// Nobody is here but consoles, and those of whom nothing was heard yet.
+bool Worker::is_deserted() const {
+  if (logged_in_ > 0) return false;
+  return std::all_of(clients_.begin(), clients_.end(),
+                     [this](const auto& one) { return one.second->is_console() || one.second->is_silent(now()); });
+}
+
 pool::Time Worker::quits_at() const {
-  if (draining_ || succession_ || clients_.size() > consoles_) return pool::Time::max();
+  if (draining_ || succession_ || !is_deserted()) return pool::Time::max();
   if (had_client_) return config_->pool.allowExitOnIdle ? idle_since_ + milliseconds(config_->pool.idleTimeoutMillis) : pool::Time::max();
   const std::uint32_t unused = config_->shutdown.exitIfUnusedMillis;
   return unused > 0 ? started_at_ + milliseconds(unused) : pool::Time::max();
@@ -660,11 +667,11 @@ void Worker::drain() {
 }
 
 void Worker::check_stopped() {
-  if (!draining_ || stopped_ || is_handing_over() || clients_.size() > consoles_) return;
+  if (!draining_ || stopped_ || is_handing_over() || !is_deserted()) return;
   if (!clients_.empty()) {
-    std::vector<std::shared_ptr<ClientSession>> consoles;
-    for (auto& [id, client] : clients_) consoles.push_back(client);
-    for (const auto& console : consoles) console->fatal("57P01", "terminating connection due to administrator command");
+    std::vector<std::shared_ptr<ClientSession>> left;
+    for (auto& [id, client] : clients_) left.push_back(client);
+    for (const auto& client : left) client->fatal("57P01", "terminating connection due to administrator command");
     return;
   }
   if (ports_.somebody_knocks() && now() < drain_until_) return;

@@ -372,6 +372,7 @@ class Worker {
   void run_runnable();
   void login_over();
   void check_stopped();
+  bool is_deserted() const;
   /// When it ends by itself because nobody uses it; max: it doesn't.
   pool::Time quits_at() const;
   /// The pool of the upstream's own user and database, if the server refuses its login and no connection is left.
