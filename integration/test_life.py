@@ -7,6 +7,7 @@ import socket
 import subprocess
 import threading
 import time
+import urllib.request
 
 import pytest
 import yaml
@@ -276,6 +277,25 @@ def test_who_says_nothing_holds_no_drain_back(proxies):
         assert w.value("SELECT 1") == "1"
         w.sock.close()
         assert proxy.wait_exit(5) == 0
+
+
+def test_its_memory_is_for_nobody_else(pg):
+    """It holds passwords: neither a core dump nor another process of its user gets them. It reads of itself what it needs."""
+    if os.getuid() != 0:
+        pytest.skip("whose files these are shows only if it is another's process")
+    admin = harness.free_port()
+    process = subprocess.Popen([harness.BINARY], stdout=subprocess.DEVNULL, cwd="/", **harness.unprivileged(),
+                               env={"DATABASE_URL": pg.url(sslmode="require"), "PGSIDECAR_LISTEN": f"127.0.0.1:{harness.free_port()}",
+                                    "PGSIDECAR_ADMIN_LISTEN": f"127.0.0.1:{admin}"})
+    try:
+        harness.poll(lambda: socket.socket().connect_ex(("127.0.0.1", admin)) == 0, what="it listens")
+        assert os.stat(f"/proc/{process.pid}/mem").st_uid == 0
+        metrics = urllib.request.urlopen(f"http://127.0.0.1:{admin}/metrics").read().decode()
+        assert float(re.search(r"^process_open_fds (\S+)", metrics, re.M)[1]) > 5
+        assert float(re.search(r"^process_resident_memory_bytes (\S+)", metrics, re.M)[1]) > 1e6
+    finally:
+        process.terminate()
+        assert process.wait(10) == 0
 
 
 def test_reload_while_draining(proxies):

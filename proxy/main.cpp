@@ -1,6 +1,7 @@
 // The command line, and the joining of proxy and admin.
 #include <fcntl.h>
 #include <malloc.h>
+#include <sys/prctl.h>
 #include <unistd.h>
 
 #include <cstdio>
@@ -214,6 +215,7 @@ int run(const Arguments& arguments, std::shared_ptr<const conf::Config> config, 
 
 int main(int argc, char** argv) {
   open_standard_streams();
+  ::prctl(PR_SET_DUMPABLE, 0);  // there are passwords in its memory
   const Arguments arguments = parse(argc, argv);
   const conf::Environment env = conf::process_environment();
   std::set<std::string, std::less<>> asked;
