@@ -7,10 +7,10 @@ namespace pgsidecar::pool {
 
 void Pool::admit(Slot& slot, Time now, double random) {
   slot.connected = now;
-  const double jitter = 0.9 + 0.1 * random;
-  if (settings_.maxUses != 0) slot.use_limit = std::max(1u, static_cast<std::uint32_t>(settings_.maxUses * jitter));
+  const double fewer = 0.1 * (1 - random);
+  if (settings_.maxUses != 0) slot.use_limit = settings_.maxUses - static_cast<std::uint32_t>(settings_.maxUses * fewer);
   if (settings_.maxLifetimeSeconds != 0)
-    slot.lifetime_end = now + std::chrono::milliseconds(static_cast<std::int64_t>(settings_.maxLifetimeSeconds * jitter * 1000));
+    slot.lifetime_end = now + std::chrono::milliseconds(static_cast<std::int64_t>(settings_.maxLifetimeSeconds * (1 - fewer) * 1000));
 }
 
 Slot* Pool::take(Time) {

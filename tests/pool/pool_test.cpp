@@ -193,6 +193,23 @@ TEST_F(PoolTest, WearsOut) {
   EXPECT_EQ(reason, CloseReason::Lifetime);
 }
 
+TEST_F(PoolTest, JitterLeavesAFewUsesAsTheyAre) {
+  const struct {
+    std::uint32_t maxUses;
+    double random;
+    std::uint32_t limit;
+  } rows[] = {{1, 0.0, 1},       {2, 0.0, 2},       {3, 0.5, 3},
+              {9, 0.0, 9},       {10, 0.01, 10},    {20, 0.1, 19},
+              {5000, 1.0, 5000}, {5000, 0.0, 4500}, {4294967295u, 1.0, 4294967295u}};
+  for (const auto& row : rows) {
+    settings.maxUses = row.maxUses;
+    make();
+    Slot slot;
+    pool->admit(slot, now, row.random);
+    EXPECT_EQ(slot.use_limit, row.limit) << row.maxUses << " " << row.random;
+  }
+}
+
 TEST_F(PoolTest, IdlesOutDownToMin) {
   settings.min = 1;
   settings.idleTimeoutMillis = 1000;
