@@ -258,9 +258,10 @@ def test_slow_statements_are_logged_with_their_tags_and_without_their_values(pro
     with proxy.connect(application_name="tagged") as connection:
         connection.execute(f"SELECT pg_sleep(0.1), 'top secret' /*{trace}*/")
         connection.execute("SELECT pg_sleep(%s), %s::text /*route='two'*/", (0.1, "hidden"), prepare=True)
+        connection.execute("SELECT pg_sleep(0.1) /* 'top secret', hidden=here */")
         connection.execute("SELECT 'quick'")
     lines = [line for line in proxy.log_text().splitlines() if "slow statement" in line]
-    assert len(lines) == 2
+    assert len(lines) == 3
     assert trace in lines[0] and 'application "tagged"' in lines[0] and "SELECT pg_sleep(?), ?" in lines[0]
     assert "route='two'" in lines[1]
     assert "secret" not in proxy.log_text() and "hidden" not in proxy.log_text()

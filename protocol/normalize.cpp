@@ -217,7 +217,39 @@ bool has_numbered_names(std::string_view sql) {
   return found;
 }
 
-std::string_view comment_tags(std::string_view sql) {
+namespace {
+
+/// key='value' or key:value, and more of them behind commas: sqlcommenter's and marginalia's form. Any other text may hold a secret.
+bool are_tags(std::string_view text) {
+  const auto skip = [&](auto&& goes_on) {
+    std::size_t n = 0;
+    while (n < text.size() && goes_on(text[n])) n += text[n] == '\\' && n + 1 < text.size() ? 2 : 1;
+    text.remove_prefix(n);
+    return n;
+  };
+  const auto take = [&](char c) {
+    const bool there = text.starts_with(c);
+    text.remove_prefix(there);
+    return there;
+  };
+  const auto is_blank = [](char c) { return is(c, kBlank); };
+  do {
+    skip(is_blank);
+    if (skip([](char c) { return is(c, kWord) || c == '-' || c == '.' || c == '%'; }) == 0) return false;
+    if (take('=')) {
+      if (!take('\'')) return false;
+      skip([](char c) { return c != '\''; });
+      if (!take('\'')) return false;
+    } else if (!take(':') || skip([](char c) { return !is(c, kBlank) && c != ',' && c != '\'' && c != '"'; }) == 0) {
+      return false;
+    }
+    skip(is_blank);
+  } while (take(','));
+  return text.empty();
+}
+
+/// The comment at the text's end, or else at its start, without its delimiters.
+std::string_view outer_comment(std::string_view sql) {
   while (!sql.empty() && (is(sql.back(), kBlank) || sql.back() == ';' || sql.back() == '\0')) sql.remove_suffix(1);
   if (sql.size() >= 4 && sql.ends_with("*/")) {
     const std::size_t begin = sql.rfind("/*", sql.size() - 4);
@@ -227,6 +259,13 @@ std::string_view comment_tags(std::string_view sql) {
   if (!sql.starts_with("/*")) return {};
   const std::size_t end = sql.find("*/", 2);
   return end == std::string_view::npos ? std::string_view() : sql.substr(2, end - 2);
+}
+
+}  // namespace
+
+std::string_view comment_tags(std::string_view sql) {
+  const std::string_view comment = outer_comment(sql);
+  return are_tags(comment) ? comment : std::string_view();
 }
 
 }  // namespace pgsidecar::protocol

@@ -18,8 +18,8 @@ std::uint64_t fingerprint_sql(std::string_view sql);
 /// Whether a quoted name in it has a number as a word of its own ("area 51"), so that texts with other numbers have other fingerprints.
 bool has_numbered_names(std::string_view sql);
 
-/// What the comment at the text's end, or else at its start, says without its delimiters: where tracers put their tags (traceparent,
-/// sqlcommenter). Empty: there is none. A view into `sql`.
+/// What the comment at the text's end, or else at its start, says without its delimiters, if that is tracers' tags: key='value' or
+/// key:value, and more behind commas (sqlcommenter, marginalia). Empty: there are none. A view into `sql`.
 std::string_view comment_tags(std::string_view sql);
 
 }  // namespace pgsidecar::protocol

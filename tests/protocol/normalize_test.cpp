@@ -51,7 +51,17 @@ TEST(Normalize, TagsAreTheCommentAtTheEndOrTheStart) {
   const struct {
     std::string_view sql, tags;
   } rows[] = {{"SELECT 1 /*traceparent='00-ab-cd-01',app='x'*/", "traceparent='00-ab-cd-01',app='x'"},
-              {"SELECT 1 /* a */ + 2 /*b*/ ; \n", "b"},
+              {"SELECT 1 /* a */ + 2 /*b:c*/ ; \n", "b:c"},
+              {"SELECT 1 /* app='x\\'y' , db_driver='%27' */", " app='x\\'y' , db_driver='%27' "},
+              {"SELECT 1 /*application:Shop,line:/app/user.rb:12:in*/", "application:Shop,line:/app/user.rb:12:in"},
+              {"SELECT 1 /* password hunter2 */", ""},
+              {"SELECT 1 /* was: 'hunter2' */", ""},
+              {"SELECT 1 /* a = 'hunter2' */", ""},
+              {"SELECT 1 /*a='x' AND b='hunter2'*/", ""},
+              {"SELECT 1 /*a='x',*/", ""},
+              {"SELECT 1 /*a='x\\*/", ""},
+              {"SELECT 1 /*a:*/", ""},
+              {"/* hunter2 */ SELECT 1", ""},
               {" /* controller:users */ SELECT 1", " controller:users "},
               {"SELECT 1", ""},
               {"SELECT 1 /*", ""},
