@@ -1,10 +1,11 @@
 """Settings that pg_settings doesn't show, or not to everybody; what a client brought at its login after a RESET; texts that aren't ASCII."""
 import contextlib
 
+import psycopg
 import pytest
 
 import wire
-from harness import DATABASE, USER, raw
+from harness import DATABASE, PASSWORD, USER, raw
 from wire import kinds
 
 ROLE = "settings_role"
@@ -27,6 +28,17 @@ def superuser(pg):
         yield "settings_super", "spw"
     finally:
         pg.sql("DROP ROLE settings_super")
+
+
+@pytest.mark.parametrize("options, says", [("-c foo", "-c foo requires a value"), ("--foo", "--foo requires a value"),
+                                           ("-z", "invalid command-line argument for server process: -z"),
+                                           ("foo", "invalid command-line argument for server process: foo")])
+def test_wrong_options_are_told_as_the_server_does(proxies, pg, options, says):
+    with pytest.raises(psycopg.OperationalError, match=f"FATAL:  {says}"):
+        pg.connect(options=options)
+    with wire.Wire(proxies().port) as w:
+        error = w.login(USER, PASSWORD, DATABASE, options=options).error
+    assert (error["S"], error["C"], error["M"]) == ("FATAL", "42601", says)
 
 
 def everywhere(w, holder, sql):

@@ -154,6 +154,9 @@ constexpr Switch kSwitches[] = {{'B', "shared_buffers", nullptr},
                                 {'s', "log_statement_stats", "true"},
                                 {'W', "post_auth_delay", nullptr}};
 
+/// The others that it takes (process_postgres_switches).
+constexpr std::string_view kOtherSwitches = "CDETbdfjnrtv";
+
 /// Which of its computes a client of Neon's wants; its proxy takes that out of the options.
 bool is_neons(std::string_view word) {
   return word.starts_with("endpoint=") || word.starts_with("project=") || (word.starts_with("neon_") && word.find(':') != word.npos);
@@ -161,7 +164,7 @@ bool is_neons(std::string_view word) {
 
 }  // namespace
 
-std::optional<std::vector<std::pair<std::string, std::string>>> parse_options(std::string_view options) {
+std::optional<std::vector<std::pair<std::string, std::string>>> parse_options(std::string_view options, std::string& complaint) {
   std::vector<std::string> words;
   for (std::size_t i = 0; i < options.size();) {
     const auto blank = [](char c) { return c == ' ' || c == '\t' || c == '\n' || c == '\r' || c == '\v' || c == '\f'; };
@@ -177,8 +180,13 @@ std::optional<std::vector<std::pair<std::string, std::string>>> parse_options(st
     words.push_back(std::move(word));
   }
   std::vector<std::pair<std::string, std::string>> settings;
-  const auto assign = [&](std::string_view text) {
+  const auto refused = [&](const std::string& word) {
+    complaint = "invalid command-line argument for server process: " + word;
+    return std::nullopt;
+  };
+  const auto assign = [&](const char* before, std::string_view text) {
     const std::size_t equals = text.find('=');
+    if (equals == std::string_view::npos) complaint = before + std::string(text) + " requires a value";
     if (equals == std::string_view::npos || equals == 0) return false;
     std::string name(text.substr(0, equals));
     std::replace(name.begin(), name.end(), '-', '_');  // as the server does
@@ -188,28 +196,29 @@ std::optional<std::vector<std::pair<std::string, std::string>>> parse_options(st
   for (std::size_t i = 0; i < words.size(); ++i) {
     std::string_view word = words[i];
     if (word.starts_with("--")) {
-      if (!assign(word.substr(2))) return std::nullopt;
+      if (!assign("--", word.substr(2))) return std::nullopt;
       continue;
     }
     if (is_neons(word)) continue;
-    if (word.size() < 2 || word[0] != '-') return std::nullopt;
+    if (word.size() < 2 || word[0] != '-') return refused(words[i]);
     for (word.remove_prefix(1); !word.empty();) {  // as getopt does: letters in a row, the last of them with an argument
       const char letter = word[0];
       word.remove_prefix(1);
       const auto known = std::find_if(std::begin(kSwitches), std::end(kSwitches), [=](const Switch& s) { return s.letter == letter; });
-      if (letter != 'c' && known == std::end(kSwitches)) return std::nullopt;
+      if (kOtherSwitches.find(letter) != kOtherSwitches.npos) return std::nullopt;
+      if (letter != 'c' && known == std::end(kSwitches)) return refused(words[i]);
       if (letter != 'c' && known->value) {
         settings.emplace_back(known->setting, known->value);
         continue;
       }
       if (word.empty()) {
-        if (++i == words.size()) return std::nullopt;
+        if (++i == words.size()) return refused(words.back());
         word = words[i];
       }
       const std::string_view argument = std::exchange(word, {});
       if (letter != 'c')
         settings.emplace_back(known->setting, argument);
-      else if (!assign(argument))
+      else if (!assign("-c ", argument))
         return std::nullopt;
     }
   }

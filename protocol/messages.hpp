@@ -49,8 +49,8 @@ void write_cancel_request(std::string& out, std::uint32_t pid, std::string_view 
 void write_negotiate_protocol_version(std::string& out, std::uint32_t version, const std::vector<std::string>& options);
 
 /// Splits `options` of a startup into settings: `-c name=value`, `-cname=value`, `--name=value`; backslash escapes
-/// blanks. What names a compute of Neon's is left out, as its proxy does. nullopt if it holds anything else (the server then has to
-/// judge it).
-std::optional<std::vector<std::pair<std::string, std::string>>> parse_options(std::string_view options);
+/// blanks. What names a compute of Neon's is left out, as its proxy does. nullopt if it holds anything else: `complaint` is then what the
+/// server says of it (with 42601); empty: it is one of the switches that the server takes besides.
+std::optional<std::vector<std::pair<std::string, std::string>>> parse_options(std::string_view options, std::string& complaint);
 
 }  // namespace pgsidecar::protocol

@@ -236,11 +236,10 @@ void ClientSession::accepted() {
     return fatal(sqlstate, error);
   }
   if (worker_.full()) return refuse_full();  // others have come in while this one was asked for its password
-  std::string complaint;
-  auto asked = settings_of(login_->startup, complaint);
+  auto asked = settings_of(login_->startup, sqlstate, error);
   if (!asked) {
     worker_.reject(pool::RejectReason::Unsupported);
-    return fatal("0A000", complaint);
+    return fatal(sqlstate, error);
   }
   // Neon's proxy forwards no client_encoding of the connection string's at the server's login.
   if (const std::string& encoding = worker_.encoding_of(entry->database); !encoding.empty())

@@ -262,7 +262,7 @@ void SettingsCache::learn_date_style(const std::vector<std::string>& asked, cons
   date_styles_[asked] = heard ? told : asked.back();
 }
 
-std::optional<StartupSettings> settings_of(const protocol::Startup& startup, std::string& complaint) {
+std::optional<StartupSettings> settings_of(const protocol::Startup& startup, std::string& sqlstate, std::string& complaint) {
   StartupSettings asked;
   const auto add = [&asked](const std::string& name, const std::string& value) {
     asked.values[lower(name)] = value;
@@ -270,9 +270,10 @@ std::optional<StartupSettings> settings_of(const protocol::Startup& startup, std
   };
   // The server takes `options` first, then the other parameters in order.
   if (const auto options = startup.get("options"); !options.empty()) {
-    const auto parsed = protocol::parse_options(options);
+    const auto parsed = protocol::parse_options(options, complaint);
     if (!parsed) {
-      complaint = "unsupported startup options: only settings (-c name=value) can be given through pgsidecar";
+      sqlstate = complaint.empty() ? "0A000" : "42601";
+      if (complaint.empty()) complaint = "unsupported startup options: only settings (-c name=value) can be given through pgsidecar";
       return std::nullopt;
     }
     for (const auto& [name, value] : *parsed) add(name, value);

@@ -65,8 +65,8 @@ struct StartupSettings {
 };
 
 /// What of a StartupMessage are settings (user, database, replication and `_pq_.` aren't). None: `options` holds
-/// something else than settings, named in `complaint`.
-std::optional<StartupSettings> settings_of(const protocol::Startup& startup, std::string& complaint);
+/// something else than settings: `sqlstate` and `complaint` say what.
+std::optional<StartupSettings> settings_of(const protocol::Startup& startup, std::string& sqlstate, std::string& complaint);
 
 /// Statements that turn a session with `have` into one with `want`.
 std::vector<std::string> settings_statements(const Values& have, const Values& want);

@@ -16,7 +16,8 @@ void startup(std::string_view text) {
   std::string again;
   write_startup(again, *read);
   require(again.size() == text.size() + 4 && again.substr(4) == text, "a startup is written as it was read");
-  if (const auto options = read->get("options"); !options.empty()) parse_options(Exact(options).text());
+  std::string complaint;
+  if (const auto options = read->get("options"); !options.empty()) parse_options(Exact(options).text(), complaint);
 }
 
 void error(std::string_view text) {
@@ -86,10 +87,11 @@ void client_login(Choices& choices) {
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   Choices choices(data, size);
+  std::string complaint;
   switch (choices.below(5)) {
     case 0: startup(choices.take(size)); break;
     case 1: error(choices.take(size)); break;
-    case 2: parse_options(Exact(choices.take(size)).text()); break;
+    case 2: parse_options(Exact(choices.take(size)).text(), complaint); break;
     case 3: server_login(choices); break;
     default: client_login(choices); break;
   }

@@ -109,7 +109,26 @@ TEST(Messages, OptionsRows) {
       {"a=b", std::nullopt},
       {"-c a=b c", std::nullopt},
   };
-  for (const auto& row : rows) EXPECT_EQ(parse_options(row.text), row.settings) << row.text;
+  std::string complaint;
+  for (const auto& row : rows) EXPECT_EQ(parse_options(row.text, complaint), row.settings) << row.text;
+}
+
+TEST(Messages, OptionsAreRefusedInTheServersWords) {
+  const struct {
+    const char *text, *complaint;
+  } rows[] = {{"-c foo", "-c foo requires a value"},
+              {"-cfoo -c a=b", "-c foo requires a value"},
+              {"--foo", "--foo requires a value"},
+              {"-z", "invalid command-line argument for server process: -z"},
+              {"-c a=b foo", "invalid command-line argument for server process: foo"},
+              {"-c", "invalid command-line argument for server process: -c"},
+              {"-", "invalid command-line argument for server process: -"},
+              {"-E", ""}};  // it takes that one
+  for (const auto& row : rows) {
+    std::string complaint;
+    EXPECT_FALSE(parse_options(row.text, complaint)) << row.text;
+    EXPECT_EQ(complaint, row.complaint) << row.text;
+  }
 }
 
 TEST(Messages, BuildersSayTheirOwnLength) {

@@ -24,7 +24,7 @@ TEST(Settings, ASearchPathMayMakeThingsTemporary) {
 }
 
 TEST(Settings, OfAStartup) {
-  std::string complaint;
+  std::string sqlstate, complaint;
   const auto asked = settings_of(startup({{"user", "u"},
                                           {"DateStyle", "DMY"},
                                           {"options", "-c ignored=1"},
@@ -32,11 +32,12 @@ TEST(Settings, OfAStartup) {
                                           {"TimeZone", "UTC"},
                                           {"timezone", "GMT"},
                                           {"_pq_.x", "1"}}),
-                                 complaint);
+                                 sqlstate, complaint);
   ASSERT_TRUE(asked);
   EXPECT_EQ(asked->values, (Values{{"a", "1"}, {"b", "2"}, {"c_d", "x y"}, {"timezone", "GMT"}}));
   EXPECT_EQ(asked->date_styles, (std::vector<std::string>{"SQL", "DMY"}));
-  EXPECT_FALSE(settings_of(startup({{"options", "-E"}}), complaint));
+  EXPECT_FALSE(settings_of(startup({{"options", "-E"}}), sqlstate, complaint));
+  EXPECT_EQ(sqlstate, "0A000");
   EXPECT_FALSE(complaint.empty());
 }
 
@@ -66,9 +67,9 @@ TEST(Settings, ADateStyleThatTheServerHasNotHeard) {
     cache.learn_date_style({row.asked}, row.told);
     EXPECT_EQ(*cache.date_style({row.asked}), row.is) << row.asked;
   }
-  std::string complaint;
-  EXPECT_EQ(settings_of(startup({{"DateStyle", "dmy, sql"}}), complaint)->values, (Values{{"datestyle", "dmy, sql"}}));
-  EXPECT_EQ(settings_of(startup({{"datestyle", "sql, dmy"}, {"DateStyle", "ISO"}}), complaint)->date_styles,
+  std::string sqlstate, complaint;
+  EXPECT_EQ(settings_of(startup({{"DateStyle", "dmy, sql"}}), sqlstate, complaint)->values, (Values{{"datestyle", "dmy, sql"}}));
+  EXPECT_EQ(settings_of(startup({{"datestyle", "sql, dmy"}, {"DateStyle", "ISO"}}), sqlstate, complaint)->date_styles,
             (std::vector<std::string>{"sql, dmy", "ISO"}));
 }
 
