@@ -252,6 +252,14 @@ def test_a_change_of_the_file_is_a_reload_if_asked_for(proxies):
         assert w.value("SELECT 1") == "1" and proxy.stats()["max"] == 9
 
 
+def test_each_mistake_is_an_event(proxies):
+    proxy = proxies()
+    put(proxy.config_file, "pool: {max: many}\nlog: {level: loud}\nupstream: {host: h}\n")
+    proxy.signal(signal.SIGHUP)
+    lines = harness.poll(lambda: [line for line in proxy.log_text().splitlines() if "[reload_failed]" in line], what="the mistakes are told")
+    assert [line.split("pgsidecar.yaml", 1)[1][:14] for line in lines] == [":1: pool.max: ", ":2: log.level:"], lines
+
+
 def test_files_that_are_mounted_anew(proxies, pg, tmp_path):
     made = tmp_path / "made"
     made.mkdir()

@@ -148,6 +148,9 @@ std::string Supervisor::reload() {
     asio::post(data_loop_, [this, prepared] { worker_.reload(std::move(*prepared)); });
     if (on_reloaded) on_reloaded();
     return {};
+  } catch (const conf::ConfigError& e) {
+    for (const std::string& mistake : e.mistakes()) log::error("reload_failed", {}, "reload: nothing is changed: {}", mistake);
+    return e.what();
   } catch (const std::exception& e) {
     log::error("reload_failed", {}, "reload: nothing is changed: {}", e.what());
     return e.what();
