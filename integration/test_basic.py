@@ -547,6 +547,7 @@ def test_a_unix_socket_in_use_is_not_taken_over(proxies):
         with first.connect(host=directory, port=port) as connection:
             assert connection.execute("SELECT 1").fetchone() == (1,)
         assert second.wait_exit(1) == 1
+        assert f"cannot listen on unix:{directory}:{port}: Address already in use (change" in second.log_text()
 
 
 def test_set_of_a_custom_startup_setting_is_not_lost(proxies):

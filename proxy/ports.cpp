@@ -100,18 +100,24 @@ conf::Listening Ports::open_unix(const conf::Listen& where, conf::PassedSockets&
 void Ports::open(const std::vector<conf::Listen>& listen, conf::PassedSockets& passed) {
   for (const conf::Listening& one : passed.take_passed(false)) add(one);
   for (const conf::Listen& where : listen) {
-    const std::string text =
-        where.kind == conf::Listen::Kind::Unix ? "unix:" + where.directory : conf::print_address(where.host, where.port);
+    const auto fail = [&](const std::string& why) {
+      throw std::runtime_error("cannot listen on " +
+                               (where.kind == conf::Listen::Kind::Unix ? "unix:" + where.directory + ":" + std::to_string(where.port)
+                                                                       : conf::print_address(where.host, where.port)) +
+                               ": " + why + " (change `listen` or PGSIDECAR_LISTEN)");
+    };
     try {
       if (where.kind == conf::Listen::Kind::Unix) {
         if (const conf::Listening one = open_unix(where, passed); one.fd >= 0) add(one);
         continue;
       }
       for (const conf::Listening& one : conf::open_listeners(where, kBacklog, passed, false)) add(one);
+    } catch (const std::system_error& e) {
+      fail(e.code().message());
+    } catch (const boost::system::system_error& e) {
+      fail(e.code().message());
     } catch (const std::runtime_error& e) {
-      const auto* system = dynamic_cast<const std::system_error*>(&e);
-      throw std::runtime_error("cannot listen on " + text + ": " + (system ? system->code().message() : e.what()) +
-                               " (change `listen` or PGSIDECAR_LISTEN)");
+      fail(e.what());
     }
   }
 }
