@@ -524,6 +524,13 @@ def test_reload_takes_a_database_away(proxies, pg):
         assert failure and failure.error["C"] == "3D000"
 
 
+def test_an_encoding_that_there_is_not_is_told_at_once(proxies, pg):
+    proxy = proxies({"pool": {"connectionTimeoutMillis": 30000}}, url=pg.url(sslmode="require") + "&client_encoding=nope")
+    with wire.Wire(proxy.port, timeout=10) as w:
+        error = w.login(USER, PASSWORD, DATABASE).error
+    assert (error["C"], error["M"]) == ("22023", 'invalid value for parameter "client_encoding": "nope"')
+
+
 def test_a_refusal_of_the_database_is_told_at_once_and_whole(proxies, pg):
     pg.sql(f"REVOKE CONNECT ON DATABASE {OTHER_DATABASE} FROM public")
     try:

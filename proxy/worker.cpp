@@ -3,6 +3,7 @@
 #include <poll.h>
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <boost/asio/bind_allocator.hpp>
 #include <boost/asio/post.hpp>
@@ -34,9 +35,10 @@ bool same_connections(const conf::PoolSettings& a, const conf::PoolSettings& b) 
 
 }  // namespace
 
-/// A failure that more tries won't mend: wrong credentials, no such database, one that takes no connections.
+/// A failure that more tries won't mend: wrong credentials, no such database, one that takes no connections, a value that it doesn't take.
 bool is_permanent(std::string_view sqlstate) {
-  return sqlstate.starts_with("28") || sqlstate.starts_with("3D") || sqlstate.starts_with("42") || sqlstate.starts_with("55");
+  constexpr std::array<std::string_view, 5> kClasses{"22", "28", "3D", "42", "55"};
+  return std::find(kClasses.begin(), kClasses.end(), sqlstate.substr(0, 2)) != kClasses.end();
 }
 
 /// No connection of the pool is open or being closed: what the next connect hears counts for all who wait.
