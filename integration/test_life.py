@@ -190,6 +190,19 @@ def test_no_configuration_at_all(proxy):
     assert done.returncode == 2 and "DATABASE_URL" in done.stderr
 
 
+def test_an_empty_name_of_the_file_is_none(proxy):
+    for arguments in (("check", "--config", ""), ("check", "--config=")):
+        done = proxy.command(*arguments)
+        assert done.returncode == 2 and "--config needs a file" in done.stderr, done
+
+
+@pytest.mark.parametrize("host, shown", [("[::1]", "[::1]"), ("*", "[::]"), ("*", "0.0.0.0")])
+def test_the_admin_port_is_told_as_a_url(proxies, host, shown):
+    port = harness.free_port()
+    proxy = proxies({"admin": {"listen": f"{host}:{port}"}}, wait=False)
+    harness.poll(lambda: f"admin at http://{shown}:{port}\n" in proxy.log_text(), what="it says so")
+
+
 def test_environment_alone(pg, proxies):
     port, admin = harness.free_port(), harness.free_port()
     environment = {"DATABASE_URL": pg.url(), "PGSIDECAR_LISTEN": f"127.0.0.1:{port}", "PGSIDECAR_ADMIN_LISTEN": f"127.0.0.1:{admin}", "PGSIDECAR_POOL_MAX": "4"}

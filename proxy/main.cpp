@@ -42,8 +42,9 @@ constexpr const char* kHelp =
     "  pgsidecar upgrade                 have it started anew, as the binary and the configuration are now, without a pause\n"
     "  pgsidecar --version | --help\n"
     "\n"
-    "Every key of the configuration is also an environment variable: PGSIDECAR_ and its path in upper snake\n"
-    "case (PGSIDECAR_POOL_MAX, PGSIDECAR_ADMIN_LISTEN). PGSIDECAR_CONFIG names the file.\n"
+    "Every key of the configuration but those of databases, users and alerts.webhooks is also an environment\n"
+    "variable: PGSIDECAR_ and its path in upper snake case (PGSIDECAR_POOL_MAX, PGSIDECAR_ADMIN_LISTEN).\n"
+    "PGSIDECAR_CONFIG names the file.\n"
     "Exit codes: 0 clean stop, 1 run-time failure, 2 configuration mistake, 3 forced end of a drain.\n";
 
 struct Arguments {
@@ -87,6 +88,7 @@ Arguments parse(int argc, char** argv) {
       std::exit(0);
     } else if (argument == "--config" || argument.starts_with("--config=")) {
       arguments.config = value("--config");
+      if (arguments.config.empty()) usage("--config needs a file");
     } else if (argument == "--max" || argument.starts_with("--max=")) {
       arguments.max = parse_duration(value("--max"));
       if (arguments.max.count() < 0) usage("--max takes a duration such as 30s");
@@ -200,8 +202,7 @@ int run(const Arguments& arguments, std::shared_ptr<const conf::Config> config, 
       passed,
       [&] {
         server.begin();
-        if (config->admin.enabled)
-          proxy::log::info("admin_listening", {}, "admin at http://{}:{}", config->admin.listen.host, server.port());
+        for (const conf::Listening& one : server.listening()) proxy::log::info("admin_listening", {}, "admin at http://{}", one.address);
         monitor.start();
       },
       [&] {
