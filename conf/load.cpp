@@ -6,10 +6,10 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
-#include <fstream>
 #include <set>
 #include <sstream>
 
+#include "conf/resolve.hpp"
 #include "conf/schema.hpp"
 #include "conf/suggest.hpp"
 
@@ -17,7 +17,6 @@ namespace pgsidecar::conf {
 
 namespace {
 
-constexpr std::size_t kMaxFile = 1u << 20;
 constexpr std::string_view kOfProcess = "allowExitOnIdle";  // no database's nor user's pool has it
 constexpr int kDeepest = 16;                                // mappings in mappings
 constexpr std::size_t kMostMappings = 100'000;
@@ -26,17 +25,6 @@ std::string joined(const std::vector<std::string>& lines) {
   std::string out;
   for (const std::string& line : lines) out += (out.empty() ? "" : "\n") + line;
   return out;
-}
-
-bool nobody_can_log_in(const Config& config, const Environment& env) {
-  if (config.auth.method == AuthMethod::Trust || config.auth.method == AuthMethod::Cert) return false;
-  for (const auto& [name, user] : config.users)
-    if (user.password || name == "*") return false;
-  try {
-    return resolve_upstream(config.upstream, env).users_password().empty();
-  } catch (const ConfigError&) {  // its password can't be read now
-    return false;
-  }
 }
 
 /// Reads one YAML document into a Config, collecting mistakes.
@@ -55,13 +43,15 @@ class Reader {
       else if (name != "databases" && name != "users")
         top(entry.first, entry.second, name);
       if (name == "alerts" && entry.second.IsMap() && entry.second["webhooks"])
-        each(entry.second["webhooks"], "alerts.webhooks", [this](const std::string& key, const YAML::Node& node) { webhook(key, node); });
+        each(entry.second["webhooks"], "alerts.webhooks",
+                  [this](const std::string& key, const YAML::Node& node) { webhook(key, node); });
     }
     environment();
     // What these leave out is the global sections' and the environment's, which are read by now.
     for (const auto& entry : root) {
       const std::string name = entry.first.Scalar();
-      if (name == "databases") each(entry.second, name, [this](const std::string& key, const YAML::Node& node) { database(key, node); });
+      if (name == "databases")
+        each(entry.second, name, [this](const std::string& key, const YAML::Node& node) { database(key, node); });
       if (name == "users") each(entry.second, name, [this](const std::string& key, const YAML::Node& node) { user(key, node); });
     }
     validate();
@@ -81,9 +71,11 @@ class Reader {
 
   void mistake(const std::string& path, const std::string& text) {
     const auto line = lines_.find(path);
-    mistakes_.push_back((line == lines_.end() ? "" : file_ + ":" + std::to_string(line->second) + ": ") +
-                        (path.empty() ? "" : path + ": ") + text);
+    std::string told =
+        (line == lines_.end() ? "" : file_ + ":" + std::to_string(line->second) + ": ") + (path.empty() ? "" : path + ": ") + text;
     wrong_.insert(path.substr(0, path.rfind('.')));
+    // What sections inherit is told once.
+    if (std::find(mistakes_.begin(), mistakes_.end(), told) == mistakes_.end()) mistakes_.push_back(std::move(told));
   }
 
   /// False: it can't be read, since it has no end.
@@ -278,13 +270,13 @@ class Reader {
   void environment() {
     environment("");
     Upstream& up = config_.upstream;
-    if (const auto url = env_("PGSIDECAR_UPSTREAM_URL")) up.url = *url;
+    if (const auto url = env_("PGSIDECAR_UPSTREAM_URL"); url && !is_blank(*url)) up.url = *url;
     for (const std::string_view keyword : connection_keywords())
       if (const auto value = env_(environment_name("upstream." + std::string(keyword)))) up.keys[std::string(keyword)] = *value;
     for (const auto& key : upstream_keys()) set_from_environment(key, "upstream." + std::string(key.path), up);
     password_command_of_environment(up);
     // A server given in keywords alone. The default stays if it can be read: it may hold the rest.
-    if (up.url == kDefaultUrl && up.keys.contains("host") && (up.keys.contains("user") || !env_("DATABASE_URL"))) up.url.clear();
+    if (up.url == kDefaultUrl && up.keys.contains("host") && (up.keys.contains("user") || !has_database_url(env_))) up.url.clear();
   }
 
   template <class F>
@@ -340,18 +332,24 @@ class Reader {
     config_.users[name] = std::move(user);
   }
 
+  /// Where something of an upstream was given (`from`: as Mistake's): a variable, its own key, or the one that it inherits.
+  std::string place_of(const std::string& path, const Upstream& upstream, const std::string& from) const {
+    if (!from.empty() && !is_keyword(from)) return from;
+    const std::string key = from.empty() ? "url" : from, own = path + "." + key, global = "upstream." + key;
+    if (own != global && lines_.contains(own)) return own;
+    if (from.empty() && upstream.url != config_.upstream.url) return path;
+    if (const std::string variable = environment_name(global); !is_blank(env_(variable).value_or(""))) return variable;
+    if (lines_.contains(global)) return global;
+    if (!from.empty() || upstream.url != kDefaultUrl) return path;
+    return has_database_url(env_) ? "DATABASE_URL" : global;
+  }
+
   void check_upstream(const std::string& path, const Upstream& upstream) {
-    try {
-      const ConnectParams p = resolve_upstream(upstream, env_);
-      for (const auto& [keyword, file] : {std::pair{"sslrootcert", p.sslrootcert},
-                                          {"sslcert", p.sslcert},
-                                          {"sslkey", p.sslkey},
-                                          {"sslcrl", p.sslcrl},
-                                          {"sslcrldir", p.sslcrldir}})
-        if (file != "system") check_file(path, file, keyword);
-    } catch (const ConfigError& e) {
-      for (const std::string& one : e.mistakes()) mistake(lines_.contains(path + ".url") ? path + ".url" : path, one);
-    }
+    Findings found;
+    resolve_upstream(upstream, env_, found);
+    for (const Mistake& one : found.mistakes) mistake(place_of(path, upstream, one.from), one.text);
+    for (const UsedFile& file : found.files)
+      if (file.keyword.starts_with("ssl")) check_file(place_of(path, upstream, file.from), file.path, file.keyword);
   }
 
   void check_password_command(const std::string& path, const std::vector<std::string>& command) {
@@ -406,16 +404,8 @@ class Reader {
   /// What one key alone doesn't show.
   void validate() {
     fit_min();
-    if (config_.upstream.url == kDefaultUrl && !env_("DATABASE_URL"))
-      mistake("upstream.url",
-              "no database to connect to: set DATABASE_URL (or PGSIDECAR_UPSTREAM_URL, or upstream.url in the file) to a "
-              "connection string such as postgresql://user:password@host:5432/dbname");
-    else
-      check_upstream("upstream", config_.upstream);
-    const bool wrong = !mistakes_.empty();  // told once, and not for each database that inherits it
-    for (const auto& [name, database] : config_.databases)
-      if (database.upstream.url != config_.upstream.url || (!wrong && database.upstream != config_.upstream))
-        check_upstream("databases." + name + ".upstream", database.upstream);
+    check_upstream("upstream", config_.upstream);
+    for (const auto& [name, database] : config_.databases) check_upstream("databases." + name + ".upstream", database.upstream);
     check_password_command("upstream.passwordCommand", config_.upstream.passwordCommand);
     check_clients_password();
     for (const auto& [name, database] : config_.databases)
@@ -461,7 +451,6 @@ class Reader {
     }
   }
 
-  static constexpr const char* kDefaultUrl = "${DATABASE_URL}";
   std::map<std::string, int> lines_;  // where a path was given
   std::set<std::string> wrong_;       // sections with a mistake
   std::size_t visited_ = 0;           // mappings
@@ -477,150 +466,11 @@ ConfigError::ConfigError(std::vector<std::string> mistakes) : std::runtime_error
 
 namespace {
 
-/// Percent-encodes what isn't unreserved (RFC 3986).
-std::string encoded(std::string_view text) {
-  static constexpr char kHex[] = "0123456789ABCDEF";
-  std::string out;
-  for (const char c : text) {
-    const auto u = static_cast<unsigned char>(c);
-    if ((c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '-' || c == '.' || c == '_' || c == '~')
-      out += c;
-    else
-      out.append({'%', kHex[u >> 4], kHex[u & 15]});
-  }
-  return out;
-}
-
-/// `what` is how it is called in an error.
-std::string read_file(const std::string& path, const std::string& what) {
-  errno = 0;
-  std::ifstream in(path, std::ios::binary);
-  std::ostringstream content;
-  if (!in || (in.peek() != std::ifstream::traits_type::eof() && !(content << in.rdbuf())) || in.bad())
-    throw ConfigError("cannot read " + what + (errno == 0 ? "" : std::string(": ") + std::strerror(errno)));
-  if (content.str().size() > kMaxFile) throw ConfigError(what + " is larger than 1 MiB");
-  return content.str();
-}
-
 std::string read_config(const std::string& path) {
   return read_file(path, "the configuration file \"" + path + "\"");
 }
 
-/// Files named before `encode_before` are percent-encoded.
-std::string expand_until(std::string_view text, const Environment& env, std::size_t encode_before) {
-  std::string out;
-  for (std::size_t i = 0; i < text.size(); ++i) {
-    if (text[i] != '$' || i + 1 == text.size()) {
-      out += text[i];
-      continue;
-    }
-    if (text[i + 1] == '$') {
-      out += '$';
-      ++i;
-      continue;
-    }
-    if (text[i + 1] != '{') {
-      out += '$';
-      continue;
-    }
-    const auto close = text.find('}', i);
-    if (close == std::string_view::npos) throw ConfigError("${ without its }");
-    const std::string_view inside = text.substr(i + 2, close - i - 2);
-    i = close;
-    if (inside.starts_with("file:")) {
-      const std::string path(inside.substr(5));
-      std::string value = read_file(path, "file \"" + path + "\" named by ${file:}");
-      if (!value.empty() && value.back() == '\n') value.pop_back();
-      if (!value.empty() && value.back() == '\r') value.pop_back();
-      out += i < encode_before ? encoded(value) : value;
-      continue;
-    }
-    const auto colon = inside.find(":-");
-    const std::string name(inside.substr(0, colon));
-    if (const auto value = env(name); value && !(colon != std::string_view::npos && value->empty()))
-      out += *value;
-    else if (colon != std::string_view::npos)
-      out += inside.substr(colon + 2);
-    else
-      throw ConfigError("environment variable " + name + " is not set (${" + name + ":-default} gives a default)");
-  }
-  return out;
-}
-
 }  // namespace
-
-std::string expand(std::string_view text, const Environment& env) {
-  return expand_until(text, env, 0);
-}
-
-std::vector<std::string> expand_arguments(std::vector<std::string> arguments, const Environment& env) {
-  for (std::string& argument : arguments) argument = expand(argument, env);
-  return arguments;
-}
-
-ConnectParams resolve_upstream(const Upstream& upstream, const Environment& env) {
-  std::map<std::string, std::string> keys;
-  for (const auto& [name, value] : upstream.keys) keys[name] = expand(value, env);
-  // A file holds a password as it is: where a URI wants one, it is encoded.
-  const std::string_view url = upstream.url;
-  const std::size_t at = url.starts_with("postgres") && url.find("://") != url.npos ? url.rfind('@') : url.npos;
-  return parse_connection_string(expand_until(url, env, at == url.npos ? 0 : at), keys, env, upstream.dbname);
-}
-
-std::vector<std::string> upstream_warnings(const Config& config, const Environment& env) {
-  std::vector<std::string> warnings;
-  std::set<std::string> told;
-  const auto add = [&](const std::string& path, const Upstream& upstream) {
-    try {
-      for (const std::string& warning : resolve_upstream(upstream, env).warnings)
-        if (told.insert(warning).second) warnings.push_back(path + ": " + warning);
-    } catch (const ConfigError&) {
-      // A secret can't be read now. Whoever connects is told so.
-    }
-  };
-  add("upstream", config.upstream);
-  for (const auto& [name, database] : config.databases) add("databases." + name + ".upstream", database.upstream);
-  if (nobody_can_log_in(config, env))
-    warnings.push_back(
-        "nobody can log in, since no password is known that a client must prove: put one into upstream.url or users, or set auth.method");
-  return warnings;
-}
-
-namespace {
-
-/// NAME_SERVICE_HOST, NAME_PORT=tcp://..., NAME_PORT_6432_TCP_ADDR and so on (Kubernetes documentation, Accessing the Service).
-bool of_a_service(std::string_view name, std::string_view value) {
-  const auto port = name.find("_PORT_");
-  return name.find("_SERVICE_HOST") != name.npos || name.find("_SERVICE_PORT") != name.npos ||
-         (name.ends_with("_PORT") && value.find("://") != value.npos) ||
-         (port != name.npos && port + 6 < name.size() && name[port + 6] >= '0' && name[port + 6] <= '9');
-}
-
-}  // namespace
-
-Environment noting(const Environment& env, std::set<std::string, std::less<>>& asked) {
-  return [env, &asked](std::string_view name) {
-    asked.emplace(name);
-    return env(name);
-  };
-}
-
-std::vector<std::string> unused_variables(const std::set<std::string, std::less<>>& asked, const char* const* variables) {
-  constexpr std::string_view kPrefix = "PGSIDECAR_", kFile = "PGSIDECAR_CONFIG";
-  std::vector<std::string_view> known{kFile.substr(kPrefix.size())};  // what all begin with makes none nearer
-  for (const std::string& name : asked)
-    if (name.starts_with(kPrefix)) known.push_back(std::string_view(name).substr(kPrefix.size()));
-  std::vector<std::string> lines;
-  for (; *variables; ++variables) {
-    const std::string_view variable = *variables;
-    const std::string_view name = variable.substr(0, variable.find('='));
-    if (!name.starts_with(kPrefix) || name == kFile || asked.contains(name) || of_a_service(name, variable.substr(name.size()))) continue;
-    const std::string_view meant = nearest(name.substr(kPrefix.size()), known);
-    lines.push_back("the environment variable " + std::string(name) + " is no setting and is ignored" +
-                    (meant.empty() ? "" : " (did you mean \"" + std::string(kPrefix) + std::string(meant) + "\"?)"));
-  }
-  return lines;
-}
 
 Config load_text(std::string_view yaml, std::string_view name, const Environment& env) {
   Config config;
@@ -648,18 +498,18 @@ std::set<std::string> files_of(const Config& config, const std::string& path, co
     for (auto at = text.find(kBegin); at != text.npos; at = text.find(kBegin, at + 1))
       if (const auto end = text.find('}', at); end != text.npos) files.emplace(text.substr(at + kBegin.size(), end - at - kBegin.size()));
   };
-  const auto certificates_of = [&](const Upstream& upstream) {
-    const ConnectParams p = resolve_upstream(upstream, env);
-    for (const std::string& file : {p.sslrootcert, p.sslcert, p.sslkey, p.sslcrl})
-      if (file != "system") files.insert(file);
+  const auto used_by = [&](const Upstream& upstream) {
+    Findings found;
+    resolve_upstream(upstream, env, found);
+    for (const UsedFile& file : found.files) files.insert(file.path);
   };
   if (!path.empty()) named_in(read_config(path));
   const auto named_in_environment = [&](std::string_view key) { named_in(env(environment_name(key)).value_or("")); };
   for (const auto& key : config_keys()) named_in_environment(key.path);
   for (const std::string_view keyword : connection_keywords()) named_in_environment("upstream." + std::string(keyword));
   named_in_environment("upstream.url");
-  certificates_of(config.upstream);
-  for (const auto& [name, database] : config.databases) certificates_of(database.upstream);
+  used_by(config.upstream);
+  for (const auto& [name, database] : config.databases) used_by(database.upstream);
   for (const auto& [name, hook] : config.alerts.webhooks) files.insert(hook.ca);
   files.erase("");
   return files;

@@ -93,18 +93,50 @@ const Keyword* find_keyword(std::string_view name) {
 
 constexpr const char* kEncode = "; a / ? # @ : or % in a user name or password is percent-encoded (/ is %2F)";
 
-/// Keywords and their values. What is no keyword is told with the others at the end.
+/// Keywords and their values.
 struct Values : std::map<std::string, std::string, std::less<>> {
-  std::vector<std::string> mistakes;
+  explicit Values(Findings& to) : findings(to), incomplete(!to.mistakes.empty()) {}
+
+  std::string get(std::string_view name) const {
+    const auto it = find(name);
+    return it == end() ? std::string() : it->second;
+  }
+  void complain(std::string_view name, const std::string& text) {
+    const auto it = from.find(name);
+    findings.mistakes.push_back(it == from.end() ? Mistake{"", "connection string: " + text} : Mistake{it->second, text});
+  }
+  /// What `f` throws is a mistake of this keyword. False: it has thrown.
+  template <class F>
+  bool check(std::string_view name, F&& f) {
+    try {
+      f();
+      return true;
+    } catch (const ConfigError& e) {
+      complain(name, e.what());
+      return false;
+    }
+  }
+  /// The same with its value, if there is one.
+  template <class F>
+  void read(std::string_view name, F&& f) {
+    if (const std::string value = get(name); !value.empty()) check(name, [&] { f(value); });
+  }
+  void uses(std::string_view name, const std::string& path) {
+    const auto it = from.find(name);
+    if (!path.empty() && path != "system") findings.files.push_back({std::string(name), it == from.end() ? "" : it->second, path});
+  }
+
+  std::map<std::string, std::string, std::less<>> from;  // Mistake::from of those that the string doesn't give
+  Findings& findings;
+  bool incomplete;  // not all could be read: what several values mean together isn't known
 };
 
 /// `secret`: the name may be a part of a password.
 void set_value(Values& values, std::string_view raw_name, std::string value, bool secret = false) {
   std::string name(raw_name);
   if (name == "ssl" && value == "true") name = "sslmode", value = "require";  // JDBC's and libpq's old form
-  if (!find_keyword(name) && secret) throw ConfigError(std::string("connection string: an unknown parameter") + kEncode);
-  if (!find_keyword(name))
-    values.mistakes.push_back("connection string: unknown parameter \"" + name + "\"" + did_you_mean(name, connection_keywords()));
+  if (!find_keyword(name) && secret) throw ConfigError(std::string("an unknown parameter") + kEncode);
+  if (!find_keyword(name)) values.complain(name, "unknown parameter \"" + name + "\"" + did_you_mean(name, connection_keywords()));
   values[name] = std::move(value);
 }
 
@@ -124,8 +156,8 @@ std::string decode(std::string_view text, const char* part) {
     }
     const int high = i + 2 < text.size() + 0 && i + 2 <= text.size() - 1 ? hex(text[i + 1]) : -1;
     const int low = high >= 0 ? hex(text[i + 2]) : -1;
-    if (low < 0) throw ConfigError(std::string("connection string: invalid percent-encoding in the ") + part + " (a % is written %25)");
-    if (high == 0 && low == 0) throw ConfigError(std::string("connection string: %00 is not allowed in the ") + part);
+    if (low < 0) throw ConfigError(std::string("invalid percent-encoding in the ") + part + " (a % is written %25)");
+    if (high == 0 && low == 0) throw ConfigError(std::string("%00 is not allowed in the ") + part);
     out += static_cast<char>(high * 16 + low);
     i += 2;
   }
@@ -135,7 +167,7 @@ std::string decode(std::string_view text, const char* part) {
 void parse_uri(std::string_view text, Values& values) {
   text.remove_prefix(text.find("://") + 3);
   if (const auto hash = text.find('#'); hash != std::string_view::npos && text.find('?') > hash && text.find('@') < hash)
-    throw ConfigError("connection string: a # must be written %23");
+    throw ConfigError("a # must be written %23");
   std::string_view query;
   // The authority ends at the first / or ?. A password may hold a @, and before the first of them a ?, as libpq reads it.
   const std::size_t first_at = text.find('@');
@@ -160,10 +192,9 @@ void parse_uri(std::string_view text, Values& values) {
     std::string_view one;
     if (!authority.empty() && authority[0] == '[') {
       const auto close = authority.find(']');
-      if (close == std::string_view::npos)
-        throw ConfigError("connection string: end of string reached when looking for matching \"]\" in IPv6 host address");
+      if (close == std::string_view::npos) throw ConfigError("end of string reached when looking for matching \"]\" in IPv6 host address");
       one = authority.substr(1, close - 1);
-      if (one.empty()) throw ConfigError("connection string: IPv6 host address may not be empty");
+      if (one.empty()) throw ConfigError("IPv6 host address may not be empty");
       authority.remove_prefix(close + 1);
     } else {
       const auto stop = authority.find_first_of(":,");
@@ -177,10 +208,10 @@ void parse_uri(std::string_view text, Values& values) {
       authority.remove_prefix(1 + port.size());
       any_port |= !port.empty();
     }
-    if (!authority.empty() && authority[0] != ',') throw ConfigError("connection string: unexpected text after the host");
+    if (!authority.empty() && authority[0] != ',') throw ConfigError("unexpected text after the host");
     // What stands here may be the beginning of a password with a / or ? in it: it isn't told.
     if (port.find_first_not_of("0123456789") != std::string_view::npos && port.find('%') == std::string_view::npos)
-      throw ConfigError(std::string("connection string: the port is not a number") + kEncode);
+      throw ConfigError(std::string("the port is not a number") + kEncode);
     if (!first) hosts += ',', ports += ',';
     hosts += decode(one, "host");
     ports += decode(port, "port");
@@ -194,8 +225,7 @@ void parse_uri(std::string_view text, Values& values) {
   }
   if (!hosts.empty()) values["host"] = hosts;
   if (any_port) values["port"] = ports;
-  if (rest.find('@') != std::string_view::npos)
-    throw ConfigError(std::string("connection string: a @ in the database name is written %40") + kEncode);
+  if (rest.find('@') != std::string_view::npos) throw ConfigError(std::string("a @ in the database name is written %40") + kEncode);
   if (rest.size() > 1) values["dbname"] = decode(rest.substr(1), "database name");
   const bool secret = query.find('@') != std::string_view::npos;
   while (!query.empty()) {
@@ -203,8 +233,7 @@ void parse_uri(std::string_view text, Values& values) {
     const std::string_view pair = query.substr(0, amp);
     query = amp == std::string_view::npos ? std::string_view() : query.substr(amp + 1);
     const auto equals = pair.find('=');
-    if (equals == std::string_view::npos)
-      throw ConfigError("connection string: missing key/value separator \"=\" in a URI query parameter");
+    if (equals == std::string_view::npos) throw ConfigError("missing key/value separator \"=\" in a URI query parameter");
     set_value(values, decode(pair.substr(0, equals), "query"), decode(pair.substr(equals + 1), "query"), secret);
   }
 }
@@ -214,7 +243,7 @@ void parse_keywords(std::string_view text, Values& values) {
   if (const auto colon = text.find("://"); colon < text.find('=')) {  // another client's URL: "postgresql+asyncpg://"
     const std::string scheme(text.substr(0, colon));
     const bool plain = scheme.find_first_not_of("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789+-.:") == std::string::npos;
-    throw ConfigError("connection string: " + (plain ? "the scheme \"" + scheme + "://\" is not known" : std::string("unknown form")) +
+    throw ConfigError((plain ? "the scheme \"" + scheme + "://\" is not known" : std::string("unknown form")) +
                       "; it is postgresql://... or keyword=value ...");
   }
   std::size_t i = 0;
@@ -227,14 +256,13 @@ void parse_keywords(std::string_view text, Values& values) {
     while (i < text.size() && text[i] != '=' && !blank(text[i])) ++i;
     const std::string name(text.substr(begin, i - begin));
     skip();
-    if (i == text.size() || text[i] != '=')
-      throw ConfigError("connection string: missing \"=\" after a keyword (neither a URI nor keyword=value)");
+    if (i == text.size() || text[i] != '=') throw ConfigError("missing \"=\" after a keyword (neither a URI nor keyword=value)");
     ++i;
     skip();
     std::string value;
     if (i < text.size() && text[i] == '\'') {
       for (++i;; ++i) {
-        if (i == text.size()) throw ConfigError("connection string: unterminated quoted string in the value of \"" + name + "\"");
+        if (i == text.size()) throw ConfigError("unterminated quoted string in the value of \"" + name + "\"");
         if (text[i] == '\'') break;
         if (text[i] == '\\' && i + 1 < text.size()) ++i;
         value += text[i];
@@ -248,7 +276,7 @@ void parse_keywords(std::string_view text, Values& values) {
     }
     // Neither the rest of a password with a blank in it nor a URL without its scheme is told.
     if (!find_keyword(name) && (after_password || name.find_first_of("/@:") != std::string::npos))
-      throw ConfigError("connection string: an unknown parameter (a password with blanks is quoted: password='...')");
+      throw ConfigError("an unknown parameter (a password with blanks is quoted: password='...')");
     after_password |= name == "password";
     set_value(values, name, std::move(value));
   }
@@ -278,7 +306,7 @@ int number(std::string_view name, std::string_view text, int max = std::numeric_
   int n = 0;
   const auto [end, ec] = std::from_chars(digits.data(), digits.data() + digits.size(), n);
   if (ec != std::errc() || end != digits.data() + digits.size() || n > max)
-    throw ConfigError("connection string: invalid integer value" + told(text) + " for \"" + std::string(name) + "\"");
+    throw ConfigError("invalid integer value" + told(text) + " for \"" + std::string(name) + "\"");
   return n;
 }
 
@@ -289,7 +317,7 @@ T choice(std::string_view name, std::string_view text, const std::pair<std::stri
     if (word == text) return value;
     known.push_back(word);
   }
-  throw ConfigError("connection string: invalid " + std::string(name) + " value" + told(text) + did_you_mean(text, known));
+  throw ConfigError("invalid " + std::string(name) + " value" + told(text) + did_you_mean(text, known));
 }
 
 constexpr std::pair<std::string_view, SslMode> kModes[] = {
@@ -356,45 +384,196 @@ bool fill_from_service(Values& values, const std::string& file, const std::strin
     const auto equals = line.find('=');
     if (!inside) continue;
     if (equals == std::string::npos || !find_keyword(line.substr(0, equals)) || line.starts_with("service"))
-      throw ConfigError("connection string: syntax error in service file \"" + file + "\", line " + std::to_string(number));
-    values.try_emplace(line.substr(0, equals), line.substr(equals + 1));
+      throw ConfigError("syntax error in service file \"" + file + "\", line " + std::to_string(number));
+    if (values.try_emplace(line.substr(0, equals), line.substr(equals + 1)).second)
+      values.from[line.substr(0, equals)] = "service file \"" + file + "\"";
   }
+  if (found) values.uses("servicefile", file);
   return found;
 }
 
 void use_service(Values& values, const Environment& env) {
-  const auto given = [&](const char* name, const char* variable) {
-    const auto it = values.find(name);
-    return it != values.end() ? it->second : env(variable).value_or("");
-  };
-  const std::string service = given("service", "PGSERVICE");
+  for (const auto& [name, variable] : {std::pair{"service", "PGSERVICE"}, {"servicefile", "PGSERVICEFILE"}})
+    if (const auto value = env(variable); value && values.try_emplace(name, *value).second) values.from[name] = variable;
+  const std::string service = values.get("service"), file = values.get("servicefile");
   if (service.empty()) return;
-  const std::string file = given("servicefile", "PGSERVICEFILE");
-  if (!file.empty() && ::access(file.c_str(), R_OK) != 0)
-    throw ConfigError("connection string: service file \"" + file + "\" cannot be read");
+  if (!file.empty() && ::access(file.c_str(), R_OK) != 0) throw ConfigError("service file \"" + file + "\" cannot be read");
   if (fill_from_service(values, file.empty() ? env("HOME").value_or("") + "/.pg_service.conf" : file, service)) return;
   if (fill_from_service(values, env("PGSYSCONFDIR").value_or("/etc/postgresql-common") + "/pg_service.conf", service)) return;
-  throw ConfigError("connection string: definition of service \"" + service + "\" not found");
+  throw ConfigError("definition of service \"" + service + "\" not found");
 }
 
-/// Of ~/.postgresql, where libpq looks for what isn't named; empty: it isn't there (section 34.19).
-std::string usual_file(const Environment& env, const char* name) {
-  const std::string file = env("HOME").value_or("") + "/.postgresql/" + name;
-  return ::access(file.c_str(), F_OK) == 0 ? file : std::string();
+/// Of where libpq looks for what isn't named (sections 34.16 and 34.19); empty: it isn't there.
+std::string existing(std::string file) {
+  return ::access(file.c_str(), F_OK) == 0 ? std::move(file) : std::string();
+}
+
+bool is_uri(std::string_view text) {
+  return text.starts_with("postgresql://") || text.starts_with("postgres://");
 }
 
 /// What protects the connection in a way that isn't there is refused, not ignored.
-void refuse_unsupported(const Values& values) {
+void refuse_unsupported(Values& values) {
   for (const auto& [name, harmless] :
-       {std::pair{"requirepeer", ""}, {"gssencmode", "disable,prefer"}, {"sslcertmode", "allow,disable,require"}}) {
-    const auto it = values.find(std::string_view(name));
-    const auto allowed = split(harmless, ',');
-    if (it == values.end() || it->second.empty() || std::find(allowed.begin(), allowed.end(), it->second) != allowed.end()) continue;
-    throw ConfigError("connection string: " + std::string(name) + "=" + it->second + " is not supported by pgsidecar");
+       {std::pair{"requirepeer", ""}, {"gssencmode", "disable,prefer"}, {"sslcertmode", "allow,disable,require"}})
+    values.read(name, [&, name = name, allowed = split(harmless, ',')](const std::string& value) {
+      if (std::find(allowed.begin(), allowed.end(), value) == allowed.end())
+        throw ConfigError(std::string(name) + "=" + value + " is not supported by pgsidecar");
+    });
+}
+
+void read_hosts(Values& values, ConnectParams& p) {
+  const auto names = split(values.get("host"), ','), ports = split(values.get("port"), ',');
+  const auto addresses = values.contains("hostaddr") ? split(values.get("hostaddr"), ',') : std::vector<std::string>();
+  const std::size_t count = std::max(addresses.size(), names.size());
+  if (!addresses.empty() && values.contains("host") && names.size() != addresses.size() && !values.incomplete)
+    values.complain("hostaddr", std::to_string(names.size()) + " host names, but " + std::to_string(addresses.size()) + " hostaddr values");
+  else if (ports.size() > 1 && ports.size() != count && !values.incomplete)
+    values.complain("port", std::to_string(ports.size()) + " port numbers, but " + std::to_string(count) + " hosts");
+  for (std::size_t i = 0; i < count; ++i) {
+    Host host;
+    if (i < names.size()) host.name = names[i];
+    if (i < addresses.size()) host.address = addresses[i];
+    if (host.name.empty()) host.name = host.address.empty() ? "localhost" : host.address;
+    values.check("port", [&] {
+      const std::string& port = ports[std::min(i, ports.size() - 1)];
+      const int given = port.empty() ? host.port : number("port", port, 65535);
+      if (given < 1) throw ConfigError("invalid port number: \"" + std::to_string(given) + "\"");
+      host.port = static_cast<std::uint16_t>(given);
+    });
+    if (const std::string instead = instead_of_pooler(host); !instead.empty())
+      p.warnings.push_back("host \"" + host.name +
+                           "\" is a pooler in transaction mode, where what a client leaves in its session reaches others: use " + instead);
+    p.hosts.push_back(std::move(host));
   }
 }
 
+void read_login(Values& values, const Environment& env, ConnectParams& p) {
+  p.user = values.get("user");
+  if (p.user.empty()) {
+    const passwd* entry = ::getpwuid(::geteuid());
+    p.user = entry ? entry->pw_name : "postgres";
+  }
+  // libpq would read it anew, and it would be shown with its password.
+  values.read("dbname", [](const std::string& name) {
+    if (is_uri(name)) throw ConfigError("a dbname is a name, not a connection string");
+  });
+  p.dbname = values.get("dbname");
+  if (p.dbname.empty()) p.dbname = p.user;
+  p.password = values.get("password");
+  if (!p.password.empty()) return;
+  std::string file = values.get("passfile");
+  if (file.empty()) file = existing(env("HOME").value_or("") + "/.pgpass");
+  if (file.empty()) return;
+  values.uses("passfile", file);
+  for (Host& host : p.hosts) host.password = password_from(file, host, p.dbname, p.user, p.warnings).value_or("");
+}
+
+void read_tls(Values& values, const Environment& env, ConnectParams& p) {
+  const bool local = std::all_of(p.hosts.begin(), p.hosts.end(), is_loopback);
+  const std::string mode = !values.get("sslmode").empty()              ? values.get("sslmode")
+                           : values.get("requiressl").starts_with("1") ? "require"
+                                                                       : "";
+  if (mode.empty() && values.get("sslrootcert") != "system" && local) p.sslmode = SslMode::Prefer;
+  if (!mode.empty()) values.check("sslmode", [&] { p.sslmode = choice("sslmode", mode, kModes); });
+  if (p.sslmode != SslMode::Disable) {
+    const auto file = [&](std::string_view keyword, const char* usual) {
+      const std::string named = values.get(keyword);
+      return named.empty() ? existing(env("HOME").value_or("") + "/.postgresql/" + usual) : named;
+    };
+    p.sslrootcert = file("sslrootcert", "root.crt");
+    p.sslcrldir = values.get("sslcrldir");
+    p.sslcrl = p.sslcrldir.empty() ? file("sslcrl", "root.crl") : values.get("sslcrl");
+    if (values.get("sslcertmode") != "disable") p.sslcert = file("sslcert", "postgresql.crt");
+    p.sslkey = p.sslcert.empty() ? values.get("sslkey") : file("sslkey", "postgresql.key");
+    p.sslpassword = values.get("sslpassword");
+    for (const auto& [keyword, path] : {std::pair{"sslrootcert", &p.sslrootcert},
+                                        {"sslcert", &p.sslcert},
+                                        {"sslkey", &p.sslkey},
+                                        {"sslcrl", &p.sslcrl},
+                                        {"sslcrldir", &p.sslcrldir}})
+      values.uses(keyword, *path);
+  }
+  p.sslcertRequired = values.get("sslcertmode") == "require";
+  static constexpr std::pair<std::string_view, SslNegotiation> kNegotiation[] = {{"postgres", SslNegotiation::Postgres},
+                                                                                 {"direct", SslNegotiation::Direct}};
+  values.read("sslnegotiation", [&](const std::string& how) { p.sslnegotiation = choice("sslnegotiation", how, kNegotiation); });
+  values.read("sslsni", [&](const std::string& sni) { p.sslsni = sni != "0"; });
+  static constexpr std::pair<std::string_view, bool> kVersions[] = {
+      {"TLSv1", true}, {"TLSv1.1", true}, {"TLSv1.2", true}, {"TLSv1.3", true}};
+  for (const auto& [name, to] :
+       {std::pair{"ssl_min_protocol_version", &p.sslMinProtocolVersion}, {"ssl_max_protocol_version", &p.sslMaxProtocolVersion}})
+    values.read(name, [name = name, to = to](std::string version) {
+      if (version.size() >= 5 && ::strncasecmp(version.c_str(), "TLSv1", 5) == 0) version.replace(0, 5, "TLSv1");
+      if (choice(name, version, kVersions)) *to = version;
+    });
+  if (values.incomplete) return;
+  if (!p.sslcert.empty() && p.sslkey.empty()) values.complain("sslcert", "sslcert needs sslkey");
+  if (p.sslcertRequired && p.sslcert.empty()) values.complain("sslcertmode", "sslcertmode=require needs TLS and sslcert");
+  if (p.sslrootcert == "system" && p.sslmode != SslMode::VerifyFull)
+    values.complain("sslmode", "weak sslmode \"" + mode + "\" may not be used with sslrootcert=system (use verify-full)");
+  if (p.sslnegotiation == SslNegotiation::Direct && p.sslmode < SslMode::Require)
+    values.complain("sslnegotiation",
+                    "weak sslmode may not be used with sslnegotiation=direct (use sslmode=require, verify-ca or verify-full)");
+  if (!p.sslMaxProtocolVersion.empty() && p.sslMaxProtocolVersion < p.sslMinProtocolVersion)
+    values.complain("ssl_max_protocol_version", "ssl_max_protocol_version is below ssl_min_protocol_version");
+  if (!mode.empty() && !local &&
+      (p.sslmode == SslMode::Prefer || p.sslmode == SslMode::Allow || (p.sslmode == SslMode::Require && p.sslrootcert.empty())))
+    p.warnings.push_back("sslmode=" + mode + " does not verify the server's certificate (verify-full does)");
+}
+
+void read_authentication(Values& values, ConnectParams& p) {
+  static constexpr std::pair<std::string_view, ChannelBinding> kBinding[] = {
+      {"disable", ChannelBinding::Disable}, {"prefer", ChannelBinding::Prefer}, {"require", ChannelBinding::Require}};
+  values.read("channel_binding", [&](const std::string& binding) { p.channelBinding = choice("channel_binding", binding, kBinding); });
+  values.read("require_auth", [&](const std::string& methods) {
+    p.requireAuth = split(methods, ',');
+    static constexpr std::pair<std::string_view, bool> kMethods[] = {{"password", true}, {"md5", true},           {"gss", true},
+                                                                     {"sspi", true},     {"scram-sha-256", true}, {"none", true}};
+    for (const std::string& method : p.requireAuth) {
+      const bool negative = method.starts_with("!");
+      choice("require_auth", std::string_view(method).substr(negative), kMethods);
+      if (negative != p.requireAuth.front().starts_with("!"))
+        throw ConfigError("require_auth method \"" + method + "\" cannot be mixed with " + (negative ? "positive" : "negative") +
+                          " methods");
+    }
+  });
+}
+
+void read_network(Values& values, ConnectParams& p) {
+  // Zero or less is none of its own, as with libpq.
+  const auto positive = [](std::string_view name, const std::string& given, int max) {
+    return static_cast<std::uint32_t>(std::max(0, number(name, given, max)));
+  };
+  values.read("connect_timeout", [&](const std::string& seconds) {
+    p.connectTimeoutMillis = std::min(positive("connect_timeout", seconds, std::numeric_limits<int>::max()), 2'000'000u) * 1000;
+  });
+  values.read("keepalives", [&](const std::string& on) { p.keepalives = number("keepalives", on) != 0; });
+  for (const auto& [name, to] : {std::pair{"keepalives_idle", &p.keepalivesIdleSeconds},
+                                 {"keepalives_interval", &p.keepalivesIntervalSeconds},
+                                 {"keepalives_count", &p.keepalivesCount},
+                                 {"tcp_user_timeout", &p.tcpUserTimeoutMillis}})
+    values.read(name, [&, name = name, to = to](const std::string& n) { *to = positive(name, n, 86'400'000); });
+  static constexpr std::pair<std::string_view, TargetSessionAttrs> kAttrs[] = {{"any", TargetSessionAttrs::Any},
+                                                                               {"read-write", TargetSessionAttrs::ReadWrite},
+                                                                               {"read-only", TargetSessionAttrs::ReadOnly},
+                                                                               {"primary", TargetSessionAttrs::Primary},
+                                                                               {"standby", TargetSessionAttrs::Standby},
+                                                                               {"prefer-standby", TargetSessionAttrs::PreferStandby}};
+  values.read("target_session_attrs",
+              [&](const std::string& attrs) { p.targetSessionAttrs = choice("target_session_attrs", attrs, kAttrs); });
+  static constexpr std::pair<std::string_view, bool> kBalance[] = {{"disable", false}, {"random", true}};
+  values.read("load_balance_hosts", [&](const std::string& how) { p.loadBalanceHosts = choice("load_balance_hosts", how, kBalance); });
+}
+
 }  // namespace
+
+void Findings::refuse() const {
+  if (mistakes.empty()) return;
+  std::vector<std::string> lines;
+  for (const Mistake& one : mistakes) lines.push_back((one.from.empty() ? "" : one.from + ": ") + one.text);
+  throw ConfigError(std::move(lines));
+}
 
 const std::string& ConnectParams::users_password() const {
   const auto known = std::find_if(hosts.begin(), hosts.end(), [](const Host& host) { return !host.password.empty(); });
@@ -433,161 +612,49 @@ std::vector<std::string_view> connection_keywords() {
   return names;
 }
 
-ConnectParams parse_connection_string(std::string_view text, const std::map<std::string, std::string>& overrides, const Environment& env,
-                                      const std::string& default_dbname) {
-  Values values;
-  if (text.starts_with("postgresql://") || text.starts_with("postgres://"))
-    parse_uri(text, values);
-  else
-    parse_keywords(text, values);
-  for (const auto& [name, value] : overrides) set_value(values, name, value);
-  if (!values.mistakes.empty()) throw ConfigError(std::move(values.mistakes));
-  use_service(values, env);
-  if (!default_dbname.empty()) values.try_emplace("dbname", default_dbname);
+ConnectParams read_connection_string(std::string_view text, const std::map<std::string, std::string>& overrides, const Environment& env,
+                                     const std::string& default_dbname, Findings& findings) {
+  Values values(findings);
   ConnectParams p;
+  while (text.ends_with('\n') || text.ends_with('\r')) text.remove_suffix(1);  // of a secret that `echo` has made
+  if (!values.check("", [&] { is_uri(text) ? parse_uri(text, values) : parse_keywords(text, values); })) {
+    values.clear();
+    values.incomplete = true;
+  }
+  for (const auto& [name, value] : overrides) {
+    values.from[name] = name;
+    set_value(values, name, value);
+  }
+  if (!values.check("service", [&] { use_service(values, env); })) values.incomplete = true;
+  if (!default_dbname.empty()) values.try_emplace("dbname", default_dbname);
   for (const Keyword& keyword : kKeywords) {
-    if (values.contains(keyword.name)) {
-      if (!keyword.used) p.warnings.push_back("parameter \"" + std::string(keyword.name) + "\" has no effect here and is ignored");
-      continue;
+    const std::string name(keyword.name);
+    if (values.contains(name)) {
+      if (!keyword.used) p.warnings.push_back("parameter \"" + name + "\" has no effect here and is ignored");
+    } else if (const auto value = keyword.variable.empty() ? std::nullopt : env(keyword.variable); value && !value->empty()) {
+      values[name] = *value;
+      values.from[name] = keyword.variable;
     }
-    if (!keyword.variable.empty())
-      if (auto value = env(keyword.variable); value && !value->empty()) values[std::string(keyword.name)] = *value;
   }
   refuse_unsupported(values);
-  const auto get = [&](std::string_view name) -> std::string {
-    const auto it = values.find(name);
-    return it == values.end() ? std::string() : it->second;
-  };
+  read_hosts(values, p);
+  read_login(values, env, p);
+  read_tls(values, env, p);
+  read_authentication(values, p);
+  read_network(values, p);
+  const std::string application = values.get("application_name"), encoding = values.get("client_encoding");
+  if (const auto name = application.empty() ? values.get("fallback_application_name") : application; !name.empty())
+    p.startup.emplace_back("application_name", name);
+  if (!encoding.empty() && encoding != "auto") p.startup.emplace_back("client_encoding", encoding);
+  if (const auto options = values.get("options"); !options.empty()) p.startup.emplace_back("options", options);
+  return p;
+}
 
-  const auto names = split(get("host"), ',');
-  const auto addresses = split(get("hostaddr"), ',');
-  const auto ports = split(get("port"), ',');
-  const std::size_t count = values.contains("hostaddr") ? std::max(addresses.size(), names.size()) : names.size();
-  if (values.contains("hostaddr") && values.contains("host") && names.size() != addresses.size())
-    throw ConfigError("connection string: " + std::to_string(names.size()) + " host names, but " + std::to_string(addresses.size()) +
-                      " hostaddr values");
-  if (ports.size() > 1 && ports.size() != count)
-    throw ConfigError("connection string: " + std::to_string(ports.size()) + " port numbers, but " + std::to_string(count) + " hosts");
-  for (std::size_t i = 0; i < count; ++i) {
-    Host host;
-    host.name = i < names.size() ? names[i] : std::string();
-    host.address = values.contains("hostaddr") && i < addresses.size() ? addresses[i] : std::string();
-    if (host.name.empty()) host.name = host.address.empty() ? "localhost" : host.address;
-    const std::string& port = ports[ports.size() == 1 ? 0 : i];
-    const int given = port.empty() ? host.port : number("port", port, 65535);
-    if (given < 1) throw ConfigError("connection string: invalid port number: \"" + std::to_string(given) + "\"");
-    host.port = static_cast<std::uint16_t>(given);
-    if (const std::string instead = instead_of_pooler(host); !instead.empty())
-      p.warnings.push_back("host \"" + host.name +
-                           "\" is a pooler in transaction mode, where what a client leaves in its session reaches others: use " + instead);
-    p.hosts.push_back(std::move(host));
-  }
-  p.user = get("user");
-  if (p.user.empty()) {
-    const passwd* entry = ::getpwuid(::geteuid());
-    p.user = entry ? entry->pw_name : "postgres";
-  }
-  p.dbname = get("dbname");
-  if (p.dbname.empty()) p.dbname = p.user;
-  p.password = get("password");
-  if (p.password.empty()) {
-    std::string file = get("passfile");
-    if (file.empty())
-      if (const auto home = env("HOME")) file = *home + "/.pgpass";
-    for (Host& host : p.hosts) {
-      if (file.empty()) break;
-      host.password = password_from(file, host, p.dbname, p.user, p.warnings).value_or("");
-    }
-  }
-
-  const bool local = std::all_of(p.hosts.begin(), p.hosts.end(), is_loopback);
-  const std::string mode = !get("sslmode").empty() ? get("sslmode") : get("requiressl").starts_with("1") ? "require" : "";
-  p.sslmode = !mode.empty()                              ? choice("sslmode", mode, kModes)
-              : get("sslrootcert") == "system" || !local ? SslMode::VerifyFull
-                                                         : SslMode::Prefer;
-  if (p.sslmode != SslMode::Disable) {
-    const auto file = [&](std::string_view keyword, const char* usual) {
-      const std::string named = get(keyword);
-      return named.empty() ? usual_file(env, usual) : named;
-    };
-    p.sslrootcert = file("sslrootcert", "root.crt");
-    p.sslcrldir = get("sslcrldir");
-    p.sslcrl = p.sslcrldir.empty() ? file("sslcrl", "root.crl") : get("sslcrl");
-    if (get("sslcertmode") != "disable") p.sslcert = file("sslcert", "postgresql.crt");
-    p.sslkey = p.sslcert.empty() ? get("sslkey") : file("sslkey", "postgresql.key");
-    if (!p.sslcert.empty() && p.sslkey.empty()) throw ConfigError("connection string: sslcert needs sslkey");
-    p.sslpassword = get("sslpassword");
-  }
-  p.sslcertRequired = get("sslcertmode") == "require";
-  if (p.sslcertRequired && p.sslcert.empty()) throw ConfigError("connection string: sslcertmode=require needs TLS and sslcert");
-  if (!mode.empty()) {
-    if (!local && (p.sslmode == SslMode::Prefer || p.sslmode == SslMode::Allow || (p.sslmode == SslMode::Require && p.sslrootcert.empty())))
-      p.warnings.push_back("sslmode=" + mode + " does not verify the server's certificate (verify-full does)");
-    if (p.sslrootcert == "system" && p.sslmode != SslMode::VerifyFull)
-      throw ConfigError("connection string: weak sslmode \"" + mode + "\" may not be used with sslrootcert=system (use verify-full)");
-  }
-  static constexpr std::pair<std::string_view, SslNegotiation> kNegotiation[] = {{"postgres", SslNegotiation::Postgres},
-                                                                                 {"direct", SslNegotiation::Direct}};
-  if (const std::string how = get("sslnegotiation"); !how.empty()) p.sslnegotiation = choice("sslnegotiation", how, kNegotiation);
-  if (p.sslnegotiation == SslNegotiation::Direct && p.sslmode < SslMode::Require)
-    throw ConfigError(
-        "connection string: weak sslmode may not be used with sslnegotiation=direct (use sslmode=require, verify-ca or verify-full)");
-  if (const auto sni = get("sslsni"); !sni.empty()) p.sslsni = sni != "0";
-  static constexpr std::pair<std::string_view, bool> kVersions[] = {
-      {"TLSv1", true}, {"TLSv1.1", true}, {"TLSv1.2", true}, {"TLSv1.3", true}};
-  for (const auto& [name, to] :
-       {std::pair{"ssl_min_protocol_version", &p.sslMinProtocolVersion}, {"ssl_max_protocol_version", &p.sslMaxProtocolVersion}}) {
-    std::string version = get(name);
-    if (version.size() >= 5 && ::strncasecmp(version.c_str(), "TLSv1", 5) == 0) version.replace(0, 5, "TLSv1");
-    if (!version.empty() && choice(name, version, kVersions)) *to = version;
-  }
-  if (!p.sslMaxProtocolVersion.empty() && p.sslMaxProtocolVersion < p.sslMinProtocolVersion)
-    throw ConfigError("connection string: ssl_max_protocol_version is below ssl_min_protocol_version");
-  static constexpr std::pair<std::string_view, ChannelBinding> kBinding[] = {
-      {"disable", ChannelBinding::Disable}, {"prefer", ChannelBinding::Prefer}, {"require", ChannelBinding::Require}};
-  if (const auto binding = get("channel_binding"); !binding.empty()) p.channelBinding = choice("channel_binding", binding, kBinding);
-  if (const auto methods = get("require_auth"); !methods.empty()) {
-    p.requireAuth = split(methods, ',');
-    static constexpr std::pair<std::string_view, bool> kMethods[] = {{"password", true}, {"md5", true},           {"gss", true},
-                                                                     {"sspi", true},     {"scram-sha-256", true}, {"none", true}};
-    for (const std::string& method : p.requireAuth) {
-      const bool negative = method.starts_with("!");
-      choice("require_auth", std::string_view(method).substr(negative), kMethods);
-      if (negative != p.requireAuth.front().starts_with("!"))
-        throw ConfigError("connection string: require_auth method \"" + method + "\" cannot be mixed with " +
-                          (negative ? "positive" : "negative") + " methods");
-    }
-  }
-  // Zero or less is none of its own, as with libpq.
-  const auto positive = [](const char* name, const std::string& given, int max) {
-    return static_cast<std::uint32_t>(std::max(0, number(name, given, max)));
-  };
-  if (const auto seconds = get("connect_timeout"); !seconds.empty())
-    p.connectTimeoutMillis = std::min(positive("connect_timeout", seconds, std::numeric_limits<int>::max()), 2'000'000u) * 1000;
-  if (const auto on = get("keepalives"); !on.empty()) p.keepalives = number("keepalives", on) != 0;
-  const auto optional_number = [&](const char* name, std::optional<std::uint32_t>& to) {
-    if (const auto n = get(name); !n.empty()) to = positive(name, n, 86'400'000);
-  };
-  optional_number("keepalives_idle", p.keepalivesIdleSeconds);
-  optional_number("keepalives_interval", p.keepalivesIntervalSeconds);
-  optional_number("keepalives_count", p.keepalivesCount);
-  optional_number("tcp_user_timeout", p.tcpUserTimeoutMillis);
-  static constexpr std::pair<std::string_view, TargetSessionAttrs> kAttrs[] = {{"any", TargetSessionAttrs::Any},
-                                                                               {"read-write", TargetSessionAttrs::ReadWrite},
-                                                                               {"read-only", TargetSessionAttrs::ReadOnly},
-                                                                               {"primary", TargetSessionAttrs::Primary},
-                                                                               {"standby", TargetSessionAttrs::Standby},
-                                                                               {"prefer-standby", TargetSessionAttrs::PreferStandby}};
-  if (const auto attrs = get("target_session_attrs"); !attrs.empty()) p.targetSessionAttrs = choice("target_session_attrs", attrs, kAttrs);
-  static constexpr std::pair<std::string_view, bool> kBalance[] = {{"disable", false}, {"random", true}};
-  if (const auto balance = get("load_balance_hosts"); !balance.empty())
-    p.loadBalanceHosts = choice("load_balance_hosts", balance, kBalance);
-  std::string application = get("application_name");
-  if (application.empty()) application = get("fallback_application_name");
-  if (!application.empty()) p.startup.emplace_back("application_name", application);
-  if (const auto encoding = get("client_encoding"); !encoding.empty() && encoding != "auto")
-    p.startup.emplace_back("client_encoding", encoding);
-  if (const auto options = get("options"); !options.empty()) p.startup.emplace_back("options", options);
+ConnectParams parse_connection_string(std::string_view text, const std::map<std::string, std::string>& overrides, const Environment& env,
+                                      const std::string& default_dbname) {
+  Findings findings;
+  ConnectParams p = read_connection_string(text, overrides, env, default_dbname, findings);
+  findings.refuse();
   return p;
 }
 

@@ -65,12 +65,37 @@ using Environment = std::function<std::optional<std::string>(std::string_view)>;
 /// The process's environment.
 Environment process_environment();
 
+/// What is wrong with an upstream. Neither part is ever a secret.
+struct Mistake {
+  std::string from;  ///< what gave it: a keyword laid over the string, a PG* variable or a service file; empty: the string
+  std::string text;
+};
+
+/// A file that a connection is made with.
+struct UsedFile {
+  std::string keyword;  ///< libpq's
+  std::string from;     ///< as Mistake's
+  std::string path;
+};
+
+struct Findings {
+  std::vector<Mistake> mistakes;
+  std::vector<UsedFile> files;
+
+  void refuse() const;  ///< throws ConfigError (load.hpp) if there are mistakes
+};
+
 /// Reads a connection string. `overrides` are libpq keywords that win over the string; a service file and PG* variables fill
 /// what both leave out, then the passfile, then the defaults (sslmode: prefer on loopback and unix sockets, else verify-full).
 /// `default_dbname` counts if neither the string nor `overrides` name a database.
-/// Throws ConfigError (load.hpp) with a text that names the mistake and never holds a secret.
+/// Throws ConfigError with all mistakes.
 ConnectParams parse_connection_string(std::string_view text, const std::map<std::string, std::string>& overrides, const Environment& env,
                                       const std::string& default_dbname = {});
+
+/// The same as far as it can be read. If there are mistakes in `findings` already something is missing: then what several values mean
+/// together isn't judged.
+ConnectParams read_connection_string(std::string_view text, const std::map<std::string, std::string>& overrides, const Environment& env,
+                                     const std::string& default_dbname, Findings& findings);
 
 /// A provider's own pooler in transaction mode (Neon's, Supabase's), on which no session can be kept: what to connect to instead.
 /// Empty: it is none.

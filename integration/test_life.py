@@ -190,6 +190,13 @@ def test_no_configuration_at_all(proxy):
     assert done.returncode == 2 and "DATABASE_URL" in done.stderr
 
 
+@pytest.mark.parametrize("empty", ["", " ", "\n"])
+def test_an_empty_url_is_none(proxy, empty):
+    for environment in ({"DATABASE_URL": empty}, {"DATABASE_URL": empty, "PGSIDECAR_UPSTREAM_URL": empty}):
+        done = subprocess.run([proxy.binary], capture_output=True, text=True, timeout=20, env={"PATH": os.environ["PATH"], **environment})
+        assert done.returncode == 2 and "no database to connect to: set DATABASE_URL" in done.stderr, done
+
+
 def test_an_empty_name_of_the_file_is_none(proxy):
     for arguments in (("check", "--config", ""), ("check", "--config=")):
         done = proxy.command(*arguments)

@@ -260,6 +260,33 @@ def test_each_mistake_is_an_event(proxies):
     assert [line.split("pgsidecar.yaml", 1)[1][:14] for line in lines] == [":1: pool.max: ", ":2: log.level:"], lines
 
 
+def test_a_passfile_counts_as_a_file_of_the_configuration(proxies, pg, tmp_path):
+    def write(password):
+        (tmp_path / "passfile.new").write_text(f"*:*:*:*:{password}\n")
+        (tmp_path / "passfile.new").chmod(0o600)
+        (tmp_path / "passfile.new").rename(tmp_path / "passfile")
+
+    write(OTHER_PASSWORD)
+    url = f"postgresql://{OTHER_USER}@127.0.0.1:{pg.port}/{OTHER_DATABASE}?sslmode=require&passfile={tmp_path / 'passfile'}"
+    told = f"the file {tmp_path / 'passfile'} changed"
+    for watch in (False, True):
+        proxy = proxies({"watchConfig": watch, "pool": {"max": 1}, "users": {OTHER_USER: {"password": "here"}}}, url=url)
+        with raw(proxy, OTHER_USER, "here", OTHER_DATABASE) as w:
+            assert w.value("SELECT 1") == "1"
+            [first] = server_pids(proxy)
+            pg.sql(f"ALTER ROLE {OTHER_USER} PASSWORD 'rotated'")
+            try:
+                write("rotated")
+                if not watch:
+                    reload(proxy)
+                harness.poll(lambda: told in proxy.log_text(), what="it is noticed")
+                harness.poll(lambda: (w.value("SELECT 1"), server_pids(proxy))[1] not in ([], [first]), what="another connection")
+            finally:
+                pg.sql(f"ALTER ROLE {OTHER_USER} PASSWORD '{OTHER_PASSWORD}'")
+                write(OTHER_PASSWORD)
+        assert "nothing changed" not in proxy.log_text()
+
+
 def test_files_that_are_mounted_anew(proxies, pg, tmp_path):
     made = tmp_path / "made"
     made.mkdir()

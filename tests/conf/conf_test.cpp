@@ -421,6 +421,67 @@ TEST(Load, AllMistakesAtOnceWithTheirLines) {
     EXPECT_NE(text.find(says), std::string::npos) << says << "\n" << text;
 }
 
+/// All lines, in order.
+std::string mistakes_of(const char* yaml, std::map<std::string, std::string> env = {{"DATABASE_URL", "postgresql://u@h/d"}}) {
+  return mistake([&] { load_text(yaml, "f", environment(std::move(env))); });
+}
+
+TEST(Load, EveryMistakeOfAnUpstreamWhereItWasMade) {
+  EXPECT_EQ(mistakes_of("upstream:\n  url: postgresql://app:s3cret@127.0.0.1/app\n  sslmode: bogus\n  target_session_attrs: writable\n"
+                        "  port: 99999\n  connect_timeout: 5s\n  channel_binding: maybe\nlog: {level: loud}\n"),
+            "f:8: log.level: \"loud\" is none of: trace, debug, info, warn, error, off\n"
+            "f:5: upstream.port: invalid integer value \"99999\" for \"port\"\n"
+            "f:3: upstream.sslmode: invalid sslmode value \"bogus\"\n"
+            "f:7: upstream.channel_binding: invalid channel_binding value \"maybe\"\n"
+            "f:6: upstream.connect_timeout: invalid integer value \"5s\" for \"connect_timeout\"\n"
+            "f:4: upstream.target_session_attrs: invalid target_session_attrs value \"writable\"");
+  EXPECT_EQ(mistakes_of("upstream:\n  url: postgresql://h/d\n  password: ${file:/no/such}\n  sslrootcert: /none\n"),
+            "f:3: upstream.password: cannot read file \"/no/such\" named by ${file:}: No such file or directory\n"
+            "f:4: upstream.sslrootcert: cannot read sslrootcert \"/none\": No such file or directory");
+  EXPECT_EQ(mistakes_of("upstream:\n  url: postgresql://h/d?sslmode=bogus&foo=1\n"),
+            "f:2: upstream.url: connection string: unknown parameter \"foo\"\n"
+            "f:2: upstream.url: connection string: invalid sslmode value \"bogus\"");
+  EXPECT_EQ(mistakes_of("upstream:\n  url: postgresql://h:x/d\n  sslnegotiation: direct\n  sslmode: bogus\n").substr(0, 60),
+            "f:2: upstream.url: connection string: the port is not a numb");
+  EXPECT_NE(mistakes_of("upstream:\n  url: postgresql://h:x/d\n  sslmode: bogus\n").find("f:3: upstream.sslmode"), std::string::npos);
+  EXPECT_EQ(mistakes_of("upstream:\n  url: ${NOPE}\n  sslnegotiation: direct\n"),  // whether that fits depends on the URL
+            "f:2: upstream.url: environment variable NOPE is not set (${NOPE:-default} gives a default)");
+}
+
+TEST(Load, AMistakeInAVariableNamesTheVariable) {
+  EXPECT_EQ(mistakes_of("", {{"DATABASE_URL", "postgresql://h/d?sslmode=x"}, {"PGCONNECT_TIMEOUT", "y"}, {"PGSIDECAR_UPSTREAM_PORT", "z"}}),
+            "PGSIDECAR_UPSTREAM_PORT: invalid integer value \"z\" for \"port\"\n"
+            "DATABASE_URL: connection string: invalid sslmode value \"x\"\n"
+            "PGCONNECT_TIMEOUT: invalid integer value \"y\" for \"connect_timeout\"");
+  EXPECT_EQ(mistakes_of("upstream: {url: 'postgresql://h/d'}", {{"PGSIDECAR_UPSTREAM_URL", "postgresql://h:x/d"}}).substr(0, 24),
+            "PGSIDECAR_UPSTREAM_URL: ");
+}
+
+TEST(Load, MistakesOfDatabasesBesideOthers) {
+  EXPECT_EQ(mistakes_of("upstream:\n  sslmode: bogus\n"
+                        "databases:\n  a: {}\n  b: {upstream: {port: x}}\n  c: {upstream: 'host=h port=y'}\n"
+                        "  d: {upstream: {url: postgresql://h/d, sslmode: no}}\nlog: {level: loud}\n"),
+            "f:8: log.level: \"loud\" is none of: trace, debug, info, warn, error, off\n"
+            "f:2: upstream.sslmode: invalid sslmode value \"bogus\"\n"
+            "f:5: databases.b.upstream.port: invalid integer value \"x\" for \"port\"\n"
+            "f:6: databases.c.upstream: connection string: invalid integer value \"y\" for \"port\"\n"
+            "f:7: databases.d.upstream.sslmode: invalid sslmode value \"no\"");
+}
+
+TEST(Load, AnEmptyUrlIsNone) {
+  for (const char* empty : {"", " ", "\n"}) {
+    EXPECT_EQ(mistakes_of("databases: {a: {}}", {{"DATABASE_URL", empty}}).substr(0, 62),
+              "upstream.url: no database to connect to: set DATABASE_URL (or ")
+        << empty;
+    EXPECT_EQ(mistakes_of("upstream: {url: '${X}'}", {{"X", empty}}).substr(0, 41), "f:1: upstream.url: no database to connect") << empty;
+    const Environment both = environment({{"DATABASE_URL", "postgresql://u@good/d\n"}, {"PGSIDECAR_UPSTREAM_URL", empty}});
+    EXPECT_EQ(resolve_upstream(load_text("", "x", both).upstream, both).destination(),
+              "host=good port=5432 dbname=d user=u sslmode=verify-full");
+    const Environment host = environment({{"DATABASE_URL", empty}, {"PGSIDECAR_UPSTREAM_HOST", "h"}});
+    EXPECT_EQ(resolve_upstream(load_text("", "x", host).upstream, host).hosts.at(0).name, "h");
+  }
+}
+
 TEST(Load, AliasesOfAliases) {
   std::string yaml = "a0: &a0 {x: 1}\n";
   for (int i = 1; i < 15; ++i) {
@@ -477,6 +538,7 @@ TEST(Load, WhatIsWrong) {
       {"upstream: {url: 'postgresql://u@h/d', passwordCommand: [/bin/echo]}", "set users.\"u\".password"},
       {"upstream: {suspendAfterSecond: 3}", "did you mean \"suspendAfterSeconds\"?"},
       {"upstream: {suspendAfterSeconds: soon}", "whole number"},
+      {"upstream: {dbname: 'postgresql://app:hunter2@h/d'}", "x:1: upstream.dbname: a dbname is a name, not a connection string"},
   };
   for (const auto& row : rows) {
     const std::string text = mistake([&] { load_text(row.yaml, "x", kUrl); });
@@ -557,6 +619,20 @@ TEST(Load, FilesOfAConfiguration) {
   const Environment env = environment({{"PGSIDECAR_LOG_LEVEL", "${file:" + file + ".level}"}});
   std::ofstream(file + ".level") << "warn";
   EXPECT_EQ(files_of(load(file, env), file, env), (std::set<std::string>{file, secret, "/c", "/k", file + ".level"}));
+}
+
+TEST(Load, FilesThatAConnectionIsMadeWith) {
+  const std::string home = testing::TempDir() + "files_of_home", service = home + "/service";
+  std::filesystem::create_directories(home);
+  std::ofstream(service) << "[mine]\nhost=h\npassfile=" << home << "/passfile\n";
+  std::ofstream(home + "/.pgpass") << "*:*:*:*:p\n";
+  const Environment env = environment({{"HOME", home}, {"PGSERVICEFILE", service}, {"DATABASE_URL", "postgresql://u@h/d"}});
+  const auto files = [&](const char* yaml) { return files_of(load_text(yaml, "x", env), "", env); };
+  EXPECT_EQ(files(""), std::set<std::string>{home + "/.pgpass"});
+  EXPECT_EQ(files("upstream: {password: p}"), std::set<std::string>{});
+  EXPECT_EQ(files("upstream: {service: mine}"), (std::set<std::string>{service, home + "/passfile"}));
+  EXPECT_EQ(files(("upstream: {password: p, sslcrldir: " + home + "}").c_str()), std::set<std::string>{home});
+  std::filesystem::remove_all(home);
 }
 
 TEST(Load, EnvironmentNames) {
