@@ -287,6 +287,13 @@ def test_a_passfile_counts_as_a_file_of_the_configuration(proxies, pg, tmp_path)
         assert "nothing changed" not in proxy.log_text()
 
 
+def test_a_directory_of_the_configuration_is_watched(proxies, pg, tmp_path):
+    (tmp_path / "crls").mkdir()
+    proxy = proxies({"watchConfig": True}, url=pg.url() + f"&sslcrldir={tmp_path / 'crls'}")
+    (tmp_path / "crls" / "00000000.r0").write_text("")
+    harness.poll(lambda: f"the file {tmp_path / 'crls'} changed" in proxy.log_text(), what="it is noticed")
+
+
 def test_files_that_are_mounted_anew(proxies, pg, tmp_path):
     made = tmp_path / "made"
     made.mkdir()

@@ -32,6 +32,7 @@ std::set<std::string> directories_of(const std::string& file) {
     const fs::path path = std::move(left.back());
     left.pop_back();
     found.insert(path.parent_path());
+    if (fs::is_directory(path, ec)) found.insert(path);  // of what is in it
     fs::path above;
     for (const fs::path& part : path) {
       const fs::path here = above / part;

@@ -49,6 +49,7 @@ TEST_F(FileWatchTest, DirectoriesOnTheWay) {
   fs::create_symlink("../real/deep/file", root / "links/file");
   fs::create_symlink(root / "links/file", root / "links/absolute");
   EXPECT_EQ(directories_of(path("real/deep/file")), std::set<std::string>{path("real/deep")});
+  EXPECT_EQ(directories_of(path("real/deep")), (std::set<std::string>{path("real"), path("real/deep")}));
   EXPECT_TRUE(directories_of(path("links/absolute")).contains(path("links")));
   std::set<std::string> found;
   for (const std::string& one : directories_of(path("links/file"))) found.insert(fs::weakly_canonical(one));
