@@ -24,19 +24,32 @@ inline std::size_t edit_distance(std::string_view a, std::string_view b) {
   return row[b.size()];
 }
 
-/// The nearest of the known words, or of what follows their last dot; empty if none is so near that it may have been meant.
+/// The nearest of the known words, or of what follows their last dot; empty if none is so near that it may have been meant. Capitals and
+/// underscores don't count.
 inline std::string_view nearest(std::string_view word, const std::vector<std::string_view>& known) {
+  const auto plain = [](std::string_view text) {
+    std::string out;
+    for (const char c : text)
+      if (c != '_') out += c >= 'A' && c <= 'Z' ? static_cast<char>(c + 32) : c;
+    return out;
+  };
+  const std::string wanted = plain(word);
+  const std::size_t dot = wanted.rfind('.') + 1;
+  const std::string_view section = std::string_view(wanted).substr(0, dot), name = std::string_view(wanted).substr(dot);
   std::string_view best;
-  std::size_t least = word.size() / 4 + 2;
-  const auto look = [&](std::string_view part, std::string_view one) {
-    const bool begun = word.size() >= 4 && part.starts_with(word);
-    const std::size_t lengths = std::max(word.size(), part.size()) - std::min(word.size(), part.size());
-    if (!begun && lengths >= least) return;
-    if (const std::size_t distance = begun ? 1 : edit_distance(word, part); distance < least) least = distance, best = one;
+  std::size_t least = std::min<std::size_t>({name.size() / 4 + 2, name.size(), 4});
+  const auto consider = [&](std::string_view one, std::size_t distance) {
+    if (distance < least) least = distance, best = one;
   };
   for (const std::string_view one : known) {
-    look(one, one);
-    if (const auto dot = one.rfind('.'); dot != one.npos) look(one.substr(dot + 1), one);
+    const std::string whole = plain(one);
+    const std::string_view last = std::string_view(whole).substr(whole.rfind('.') + 1);
+    if (name.size() >= 4 && (whole.starts_with(wanted) || last.starts_with(wanted)))
+      consider(one, 1);
+    else if (name.size() >= 4 && whole.size() == section.size() + last.size() && whole.starts_with(section) && last.find(name) != last.npos)
+      consider(one, 2);
+    for (const std::string_view part : {std::string_view(whole), last})
+      if (std::max(wanted.size(), part.size()) - std::min(wanted.size(), part.size()) < least) consider(one, edit_distance(wanted, part));
   }
   return best;
 }

@@ -539,12 +539,15 @@ TEST(Load, WhatIsWrong) {
       {"upstream: {suspendAfterSecond: 3}", "did you mean \"suspendAfterSeconds\"?"},
       {"upstream: {suspendAfterSeconds: soon}", "whole number"},
       {"upstream: {dbname: 'postgresql://app:hunter2@h/d'}", "x:1: upstream.dbname: a dbname is a name, not a connection string"},
+      {"pool: {idle_timeout: 3}", "did you mean \"pool.idleTimeoutMillis\"?"},
+      {"pool: {max_uses: 3}", "did you mean \"pool.maxUses\"?"},
+      {"pool: {timeout: 3}", "TimeoutMillis\"?"},
   };
   for (const auto& row : rows) {
     const std::string text = mistake([&] { load_text(row.yaml, "x", kUrl); });
     EXPECT_NE(text.find(row.says), std::string::npos) << row.yaml << " -> " << text;
   }
-  for (const char* yaml : {"upstream: {connectionString: x}", "colour: red"})  // nothing is near
+  for (const char* yaml : {"upstream: {connectionString: x}", "colour: red", "a: 1", "admin: {port: 1}"})  // nothing is near
     EXPECT_EQ(mistake([&] { load_text(yaml, "x", kUrl); }).find("did you mean"), std::string::npos) << yaml;
   EXPECT_NE(mistake([] { load_text("", "", environment({})); }).find("set DATABASE_URL"), std::string::npos);
   EXPECT_NE(mistake([] { load("/tmp", kUrl); }).find("cannot read the configuration file"), std::string::npos);
