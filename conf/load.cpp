@@ -527,6 +527,25 @@ Admin load_admin(const std::string& path, const Environment& env) {
   return config.admin;
 }
 
+namespace {
+
+/// `-c app.token=***`: what a setting is set to may be a secret.
+std::string without_values(std::string_view options) {
+  constexpr std::string_view kBlanks = " \t\n\v\f\r";
+  std::string out;
+  bool in_value = false;
+  for (std::size_t i = 0; i < options.size(); ++i) {
+    const std::size_t length = options[i] == '\\' && i + 1 < options.size() ? 2 : 1;
+    if (length == 1 && kBlanks.find(options[i]) != kBlanks.npos) in_value = false;
+    if (!in_value) out += options.substr(i, length);
+    if (!in_value && options[i] == '=') in_value = true, out += "***";
+    i += length - 1;
+  }
+  return out;
+}
+
+}  // namespace
+
 std::string to_redacted_yaml(const Config& config, const Environment& env) {
   YAML::Emitter out;
   const auto pool = [&](const PoolSettings& settings) {
@@ -548,7 +567,7 @@ std::string to_redacted_yaml(const Config& config, const Environment& env) {
     for (const auto& [name, value] : up.keys) {
       const bool secret =
           name.find("password") != std::string::npos || name.find("secret") != std::string::npos || name.starts_with("scram_");
-      out << YAML::Key << name << YAML::Value << (secret ? "***" : value);
+      out << YAML::Key << name << YAML::Value << (secret ? "***" : name == "options" ? without_values(value) : value);
     }
     for (const auto& key : upstream_keys()) out << YAML::Key << std::string(key.path) << YAML::Value << key.get(up);
     if (!up.passwordCommand.empty()) {  // its arguments may be secrets

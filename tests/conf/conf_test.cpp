@@ -574,6 +574,12 @@ TEST(Load, SecretsAreNotPrinted) {
   EXPECT_EQ(to_redacted_yaml(defaulted, kUrl).find("hunter2"), std::string::npos);
 }
 
+TEST(Load, WhatOptionsSetIsNotPrinted) {
+  const Config config =
+      load_text("upstream: {url: 'postgresql://u@h/d', options: '-c app.token=hunter2 --b=hunter\\ 3=4 -S 64'}\n", "x", kUrl);
+  EXPECT_NE(to_redacted_yaml(config, kUrl).find("options: -c app.token=*** --b=*** -S 64\n"), std::string::npos);
+}
+
 TEST(Load, MinByDefaultIsNoMoreThanMax) {
   const Config config = load_text("pool: {max: 1}\ndatabases: {d: {pool: {max: 3}}, e: {}}\nusers: {u: {pool: {max: 1}}}\n", "x", kUrl);
   EXPECT_EQ(config.pool.min, 1u);
