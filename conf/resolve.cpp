@@ -147,6 +147,23 @@ bool nobody_can_log_in(const Config& config, const Environment& env) {
   }
 }
 
+namespace {
+
+/// What the server gets as the user's password is a SCRAM verifier. The URL's user has the URL's password there.
+bool logs_in_by_verifier(const Config& config, const User& user, const Environment& env) {
+  const auto asks_program = [](const auto& database) { return !database.second.upstream.passwordCommand.empty(); };
+  if (config.databases.empty() ? !config.upstream.passwordCommand.empty()
+                               : std::all_of(config.databases.begin(), config.databases.end(), asks_program))
+    return false;
+  try {
+    return expand(*user.password, env).starts_with("SCRAM-SHA-256$") && resolve_upstream(config.upstream, env).user != user.name;
+  } catch (const ConfigError&) {  // a secret can't be read now
+    return false;
+  }
+}
+
+}  // namespace
+
 std::vector<std::string> upstream_warnings(const Config& config, const Environment& env) {
   std::vector<std::string> warnings;
   std::set<std::string> told;
@@ -160,6 +177,11 @@ std::vector<std::string> upstream_warnings(const Config& config, const Environme
   };
   add("upstream", config.upstream);
   for (const auto& [name, database] : config.databases) add("databases." + name + ".upstream", database.upstream);
+  for (const auto& [name, user] : config.users)
+    if (user.password && logs_in_by_verifier(config, user, env))
+      warnings.push_back("users." + name +
+                         ".password: a SCRAM verifier shows who a client is, but nobody can log in to the server by it: if that asks for a "
+                         "password, put the password here");
   if (nobody_can_log_in(config, env))
     warnings.push_back(
         "nobody can log in, since no password is known that a client must prove: put one into upstream.url or users, or set auth.method");

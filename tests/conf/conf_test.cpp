@@ -664,5 +664,18 @@ TEST(Load, WarnsIfNobodyCanLogIn) {
   EXPECT_FALSE(warned("auth: {method: password}\nusers: {'*': {}}", "postgresql://u@h/d"));
 }
 
+TEST(Load, WarnsOfAVerifierWhereTheServerWantsAPassword) {
+  const auto warned = [](const std::string& yaml) {
+    for (const std::string& warning : upstream_warnings(load_text(yaml, "x", kUrl), kUrl))
+      if (warning.starts_with("users.w.password: a SCRAM verifier")) return true;
+    return false;
+  };
+  const std::string verifier = "{password: 'SCRAM-SHA-256$4096:c2FsdA==$a:b'}";
+  EXPECT_TRUE(warned("users: {w: " + verifier + "}"));
+  EXPECT_FALSE(warned("users: {w: {password: plain}}"));
+  EXPECT_FALSE(warned("users: {app: " + verifier + "}"));  // the URL has the password
+  EXPECT_FALSE(warned("users: {w: " + verifier + "}\nupstream: {passwordCommand: [/bin/echo]}"));
+}
+
 }  // namespace
 }  // namespace pgsidecar::conf
