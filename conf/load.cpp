@@ -43,7 +43,7 @@ class Reader {
       else if (name != "databases" && name != "users")
         top(entry.first, entry.second, name);
       if (name == "alerts" && entry.second.IsMap() && entry.second["webhooks"])
-        each(entry.second["webhooks"], "alerts.webhooks",
+        each_name(entry.second["webhooks"], "alerts.webhooks",
                   [this](const std::string& key, const YAML::Node& node) { webhook(key, node); });
     }
     environment();
@@ -51,8 +51,8 @@ class Reader {
     for (const auto& entry : root) {
       const std::string name = entry.first.Scalar();
       if (name == "databases")
-        each(entry.second, name, [this](const std::string& key, const YAML::Node& node) { database(key, node); });
-      if (name == "users") each(entry.second, name, [this](const std::string& key, const YAML::Node& node) { user(key, node); });
+        each_name(entry.second, name, [this](const std::string& key, const YAML::Node& node) { database(key, node); });
+      if (name == "users") each_name(entry.second, name, [this](const std::string& key, const YAML::Node& node) { user(key, node); });
     }
     validate();
   }
@@ -282,8 +282,17 @@ class Reader {
   template <class F>
   void each(const YAML::Node& node, const std::string& path, F&& f) {
     if (node.IsNull()) return;
-    if (!node.IsMap()) return mistake(node, path, "a mapping of names is expected");
+    if (!node.IsMap()) return mistake(node, path, "a mapping of keys is expected");
     for (const auto& entry : node) f(entry.first.Scalar(), entry.second);
+  }
+
+  template <class F>
+  void each_name(const YAML::Node& node, const std::string& path, F&& f) {
+    if (!node.IsNull() && !node.IsMap()) return mistake(node, path, "a mapping of names is expected");
+    each(node, path, [&](const std::string& name, const YAML::Node& value) {
+      if (name.empty()) return mistake(value, path, "a name is expected");
+      f(name, value);
+    });
   }
 
   void database(const std::string& name, const YAML::Node& node) {
@@ -442,6 +451,9 @@ class Reader {
       mistake("auth.method", "cert needs TLS (tls.mode) and tls.ca, the CA of the clients' certificates");
     check_file("admin.tokenFile", config_.admin.tokenFile);
     check_exit_on_idle();
+    for (const Listen& listen : config_.listen)
+      if (config_.admin.enabled && collide(listen, config_.admin.listen))
+        mistake("admin.listen", "\"" + print_address(listen.host, listen.port) + "\" is where clients connect (listen)");
     check_pool("pool", config_.pool);
     if (config_.pool.min > config_.pool.max) return;  // told once
     for (const auto& [name, database] : config_.databases) check_pool("databases." + name + ".pool", database.pool);

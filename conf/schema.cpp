@@ -49,8 +49,10 @@ std::string print_name(const Names<T>& names, T value) {
 }
 
 bool parse_bool(const std::string& text) {
-  if (text == "true" || text == "on" || text == "yes" || text == "1") return true;
-  if (text == "false" || text == "off" || text == "no" || text == "0") return false;
+  for (const char* yes : {"true", "True", "TRUE", "on", "yes", "1"})
+    if (text == yes) return true;
+  for (const char* no : {"false", "False", "FALSE", "off", "no", "0"})
+    if (text == no) return false;
   throw std::invalid_argument("\"" + text + "\" is neither true nor false");
 }
 
@@ -89,12 +91,6 @@ Listen parse_listen(const std::string& text, std::uint16_t default_port) {
   if (listen.host.empty()) listen.host = "*";
   listen.port = parse_number<std::uint16_t>(text.substr(colon + 1));
   return listen;
-}
-
-/// The system gives the one's address to nobody else; `*` is every address.
-bool collide(const Listen& one, const Listen& other) {
-  if (one.kind != other.kind || one.port != other.port || (one.port == 0 && one.kind == Listen::Kind::Tcp)) return false;
-  return one.directory == other.directory && (one.host == other.host || one.host == "*" || other.host == "*");
 }
 
 std::string print_listen(const Listen& listen) {
@@ -146,6 +142,11 @@ template <class Inner, class T>
 Key<Config> inner_number(std::string_view path, Inner Config::*inner, T Inner::*member, T min = 0) {
   return {path, [=](Config& c, const std::string& t) { c.*inner.*member = parse_number<T>(t, min); },
           [=](const Config& c) { return std::to_string(c.*inner.*member); }};
+}
+
+Key<Config> alert_percent(std::string_view path, std::uint32_t Alerts::*member) {
+  return {path, [=](Config& c, const std::string& t) { c.alerts.*member = parse_number<std::uint32_t>(t, 0, 100); },
+          [=](const Config& c) { return std::to_string(c.alerts.*member); }};
 }
 
 template <class Inner>
@@ -269,13 +270,13 @@ std::vector<Key<Config>> make_config_keys() {
   keys.push_back(inner_bool("alerts.enabled", &Config::alerts, &Alerts::enabled));
   keys.push_back(inner_number("alerts.waitingClients", &Config::alerts, &Alerts::waitingClients));
   keys.push_back(inner_number("alerts.waitingSeconds", &Config::alerts, &Alerts::waitingSeconds));
-  keys.push_back(inner_number("alerts.connectionsPercent", &Config::alerts, &Alerts::connectionsPercent));
-  keys.push_back(inner_number("alerts.connectionsCriticalPercent", &Config::alerts, &Alerts::connectionsCriticalPercent));
+  keys.push_back(alert_percent("alerts.connectionsPercent", &Alerts::connectionsPercent));
+  keys.push_back(alert_percent("alerts.connectionsCriticalPercent", &Alerts::connectionsCriticalPercent));
   keys.push_back(inner_number("alerts.memoryMb", &Config::alerts, &Alerts::memoryMb));
   keys.push_back(inner_number("alerts.databaseSlowMillis", &Config::alerts, &Alerts::databaseSlowMillis));
   keys.push_back(inner_number("alerts.databaseSlowFactor", &Config::alerts, &Alerts::databaseSlowFactor));
-  keys.push_back(inner_number("alerts.errorPercent", &Config::alerts, &Alerts::errorPercent));
-  keys.push_back(inner_number("alerts.pinnedPercent", &Config::alerts, &Alerts::pinnedPercent));
+  keys.push_back(alert_percent("alerts.errorPercent", &Alerts::errorPercent));
+  keys.push_back(alert_percent("alerts.pinnedPercent", &Alerts::pinnedPercent));
   keys.push_back(inner_number("alerts.certificateDays", &Config::alerts, &Alerts::certificateDays));
   keys.push_back(inner_number("alerts.drainSeconds", &Config::alerts, &Alerts::drainSeconds));
   keys.push_back(inner_number("alerts.forSeconds", &Config::alerts, &Alerts::forSeconds));
@@ -288,6 +289,11 @@ std::vector<Key<Config>> make_config_keys() {
 }
 
 }  // namespace
+
+bool collide(const Listen& one, const Listen& other) {
+  if (one.kind != other.kind || one.port != other.port || (one.port == 0 && one.kind == Listen::Kind::Tcp)) return false;
+  return one.directory == other.directory && (one.host == other.host || one.host == "*" || other.host == "*");
+}
 
 const std::vector<Key<PoolSettings>>& pool_keys() {
   static const std::vector<Key<PoolSettings>> keys = make_pool_keys();

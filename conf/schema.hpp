@@ -24,6 +24,9 @@ const std::vector<Key<PoolSettings>>& pool_keys();
 const std::vector<Key<Webhook>>& webhook_keys();
 const std::vector<Key<Upstream>>& upstream_keys();  ///< all but url, libpq's keywords and passwordCommand
 
+/// The system gives the one's address to nobody else; `*` is every address.
+bool collide(const Listen& one, const Listen& other);
+
 /// "pool.idleTimeoutMillis" -> "PGSIDECAR_POOL_IDLE_TIMEOUT_MILLIS".
 std::string environment_name(std::string_view path);
 

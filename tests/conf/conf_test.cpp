@@ -539,6 +539,13 @@ TEST(Load, WhatIsWrong) {
       {"upstream: {suspendAfterSecond: 3}", "did you mean \"suspendAfterSeconds\"?"},
       {"upstream: {suspendAfterSeconds: soon}", "whole number"},
       {"upstream: {dbname: 'postgresql://app:hunter2@h/d'}", "x:1: upstream.dbname: a dbname is a name, not a connection string"},
+      {"databases: {d: no}", "x:1: databases.d: a mapping of keys is expected"},
+      {"users: {a: pw}", "x:1: users.a: a mapping of keys is expected"},
+      {"users: [a]", "x:1: users: a mapping of names is expected"},
+      {"users: {'': {}}", "x:1: users: a name is expected"},
+      {"databases: {'': {}}", "x:1: databases: a name is expected"},
+      {"alerts: {connectionsPercent: 200}", "\"200\" is not a whole number from 0 to 100"},
+      {"listen: ['127.0.0.1:7001']\nadmin: {listen: '*:7001'}", "x:2: admin.listen: \"127.0.0.1:7001\" is where clients connect (listen)"},
       {"pool: {idle_timeout: 3}", "did you mean \"pool.idleTimeoutMillis\"?"},
       {"pool: {max_uses: 3}", "did you mean \"pool.maxUses\"?"},
       {"pool: {timeout: 3}", "TimeoutMillis\"?"},
@@ -578,6 +585,13 @@ TEST(Load, WhatOptionsSetIsNotPrinted) {
   const Config config =
       load_text("upstream: {url: 'postgresql://u@h/d', options: '-c app.token=hunter2 --b=hunter\\ 3=4 -S 64'}\n", "x", kUrl);
   EXPECT_NE(to_redacted_yaml(config, kUrl).find("options: -c app.token=*** --b=*** -S 64\n"), std::string::npos);
+}
+
+TEST(Load, BooleansOfYaml) {
+  for (const char* yes : {"true", "True", "TRUE", "on"})
+    EXPECT_TRUE(load_text(std::string("watchConfig: ") + yes, "x", kUrl).watchConfig) << yes;
+  for (const char* no : {"false", "False", "FALSE", "off"})
+    EXPECT_FALSE(load_text(std::string("pool: {keepAlive: ") + no + "}", "x", kUrl).pool.keepAlive) << no;
 }
 
 TEST(Load, MinByDefaultIsNoMoreThanMax) {
