@@ -37,7 +37,7 @@ inline std::string_view nearest(std::string_view word, const std::vector<std::st
   const std::size_t dot = wanted.rfind('.') + 1;
   const std::string_view section = std::string_view(wanted).substr(0, dot), name = std::string_view(wanted).substr(dot);
   std::string_view best;
-  std::size_t least = std::min<std::size_t>({name.size() / 4 + 2, name.size(), 4});
+  std::size_t least = std::min<std::size_t>({name.size() / 4 + 2, wanted.size(), 4});
   const auto consider = [&](std::string_view one, std::size_t distance) {
     if (distance < least) least = distance, best = one;
   };

@@ -114,7 +114,7 @@ TEST(Url, Refused) {
       {"postgresql://h/d?load_balance_hosts=rand", "\"random\""},
       {"postgresql://h/d?require_auth=md", "\"md5\""},
       {"postgresql://h/d?require_auth=md5,!none", "mixed"},
-      {"postgresql://h/d?ssl_min_protocol_version=TLSv1.9", "TLSv1.9"},
+      {"postgresql://h/d?ssl_min_protocol_version=TLSv1.9", "did you mean \"TLSv1.1\"?"},
       {"postgresql://h/d?ssl_min_protocol_version=tlsv1.3&ssl_max_protocol_version=TLSv1.2", "below"},
       {"postgresql://h/d?sslrootcert=system&sslmode=require", "weak"},
       {"postgresql://localhost/d?sslnegotiation=direct", "weak"},
