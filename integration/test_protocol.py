@@ -1,6 +1,7 @@
 """The protocol beyond what a driver does on a good day (PostgreSQL documentation, sections 55.2 and 55.7)."""
 import hashlib
 import random
+import select
 import struct
 import threading
 import time
@@ -354,7 +355,7 @@ def test_a_copy_that_fails_in_the_middle_of_a_message(proxies, pg, table, what):
         w.send(*((wire.parse(before), wire.bind(), wire.execute(), wire.FLUSH) if what == "synced" else (wire.query(before),)))
         w.until("G")
         if what == "synced":
-            w.send(wire.SYNC)
+            w.send(wire.copy_data(b"x\n"), wire.SYNC)
         piece = [wire.copy_data(b"x" * 10 + b"\n")] * 4096 if what == "queued" else [wire.copy_data((b"x" * 1000 + b"\n") * 64)]
 
         def feed():
@@ -455,6 +456,58 @@ def test_copy_by_extended_protocol(small, table):
         w.send(wire.copy_data(b"bad\n"), wire.COPY_DONE, wire.SYNC)
         assert kinds(w.until()) == "EZ"
         healthy(w)
+
+
+def soon(w):
+    """What comes without being asked for."""
+    found = ""
+    while w.buffer or select.select([w.sock], [], [], 0.3)[0]:
+        found += w.recv().type
+    return found
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """A server that may be asked without TLS, and so directly."""
+    with harness.Postgres(plain=True) as server:
+        server.sql("CREATE TABLE copied (a int, b text); GRANT ALL ON copied TO app", database=DATABASE)
+        yield server
+
+
+@pytest.mark.parametrize("mode", ["directly", "transaction", "session"])
+def test_a_sync_ahead_of_a_copys_data_is_ignored(proxies, plain, mode):
+    """As libpq sends it with the COPY itself; the one behind the end is answered, whatever becomes of the data."""
+    copy = (wire.parse("COPY copied FROM STDIN"), wire.bind(), wire.execute(), wire.SYNC)
+    bad, good = wire.copy_data(b"bad\n"), wire.copy_data(b"1\ta\n")
+    with raw(plain if mode == "directly" else proxies({"pool": {"mode": mode}}, server=plain)) as w:
+        for data, said, end in ((bad, "E", "Z"), (good, "", "CZ")):
+            w.send(*copy)
+            assert soon(w) == "12G"
+            w.send(data)
+            assert soon(w) == said
+            w.send(wire.COPY_DONE, wire.SYNC)
+            assert soon(w) == end
+        w.send(*copy, bad, wire.COPY_DONE, wire.SYNC)
+        assert soon(w) == "12GEZ"
+        w.send(*copy[:-1], bad, wire.SYNC, wire.COPY_DONE, wire.SYNC)
+        assert soon(w) == "12GEZZ", "the first stands behind what fails"
+        healthy(w)
+
+
+def test_libpqs_query_behind_a_copy_that_fails(small, table):
+    from psycopg import pq
+    connection = pq.PGconn.connect(small.conninfo().encode())
+    for n in (b"1", b"2", b"3"):
+        connection.send_query_params(b"COPY copied FROM STDIN", None)
+        assert connection.get_result().status == pq.ExecStatus.COPY_IN
+        connection.put_copy_data(b"bad\n")
+        connection.flush()
+        select.select([connection.socket], [], [], 5)
+        connection.put_copy_end()
+        assert connection.get_result().status == pq.ExecStatus.FATAL_ERROR and connection.get_result() is None
+        connection.send_query(b"SELECT " + n)
+        assert connection.get_result().get_value(0, 0) == n and connection.get_result() is None
+    connection.finish()
 
 
 @pytest.mark.parametrize("mode", ["transaction", "session"])

@@ -1,12 +1,11 @@
 #include "protocol/pipeline.hpp"
 
-#include <utility>
-
 namespace pgsidecar::protocol {
 
 bool Pipeline::push(Owed owed) {
   if (owed.request == Request::Sync) {
-    // In COPY the server ignores Sync. Whether it still is in COPY can't be known here, so the Sync waits if a failure would need it.
+    // In COPY the server ignores Sync. Whether it still is in COPY can't be known here, so the Sync waits if a failure would need it: of
+    // the data before it, or, as long as there is none, of what the server does ahead of reading.
     if (copy_in_ && !copy_ended_) {
       held_sync_ = front()->request == Request::Execute;
       return false;
@@ -22,6 +21,7 @@ bool Pipeline::push(Owed owed) {
     return false;
   }
   if (failed_) return false;
+  copy_data_ = false;
   unsynced_ = !ends_with_ready(owed.request);
   append(owed);
   return true;

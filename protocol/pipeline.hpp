@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "protocol/wire.hpp"
@@ -66,6 +67,10 @@ class Pipeline {
   bool awaits_copy_data() const { return copy_in_ && !copy_ended_; }
   /// What was sent behind a COPY isn't its data, and the server doesn't get to see it.
   bool copy_interrupted() const { return awaits_copy_data() && size() > 1 && ring_[(head_ + 1) & mask()].verdict == Verdict::Inject; }
+  /// CopyData is about to be sent. A COPY that reads any has read the Syncs before it, and ignored them.
+  void note_copy_data() {
+    if (!std::exchange(copy_data_, true)) held_sync_ = false;
+  }
   /// A Sync was held back during COPY and must be sent now, because the COPY has failed.
   bool take_held_sync();
   /// Nothing is owed, no transaction is open, and no request waits for its Sync.
@@ -101,6 +106,7 @@ class Pipeline {
   std::size_t head_ = 0, tail_ = 0;
   TxStatus status_ = TxStatus::Idle;
   bool unsynced_ = false, failed_ = false, copy_in_ = false, copy_ended_ = false, held_sync_ = false;
+  bool copy_data_ = false;  // sent behind the last request but Sync
 };
 
 template <class Dropped>

@@ -117,6 +117,7 @@ std::size_t ClientSession::on_request(char type, Bytes available, std::size_t to
       }
       server_->pipeline.push({Request::FunctionCall, Verdict::Forward, id_});
       break;
+    case 'd': server_->pipeline.note_copy_data(); break;
     case 'c':
     case 'f': server_->pipeline.push({Request::CopyEnd, Verdict::Forward, id_}); break;
     case 'S':

@@ -202,6 +202,7 @@ class Conversation {
       if (what % 4 == 1 && !simple_copy_) return push({Request::Sync, Fate::Works, 0});
       Sent data{Request::Query, Fate::Works, 0};
       data.data = true;
+      pipeline_.note_copy_data();
       server_.wire.push_back(data);
       return;
     }

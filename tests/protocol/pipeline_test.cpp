@@ -211,6 +211,29 @@ TEST(Pipeline, ASyncInCopyIsHeldAndSentIfTheCopyFails) {
   EXPECT_TRUE(s.pipeline.releasable());
 }
 
+// d data, S a Sync; what the server has surely read in COPY isn't sent again.
+TEST(Pipeline, ASyncInCopyIsHeldAsLongAsTheServerMayNotHaveReadIt) {
+  const struct {
+    const char *ahead, *in_copy;
+    bool held;
+  } rows[] = {{"", "S", true},  {"", "Sd", false},  {"", "SdS", true}, {"", "dS", true},
+              {"d", "S", true}, {"", "SdSd", true}, {"d", "dSd", true}};
+  for (const auto& row : rows) {
+    Script s;
+    s.ask(Request::Execute);
+    const auto send = [&](const char* what) {
+      for (; *what; ++what) *what == 'S' ? void(s.ask(Request::Sync)) : s.pipeline.note_copy_data();
+    };
+    send(row.ahead);
+    EXPECT_TRUE(s.all("G"));
+    send(row.in_copy);
+    EXPECT_TRUE(s.all("E"));
+    EXPECT_EQ(s.pipeline.take_held_sync(), row.held) << row.ahead << 'G' << row.in_copy;
+    s.ask(Request::Sync);
+    EXPECT_TRUE(s.all("Z"));
+  }
+}
+
 TEST(Pipeline, CopyInOfASimpleQuery) {
   Script s;
   s.ask(Request::Query);
