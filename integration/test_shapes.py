@@ -161,3 +161,17 @@ def test_cached_plan_must_not_change_result_type(small, pg):
             assert messages[0].error["C"] == "0A000"
         w.ask(wire.close("S", "s"), wire.SYNC)
         assert kinds(w.ask(wire.parse("SELECT * FROM shape", "s"), wire.bind("s"), wire.execute(), wire.SYNC)) == "12DCZ"
+
+
+def test_a_text_prepared_before_the_commit_of_what_it_names(small):
+    """Whoever prepares it afterwards gets what is there now."""
+    path = {"options": "-c search_path=shapes,public"}
+    with raw(small, **path) as one, raw(small, **path) as two, raw(small, **path) as three:
+        one.ask(wire.query("CREATE SCHEMA shapes; CREATE FUNCTION shapes.pick(bigint) RETURNS text LANGUAGE sql AS 'SELECT ''big'''"))
+        parse = (wire.parse("SELECT pick(1)", "s"), wire.bind("s"), wire.execute(), wire.SYNC)
+        one.ask(wire.query("BEGIN; CREATE FUNCTION shapes.pick(int) RETURNS text LANGUAGE sql AS 'SELECT ''int'''"))
+        assert two.ask(*parse)[2].row == [b"big"]
+        one.ask(wire.query("COMMIT"))
+        one.ask(wire.query("BEGIN; SELECT 1"))  # on its connection, so that the other is the next client's
+        assert three.ask(*parse)[2].row == [b"int"]
+        one.ask(wire.query("ROLLBACK; DROP SCHEMA shapes CASCADE"))

@@ -223,6 +223,8 @@ class Scanner {
             residue_ |= kCode;
           else if (is(word_, "copy"))
             residue_ |= kCopy;
+          else if (is(word_, "create"))
+            residue_ |= kDefinition;
           break;
         case 'e':
           if (is(word_, "end"))
@@ -237,7 +239,10 @@ class Scanner {
             residue_ |= kSettings | kReset;
           break;
         case 'a':
-          if (is(word_, "abort")) residue_ |= kTransaction;
+          if (is(word_, "abort"))
+            residue_ |= kTransaction;
+          else if (is(word_, "alter"))
+            residue_ |= kDefinition;
           break;
         case 'd':
           if (is(word_, "deallocate"))
@@ -249,7 +254,7 @@ class Scanner {
           else if (is(word_, "do"))
             residue_ |= kCode;
           else if (is(word_, "drop"))
-            residue_ |= kDrop;
+            residue_ |= kDrop | kDefinition;
           break;
         case 'l':
           if (is(word_, "listen"))
@@ -331,7 +336,10 @@ class Scanner {
           residue_ |= kSequenceWrite;
         break;
       case 'i':
-        if (is(word_, "insert")) residue_ |= kSequenceWrite;
+        if (is(word_, "insert"))
+          residue_ |= kSequenceWrite;
+        else if (is(word_, "into") && is(first_, "select") && !body_)
+          residue_ |= kDefinition;
         break;
       case 'm':
         if (is(word_, "merge")) residue_ |= kSequenceWrite;

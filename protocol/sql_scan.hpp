@@ -38,11 +38,12 @@ enum Residue : std::uint32_t {
   kNewChannel = 1u << 22,        ///< not residue by itself: LISTEN
   kCopy = 1u << 23,              ///< not residue: COPY
   kPath = 1u << 24,              ///< not residue: sets, be it for the transaction, where names are looked up
+  kDefinition = 1u << 25,        ///< not residue: CREATE, ALTER, DROP, SELECT INTO: names may mean something else afterwards
   kUnreadable = 1u << 31,        ///< unterminated quote or comment and the like
 };
 /// Of no account by themselves.
 inline constexpr std::uint32_t kPassive =
-    kTransaction | kSequenceWrite | kDrop | kMeaning | kPath | kChannels | kNotify | kNewChannel | kCopy;
+    kTransaction | kSequenceWrite | kDrop | kMeaning | kPath | kChannels | kNotify | kNewChannel | kCopy | kDefinition;
 
 /// The names of what these bits leave behind, as operators are told; nothing for passive ones.
 std::vector<std::string> residue_names(std::uint32_t residue);

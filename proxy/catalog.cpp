@@ -57,7 +57,9 @@ WITH RECURSIVE fn AS (
 
 constexpr const char* kFunctions = R"(
 SELECT DISTINCT name, '', '', body FROM part WHERE classid <> 'pg_proc'::regclass
-UNION SELECT name, '', '', '' FROM called LIMIT )";
+UNION SELECT name, '', '', '' FROM called
+UNION SELECT '', 'written', sum(pg_stat_get_tuples_inserted(c) + pg_stat_get_tuples_updated(c) + pg_stat_get_tuples_deleted(c))::text, ''
+  FROM unnest('{pg_class,pg_attribute,pg_proc,pg_type,pg_operator,pg_cast,pg_namespace,pg_collation}'::regclass[]) AS c LIMIT )";
 
 constexpr const char* kRelations = R"(, hung AS (
   SELECT CASE classid
@@ -300,6 +302,9 @@ std::string Survey::next(Time now) {
 void Survey::answer(std::string (&field)[4]) {
   if (asks_relations_) {
     hanging_.push_back({protocol::word_of_name(field[0]), std::move(field[1])});
+  } else if (rounds_ == 1 && field[1] == "written") {
+    if (!catalog_.rows_written_.empty()) catalog_.rewritten_ |= catalog_.rows_written_ != field[2];
+    catalog_.rows_written_ = std::move(field[2]);
   } else if (rounds_ == 1) {
     if (!field[3].empty()) catalog_.answer(expressions_, field[0], "sql", false, field[3]);
     functions_.push_back(std::move(field[0]));

@@ -62,6 +62,8 @@ class Catalog {
   bool due(Time now) const { return now >= due_; }  ///< a survey is
   /// True once when something has been found that sessions may have been used by unseen since the last look.
   bool take_late() { return std::exchange(late_, false); }
+  /// True once when anything was made, altered or dropped since the last look.
+  bool take_rewritten() { return std::exchange(rewritten_, false); }
 
  private:
   friend class Survey;
@@ -86,7 +88,8 @@ class Catalog {
   std::uint64_t version_ = 0;     // of these two, unlike any other catalog's
   std::uint64_t changes_ = 0;     // forget() was called so often
   Time due_{};
-  bool surveyed_ = false, failing_ = false, late_ = false;
+  bool surveyed_ = false, failing_ = false, late_ = false, rewritten_ = false;
+  std::string rows_written_;  // of the catalogs, as the server counts them
 };
 
 struct Catalog::Inquiry {

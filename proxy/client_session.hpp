@@ -76,6 +76,8 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   void on_residue(SettingsRef settings, const Residue& found);         ///< no settings: they aren't known
   void on_learned() { residue_ |= protocol::kFunction; }  ///< its transaction may have left something: the session is to be looked at
   bool made_temporary() const { return (residue_ & protocol::kTemporary) != 0; }  ///< its transaction may have
+  /// Its transaction may have made, altered or dropped what others see too.
+  bool redefines() const { return (residue_ & (protocol::kDefinition | protocol::kTemporary)) == protocol::kDefinition; }
   void on_name_done(bool ok, bool skipped = false);  ///< a Parse, or a Close of a statement; skipped: behind one that failed
   void on_deallocated();                             ///< by SQL
   void on_answered(bool told);                       ///< ReadyForQuery; told: it goes to the client

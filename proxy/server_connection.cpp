@@ -46,11 +46,6 @@ bool is_row(std::uint8_t type) {
   return type == static_cast<std::uint8_t>(Backend::DataRow) || type == static_cast<std::uint8_t>(Backend::CopyData);
 }
 
-/// After which a text prepared before may have other columns, so that who prepares it anew must get a new plan.
-bool changes_results(std::string_view tag) {
-  return tag.starts_with("ALTER ") || tag.starts_with("DROP ") || tag == "CREATE VIEW" || tag == "CREATE FUNCTION";
-}
-
 bool is_canceled(Bytes error) {
   const auto fields = protocol::parse_error(error.subspan(kHeaderSize));
   return fields && fields->sqlstate == "57014";
@@ -323,7 +318,11 @@ bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total
   if (!reply) return false;
   const Owed& owed = reply->owed;
   const bool ours = client_ && owed.owner == client_->id();
-  if (type == Backend::ReadyForQuery && status == TxStatus::Idle && std::exchange(open_definition_, false)) on_catalog_changed();
+  if (type == Backend::ReadyForQuery && status == TxStatus::Idle) {
+    // Who prepares a text anew must get a new plan: it may have other columns, and its names may be of something else.
+    if (std::exchange(open_change_, false)) worker_.statements.retire_all();
+    if (std::exchange(open_definition_, false)) on_catalog_changed();
+  }
   bool forward = ours && owed.verdict == Verdict::Forward;
   if (type == Backend::ReadyForQuery && owed.request == Request::Query)
     if (const Owed* next = pipeline.front()) forward &= next->request != Request::Sync || next->note != kInPlace;
@@ -377,10 +376,9 @@ bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total
     if (client_->subscriber()) client_->subscriber()->on_tag(tag);
     if (tag == "DEALLOCATE") client_->on_deallocated();
     if (tag == "DISCARD ALL" || tag == "DEALLOCATE ALL") client_->on_statements_gone();
-    if (changes_results(tag)) worker_.statements.retire_all();
     had_temporary_ |= client_->made_temporary();
-    plans_stale |= client_->made_temporary() && (tag.starts_with("CREATE ") || tag.starts_with("SELECT "));
     open_definition_ |= changes_catalog(tag);
+    open_change_ |= open_definition_ || client_->redefines();
   }
   if (forward) worker_.to_client.add(available.data(), available.size());
   pass_left_ = total - available.size();
@@ -492,7 +490,8 @@ void ServerConnection::lease(ClientSession& client) {
   entry_.pool.lease(*this);
   client_ = &client;
   leased_anew_ = true;
-  cancel_due_ = awaiting_shape_ = restoring_ = adoption_skipped_ = open_definition_ = false;
+  cancel_due_ = awaiting_shape_ = restoring_ = adoption_skipped_ = false;
+  open_definition_ = open_change_ = false;
   asked_ = 0;
   unknown_calls.clear();
   unknown_names.clear();
@@ -504,6 +503,9 @@ void ServerConnection::lease(ClientSession& client) {
   running.untold = 0;
   running.reset.reset();
   running.leaking = running.overdue = false;
+  // What was made past the proxy while nobody used it isn't known yet.
+  if (entry_.catalog.surveyed() && entry_.catalog.due(worker_.now()))
+    statements.for_each([this](const protocol::StatementRef& statement) { worker_.statements.retire(*statement); });
   worker_.arm_tick(entry_.pool.limit_check());
   client.on_lease(*this);
 }

@@ -118,7 +118,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   std::string suspect;                        ///< the last text of this lease that may have left something in the session
   bool meaning_changed = false;               ///< in this lease, how constants are read may have been set, and the server not asked yet
   bool path_changed = false;                  ///< the same of where names are looked up
-  bool code_ran = false;                      ///< the same of what may have set anything
+  bool code_ran = false;                      ///< the same of what may have set, made or dropped anything
   bool sequences_touched = false;             ///< in this lease
   bool sequences_dirty = false;               ///< the session may have values of sequences that another client took
   bool plans_stale = false;                   ///< what is prepared there may mean something else: temporary objects have come, or gone
@@ -304,6 +304,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   std::vector<std::pair<std::string, protocol::StatementRef>> adopted_;
   bool adoption_skipped_ = false;      // the server may not have all of adopted_
   bool open_definition_ = false;       // its transaction has made or altered something
+  bool open_change_ = false;           // or dropped: texts may mean something else when it is committed
   bool had_temporary_ = false;         // since it was leased
   std::uint32_t unknown_residue_ = 0;  // of unknown_names, as a survey found
   Catalog::Inquiry inquiry_;

@@ -358,6 +358,7 @@ bool ServerConnection::ask_catalog() {
     survey_ = std::make_unique<Survey>(entry_.catalog, now);
   }
   const std::string question = survey_->next(now);
+  if (entry_.catalog.take_rewritten()) worker_.statements.retire_all();
   if (question.empty()) {
     unknown_residue_ |= survey_->residue_of(std::exchange(unknown_names, {}));
     survey_.reset();
@@ -423,6 +424,7 @@ void ServerConnection::finish_residue() {
     return client_->on_residue(nullptr, residue_);
   }
   forget_reading();
+  if (residue_.reasons & pool::bit(pool::PinReason::TemporaryObject)) plans_stale |= !std::exchange(had_temporary_, true);
   const bool skipped = std::exchange(adoption_skipped_, false);
   std::erase_if(adopted_, [&](const auto& one) {
     const bool there = std::find(residue_.prepared.begin(), residue_.prepared.end(), one.first) != residue_.prepared.end();

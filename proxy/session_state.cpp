@@ -68,6 +68,7 @@ void ClientSession::note_names(std::string_view sql, std::uint32_t residue) {
   if (residue == 0) return;
   residue_ |= residue;
   server_->condemned |= (residue & kIndelible) != 0;
+  server_->plans_stale |= (residue & protocol::kTemporary) != 0;
   server_->suspect = sql.substr(0, kMostSuspect);
   if (entry_->catalog.surveyed()) return;
   auto& words = server_->unknown_names;
@@ -101,9 +102,12 @@ std::uint32_t ClientSession::note_residue(std::string_view sql, std::uint32_t kn
     server_->sequences_touched = true;
     server_->sequences_dirty |= entry_->sequences_matter;
   }
+  // What is sent behind it is prepared when it is done.
+  constexpr std::uint32_t kMakes = protocol::kDefinition | protocol::kFunction | protocol::kCode;
+  server_->plans_stale |= (residue & (protocol::kTemporary | (settings->temporary ? kMakes : 0))) != 0;
   server_->meaning_changed |= (residue & protocol::kMeaning) != 0;
   server_->path_changed |= (residue & protocol::kPath) != 0;
-  server_->code_ran |= (residue & (protocol::kFunction | protocol::kCode)) != 0;
+  server_->code_ran |= (residue & kMakes) != 0;
   const bool takes_value = entry_->sequences_matter && residue & protocol::kSequenceWrite;
   if (residue & ~kPassive || takes_value) server_->suspect = sql.substr(0, kMostSuspect);
   return residue;

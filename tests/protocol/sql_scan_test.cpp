@@ -141,7 +141,7 @@ TEST(SqlScan, Rows) {
       {"SELECT /* open", kUnreadable},
       {"SELECT U&\"s\\0065t_config\"('a', 'b', false)", kUnreadable | kFunction},
   };
-  for (const auto& row : rows) EXPECT_EQ(scan_sql(row.sql) & ~(kMeaning | kPath), row.residue) << row.sql;
+  for (const auto& row : rows) EXPECT_EQ(scan_sql(row.sql) & ~(kMeaning | kPath | kDefinition), row.residue) << row.sql;
 }
 
 TEST(SqlScan, WhatDecidesWhereNamesAreLookedUp) {
@@ -152,6 +152,17 @@ TEST(SqlScan, WhatDecidesWhereNamesAreLookedUp) {
   for (const char* sql : {"SET app.x = 1", "SET LOCAL app.search_path = 'a'", "SET datestyle = 'German'",
                           "SELECT set_config('app.x', $1, true)", "SET TRANSACTION READ ONLY", "SELECT search_path FROM t"})
     EXPECT_FALSE(scan_sql(sql) & kPath) << sql;
+}
+
+TEST(SqlScan, WhatMayGiveNamesAnotherMeaning) {
+  for (const char* sql : {"CREATE TABLE t (a int)", "BEGIN; alter table t add b int; COMMIT", "/* a */ DROP VIEW v", "SELECT 1 AS a INTO t",
+                          "DO $$BEGIN CREATE TABLE t (a int); END$$"})
+    EXPECT_TRUE(scan_sql(sql) & kDefinition) << sql;
+  for (const char* sql :
+       {"INSERT INTO t SELECT 1", "SELECT \"create\", alter FROM t", "WITH a AS (INSERT INTO t VALUES (1) RETURNING *) TABLE a"})
+    EXPECT_FALSE(scan_sql(sql) & kDefinition) << sql;
+  EXPECT_TRUE(scan_body("BEGIN IF a THEN CREATE TABLE t (a int); END IF; END").residue & kDefinition);
+  EXPECT_FALSE(scan_body("BEGIN SELECT 1 INTO a; END").residue & kDefinition) << "a variable";
 }
 
 TEST(SqlScan, WhatDecidesHowConstantsAreRead) {

@@ -20,7 +20,7 @@ using std::chrono::seconds;
 struct Database {
   std::map<std::string, std::string> bodies;                 // of functions in PL/pgSQL
   std::vector<std::pair<std::string, std::string>> hanging;  // (relation, function)
-  int asked = 0;
+  int asked = 0, written = 1;
   bool failing = false;
 
   void survey(Catalog& catalog, Catalog::Time now) {
@@ -43,6 +43,7 @@ struct Database {
         if (about(name)) row(name, "plpgsql", "f", body);
     } else if (sql.find("hung AS") == std::string::npos) {
       for (const auto& [relation, function] : hanging) row(function, "", "", "");
+      row("", "written", std::to_string(written), "");
     } else {
       for (const auto& [relation, function] : hanging)
         if (about(function)) row(relation, function, "", "");
@@ -166,6 +167,18 @@ TEST_F(CatalogTest, AChangeMeanwhileMakesASurveyWorthless) {
   EXPECT_EQ(survey.next(now), "");
   EXPECT_FALSE(catalog.quiet());
   EXPECT_TRUE(catalog.due(now));
+}
+
+TEST_F(CatalogTest, WhatWasWrittenBetweenSurveysIsTold) {
+  const auto told = [&] {
+    database.survey(catalog, now += seconds(90));
+    return catalog.take_rewritten();
+  };
+  EXPECT_FALSE(told()) << "nothing was known before";
+  EXPECT_FALSE(told());
+  ++database.written;
+  EXPECT_TRUE(told());
+  EXPECT_FALSE(told());
 }
 
 TEST_F(CatalogTest, WhatWasNamedBeforeASurveyIsJudgedByIt) {
