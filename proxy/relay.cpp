@@ -23,6 +23,10 @@ namespace {
 
 constexpr std::size_t kMaxNames = 8 * 1024;  // of a message whose names are read
 
+bool has_several_statements(std::string_view sql) {
+  return sql.find(';') < sql.find_last_not_of("; \t\r\n") + 1;
+}
+
 /// pg_catalog's functions for large objects, which libpq and its like call by their numbers.
 bool is_large_object(std::uint32_t oid) {
   switch (oid) {
@@ -181,9 +185,14 @@ std::size_t ClientSession::on_query(Bytes available, std::size_t total) {
     }
     if (!entry_->catalog.quiet()) note_names(sql, entry_->catalog.residue_of_names(sql));
     if (residue & protocol::kPrepared) {
-      const std::size_t owed = server_->pipeline.size();
+      // What goes ahead of what it names is executed, and maybe committed, whatever becomes of that.
+      const auto& pipeline = server_->pipeline;
+      server_->adopts_apart =
+          has_several_statements(sql) && answered() && !pipeline.unsynced() && pipeline.status() == protocol::TxStatus::Idle;
+      const std::size_t owed = pipeline.size();
       adopt_named(sql);
-      adopts = server_->pipeline.size() > owed;
+      adopts = pipeline.size() > owed && !server_->adopts_apart;
+      server_->adopts_apart = false;
       note_deallocations(sql);
     }
   } else if (rewrites()) {

@@ -46,9 +46,9 @@ bool is_row(std::uint8_t type) {
   return type == static_cast<std::uint8_t>(Backend::DataRow) || type == static_cast<std::uint8_t>(Backend::CopyData);
 }
 
-bool is_canceled(Bytes error) {
-  const auto fields = protocol::parse_error(error.subspan(kHeaderSize));
-  return fields && fields->sqlstate == "57014";
+bool is_error(Bytes message, std::string_view sqlstate) {
+  const auto fields = protocol::parse_error(message.subspan(kHeaderSize));
+  return fields && fields->sqlstate == sqlstate;
 }
 
 }  // namespace
@@ -329,6 +329,7 @@ bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total
   if (ours && (owed.verdict == Verdict::Forward || type == Backend::ErrorResponse)) note_answer(type, owed, available, total);
   if (ours && type == Backend::ReadyForQuery) {
     cancel_due_ = false;
+    unadopted_.clear();
     client_->on_answered(forward);
   }
   if (owed.request == Request::Describe && owed.note != 0) on_described(type, owed, available, total);
@@ -353,9 +354,12 @@ bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total
     } else if (const std::string* name = ours && whole && owed.request == Request::Bind ? client_->name_of(owed.note) : nullptr) {
       forward = false;
       rename_error(available, *name);
-    } else if (ours && running.overdue && is_canceled(available)) {
+    } else if (ours && running.overdue && is_error(available, "57014")) {
       forward = false;
       client_->tell_query_timeout();
+    } else if (ours && !unadopted_.empty() && is_error(available, "26000")) {
+      forward = false;  // the server would have looked at the statement itself
+      worker_.to_client.own([this](std::string& out) { out += unadopted_; });
     } else if (ours && owed.note == kRaised) {
       forward = false;
       tell_raised(available);
@@ -498,6 +502,7 @@ void ServerConnection::lease(ClientSession& client) {
   unknown_residue_ = 0;
   sequences_touched = meaning_changed = path_changed = code_ran = false;
   suspect.clear();
+  unadopted_.clear();
   running.first = running.last = running.named = running.portal = 0;
   running.portals.clear();
   running.untold = 0;

@@ -50,7 +50,8 @@ inline std::size_t readies_owed(const protocol::Pipeline& pipeline, protocol::Ow
 /// Of an error that the proxy has the server raise for the client.
 constexpr std::uint64_t kRaised = ~std::uint64_t{0};
 /// Of the proxy's own queries.
-constexpr std::uint64_t kApply = 1, kResidue = 2, kReset = 3, kRestore = 4, kLearn = 5, kSurvey = 6, kListening = 7, kCapacity = 8;
+constexpr std::uint64_t kApply = 1, kResidue = 2, kReset = 3, kRestore = 4, kLearn = 5, kSurvey = 6, kListening = 7, kCapacity = 8,
+                        kAdopt = 9;
 
 class ServerConnection : public pool::Slot, public std::enable_shared_from_this<ServerConnection> {
  public:
@@ -121,6 +122,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   bool code_ran = false;                      ///< the same of what may have set, made or dropped anything
   bool sequences_touched = false;             ///< in this lease
   bool sequences_dirty = false;               ///< the session may have values of sequences that another client took
+  bool adopts_apart = false;                  ///< what can't be adopted doesn't have the server skip what follows
   bool plans_stale = false;                   ///< what is prepared there may mean something else: temporary objects have come, or gone
   bool conforming_strings() const { return conforming_strings_; }  ///< standard_conforming_strings
 
@@ -303,6 +305,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   std::string login_user_;
   std::vector<std::pair<std::string, protocol::StatementRef>> adopted_;
   bool adoption_skipped_ = false;      // the server may not have all of adopted_
+  std::string unadopted_;              // the error of the first that couldn't be adopted for the text that is executed
   bool open_definition_ = false;       // its transaction has made or altered something
   bool open_change_ = false;           // or dropped: texts may mean something else when it is committed
   bool had_temporary_ = false;         // since it was leased

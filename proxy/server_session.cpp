@@ -131,7 +131,12 @@ void ServerConnection::adopt(const std::string& name, const protocol::StatementR
   }
   worker_.to_server.own(
       [&](std::string& out) { protocol::Writer(out).begin(protocol::Frontend::Parse).cstring(name).bytes(statement->body).end(); });
-  pipeline.push({Request::Parse, verdict, client_->id()});
+  if (adopts_apart) {
+    worker_.to_server.own([](std::string& out) { protocol::Writer(out).begin(protocol::Frontend::Sync).end(); });
+    for (const Request request : {Request::Parse, Request::Sync}) pipeline.push({request, Verdict::Skip, protocol::kProxy, kAdopt});
+  } else {
+    pipeline.push({Request::Parse, verdict, client_->id()});
+  }
   if (known == adopted_.end())
     adopted_.emplace_back(name, statement);
   else
@@ -276,6 +281,12 @@ void ServerConnection::on_proxy_reply(Backend type, std::uint64_t note, Bytes wh
     } else if (type == Backend::ReadyForQuery) {
       finish_learning();
     }
+    return;
+  }
+  if (note == kAdopt) {
+    if (type != Backend::ErrorResponse) return;
+    adoption_skipped_ = true;
+    if (unadopted_.empty()) unadopted_.assign(reinterpret_cast<const char*>(whole.data()), whole.size());
     return;
   }
   if (type == Backend::ErrorResponse && note == kRestore && client_) return restore_failed(whole);
