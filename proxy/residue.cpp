@@ -79,15 +79,17 @@ void Residue::add(const ResidueRow& row, std::string_view login_user) {
   };
   switch (kind) {
     case 's':
+    case 'r':
     case 'd':
     case 'u': {
       auto value = from_hex(row[2]);
       if (!value)
         failed = true;
       else if (kind != 'u')
-        (kind == 's' ? settings : defaults)[lower(row[1])] = std::move(*value);
+        (kind == 'd' ? defaults : settings)[lower(row[1])] = std::move(*value);
       else if (*value != login_user)
         settings["session_authorization"] = std::move(*value);
+      if (kind == 'r') as_reset.insert(lower(row[1]));
       break;
     }
     case 'l': pin(PinReason::AdvisoryLock); break;
@@ -106,8 +108,9 @@ void Residue::add(const ResidueRow& row, std::string_view login_user) {
 }
 
 std::string residue_sql(const std::vector<std::string>& custom_names, bool sequences) {
-  std::string sql = hidden_settings(custom_names) + " UNION ALL SELECT 's', name, " + bytes_of("setting") +
-                    " FROM pg_catalog.pg_settings WHERE source OPERATOR(pg_catalog.=) 'session'" + kOthers;
+  std::string sql = hidden_settings(custom_names) +
+                    " UNION ALL SELECT CASE WHEN setting OPERATOR(pg_catalog.=) reset_val THEN 'r' ELSE 's' END, name, " +
+                    bytes_of("setting") + " FROM pg_catalog.pg_settings WHERE source OPERATOR(pg_catalog.=) 'session'" + kOthers;
   if (sequences) sql += "; SELECT 'q', pg_catalog.lastval()::pg_catalog.text, ''";
   return sql;
 }

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <map>
+#include <set>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -13,14 +14,15 @@
 
 namespace pgsidecar::proxy {
 
-/// One row of the server's answer: kind, name, value. Kinds: s setting, d one that is as by default, u session user (values of these
-/// three as bytes in the database's encoding, in hexadecimal digits), l advisory lock, t temporary object, p prepared statement, c holdable
-/// cursor, n channel listened to, q a sequence's value.
+/// One row of the server's answer: kind, name, value. Kinds: s setting, r one whose value is what a RESET gives it, d one that is as by
+/// default, u session user (values of these as bytes in the database's encoding, in hexadecimal digits), l advisory lock, t temporary
+/// object, p prepared statement, c holdable cursor, n channel listened to, q a sequence's value.
 using ResidueRow = std::string[3];
 
 struct Residue {
   static constexpr std::size_t kMostDetail = 200;  ///< characters, about
   std::map<std::string, std::string> settings;     ///< names in lower case
+  std::set<std::string> as_reset;                  ///< of those, what has the value that a RESET gives it
   std::map<std::string, std::string> defaults;     ///< of those that the server doesn't list, what is as it would be after a RESET
   std::uint32_t reasons = 0;                       ///< to pin; bits of pool::PinReason
   std::string detail;                              ///< their names, the first few

@@ -494,7 +494,7 @@ void ServerConnection::lease(ClientSession& client) {
   entry_.pool.lease(*this);
   client_ = &client;
   leased_anew_ = true;
-  cancel_due_ = awaiting_shape_ = restoring_ = adoption_skipped_ = false;
+  cancel_due_ = awaiting_shape_ = restoring_ = reset_unread_ = adoption_skipped_ = false;
   open_definition_ = open_change_ = false;
   asked_ = 0;
   unknown_calls.clear();

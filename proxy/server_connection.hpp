@@ -309,6 +309,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   bool open_definition_ = false;       // its transaction has made or altered something
   bool open_change_ = false;           // or dropped: texts may mean something else when it is committed
   bool had_temporary_ = false;         // since it was leased
+  bool reset_unread_ = false;          // it isn't known what was reset since it had its client's settings
   std::uint32_t unknown_residue_ = 0;  // of unknown_names, as a survey found
   Catalog::Inquiry inquiry_;
   std::unique_ptr<Survey> survey_;

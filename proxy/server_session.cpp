@@ -51,6 +51,7 @@ void ServerConnection::apply_settings() {
   if (settings != client_->settings && settings) {
     const auto statements_needed = settings_statements(settings->values, client_->settings->values);
     settings = client_->settings;
+    reset_unread_ = false;
     run_ahead(statements_needed);
   }
   if (!leased_anew_) return;
@@ -213,6 +214,7 @@ void ServerConnection::close_adopted() {
 }
 
 void ServerConnection::restore_within(const Settings& login, const std::optional<protocol::Reset>& reset) {
+  reset_unread_ |= !reset;
   const bool in_transaction = pipeline.status() != protocol::TxStatus::Idle || readies_owed(pipeline, client_->id()) > 1;  // may be by then
   run_within(restore_statements(login.values, reset, in_transaction), kRestore);
 }
@@ -447,10 +449,14 @@ void ServerConnection::finish_residue() {
       client_->statements.erase(one.first);
     return !there;
   });
+  // A reset behind which SET LOCAL came: its value counts as the session's own from the transaction's end on, and isn't the client's.
+  const bool reset = reset_unread_;
+  for (const auto& [name, value] : client_->login_settings().values)
+    if (reset && residue_.as_reset.contains(name)) residue_.settings.erase(name);
   // What is as by default counts against what the client brought; what isn't asked for by name is as it was brought.
   for (const auto& [name, value] : client_->login_settings().values) {
     const auto it = residue_.defaults.find(name);
-    if (it != residue_.defaults.end() && !unrestored) residue_.settings.insert(*it);
+    if (it != residue_.defaults.end() && !unrestored && !reset) residue_.settings.insert(*it);
     if (it == residue_.defaults.end() && name.find('.') != std::string::npos) residue_.settings.emplace(name, value);
   }
   // From that user the server hides what only superusers may see.
@@ -458,6 +464,7 @@ void ServerConnection::finish_residue() {
   settings = entry_.settings.intern(std::move(residue_.settings));
   if (settings->welcome.empty()) settings->welcome = parameters_;
   client_->on_residue(settings, residue_);
+  reset_unread_ &= settings != client_->settings;  // until it has them, the next look finds the same
 }
 
 // --- listening
