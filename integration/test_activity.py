@@ -10,6 +10,7 @@ import harness
 import wire
 from gate import Gate
 from harness import poll, raw
+from wire import kinds
 
 
 def api(proxy, path):
@@ -363,6 +364,32 @@ def test_an_idle_transaction_is_ended(proxies, pg):
             one.execute("SELECT 1")
         assert "idle-in-transaction timeout" in str(error.value) and "pool.idleInTransactionTimeoutMillis is 300 ms" in str(error.value)
         assert two.execute("SELECT to_regclass('never')").fetchone() == (None,)
+
+
+def test_who_waits_behind_a_flush_is_no_query(proxies):
+    """As asyncpg's prepare() leaves it: what was asked for is answered."""
+    proxy = proxies({"pool": {"max": 1, "queryTimeoutMillis": 500, "idleInTransactionWarnMillis": 300}})
+    with raw(proxy) as w:
+        w.send(wire.parse("SELECT pg_sleep($1)", "s"), wire.describe("S", "s"), wire.FLUSH)
+        assert kinds([w.recv() for _ in range(3)]) == "1tT"
+        poll(lambda: api(proxy, "leaks")["leaks"], what="it holds a server connection")
+        time.sleep(6)
+        for _ in range(2):  # longer than the limit, together
+            w.send(wire.bind("s", ["0.4"]), wire.execute(), wire.FLUSH)
+            assert kinds([w.recv() for _ in range(3)]) == "2DC"
+        w.send(wire.SYNC)
+        assert kinds(w.until()) == "Z"
+        assert kinds(w.ask(wire.bind("s", ["20"]), wire.execute(), wire.SYNC)) == "2EZ"
+        assert api(proxy, "leaks")["leaks"] == []
+
+
+def test_who_idles_behind_a_flush_is_ended_as_in_a_transaction(proxies):
+    proxy = proxies({"pool": {"max": 1, "idleInTransactionTimeoutMillis": 500}})
+    with raw(proxy) as w, raw(proxy) as other:
+        w.send(wire.parse("SELECT pg_sleep(1)"), wire.bind(), wire.execute(), wire.FLUSH)
+        assert kinds([w.recv() for _ in range(4)]) == "12DC"
+        assert [m.error["C"] for m in w.closed()] == ["25P03"]
+        assert other.value("SELECT 1") == "1"
 
 
 def test_a_query_that_takes_too_long(proxies):

@@ -50,7 +50,8 @@ pool::Time ClientSession::check_limits(pool::Time now) {
   }
   // What it holds may become idle before the next look.
   next = now + entry_->pool.limit_check();
-  if (in_request_ && over(request_since, limits.queryTimeoutMillis)) {
+  const bool waited_for = in_request_ && (!server_ || !server_->pipeline.empty() || !server_->pipeline.unsynced() || held());
+  if (waited_for && over(request_since, limits.queryTimeoutMillis)) {
     if (waiting() || keeps_request()) {
       ++entry_->pool.counters().limitsReached;
       unlink();
@@ -72,17 +73,17 @@ pool::Time ClientSession::check_limits(pool::Time now) {
   }
   if (!server_) return next;
   const auto& pipeline = server_->pipeline;
-  if (pipeline.status() == protocol::TxStatus::Idle) {
+  if (pipeline.status() == protocol::TxStatus::Idle && !pipeline.unsynced()) {
     if (pipeline.empty() && !in_request_ && over(std::max(sent_at_, connected_at_), limits.clientIdleTimeoutMillis))
       end_by_limit("57P05", "terminating connection due to idle-session timeout", "pool.clientIdleTimeoutMillis",
                    limits.clientIdleTimeoutMillis);
     return next;
   }
-  if (over(transaction_since, limits.maxTransactionMillis)) {
+  if (pipeline.status() != protocol::TxStatus::Idle && over(transaction_since, limits.maxTransactionMillis)) {
     end_by_limit("25P04", "terminating connection due to transaction timeout", "pool.maxTransactionMillis", limits.maxTransactionMillis);
     return next;
   }
-  if (in_request_ || !pipeline.empty()) return next;
+  if (waited_for || !pipeline.empty()) return next;
   if (over(sent_at_, limits.idleInTransactionTimeoutMillis)) {
     end_by_limit("25P03", "terminating connection due to idle-in-transaction timeout", "pool.idleInTransactionTimeoutMillis",
                  limits.idleInTransactionTimeoutMillis);

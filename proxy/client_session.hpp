@@ -81,6 +81,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   void on_name_done(bool ok, bool skipped = false);  ///< a Parse, or a Close of a statement; skipped: behind one that failed
   void on_deallocated();                             ///< by SQL
   void on_answered(bool told);                       ///< ReadyForQuery; told: it goes to the client
+  void on_flushed();                                 ///< all that it has sent is answered, and its Sync not sent
   void on_statements_gone();                         ///< DISCARD ALL, DEALLOCATE ALL
   bool waits_for_answers() const { return waits_for_answers_; }
   void on_maybe_answered();     ///< maybe: something that was waited for is answered

@@ -389,6 +389,7 @@ bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total
   pass_forward_ = forward;
   if (pipeline.injects()) inject();
   if (client_ && client_->waits_for_answers()) client_->on_maybe_answered();
+  if (client_ && pipeline.empty() && pipeline.unsynced()) client_->on_flushed();
   if (client_ && pipeline.copy_interrupted()) client_->end_interrupted_copy();
   return true;
 }

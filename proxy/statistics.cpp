@@ -51,8 +51,13 @@ void ClientSession::begin_request() {
 void ClientSession::begin_execution() {
   const pool::Time now = worker_.now();
   begin_request();
+  if (server_->pipeline.unsynced()) request_since = now;  // what came before is answered
   sent_at_ = server_->running.since = now;
   if (server_->pipeline.status() == protocol::TxStatus::Idle) transaction_since = now;
+}
+
+void ClientSession::on_flushed() {
+  sent_at_ = worker_.now();
 }
 
 pool::StatementHandle ClientSession::note_statement(std::uint64_t fingerprint, std::string_view sql, std::string_view tags) {
