@@ -175,3 +175,16 @@ def test_a_text_prepared_before_the_commit_of_what_it_names(small):
         one.ask(wire.query("BEGIN; SELECT 1"))  # on its connection, so that the other is the next client's
         assert three.ask(*parse)[2].row == [b"int"]
         one.ask(wire.query("ROLLBACK; DROP SCHEMA shapes CASCADE"))
+
+
+def test_plans_that_do_not_fit_any_more_are_closed(proxies, pg, seen):
+    pg.sql("CREATE OR REPLACE FUNCTION held() RETURNS bigint LANGUAGE sql AS 'SELECT count(*) FROM pg_prepared_statements'", database=DATABASE)
+    proxy = proxies({"pool": {"max": 1}})
+    with raw(proxy) as w:
+        for n in range(5):
+            w.ask(PARSE, *RUN, wire.SYNC)
+            pg.sql(f"ALTER TABLE seen ADD c{n} int", database=DATABASE)
+            assert changed(w.ask(*RUN, wire.SYNC))
+            w.ask(wire.close("S", "s"), wire.SYNC)
+        w.ask(wire.parse("SELECT 1", "s"), wire.SYNC)
+        assert w.value("SELECT held()") == "1"

@@ -140,7 +140,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   /// Parse and Close of a statement under the proxy's name for it.
   void parse(std::uint64_t id, std::string_view body, protocol::Verdict verdict);
   void close_statement(std::uint64_t id);
-  void drop_statement(std::uint64_t id);  ///< is closed before it is parsed anew
+  void drop_statement(std::uint64_t id);  ///< is closed before anything is parsed
   void forget_reading();                  ///< what its transaction had set is gone, or known
   /// Prepares a statement of the client's under the client's own name for it, for SQL that names it.
   void adopt(const std::string& name, const protocol::StatementRef& statement, protocol::Verdict verdict = protocol::Verdict::Skip);
@@ -262,6 +262,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   bool ask_capacity();
   void finish_learning();
   void close_adopted();
+  void close_dropped();
   void finish_residue();
   void restore_failed(protocol::Bytes error);
   void settle_after_cancel();

@@ -146,7 +146,7 @@ void ServerConnection::adopt(const std::string& name, const protocol::StatementR
 
 void ServerConnection::parse(std::uint64_t id, std::string_view body, Verdict verdict) {
   ++entry_.pool.counters().serverParses;
-  if (unclosed_.erase(id) > 0) close_statement(id);
+  if (!pipeline.failed()) close_dropped();
   worker_.to_server.own([&](std::string& out) {
     protocol::Writer(out).begin(protocol::Frontend::Parse).cstring(protocol::server_name(id)).bytes(body).end();
   });
@@ -175,8 +175,12 @@ void ServerConnection::close_shared_statements(bool keep_own) {
     close_statement(held.statement->id);
     return true;
   });
-  for (const std::uint64_t id : std::exchange(unclosed_, {})) close_statement(id);
+  close_dropped();
   statements.unnamed.reset();
+}
+
+void ServerConnection::close_dropped() {
+  for (const std::uint64_t id : std::exchange(unclosed_, {})) close_statement(id);
 }
 
 bool ServerConnection::has_adopted(std::string_view name) const {
