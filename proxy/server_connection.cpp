@@ -279,7 +279,7 @@ bool ServerConnection::on_frame(Backend type, Bytes available, std::size_t total
       // Told to quit at once (SIGQUIT), a server process can say so in a warning alone.
       if (available.size() == total) farewell_ = protocol::parse_error(available.subspan(kHeaderSize));
       if (farewell_ && !farewell_->sqlstate.starts_with("57P")) farewell_.reset();
-      return pass(to_client && client_->state() != ClientSession::State::Greeting);
+      return pass(to_client && !restoring && client_->state() != ClientSession::State::Greeting);
     case Backend::NotificationResponse: {
       const auto notification = protocol::parse_notification(available.subspan(kHeaderSize));
       if (!notification) return false;
