@@ -313,6 +313,11 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
   if (sql_prepared() || own_reading) {
     pending_.push_back({Pending::kParse, std::string(name), {}, server_->forget_adopted(name)});
     server_->adopt(std::string(name), statement, Verdict::Forward);
+    if (!held.touch(statement)) {  // by which a Bind finds it
+      server_->parse(statement->id, statement->body, Verdict::Skip);
+      held.add(statement);
+      evict();
+    }
     statements.set(name, std::move(statement));
     return total;
   }
