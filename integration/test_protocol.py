@@ -494,6 +494,13 @@ def test_a_sync_ahead_of_a_copys_data_is_ignored(proxies, plain, mode):
         healthy(w)
 
 
+@pytest.mark.parametrize("mode", ["directly", "transaction", "session"])
+def test_who_breaks_copys_protocol_is_disconnected(proxies, plain, mode):
+    with raw(plain if mode == "directly" else proxies({"pool": {"mode": mode}}, server=plain)) as w:
+        w.send(wire.parse("COPY copied FROM STDIN"), wire.bind(), wire.execute(), wire.query("SELECT 1"), wire.SYNC)
+        assert [m.error["S"] for m in w.closed() if m.type == "E"][-1] == "FATAL"
+
+
 def test_libpqs_query_behind_a_copy_that_fails(small, table):
     from psycopg import pq
     connection = pq.PGconn.connect(small.conninfo().encode())

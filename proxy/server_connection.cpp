@@ -308,6 +308,8 @@ bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total
         drop_statement(statement->id);
       }
     if (error->severity == "FATAL" || error->severity == "PANIC" || pipeline.empty()) {
+      // Of what its client has sent in COPY mode, whose rest the server can't make out.
+      if (error->sqlstate == "08P01" && client_) client_->fatal(error->sqlstate, error->message);
       lost(error->sqlstate, error->message);
       return true;
     }
