@@ -94,7 +94,8 @@ bool Worker::login_failed(PoolEntry& entry, ServerConnection::Login login, const
     return false;
   }
   if (const auto client = login.client.lock()) client->refused(error);
-  return !own || !is_permanent(error.sqlstate);
+  const bool its_value = !login.date_styles.empty() && error.sqlstate.starts_with("22");  // others have other ones
+  return !own || its_value || !is_permanent(error.sqlstate);
 }
 
 }  // namespace pgsidecar::proxy
