@@ -120,6 +120,8 @@ def request(code, body=b""):
 class Wire:
     """One raw connection."""
 
+    most = 1 << 16  # that is read at once
+
     def __init__(self, port, host="127.0.0.1", timeout=15):
         if host.startswith("/"):
             self.sock = socket.socket(socket.AF_UNIX)
@@ -128,8 +130,7 @@ class Wire:
         else:
             self.sock = socket.create_connection((host, port), timeout)
             self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.buffer, self.most = b"", 1 << 16  # that is read at once
-        self.parameters, self.pid, self.key, self.negotiated = {}, 0, b"", None
+        self.buffer, self.parameters, self.pid, self.key, self.negotiated = b"", {}, 0, b"", None
 
     def __enter__(self):
         return self

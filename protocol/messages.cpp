@@ -61,7 +61,8 @@ std::string_view Startup::get(std::string_view name) const {
   return last == parameters.rend() ? std::string_view() : std::string_view(last->second);
 }
 
-std::size_t shape_of(Backend type, Bytes body, std::size_t seed) {
+std::uint32_t shape_of(Backend type, Bytes body, std::uint32_t before) {
+  std::size_t seed = before;
   Reader reader(body);
   boost::hash_combine(seed, static_cast<char>(type));
   if (type == Backend::ParameterDescription) {
@@ -78,7 +79,7 @@ std::size_t shape_of(Backend type, Bytes body, std::size_t seed) {
   } else if (type != Backend::NoData) {
     return 0;
   }
-  return std::max<std::size_t>(seed, 1);
+  return std::max<std::uint32_t>(static_cast<std::uint32_t>(seed ^ seed >> 32), 1);
 }
 
 std::optional<Startup> parse_startup(Bytes body) {

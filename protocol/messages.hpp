@@ -28,7 +28,7 @@ void write_warning(std::string& out, std::string_view sqlstate, std::string_view
 
 /// A number for what a message says of a statement's parameters or columns (their names, types and modifiers), 0 if it is none
 /// of ParameterDescription, RowDescription and NoData. `seed`: that of the message before.
-std::size_t shape_of(Backend type, Bytes body, std::size_t seed);
+std::uint32_t shape_of(Backend type, Bytes body, std::uint32_t seed);
 
 /// A StartupMessage: version and parameters in order (user, database and options among them).
 struct Startup {

@@ -44,7 +44,7 @@ bool depends_on_settings(std::string_view sql) {
   return std::ranges::none_of(kUtilities, [&](std::string_view utility) { return same_word(first, utility); });
 }
 
-void Statement::note_told(std::size_t shape, const std::vector<std::uint32_t>& types) const {
+void Statement::note_told(std::uint32_t shape, const std::vector<std::uint32_t>& types) const {
   constexpr std::size_t kMost = 4;
   if (told.size() < kMost && std::ranges::find(told, shape, &ToldTypes::shape) == told.end()) told.push_back({shape, types});
 }
@@ -84,7 +84,7 @@ void StatementCache::retire(const Statement& statement) {
   if (it != map_.end() && it->first.second.data() == statement.body.data()) map_.erase(it);
 }
 
-StatementRef StatementCache::with_told_types(const Statement& statement, std::size_t shape) {
+StatementRef StatementCache::with_told_types(const Statement& statement, std::uint32_t shape) {
   const auto known = std::ranges::find(statement.told, shape, &ToldTypes::shape);
   if (known == statement.told.end()) return nullptr;
   std::string body(statement.sql);
@@ -119,7 +119,7 @@ void ClientStatements::for_each_of(std::uint64_t id, F&& f) {
     if (named.statement->id == id) f(named);
 }
 
-void ClientStatements::set_shape(std::uint64_t id, std::size_t shape) {
+void ClientStatements::set_shape(std::uint64_t id, std::uint32_t shape) {
   for_each_of(id, [shape](NamedStatement& named) { named.shape = shape; });
 }
 
@@ -141,9 +141,9 @@ ServerStatements::Held* ServerStatements::touch(const StatementRef& statement) {
   return &*it->second;
 }
 
-ServerStatements::Held& ServerStatements::add(const StatementRef& statement) {
+ServerStatements::Held& ServerStatements::add(const StatementRef& statement, std::uint32_t generation) {
   if (Held* const held = touch(statement)) return *held;
-  order_.push_front({statement});
+  order_.push_front({statement, generation});
   map_.emplace(statement->id, order_.begin());
   return order_.front();
 }

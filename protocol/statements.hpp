@@ -25,7 +25,7 @@ bool depends_on_settings(std::string_view sql);
 
 /// A described statement's parameter types, by the shape_of what was told of it.
 struct ToldTypes {
-  std::size_t shape;
+  std::uint32_t shape;
   std::vector<std::uint32_t> types;
 };
 
@@ -46,9 +46,10 @@ struct Statement {
   bool own_path = false;                ///< its names were looked up where only its transaction has them looked up
   bool own_reading = false;             ///< it was read under what only its transaction had set
   mutable std::vector<ToldTypes> told;  ///< in what clients were told; few
-  void note_told(std::size_t shape, const std::vector<std::uint32_t>& types) const;
+  void note_told(std::uint32_t shape, const std::vector<std::uint32_t>& types) const;
   mutable std::uint64_t fingerprint = 0;    ///< of the normalised text; 0: not computed yet
   mutable std::uint64_t proven_with = 0;    ///< the number of the settings of a session in which a server has accepted it
+  mutable std::uint32_t proven_in = 0;      ///< the generation in which it has
   mutable std::uint64_t names_version = 0;  ///< of the catalog by which the next was judged
   mutable std::uint32_t names_residue = 0;  ///< of what hangs on what the text names
 };
@@ -61,10 +62,12 @@ class StatementCache {
   /// A statement that nobody shares.
   StatementRef make(std::string_view body, const std::shared_ptr<const void>& meaning, bool own_path = false, bool own_reading = false);
   /// The same text with parameter types as a client was told them with this shape; null: it has all of them, or nothing is known.
-  StatementRef with_told_types(const Statement& statement, std::size_t shape);
+  StatementRef with_told_types(const Statement& statement, std::uint32_t shape);
   /// The same body is another statement from now on, since its plan doesn't fit the tables any more.
   void retire(const Statement& statement);
-  void retire_all() { map_.clear(); }
+  /// Counts how often anything was made, altered or dropped: what was prepared before may be planned for something else.
+  std::uint32_t generation() const { return generation_; }
+  void begin_generation() { ++generation_; }
   std::size_t size() const { return map_.size(); }
   std::size_t footprint() const;
 
@@ -75,6 +78,7 @@ class StatementCache {
   // Keys are views into the statements; a statement leaves the map when its last holder does.
   boost::unordered_flat_map<Key, std::weak_ptr<const Statement>, boost::hash<Key>> map_;
   std::uint64_t next_id_ = 1;
+  std::uint32_t generation_ = 1;
   std::size_t held_ = 0;  // bytes of statements that live
 };
 
@@ -89,7 +93,8 @@ using StringMap = boost::unordered_flat_map<std::string, T, StringHash, std::equ
 /// What a client's name stands for.
 struct NamedStatement {
   StatementRef statement;
-  std::size_t shape = 0;  ///< shape_of its parameters and columns, as the client was told last; 0: it wasn't told
+  std::uint32_t generation = 0;  ///< in which the client has parsed it, so that no older plan will do
+  std::uint32_t shape = 0;       ///< shape_of its parameters and columns, as the client was told last; 0: it wasn't told
 };
 
 /// A client's names. Few per client, so a small vector would do; a map keeps the bound of thousands cheap.
@@ -98,8 +103,10 @@ class ClientStatements {
   NamedStatement look_up(std::string_view name) const;  ///< no statement: there is none of that name
   StatementRef find(std::string_view name) const { return look_up(name).statement; }
   void set(std::string_view name, NamedStatement named);
-  void set(std::string_view name, StatementRef statement) { set(name, NamedStatement{std::move(statement)}); }
-  void set_shape(std::uint64_t id, std::size_t shape);  ///< of all names of this statement
+  void set(std::string_view name, StatementRef statement, std::uint32_t generation = 0) {
+    set(name, NamedStatement{std::move(statement), generation});
+  }
+  void set_shape(std::uint64_t id, std::uint32_t shape);  ///< of all names of this statement
   void replace(std::uint64_t id, const StatementRef& by);
   void erase(std::string_view name);
   void clear_named() { named_.reset(); }
@@ -125,13 +132,14 @@ class ServerStatements {
  public:
   struct Held {
     StatementRef statement;
-    std::size_t shape = 0;  ///< as the server has said since it was prepared there; 0: it hasn't
-    bool doubtful = false;  ///< used where texts are read otherwise, as the server does that has to plan it anew
+    std::uint32_t generation = 0;  ///< in which it was prepared
+    std::uint32_t shape = 0;       ///< as the server has said since it was prepared there; 0: it hasn't
+    bool doubtful = false;         ///< used where texts are read otherwise, as the server does that has to plan it anew
   };
 
   /// Null: it isn't prepared there; else it counts as used now.
   Held* touch(const StatementRef& statement);
-  Held& add(const StatementRef& statement);
+  Held& add(const StatementRef& statement, std::uint32_t generation);
   Held* look_up(std::uint64_t id) const;  ///< null: it isn't prepared there
   StatementRef find(std::uint64_t id) const;
   void erase(std::uint64_t id);

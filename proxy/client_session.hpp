@@ -240,8 +240,8 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   bool waits_for_restore(char type) const;
   bool sql_prepared() const;
   bool prepare(const protocol::NamedStatement& named, bool to_describe = false);
-  protocol::ServerStatements::Held* prepare_here(const protocol::StatementRef& statement);
-  bool looks_as_told(const protocol::NamedStatement& named, std::size_t here, bool first);
+  protocol::ServerStatements::Held* prepare_here(const protocol::NamedStatement& named);
+  bool looks_as_told(const protocol::NamedStatement& named, std::uint32_t here, bool first);
   void tell_shape();
   void prepare_unnamed(const protocol::StatementRef& statement);
   void parse_as_meant(const protocol::Statement& statement, const std::function<void()>& parse);

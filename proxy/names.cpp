@@ -75,18 +75,23 @@ bool ClientSession::sql_prepared() const {
 
 // False: the request that needs it has to wait, and is then looked at anew.
 bool ClientSession::prepare(const protocol::NamedStatement& named, bool to_describe) {
-  const bool there = server_->statements.look_up(named.statement->id) && !server_->plans_stale;
+  const auto* const held = server_->statements.look_up(named.statement->id);
+  const bool there = held && held->generation >= named.generation && !server_->plans_stale;
   if (!there && !meaning_known(*named.statement)) return false;
   const bool first = !server_->pipeline.unsynced();  // of what the client has sent since its last Sync
-  const std::size_t here = prepare_here(named.statement)->shape;
+  const std::uint32_t here = prepare_here(named)->shape;
   note_residue(*named.statement);
   return to_describe || looks_as_told(named, here, first);
 }
 
-protocol::ServerStatements::Held* ClientSession::prepare_here(const protocol::StatementRef& statement) {
+protocol::ServerStatements::Held* ClientSession::prepare_here(const protocol::NamedStatement& named) {
+  const auto& statement = named.statement;
   auto& held = server_->statements;
   if (std::exchange(server_->plans_stale, false)) server_->close_shared_statements(true);
-  if (auto* const known = held.touch(statement)) {
+  auto* const known = held.touch(statement);
+  if (known && known->generation < named.generation) {
+    server_->drop_statement(statement->id);
+  } else if (known) {
     ++entry_->pool.counters().preparedHits;
     known->doubtful |= server_->meaning_changed && statement->depends;
     return known;
@@ -94,7 +99,7 @@ protocol::ServerStatements::Held* ClientSession::prepare_here(const protocol::St
   ++entry_->pool.counters().preparedMisses;
   parse_as_meant(*statement, [&] { server_->parse(statement->id, statement->body, Verdict::Skip); });
   names_change_ |= kNames;
-  auto& added = held.add(statement);
+  auto& added = held.add(statement, worker_.statements.generation());
   added.doubtful = server_->meaning_changed;
   evict();
   return &added;
@@ -135,7 +140,7 @@ void ClientSession::parse_as_meant(const protocol::Statement& statement, const s
 }
 
 /// What the client was told of it holds on this connection too (`here`; 0: not known). False: the server is asked.
-bool ClientSession::looks_as_told(const protocol::NamedStatement& named, std::size_t here, bool first) {
+bool ClientSession::looks_as_told(const protocol::NamedStatement& named, std::uint32_t here, bool first) {
   if (named.shape == 0) return true;
   const protocol::Statement& statement = *named.statement;
   const bool asked = server_->take_asked(statement);
@@ -145,7 +150,7 @@ bool ClientSession::looks_as_told(const protocol::NamedStatement& named, std::si
     // Parameters keep the types that the client was told.
     if (const auto typed = worker_.statements.with_told_types(statement, named.shape)) {
       statements.replace(statement.id, typed);
-      return prepare({typed, named.shape});
+      return prepare({typed, named.generation, named.shape});
     }
     worker_.statements.retire(statement);
     server_->raise(false, "cached plan must not change result type", "");
@@ -153,7 +158,7 @@ bool ClientSession::looks_as_told(const protocol::NamedStatement& named, std::si
   }
   if (here != 0) {  // of an earlier time, maybe
     server_->drop_statement(statement.id);
-    prepare_here(named.statement);
+    prepare_here(named);
   }
   server_->ask_shape(statement, first);
   return false;

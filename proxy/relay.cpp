@@ -283,7 +283,7 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
     if (!server_->statements.touch(statement)) {
       server_->parse(statement->id, statement->body, Verdict::Skip);
       names_change_ |= kNames;
-      server_->statements.add(statement);
+      server_->statements.add(statement, worker_.statements.generation());
       evict();
     }
     server_->parse(statement->id, statement->body, Verdict::Forward);
@@ -303,6 +303,7 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
   if (statement->residue & protocol::kPrepared) adopt_named(statement->sql);
   if (own_reading && !name.empty()) residue_ |= protocol::kPrivateStatement;
   auto& held = server_->statements;
+  const std::uint32_t generation = worker_.statements.generation();
   if (name.empty()) {
     pipeline.push({Request::Parse, Verdict::Forward, id_});
     pending_.push_back({Pending::kParse, {}, statements.look_up({}), std::exchange(held.unnamed, statement)});
@@ -313,12 +314,14 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
   if (sql_prepared() || own_reading) {
     pending_.push_back({Pending::kParse, std::string(name), {}, server_->forget_adopted(name)});
     server_->adopt(std::string(name), statement, Verdict::Forward);
-    if (!held.touch(statement)) {  // by which a Bind finds it
+    const auto* const known = held.touch(statement);
+    if (known && known->generation != generation) server_->drop_statement(statement->id);
+    if (!held.look_up(statement->id)) {  // by which a Bind finds it
       server_->parse(statement->id, statement->body, Verdict::Skip);
-      held.add(statement);
+      held.add(statement, generation);
       evict();
     }
-    statements.set(name, std::move(statement));
+    statements.set(name, std::move(statement), generation);
     return total;
   }
   const auto is_empty = [&] { return protocol::normalize_sql(statement->sql).find_first_not_of("; ") == std::string::npos; };
@@ -334,9 +337,10 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
   auto* const known = held.touch(statement);
   bool behind = false;  // segments that may fail, so that the server would refuse it
   pipeline.for_each([&](const protocol::Owed& one) { behind |= one.owner == id_ && protocol::ends_with_ready(one.request); });
-  if (known && behind) {
+  if (known && (behind || known->generation != generation)) {
     ++counters.preparedHits;
     known->shape = 0;
+    known->generation = generation;
     server_->close_statement(statement->id);
     server_->parse(statement->id, statement->body, Verdict::Forward);
   } else if (known) {
@@ -345,11 +349,11 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
   } else {
     ++counters.preparedMisses;
     server_->parse(statement->id, statement->body, Verdict::Forward);
-    held.add(statement);
+    held.add(statement, generation);
     evict();
   }
   pending_.push_back({Pending::kParse, std::string(name)});
-  statements.set(name, std::move(statement));
+  statements.set(name, std::move(statement), generation);
   return total;
 }
 
@@ -374,9 +378,10 @@ bool ClientSession::parse_unserved(Bytes whole) {
   if (name.empty() || !reader.ok() || statements.size() >= worker_.config().limits.maxPreparedStatementsPerClient) return false;
   protocol::StatementRef statement =
       worker_.statements.intern({reinterpret_cast<const char*>(body.data()), body.size()}, settings->meaning);
-  if (statement->proven_with != settings->number || statements.find(name)) return false;
+  if (statement->proven_with != settings->number || statement->proven_in != worker_.statements.generation() || statements.find(name))
+    return false;
   ++entry_->pool.counters().clientParses;
-  statements.set(name, std::move(statement));
+  statements.set(name, std::move(statement), worker_.statements.generation());
   worker_.to_client.own([](std::string& out) { protocol::Writer(out).begin(protocol::Backend::ParseComplete).end(); });
   return true;
 }
@@ -479,7 +484,7 @@ std::size_t ClientSession::on_describe(Bytes available, std::size_t total) {
   } else if (is_private(name, statement)) {
     relay(available, total);
   } else if (statement && !name.empty()) {
-    if (!prepare({statement}, true)) return 0;
+    if (!prepare(statements.look_up(name), true)) return 0;
     note = statement->id;
     pass_left_ = total - available.size();  // junk behind the name
     pass_to_server_ = false;

@@ -322,7 +322,7 @@ bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total
   const bool ours = client_ && owed.owner == client_->id();
   if (type == Backend::ReadyForQuery && status == TxStatus::Idle) {
     // Who prepares a text anew must get a new plan: it may have other columns, and its names may be of something else.
-    if (std::exchange(open_change_, false)) worker_.statements.retire_all();
+    if (std::exchange(open_change_, false)) worker_.statements.begin_generation();
     if (std::exchange(open_definition_, false)) on_catalog_changed();
   }
   bool forward = ours && owed.verdict == Verdict::Forward;
@@ -372,7 +372,7 @@ bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total
     if (!ours || !client_->is_sending()) send_held_sync(owed.owner);
   } else if (type == Backend::ParseComplete) {
     if (const auto statement = owed.note != 0 && client_ ? statements.find(owed.note) : nullptr)
-      statement->proven_with = client_->settings->number;
+      statement->proven_with = client_->settings->number, statement->proven_in = worker_.statements.generation();
     if (ours && owed.verdict == Verdict::Forward) client_->on_name_done(true);
   } else if (type == Backend::CloseComplete) {
     if (ours && owed.verdict != Verdict::Skip && owed.note == kOfStatement) client_->on_name_done(true);
@@ -511,9 +511,6 @@ void ServerConnection::lease(ClientSession& client) {
   running.untold = 0;
   running.reset.reset();
   running.leaking = running.overdue = false;
-  // What was made past the proxy while nobody used it isn't known yet.
-  if (entry_.catalog.surveyed() && entry_.catalog.due(worker_.now()))
-    statements.for_each([this](const protocol::StatementRef& statement) { worker_.statements.retire(*statement); });
   worker_.arm_tick(entry_.pool.limit_check());
   client.on_lease(*this);
 }

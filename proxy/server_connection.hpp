@@ -293,7 +293,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   bool listener_ = false;  // the pool's
   bool asking_residue_ = false, residue_failed_ = false, own_query_failed_ = false;
   bool leased_anew_ = false, cancel_due_ = false, awaiting_shape_ = false, shape_first_ = false, restoring_ = false;
-  std::size_t shape_ = 0;             // as described so far
+  std::uint32_t shape_ = 0;           // as described so far
   std::vector<std::uint32_t> types_;  // of the parameters
   std::uint64_t asked_ = 0;           // the statement that ask_shape was about
   std::set<std::uint64_t> unclosed_;  // statements that are forgotten and may still be prepared

@@ -375,7 +375,7 @@ bool ServerConnection::ask_catalog() {
     survey_ = std::make_unique<Survey>(entry_.catalog, now);
   }
   const std::string question = survey_->next(now);
-  if (entry_.catalog.take_rewritten()) worker_.statements.retire_all();
+  if (entry_.catalog.take_rewritten()) worker_.statements.begin_generation();
   if (question.empty()) {
     unknown_residue_ |= survey_->residue_of(std::exchange(unknown_names, {}));
     survey_.reset();

@@ -187,7 +187,7 @@ TEST(Messages, ShapesOfStatements) {
     for (const Column& c : all) w.cstring(c.name).u32(c.table).u16(1).u32(c.type).u16(4).u32(c.modifier).u16(c.format);
     return out;
   };
-  const auto shape = [](Backend type, const std::string& body, std::size_t seed = 7) { return shape_of(type, Exact(body).view(), seed); };
+  const auto shape = [](Backend type, const std::string& body, std::uint32_t seed = 7) { return shape_of(type, Exact(body).view(), seed); };
   const std::size_t one = shape(Backend::RowDescription, columns({{"a", 1, 23, 0xffffffff, 0}}));
   EXPECT_EQ(one, shape(Backend::RowDescription, columns({{"a", 2, 23, 0xffffffff, 1}}))) << "of another table, in another format";
   EXPECT_NE(one, shape(Backend::RowDescription, columns({{"b", 1, 23, 0xffffffff, 0}})));

@@ -68,7 +68,7 @@ TEST(ServerStatements, LeastRecentlyUsedLeaves) {
   StatementCache cache;
   ServerStatements server;
   const auto a = cache.intern("A"), b = cache.intern("B"), c = cache.intern("C");
-  for (const auto& s : {a, b, c}) server.add(s);
+  for (const auto& s : {a, b, c}) server.add(s, 1);
   EXPECT_FALSE(server.evict(3));
   EXPECT_TRUE(server.touch(a));
   EXPECT_EQ(server.evict(2), b);
@@ -83,14 +83,14 @@ TEST(ServerStatements, TheShapeIsThatOfWhatIsPrepared) {
   StatementCache cache;
   ServerStatements server;
   const auto a = cache.intern("A"), b = cache.intern("B");
-  server.add(a).shape = 7;
-  server.add(b);
+  server.add(a, 1).shape = 7;
+  server.add(b, 1);
   EXPECT_EQ(server.look_up(a->id)->shape, 7u);
-  EXPECT_EQ(server.add(a).shape, 7u);
+  EXPECT_EQ(server.add(a, 2).shape, 7u);
   EXPECT_EQ(server.look_up(b->id)->shape, 0u);
   server.erase(a->id);
   EXPECT_EQ(server.look_up(a->id), nullptr);
-  EXPECT_EQ(server.add(a).shape, 0u);
+  EXPECT_EQ(server.add(a, 1).shape, 0u);
 }
 
 TEST(ClientStatements, WhatItWasToldIsTheClientsOwn) {
