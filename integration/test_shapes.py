@@ -16,19 +16,30 @@ def seen(pg):
     pg.sql("DROP TABLE IF EXISTS seen; CREATE TABLE seen (a int); INSERT INTO seen VALUES (1); GRANT ALL ON seen TO app", database=DATABASE)
 
 
+def parses(proxy):
+    text = harness.curl(proxy, "/metrics")[1]
+    return sum(float(line.split(" ")[-1]) for line in text.splitlines() if line.startswith("pgsidecar_server_parses_total"))
+
+
 def test_a_known_text_is_not_prepared_again(proxies):
     """Nor where the server connection gets the client's settings first."""
     proxy = proxies({"pool": {"max": 1}})
-
-    def parses():
-        text = harness.curl(proxy, "/metrics")[1]
-        return sum(float(line.split(" ")[-1]) for line in text.splitlines() if line.startswith("pgsidecar_server_parses_total"))
-
     with raw(proxy, application_name="one") as one, raw(proxy, application_name="two") as two:
         for n in range(10):
             for w in (one, two):
                 assert kinds(w.ask(wire.parse("SELECT 1", "s"), wire.bind("s"), wire.execute(), wire.close("S", "s"), wire.SYNC)) == "12DC3Z"
-        assert parses() == 1
+        assert parses(proxy) == 1
+
+
+def test_temporary_objects_concern_nobody_else(proxies):
+    proxy = proxies({"pool": {"max": 2}})
+    with raw(proxy) as own, raw(proxy) as w:
+        for n in range(5):
+            own.ask(wire.query("BEGIN"))
+            own.ask(wire.query(f"CREATE TEMP TABLE t{n} AS SELECT {n} AS a"))
+            own.ask(wire.query("COMMIT"))  # its connection is its own from now on
+            assert kinds(w.ask(wire.parse("SELECT 1", "s"), wire.bind("s"), wire.execute(), wire.close("S", "s"), wire.SYNC)) == "12DC3Z"
+        assert parses(proxy) == 1
 
 
 def at_rest(proxy):
