@@ -537,3 +537,20 @@ def test_session_mode_tells_the_servers_own_pid(proxies, pg):
             with wire.Wire(proxy.port) as c:
                 c.send(wire.request(wire.CANCEL_REQUEST, a.pid.to_bytes(4, "big") + a.key))
             assert [m.error["C"] for m in a.until() if m.type == "E"] == ["57014"]
+
+
+@pytest.mark.parametrize("how", ["DROP DATABASE unused", 'DROP DATABASE IF EXISTS "unused"', "ALTER DATABASE unused RENAME TO renamed", "CREATE DATABASE copied TEMPLATE unused"])
+def test_a_database_that_no_client_uses_is_in_nobodys_way(proxies, pg, how):
+    """PostgreSQL waits five seconds for others' sessions to end."""
+    for name in ("unused", "renamed", "copied"):
+        pg.sql(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
+    pg.sql("CREATE DATABASE unused OWNER app")
+    pg.sql("ALTER ROLE app CREATEDB")
+    proxy = proxies({"databases": {"*": {}}, "pool": {"max": 4}})
+    with raw(proxy, database="unused") as w, raw(proxy, database="unused") as other:
+        w.value("BEGIN; SELECT 1")
+        other.value("SELECT 1")
+        w.ask(wire.query("COMMIT"))
+    with raw(proxy) as w:
+        assert wire.kinds(w.ask(wire.query(how))) == "CZ"
+    pg.sql("ALTER ROLE app NOCREATEDB")

@@ -279,6 +279,8 @@ class Scanner {
         residue_ |= is(word_, "transaction") ? kTransaction : kPrepared;
       } else if (is(first_, "discard") && is(word_, "all")) {
         residue_ |= kReset | kMeaning | kPath;
+      } else if (is(word_, "database") && any(first_, {"create", "alter", "drop"})) {
+        residue_ |= kDatabase;
       }
     }
     if (is(first_, "explain") || is(first_, "create")) {

@@ -3,6 +3,7 @@
 #include <sys/socket.h>
 
 #include <algorithm>
+#include <cctype>
 #include <map>
 #include <set>
 
@@ -65,6 +66,17 @@ void Worker::outdate_servers(PoolEntry& entry, const std::function<bool(const Se
   }
   for (const auto& server : idle) server->close(pool::CloseReason::Reload);
   entry.listener.recycle();
+}
+
+void Worker::leave_databases(std::string_view sql) {
+  const auto same = [](char a, char b) {
+    return std::tolower(static_cast<unsigned char>(a)) == std::tolower(static_cast<unsigned char>(b));
+  };
+  for (const auto& [key, entry] : pools_)
+    outdate_servers(*entry, [&](const ServerConnection& server) {
+      const std::string_view name = server.upstream() ? std::string_view(server.upstream()->params.dbname) : std::string_view();
+      return !server.client() && std::ranges::search(sql, name, same).begin() != sql.end();
+    });
 }
 
 void Worker::outdate_address(PoolEntry& entry, const std::string& address) {

@@ -283,8 +283,7 @@ bool ClientSession::names_settled(Names which) {
 /// The request is looked at anew when all that was sent before is answered, or a COPY's data is waited for. Returns 0.
 std::size_t ClientSession::wait_for_answers() {
   waits_for_answers_ = true;
-  if (server_->pipeline.unsynced())
-    worker_.to_server.own([](std::string& out) { protocol::Writer(out).begin(protocol::Frontend::Flush).end(); });
+  if (server_->pipeline.unsynced()) server_->flush();
   return 0;
 }
 

@@ -206,10 +206,7 @@ std::size_t ClientSession::on_query(Bytes available, std::size_t total) {
   server_->pipeline.push({Request::Query, Verdict::Forward, id_, statement});
   end_segment();
   relay(available, total);
-  if (adopts) {  // if preparing what it names fails, the server skips it
-    worker_.to_server.own([](std::string& out) { protocol::Writer(out).begin(protocol::Frontend::Sync).end(); });
-    server_->pipeline.push({Request::Sync, Verdict::Forward, id_, kInPlace});
-  }
+  if (adopts) server_->sync(Verdict::Forward, id_, kInPlace);  // if preparing what it names fails, the server skips it
   restore_after_reset(reset);
   return available.size();
 }

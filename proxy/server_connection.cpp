@@ -225,9 +225,16 @@ void ServerConnection::on_ready() {
 }
 
 void ServerConnection::send_held_sync(protocol::OwnerId owner) {
-  if (!pipeline.take_held_sync()) return;
+  if (pipeline.take_held_sync()) sync(Verdict::Forward, owner);
+}
+
+void ServerConnection::sync(Verdict verdict, protocol::OwnerId owner, std::uint64_t note) {
   worker_.to_server.own([](std::string& out) { protocol::Writer(out).begin(protocol::Frontend::Sync).end(); });
-  pipeline.push({Request::Sync, Verdict::Forward, owner});
+  pipeline.push({Request::Sync, verdict, owner, note});
+}
+
+void ServerConnection::flush() {
+  worker_.to_server.own([](std::string& out) { protocol::Writer(out).begin(protocol::Frontend::Flush).end(); });
 }
 
 std::size_t ServerConnection::pass_rows(Bytes in) {
@@ -405,7 +412,7 @@ void ServerConnection::describe(std::uint64_t id) {
 
 void ServerConnection::ask_shape(const protocol::Statement& statement, bool first) {
   describe(statement.id);
-  worker_.to_server.own([](std::string& out) { protocol::Writer(out).begin(protocol::Frontend::Flush).end(); });
+  flush();
   asked_ = statement.id;
   awaiting_shape_ = true;
   shape_first_ = first;
@@ -511,6 +518,8 @@ void ServerConnection::lease(ClientSession& client) {
   running.untold = 0;
   running.reset.reset();
   running.leaking = running.overdue = false;
+  // What was made past the proxy while nobody used it isn't known yet.
+  if (entry_.catalog.surveyed() && entry_.catalog.due(worker_.now())) worker_.statements.begin_generation();
   worker_.arm_tick(entry_.pool.limit_check());
   client.on_lease(*this);
 }
@@ -544,8 +553,7 @@ void ServerConnection::start_reset(bool finish) {
   const Worker::Aside aside(worker_, *this);
   if (pipeline.unsynced()) {
     run_within({"ROLLBACK"});  // a Sync alone would commit
-    worker_.to_server.own([](std::string& out) { protocol::Writer(out).begin(protocol::Frontend::Sync).end(); });
-    pipeline.push({Request::Sync, Verdict::Skip, protocol::kProxy});
+    sync(Verdict::Skip, protocol::kProxy);
   }
   ask(kReset, "ROLLBACK");
   ask(kReset, "DISCARD ALL");

@@ -100,7 +100,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   const Upstream* upstream() const { return upstream_.get(); }  ///< as it was when this was connected; null: it isn't yet
   const Target& target() const { return target_; }
   bool has_unread() { return channel_->transport.has_unread(); }  ///< the server has said something, or closed its end
-  ClientSession* client() { return client_; }
+  ClientSession* client() const { return client_; }
   const std::map<std::string, std::string>& parameters() const { return parameters_; }
   std::uint32_t told() { return fingerprint_ ? fingerprint_ : fingerprint_ = fingerprint_of(parameters_); }  ///< of its parameters
   log::About about(std::string_view sqlstate = {}) const;                                                    ///< for the log
@@ -190,7 +190,9 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   void ask_extended(const std::string& sql);  ///< within the client's extended query; its error is the client's
   /// Returns to the pool, or closes, if it is clean and nothing is pending.
   void settle();
-  void on_ready();                                                     ///< ReadyForQuery has come
+  void on_ready();  ///< ReadyForQuery has come
+  void sync(protocol::Verdict verdict, protocol::OwnerId owner, std::uint64_t note = 0);
+  void flush();                                                        ///< has it answer what isn't synced yet
   void send_held_sync(protocol::OwnerId owner);                        ///< if one was kept back in a COPY that has failed
   bool is_telling() const { return pass_left_ > 0 && pass_forward_; }  ///< its client has half a message
   /// Cancels what the client has asked for, as soon as the server is sure to be at it.

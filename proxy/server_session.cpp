@@ -133,8 +133,8 @@ void ServerConnection::adopt(const std::string& name, const protocol::StatementR
   worker_.to_server.own(
       [&](std::string& out) { protocol::Writer(out).begin(protocol::Frontend::Parse).cstring(name).bytes(statement->body).end(); });
   if (adopts_apart) {
-    worker_.to_server.own([](std::string& out) { protocol::Writer(out).begin(protocol::Frontend::Sync).end(); });
-    for (const Request request : {Request::Parse, Request::Sync}) pipeline.push({request, Verdict::Skip, protocol::kProxy, kAdopt});
+    pipeline.push({Request::Parse, Verdict::Skip, protocol::kProxy, kAdopt});
+    sync(Verdict::Skip, protocol::kProxy, kAdopt);
   } else {
     pipeline.push({Request::Parse, verdict, client_->id()});
   }
@@ -210,10 +210,9 @@ void ServerConnection::close_adopted() {
   if (adopted_.empty()) return;
   worker_.to_server.own([&](std::string& out) {
     for (const auto& [name, statement] : adopted_) protocol::Writer(out).begin(protocol::Frontend::Close).u8('S').cstring(name).end();
-    protocol::Writer(out).begin(protocol::Frontend::Sync).end();
   });
   for (std::size_t i = 0; i < adopted_.size(); ++i) pipeline.push({Request::Close, Verdict::Skip, protocol::kProxy, kReset});
-  pipeline.push({Request::Sync, Verdict::Skip, protocol::kProxy, kReset});
+  sync(Verdict::Skip, protocol::kProxy, kReset);
   adopted_.clear();
 }
 
@@ -226,9 +225,7 @@ void ServerConnection::restore_within(const Settings& login, const std::optional
 // Not as a simple query, which would end the client's unnamed statement.
 void ServerConnection::restore_settings(const Settings& login, const std::optional<protocol::Reset>& reset) {
   restore_within(login, reset);
-  if (!pipeline.unsynced()) return;  // there is nothing to restore
-  worker_.to_server.own([](std::string& out) { protocol::Writer(out).begin(protocol::Frontend::Sync).end(); });
-  pipeline.push({Request::Sync, Verdict::Skip, protocol::kProxy, kRestore});
+  if (pipeline.unsynced()) sync(Verdict::Skip, protocol::kProxy, kRestore);  // else there is nothing to restore
 }
 
 void ServerConnection::restore_settings_now(const Settings& login) {

@@ -82,6 +82,7 @@ std::uint32_t ClientSession::note_residue(std::string_view sql, std::uint32_t kn
   if (settings->temporary) residue_ |= protocol::kTemporary;
   if (known == 0) return 0;
   if (known & protocol::kDiscard) names_open_ |= kNames;
+  if (known & protocol::kDatabase) worker_.leave_databases(sql);
   std::uint32_t residue = known;
   if (residue & protocol::kFunction)
     residue = (residue & ~protocol::kFunction) |
