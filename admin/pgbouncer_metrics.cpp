@@ -67,7 +67,7 @@ constexpr Stat kStats[] = {
      [](const PoolCounters& c) { return static_cast<double>(c.serverParses); }},
     {"pgbouncer_stats_binds_total", "Named statements bound.", [](const PoolCounters& c) { return static_cast<double>(c.binds); }}};
 
-void write_pools(Writer& out, const std::vector<PoolRow>& rows) {
+void write_pgbouncer_pools(Writer& out, const std::vector<PoolRow>& rows) {
   for (const auto& gauge : kPools) {
     out.family(gauge.name, MetricType::Gauge, gauge.help);
     for (const auto& row : rows) out.sample(row.labels, gauge.value(*row.pool));
@@ -149,7 +149,7 @@ void write_pgbouncer(Writer& out, const Snapshot& s, const std::vector<PoolRow>&
   gauge("pgbouncer_cached_dns_zones", "DNS zones that are kept: none.", 0);
   gauge("pgbouncer_in_flight_dns_queries", "DNS queries counted here: none.", 0);
 
-  write_pools(out, rows);
+  write_pgbouncer_pools(out, rows);
   write_stats(out, rows);
   write_databases(out, s, labels);
 }

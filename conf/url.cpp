@@ -528,11 +528,11 @@ void read_authentication(Values& values, ConnectParams& p) {
   values.read("channel_binding", [&](const std::string& binding) { p.channelBinding = choice("channel_binding", binding, kBinding); });
   values.read("require_auth", [&](const std::string& methods) {
     p.requireAuth = split(methods, ',');
-    static constexpr std::pair<std::string_view, bool> kMethods[] = {{"password", true}, {"md5", true},           {"gss", true},
-                                                                     {"sspi", true},     {"scram-sha-256", true}, {"none", true}};
+    static constexpr std::pair<std::string_view, bool> kAuthMethods[] = {{"password", true}, {"md5", true},           {"gss", true},
+                                                                         {"sspi", true},     {"scram-sha-256", true}, {"none", true}};
     for (const std::string& method : p.requireAuth) {
       const bool negative = method.starts_with("!");
-      choice("require_auth", std::string_view(method).substr(negative), kMethods);
+      choice("require_auth", std::string_view(method).substr(negative), kAuthMethods);
       if (negative != p.requireAuth.front().starts_with("!"))
         throw ConfigError("require_auth method \"" + method + "\" cannot be mixed with " + (negative ? "positive" : "negative") +
                           " methods");

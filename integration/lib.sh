@@ -71,7 +71,6 @@ fetch_node_postgres() {
 build() {
   local preset=$1 target=${2:-all} log=$root/build/$1.log
   mkdir -p "$root/build"
-  if command -v ccache >/dev/null; then export CMAKE_C_COMPILER_LAUNCHER=ccache CMAKE_CXX_COMPILER_LAUNCHER=ccache; fi
   step "building the preset $preset (log: build/$preset.log)"
   (cd "$root" && cmake --preset "$preset" && cmake --build --preset "$preset" --target "$target") >"$log" 2>&1 ||
     { tail -n 40 "$log" >&2; die "the build of $preset failed, see $log"; }

@@ -21,6 +21,11 @@ namespace pgsidecar::pool {
 using Clock = std::chrono::steady_clock;
 using Time = Clock::time_point;
 
+/// In microseconds; at least 0.
+inline std::uint64_t micros(Clock::duration d) {
+  return static_cast<std::uint64_t>(std::max<std::int64_t>(0, std::chrono::duration_cast<std::chrono::microseconds>(d).count()));
+}
+
 /// Durations in microseconds in log-linear buckets: 2^kBits a power of two, so that a quantile is at most 1/2^kBits off. What is
 /// longer than 2^36 microseconds (19 hours) counts in the last bucket.
 template <unsigned kBits, class Count>

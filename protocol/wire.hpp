@@ -70,7 +70,8 @@ enum StartupCode : std::uint32_t {
 /// ReadyForQuery's transaction status.
 enum class TxStatus : char { Idle = 'I', InTransaction = 'T', Failed = 'E' };
 
-inline constexpr std::size_t kHeaderSize = 5;  // type, then the length, which counts itself but not the type
+inline constexpr std::uint32_t kMaxMessageSize = 0x40000000;  // of what the length counts
+inline constexpr std::size_t kHeaderSize = 5;                 // type, then the length, which counts itself but not the type
 
 inline std::uint32_t load_u32(const std::uint8_t* p) {
   return std::uint32_t{p[0]} << 24 | std::uint32_t{p[1]} << 16 | std::uint32_t{p[2]} << 8 | p[3];

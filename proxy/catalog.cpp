@@ -28,7 +28,7 @@ std::uint64_t new_version() {
 // for which no dependency is recorded. part: what a function or such an expression is part of. hung: the relation that it hangs
 // on; 0: none, as of operators, casts and types; NULL: it runs when called by name. edge: naming one relation runs what hangs on
 // the other. called: functions whose calls don't look like calls, or like calls of others.
-constexpr const char* kSurvey = R"(SET LOCAL search_path TO pg_catalog, pg_temp; SET LOCAL client_encoding TO 'SQL_ASCII';
+constexpr const char* kWith = R"(SET LOCAL search_path TO pg_catalog, pg_temp; SET LOCAL client_encoding TO 'SQL_ASCII';
 SET LOCAL statement_timeout TO 0;
 WITH RECURSIVE fn AS (
   SELECT p.oid, p.proname::text AS name, p.pronargs, p.proargtypes[0] AS argument FROM pg_proc AS p JOIN pg_language AS l ON l.oid = p.prolang
@@ -264,7 +264,7 @@ std::string Survey::next(Time now) {
   }
   if (functions_.size() > kMostHanging || hanging_.size() > kMostHanging || ++rounds_ > kMostRounds)
     return give_up(now, Catalog::kSurveyEvery, "there is too much");
-  if (rounds_ == 1) return std::string(kSurvey) + kFunctions + std::to_string(kMostHanging + 1);
+  if (rounds_ == 1) return std::string(kWith) + kFunctions + std::to_string(kMostHanging + 1);
   auto stateful = reckon();
   if (rounds_ == 2) {
     // What clients call is looked up again too, so that it is known when they call it next.
@@ -276,7 +276,7 @@ std::string Survey::next(Time now) {
     stateful_ = std::move(stateful);
     hanging_.clear();
     asks_relations_ = true;
-    return std::string(kSurvey) + ", wanted AS (SELECT ARRAY[" + list(stateful_) + "] AS names)" + kRelations +
+    return std::string(kWith) + ", wanted AS (SELECT ARRAY[" + list(stateful_) + "] AS names)" + kRelations +
            std::to_string(kMostHanging + 1);
   }
   if (catalog_.changes_ != changes_) return {};

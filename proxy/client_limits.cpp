@@ -9,16 +9,13 @@
 
 namespace pgsidecar::proxy {
 
+using pool::micros;
 using std::chrono::milliseconds;
 
 namespace {
 
 constexpr std::uint32_t kCancelMillis = 5000;  // in which the server must have heeded a cancel request
 constexpr std::string_view kQueryTimeout = "canceling statement due to query timeout";
-
-std::uint64_t micros(pool::Clock::duration d) {
-  return static_cast<std::uint64_t>(std::max<std::int64_t>(0, std::chrono::duration_cast<std::chrono::microseconds>(d).count()));
-}
 
 }  // namespace
 

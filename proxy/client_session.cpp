@@ -23,7 +23,6 @@ using protocol::Verdict;
 namespace {
 
 constexpr std::size_t kMaxUnread = 64 * 1024;  // of a client that waits
-constexpr std::uint32_t kMaxMessage = 0x40000000;
 constexpr std::chrono::milliseconds kSilence{500};
 constexpr std::string_view kTerminate("X\0\0\0\4", 5);
 constexpr std::string_view kUserRequest = "canceling statement due to user request";
@@ -189,7 +188,7 @@ std::size_t ClientSession::process(Bytes in) {
     else {
       if (left.size() < kHeaderSize) break;
       const std::uint32_t length = protocol::load_u32(left.data() + 1);
-      if (length < 4 || length > kMaxMessage) {
+      if (length < 4 || length > protocol::kMaxMessageSize) {
         fatal("08P01", "invalid message length");
         break;
       }

@@ -52,7 +52,7 @@ Cell big(std::uint64_t n) {
 Cell text_or_null(const std::string& text) {
   return text.empty() ? Cell() : Cell(text);
 }
-Cell seconds(std::uint64_t micros) {
+Cell in_seconds(std::uint64_t micros) {
   const std::string fraction = std::to_string(micros % 1000000 / 1000 + 1000).substr(1);
   return std::to_string(micros / 1000000) + "." + fraction;
 }
@@ -352,14 +352,14 @@ std::string reasons_text(std::uint32_t reasons, const char* (*word)(pool::PinRea
 
 void fill_pins(Table& table, const ShowInput& in) {
   for (const auto& p : in.snapshot.pins)
-    table.rows.push_back({number(p.client), p.user, p.database, p.application, number(p.serverPid), seconds(p.micros),
+    table.rows.push_back({number(p.client), p.user, p.database, p.application, number(p.serverPid), in_seconds(p.micros),
                           reasons_text(p.reasons, pool::to_string), reasons_text(p.reasons, pool::ends), p.detail, p.statement});
 }
 
 void fill_leaks(Table& table, const ShowInput& in) {
   for (const auto& l : in.snapshot.leaks)
-    table.rows.push_back({number(l.client), l.user, l.database, l.application, l.peer, number(l.serverPid), seconds(l.ageMicros),
-                          seconds(l.idleMicros), l.firstStatement, l.lastStatement});
+    table.rows.push_back({number(l.client), l.user, l.database, l.application, l.peer, number(l.serverPid), in_seconds(l.ageMicros),
+                          in_seconds(l.idleMicros), l.firstStatement, l.lastStatement});
 }
 
 void fill_prepared(Table& table, const ShowInput& in) {

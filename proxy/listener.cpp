@@ -21,7 +21,7 @@ namespace {
 constexpr std::size_t kMaxKept = std::size_t{1} << 20;  // bytes of notifications that a client hasn't taken
 constexpr std::size_t kMaxChannels = 10000;             // of a pool
 
-std::string quoted(std::string_view channel) {
+std::string in_quotes(std::string_view channel) {
   std::string out = "\"";
   for (const char c : channel) {
     if (c == '"') out += '"';
@@ -73,7 +73,7 @@ void Listener::adopt(ServerConnection& server) {
   sql +=
       "SELECT pg_catalog.set_config(name, '0', false) FROM pg_catalog.pg_settings WHERE name OPERATOR(pg_catalog.=) 'idle_session_timeout'";
   sql += ";LISTEN " + marker_channel_;
-  subscriptions_.for_each_channel([&](const std::string& channel) { sql += ";LISTEN " + quoted(channel); });
+  subscriptions_.for_each_channel([&](const std::string& channel) { sql += ";LISTEN " + in_quotes(channel); });
   server.tell_listening(sql);
 }
 
@@ -106,7 +106,7 @@ bool Listener::listen(const Channels& channels, Subscriber& who) {
   bool fresh = false;
   for (const std::string& channel : channels) {
     fresh |= subscriptions_.add(channel, &who);
-    sql += (sql.empty() ? "LISTEN " : ";LISTEN ") + quoted(channel);
+    sql += (sql.empty() ? "LISTEN " : ";LISTEN ") + in_quotes(channel);
   }
   if (!server_) return true;  // with all others, once there is one
   if (!fresh && asked_.empty()) return false;
@@ -119,7 +119,7 @@ void Listener::unsubscribe(std::string_view channel, Subscriber& who) {
   if (!subscriptions_.remove(channel, &who) || !server_) return;
   if (!subscriptions_.empty()) {
     asked_.push_back(nullptr);
-    return server_->tell_listening("UNLISTEN " + quoted(channel));
+    return server_->tell_listening("UNLISTEN " + in_quotes(channel));
   }
   ServerConnection* server = std::exchange(server_, nullptr);
   asked_.clear();
@@ -199,7 +199,7 @@ std::vector<std::string> Subscriber::materialise_sql() {
   begin_ = listener_.expect(*this);
   deaf_ = !listener_.up();
   std::vector<std::string> statements{"LISTEN " + listener_.marker_channel()};
-  for (const std::string& channel : channels_) statements.push_back("LISTEN " + quoted(channel));
+  for (const std::string& channel : channels_) statements.push_back("LISTEN " + in_quotes(channel));
   statements.push_back(notify_sql(begin_));
   client_.residue_ |= protocol::kListen;
   return statements;

@@ -17,7 +17,7 @@ namespace pgsidecar::proxy {
 namespace {
 
 constexpr std::size_t kMostOutput = 64 * 1024, kMostTold = 300, kMostEntries = 1024;
-constexpr std::chrono::milliseconds kLook{10};
+constexpr std::chrono::milliseconds kPollEvery{10};
 
 /// What a program writes to, bounded.
 class Output {
@@ -209,7 +209,7 @@ void PasswordCommands::get(const Command& command, Done done) {
 
 void PasswordCommands::look_later() {
   if (std::exchange(looking_, true)) return;
-  timer_.expires_after(kLook);
+  timer_.expires_after(kPollEvery);
   timer_.async_wait([this](const boost::system::error_code& ec) {
     looking_ = false;
     if (!ec) look();

@@ -23,7 +23,6 @@ using protocol::Verdict;
 
 namespace {
 
-constexpr std::uint32_t kMaxMessage = 0x40000000;
 constexpr std::size_t kMaxParsed = 1u << 20;                         // of a message of the server that is looked into
 constexpr auto kSoon = std::chrono::milliseconds(100);               // in which a survey is answered
 constexpr auto kBetweenStatements = std::chrono::milliseconds(100);  // a server that has answered one may ignore a cancel request
@@ -176,7 +175,7 @@ std::size_t ServerConnection::process(Bytes in) {
     if (left.size() < kHeaderSize) break;
     const std::uint32_t length = protocol::load_u32(left.data() + 1);
     const std::size_t total = std::size_t{length} + 1;
-    if (length < 4 || length > kMaxMessage) {
+    if (length < 4 || length > protocol::kMaxMessageSize) {
       lost("08P01", "invalid message length from the server");
       break;
     }
@@ -245,7 +244,7 @@ std::size_t ServerConnection::pass_rows(Bytes in) {
   while (in.size() - at >= kHeaderSize && pass_left_ == 0) {
     if (!is_row(in[at])) break;
     const std::uint32_t length = protocol::load_u32(in.data() + at + 1);
-    if (length < 4 || length > kMaxMessage) break;
+    if (length < 4 || length > protocol::kMaxMessageSize) break;
     const std::size_t available = std::min(std::size_t{length} + 1, in.size() - at);
     pass_left_ = length + 1 - available;
     running.bytes += length + 1;

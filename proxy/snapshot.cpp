@@ -11,11 +11,9 @@
 
 namespace pgsidecar::proxy {
 
-namespace {
+using pool::micros;
 
-std::uint64_t micros(pool::Clock::duration d) {
-  return static_cast<std::uint64_t>(std::max<std::int64_t>(0, std::chrono::duration_cast<std::chrono::microseconds>(d).count()));
-}
+namespace {
 
 const char* mode_name(conf::PoolMode mode) {
   switch (mode) {

@@ -10,16 +10,13 @@
 
 namespace pgsidecar::proxy {
 
+using pool::micros;
 using protocol::Backend;
 using protocol::Bytes;
 using protocol::kHeaderSize;
 using protocol::Request;
 
 namespace {
-
-std::uint64_t micros(pool::Clock::duration d) {
-  return static_cast<std::uint64_t>(std::max<std::int64_t>(0, std::chrono::duration_cast<std::chrono::microseconds>(d).count()));
-}
 
 /// The number at the end of a command tag: INSERT 0 5, SELECT 3. PostgreSQL documentation, section 55.7, CommandComplete.
 std::uint64_t rows_of(std::string_view tag) {

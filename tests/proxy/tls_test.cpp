@@ -51,8 +51,8 @@ conf::ConnectParams connecting(SslMode mode, const std::string& root = {}) {
 }
 
 /// One connection between two contexts.
-struct Link : test::Pair {
-  Link(SSL_CTX* server, SSL_CTX* client, const conf::ConnectParams& params, const std::string& host = "db.example") {
+struct Connected : test::Pair {
+  Connected(SSL_CTX* server, SSL_CTX* client, const conf::ConnectParams& params, const std::string& host = "db.example") {
     std::signal(SIGPIPE, SIG_IGN);
     near->start_tls(client, false);
     far->start_tls(server, true);
@@ -71,7 +71,7 @@ struct Outcome {
 
 Outcome shake(const conf::Tls& tls, const conf::ConnectParams& params, const std::string& host = "db.example") {
   const SslContext server = make_server_context(tls), client = make_client_context(params);
-  Link link(server.get(), client.get(), params, host);
+  Connected link(server.get(), client.get(), params, host);
   return {link.ok, link.ok ? "" : link.near->tls_error()};
 }
 
@@ -139,7 +139,7 @@ TEST(Tls, ClientCertificates) {
       params.sslMaxProtocolVersion = version;
       if (row.client) params.sslcert = row.client->certificate_file, params.sslkey = row.client->key_file;
       const SslContext server = make_server_context(serving(w.server, row.mode, row.server_ca)), client = make_client_context(params);
-      Link link(server.get(), client.get(), params);
+      Connected link(server.get(), client.get(), params);
       EXPECT_EQ(link.ok, row.ok) << row.what << " " << version;
       EXPECT_EQ(peer_common_name(link.far->ssl()), row.ok ? row.name : "") << row.what << " " << version;
     }
@@ -156,7 +156,7 @@ TEST(Tls, Versions) {
     params.sslMinProtocolVersion = low;
     params.sslMaxProtocolVersion = high;
     const SslContext server = make_server_context(serving(w.server)), client = make_client_context(params);
-    Link link(server.get(), client.get(), params);
+    Connected link(server.get(), client.get(), params);
     EXPECT_TRUE(link.ok);
     EXPECT_EQ(SSL_version(link.near->ssl()), version) << low << " " << high;
   }
@@ -175,7 +175,7 @@ TEST(Tls, SessionsAreResumed) {
     params.sslMaxProtocolVersion = version;
     const SslContext server = make_server_context(serving(w.server)), client = make_client_context(params);
     for (int round = 0; round < 4; ++round) {
-      Link link(server.get(), client.get(), params);
+      Connected link(server.get(), client.get(), params);
       EXPECT_TRUE(link.ok);
       EXPECT_EQ(SSL_session_reused(link.near->ssl()) == 1, round > 0) << version << " " << round;
       // Channel binding holds in a resumed session too.
@@ -183,11 +183,11 @@ TEST(Tls, SessionsAreResumed) {
       EXPECT_EQ(channel_binding(link.near->ssl(), false), channel_binding(link.far->ssl(), true));
     }
     // Two at once: the second has no ticket of its own to use, and gets through all the same.
-    Link one(server.get(), client.get(), params), two(server.get(), client.get(), params);
+    Connected one(server.get(), client.get(), params), two(server.get(), client.get(), params);
     EXPECT_TRUE(one.ok && two.ok);
     // A server that has forgotten the tickets' key.
     const SslContext anew = make_server_context(serving(w.server));
-    Link link(anew.get(), client.get(), params);
+    Connected link(anew.get(), client.get(), params);
     EXPECT_TRUE(link.ok);
     EXPECT_FALSE(SSL_session_reused(link.near->ssl()));
   }
@@ -199,7 +199,7 @@ TEST(Tls, AlpnIsPostgresqlWithDirectNegotiationAlone) {
     conf::ConnectParams params = connecting(SslMode::VerifyFull, w.ca.certificate_file);
     if (direct) params.sslnegotiation = conf::SslNegotiation::Direct;
     const SslContext server = make_server_context(serving(w.server)), client = make_client_context(params);
-    Link link(server.get(), client.get(), params);
+    Connected link(server.get(), client.get(), params);
     EXPECT_TRUE(link.ok);
     for (Transport* end : {&*link.near, &*link.far}) {
       const unsigned char* name = nullptr;
@@ -213,7 +213,7 @@ TEST(Tls, AlpnIsPostgresqlWithDirectNegotiationAlone) {
   const conf::ConnectParams params = connecting(SslMode::Prefer);
   const SslContext client = make_client_context(params);
   SSL_CTX_set_alpn_protos(client.get(), reinterpret_cast<const unsigned char*>("\x08http/1.1"), 9);
-  EXPECT_FALSE(Link(server.get(), client.get(), params).ok);
+  EXPECT_FALSE(Connected(server.get(), client.get(), params).ok);
 }
 
 TEST(Tls, ServerNameIsSentForNamesAlone) {
@@ -235,7 +235,7 @@ TEST(Tls, ServerNameIsSentForNamesAlone) {
           return SSL_CLIENT_HELLO_SUCCESS;
         },
         nullptr);
-    EXPECT_TRUE(Link(server.get(), client.get(), params, host).ok);
+    EXPECT_TRUE(Connected(server.get(), client.get(), params, host).ok);
     EXPECT_EQ(seen, sent) << host;
   }
 }
@@ -258,7 +258,7 @@ TEST(Tls, ChannelBindingIsTheSameOnBothSides) {
     const Identity identity = w.files.make(wish, row.pss ? &w.rsa_ca : &w.ca);
     const conf::ConnectParams params = connecting(SslMode::Prefer);
     const SslContext server = make_server_context(serving(identity)), client = make_client_context(params);
-    Link link(server.get(), client.get(), params);
+    Connected link(server.get(), client.get(), params);
     ASSERT_TRUE(link.ok);
     unsigned char hash[EVP_MAX_MD_SIZE];
     unsigned size = 0;
