@@ -2,7 +2,7 @@
 # Everything that is tested, on a fresh Debian 12: packages, build, unit tests, integration tests.
 #   integration/test.sh               the release build
 #   integration/test.sh --sanitize    besides: all of them with ASan+UBSan and with TSan too
-# Further arguments go to pytest, e.g. -k cancel. The files of integration tests run two at a time; -n 0 runs one after the other.
+# Further arguments go to pytest, e.g. -k cancel. The files of integration tests run three at a time; -n 0 runs one after the other.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
@@ -34,7 +34,7 @@ integration_tests() {
   (cd "$root/integration" &&
     PGSIDECAR=$root/build/$preset/pgsidecar NODE_PATH=$root/build/node/usr/share/nodejs \
       ASAN_OPTIONS=detect_stack_use_after_return=1 UBSAN_OPTIONS=print_stacktrace=1 TSAN_OPTIONS=halt_on_error=0:exitcode=66 \
-      /usr/bin/python3 -m pytest -q -n 2 --dist loadfile --durations=5 ${arguments[@]+"${arguments[@]}"}) || failed+=("integration tests ($preset)")
+      /usr/bin/python3 -m pytest -q -n 3 --dist loadfile --durations=5 ${arguments[@]+"${arguments[@]}"}) || failed+=("integration tests ($preset)")
 }
 
 install_packages test

@@ -648,3 +648,15 @@ def test_asyncpg(pool, pg):
         await connection.close()
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("text", [f"ALTER DATABASE {DATABASE} SET work_mem = '4MB'", f"CREATE DATABASE {DATABASE}_copy TEMPLATE {DATABASE}"])
+def test_what_is_done_with_databases_loses_no_notification(proxies, pg, text):
+    proxy = proxies({"pool": {"max": 4}})
+    with raw(proxy) as w, raw(proxy) as other:
+        do(w, "LISTEN kept")
+        other.ask(wire.query(text))  # fails, if nothing else
+        do(other, "NOTIFY kept, 'it'")
+        harness.poll(lambda: w.ready(), 5, "a notification")
+        messages = pending(w, 0.2)
+        assert notified(messages) == [("kept", "it")] and not [m for m in messages if m.type == "N"]

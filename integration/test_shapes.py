@@ -42,6 +42,23 @@ def test_temporary_objects_concern_nobody_else(proxies):
         assert parses(proxy) == 1
 
 
+def test_settings_of_a_transaction_concern_what_has_constants(proxies):
+    """Others are neither prepared again nor a reason to keep the server connection."""
+    proxy = proxies({"pool": {"max": 1}})
+    with raw(proxy) as w:
+        texts = ["SELECT $1::int + 1", "SELECT count(*) FROM pg_class WHERE relname = $1", "SELECT 2"]
+        for n, text in enumerate(texts):
+            w.ask(wire.parse(text, f"s{n}"), wire.SYNC)
+        for round in range(10, 15):
+            w.ask(wire.query("BEGIN; SET LOCAL timezone = 'UTC'"))
+            w.ask(wire.parse(f"SELECT $1::int + {round}", f"own{round}"), wire.SYNC)
+            for n in range(len(texts)):
+                assert kinds(w.ask(wire.bind(f"s{n}", "1") if n < 2 else wire.bind(f"s{n}"), wire.execute(), wire.SYNC)) == "2DCZ"
+            w.ask(wire.query("COMMIT"))
+        assert parses(proxy) == len(texts) + 5
+        assert proxy.json("/api/monitoring/pins")[1]["pins"] == []
+
+
 def at_rest(proxy):
     """None of its server connections is asked anything: the one that was used last is the next."""
     poll(lambda: proxy.stats()["idleCount"] == proxy.stats()["totalCount"], 5, "all are idle")

@@ -56,6 +56,9 @@ bool leaves_meaning(std::string_view name);
 /// backslashes escape in plain quotes. O(size).
 std::uint32_t scan_sql(std::string_view sql, bool standard_conforming_strings = true);
 
+/// The database that nobody may be connected to for a text with kDatabase: to be dropped, renamed, moved or copied. Empty: none.
+std::string database_left(std::string_view sql);
+
 /// What running the body of a function in SQL or PL/pgSQL may leave behind, as scan_sql. `calls` are the functions that it calls
 /// and that aren't known to be harmless, without their schemas; `custom_settings` the ones that it names.
 struct BodyScan {

@@ -31,14 +31,35 @@ bool same_word(std::string_view word, std::string_view lower) {
   return std::ranges::equal(word, lower, [](char a, char b) { return (a | 32) == b; });
 }
 
+/// Of a Parse's body: a parameter of the text has no type of its own.
+bool infers_types(std::string_view body, std::string_view sql) {
+  bool any = false;
+  for (std::size_t at = sql.find('$'); at != std::string_view::npos && !any; at = sql.find('$', at + 1))
+    any = at + 1 < sql.size() && sql[at + 1] >= '0' && sql[at + 1] <= '9';
+  if (!any || body.size() < sql.size() + 3) return any;
+  Reader types(Bytes(reinterpret_cast<const std::uint8_t*>(body.data()) + sql.size() + 1, body.size() - sql.size() - 1));
+  const std::size_t count = types.u16();
+  for (std::size_t left = count; left > 0; --left)
+    if (types.u32() == 0) return true;
+  return count == 0;  // who declares any declares all
+}
+
 std::size_t held_by(const Statement& statement) {
   return sizeof statement + footprint(statement.body) + kNode + kBlock;
 }
 
 }  // namespace
 
-bool depends_on_settings(std::string_view sql) {
+bool has_constants(std::string_view sql) {
   if (std::ranges::any_of(sql, [](char c) { return c == '\\' || static_cast<unsigned char>(c) >= 0x80; })) return true;
+  if (!is_analysed(sql)) return false;
+  if (sql.find('\'') != std::string_view::npos) return true;
+  for (std::size_t at = sql.find('$'); at != std::string_view::npos; at = sql.find('$', at + 1))
+    if (at + 1 == sql.size() || sql[at + 1] < '0' || sql[at + 1] > '9') return true;
+  return false;
+}
+
+bool is_analysed(std::string_view sql) {
   const std::string_view first = next_word(sql), second = next_word(sql);
   if (same_word(first, "create")) return !same_word(second, "index") && !same_word(second, "unique") && !same_word(second, "database");
   return std::ranges::none_of(kUtilities, [&](std::string_view utility) { return same_word(first, utility); });
@@ -68,7 +89,8 @@ StatementRef StatementCache::make(std::string_view body, const std::shared_ptr<c
   statement->meaning = meaning;
   statement->id = next_id_++;
   statement->residue = scan_sql(statement->sql);
-  statement->depends = depends_on_settings(statement->sql);
+  statement->has_constants = has_constants(statement->sql);
+  statement->infers_types = infers_types(body, statement->sql);
   statement->own_path = own_path;
   statement->own_reading = own_reading;
   held_ += held_by(*statement);

@@ -19,9 +19,11 @@
 
 namespace pgsidecar::protocol {
 
-/// Whether the server reads more of a text than its words when it parses it, so that it depends on settings: of utility commands it keeps
-/// the words until they are executed (transformStmt). No: it is one of those, and how its characters are read is beyond doubt.
-bool depends_on_settings(std::string_view sql);
+/// Whether the server looks up a text's names when it parses it. Of utility commands it keeps the words until they are executed
+/// (transformStmt).
+bool is_analysed(std::string_view sql);
+/// Whether what a text says may depend on settings such as DateStyle and client_encoding: it quotes, escapes or isn't ASCII alone.
+bool has_constants(std::string_view sql);
 
 /// A described statement's parameter types, by the shape_of what was told of it.
 struct ToldTypes {
@@ -42,7 +44,8 @@ struct Statement {
   std::shared_ptr<const void> meaning;  ///< compared only; statements with other meanings are others
   std::uint64_t id = 0;
   std::uint32_t residue = 0;            ///< scan_sql of the text
-  bool depends = true;                  ///< depends_on_settings of the text
+  bool has_constants = false;           ///< and is analysed, or its characters are in doubt
+  bool infers_types = false;            ///< of parameters, from what its names stand for
   bool own_path = false;                ///< its names were looked up where only its transaction has them looked up
   bool own_reading = false;             ///< it was read under what only its transaction had set
   mutable std::vector<ToldTypes> told;  ///< in what clients were told; few

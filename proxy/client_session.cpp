@@ -346,7 +346,7 @@ void ClientSession::on_server_ready() {
     return server_->ask_residue();
   }
   forget_residue();
-  server_->forget_reading();
+  server_->forget_changed();
   if (subscriber_) {
     if (subscriber_->begin()) return;
     if (subscriber_->over()) subscriber_.reset();

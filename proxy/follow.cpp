@@ -3,10 +3,10 @@
 #include <sys/socket.h>
 
 #include <algorithm>
-#include <cctype>
 #include <map>
 #include <set>
 
+#include "protocol/sql_scan.hpp"
 #include "proxy/log.hpp"
 #include "proxy/worker.hpp"
 
@@ -68,14 +68,12 @@ void Worker::outdate_servers(PoolEntry& entry, const std::function<bool(const Se
   entry.listener.recycle();
 }
 
-void Worker::leave_databases(std::string_view sql) {
-  const auto same = [](char a, char b) {
-    return std::tolower(static_cast<unsigned char>(a)) == std::tolower(static_cast<unsigned char>(b));
-  };
+void Worker::leave_database(std::string_view sql) {
+  const std::string name = protocol::database_left(sql);
+  if (name.empty()) return;
   for (const auto& [key, entry] : pools_)
     outdate_servers(*entry, [&](const ServerConnection& server) {
-      const std::string_view name = server.upstream() ? std::string_view(server.upstream()->params.dbname) : std::string_view();
-      return !server.client() && std::ranges::search(sql, name, same).begin() != sql.end();
+      return !server.client() && !server.listens() && server.upstream() && server.upstream()->params.dbname == name;
     });
 }
 

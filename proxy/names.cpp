@@ -64,7 +64,10 @@ bool ClientSession::adopt(std::string_view name, const protocol::StatementRef& s
 }
 
 void ClientSession::adopt_as_meant(const std::string& name, const protocol::StatementRef& statement) {
-  if (!server_->adopts(name, statement)) parse_as_meant(*statement, [&] { server_->adopt(name, statement); });
+  if (server_->adopts(name, statement)) return;
+  if (server_->adopts_apart && statement->own_reading) return;  // it can't be
+  parse_as_meant(*statement, [&] { server_->adopt(name, statement); });
+  if (server_->adopts_apart) server_->sync(Verdict::Skip, protocol::kProxy, kAdopt);
 }
 
 /// The server may know statements of the client's by any name: SQL, or what was too long to be looked at, has prepared them.
@@ -93,14 +96,15 @@ protocol::ServerStatements::Held* ClientSession::prepare_here(const protocol::Na
     server_->drop_statement(statement->id);
   } else if (known) {
     ++entry_->pool.counters().preparedHits;
-    known->doubtful |= server_->meaning_changed && statement->depends;
+    known->doubtful |= server_->changed().meaning && statement->has_constants;
     return known;
   }
   ++entry_->pool.counters().preparedMisses;
   parse_as_meant(*statement, [&] { server_->parse(statement->id, statement->body, Verdict::Skip); });
   names_change_ |= kNames;
   auto& added = held.add(statement, worker_.statements.generation());
-  added.doubtful = server_->meaning_changed;
+  const bool in_transaction = server_->pipeline.status() == protocol::TxStatus::InTransaction;
+  added.doubtful = reads_otherwise(*statement) && (statement->has_constants || !in_transaction);
   evict();
   return &added;
 }
@@ -110,20 +114,22 @@ protocol::ServerStatements::Held* ClientSession::prepare_here(const protocol::Na
 void ClientSession::parse_as_meant(const protocol::Statement& statement, const std::function<void()>& parse) {
   const auto* meaning = static_cast<const Meaning*>(statement.meaning.get());
   const auto status = server_->pipeline.status();
-  if (!statement.depends || status == protocol::TxStatus::Failed) return parse();
+  const bool depends = statement.has_constants || statement.infers_types;
+  if (!depends || status == protocol::TxStatus::Failed) return parse();
   if (statement.own_reading) {
     server_->raise(false, "a statement that was read under settings of its transaction can't be prepared again", "Prepare it anew.");
     return parse();  // is skipped
   }
   // What the transaction has set, as far as is known.
   const bool in_transaction = status == protocol::TxStatus::InTransaction;
-  const bool by_others = reads_otherwise(statement) || (server_->code_ran && in_transaction);
-  if (meaning == settings->meaning.get() && !by_others) return parse();
-  if (by_others && !in_transaction) {
+  const bool by_others = in_transaction && (reads_otherwise(statement) || server_->changed().code);
+  if (!in_transaction && server_->changed().meaning && statement.has_constants) {
     server_->raise(false, "a statement can't be prepared again behind a SET that isn't answered yet",
                    "Send Sync behind the SET, or prepare the statement anew.");
     return parse();
   }
+  if (!in_transaction && reads_otherwise(statement)) return parse();  // is doubtful
+  if (meaning == settings->meaning.get() && !by_others) return parse();
   auto then = meaning->values, now = settings->meaning->values;
   if (statement.own_path)
     for (auto* values : {&then, &now}) values->erase("search_path");
@@ -134,9 +140,11 @@ void ClientSession::parse_as_meant(const protocol::Statement& statement, const s
     before.push_back(reading_statement(then, !statement.own_path));
     behind = {"ROLLBACK TO SAVEPOINT \"pgsidecar's own\"", "RELEASE SAVEPOINT \"pgsidecar's own\""};
   }
-  server_->run_within(before, 0, id_);
+  const auto [note, owner] =
+      server_->adopts_apart ? std::pair{kAdopt, protocol::kProxy} : std::pair{std::uint64_t{0}, protocol::OwnerId{id_}};
+  server_->run_within(before, note, owner);
   parse();
-  server_->run_within(behind, 0, id_);
+  server_->run_within(behind, note, owner);
 }
 
 /// What the client was told of it holds on this connection too (`here`; 0: not known). False: the server is asked.

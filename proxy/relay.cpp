@@ -4,7 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
-#include <tuple>
+#include <utility>
 
 #include "protocol/normalize.hpp"
 #include "protocol/sql_scan.hpp"
@@ -178,6 +178,7 @@ std::size_t ClientSession::on_query(Bytes available, std::size_t total) {
     if (residue & protocol::kReset && !due) reset = protocol::reset_of(sql, server_->conforming_strings());
     statement = note_statement(fingerprint, sql, protocol::comment_tags(sql));
     if (refuse(sql, residue, true)) return total;
+    const auto before = server_->changed();
     switch (listen_ahead(note_residue(sql, residue), true)) {
       case Subscriber::Verdict::Wait: return 0;
       case Subscriber::Verdict::Refused: return total;
@@ -190,7 +191,9 @@ std::size_t ClientSession::on_query(Bytes available, std::size_t total) {
       server_->adopts_apart =
           has_several_statements(sql) && answered() && !pipeline.unsynced() && pipeline.status() == protocol::TxStatus::Idle;
       const std::size_t owed = pipeline.size();
+      const auto behind = std::exchange(server_->changed(), before);  // what it names is parsed ahead of it
       adopt_named(sql);
+      server_->changed() = behind;
       adopts = pipeline.size() > owed && !server_->adopts_apart;
       server_->adopts_apart = false;
       note_deallocations(sql);
@@ -268,11 +271,13 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
     return total;
   }
   // Only its transaction may have it read so.
-  const bool path_changed = server_->path_changed || server_->code_ran;
-  const bool own = (server_->meaning_changed || path_changed) && protocol::depends_on_settings(body.substr(0, body.find('\0')));
-  const bool own_reading = own && server_->meaning_changed;
-  protocol::StatementRef statement = own ? worker_.statements.make(body, settings->meaning, path_changed, own_reading)
-                                         : worker_.statements.intern(body, settings->meaning);
+  const auto& changed_so_far = server_->changed();
+  const std::string_view sql = body.substr(0, body.find('\0'));
+  const bool own_path = (changed_so_far.path || changed_so_far.code) && protocol::is_analysed(sql);
+  const bool own_reading = changed_so_far.meaning && protocol::has_constants(sql);
+  if (own_reading && !answered()) return wait_for_answers();
+  protocol::StatementRef statement = own_path || own_reading ? worker_.statements.make(body, settings->meaning, own_path, own_reading)
+                                                             : worker_.statements.intern(body, settings->meaning);
   if ((!name.empty() || statement->residue & protocol::kPrepared) && !names_settled(kNames)) return 0;
   server_->running.named = note_statement(*statement);
   if (const auto existing = name.empty() ? nullptr : statements.find(name)) {
@@ -294,9 +299,9 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
     server_->raise(false, "too many prepared statements", "limits.maxPreparedStatementsPerClient bounds them for each client.", "53000");
     return total;
   }
-  const auto changed = std::tuple(server_->meaning_changed, server_->path_changed, server_->code_ran);
+  const auto changed = server_->changed();
   if (listen_ahead(note_residue(*statement), false) == Subscriber::Verdict::Wait) return 0;
-  std::tie(server_->meaning_changed, server_->path_changed, server_->code_ran) = changed;  // by what is bound only
+  server_->changed() = changed;  // by what is bound only
   if (statement->residue & protocol::kPrepared) adopt_named(statement->sql);
   if (own_reading && !name.empty()) residue_ |= protocol::kPrivateStatement;
   auto& held = server_->statements;
@@ -304,7 +309,7 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
   if (name.empty()) {
     pipeline.push({Request::Parse, Verdict::Forward, id_});
     pending_.push_back({Pending::kParse, {}, statements.look_up({}), std::exchange(held.unnamed, statement)});
-    statements.set({}, std::move(statement));
+    statements.set({}, std::move(statement), generation);
     relay(available, total);
     return total;
   }
@@ -385,7 +390,8 @@ bool ClientSession::parse_unserved(Bytes whole) {
 
 /// How the server would read it now isn't what the client's settings say.
 bool ClientSession::reads_otherwise(const protocol::Statement& statement) const {
-  return statement.depends && (server_->meaning_changed || (server_->path_changed && !statement.own_path));
+  const auto& changed = server_->changed();
+  return (changed.meaning && statement.has_constants) || (changed.path && statement.infers_types && !statement.own_path);
 }
 
 /// The server knows it by the client's own name, and can't be told it again.

@@ -456,6 +456,7 @@ void ServerConnection::inject() {
 }
 
 void ServerConnection::on_dropped(const Owed& owed, bool skipped) {
+  adoption_skipped_ |= owed.owner == protocol::kProxy && owed.note == kAdopt;
   if (owed.owner == protocol::kProxy) return;
   const bool ours = client_ && owed.owner == client_->id();
   if (owed.request == Request::Close) {
@@ -509,7 +510,8 @@ void ServerConnection::lease(ClientSession& client) {
   unknown_calls.clear();
   unknown_names.clear();
   unknown_residue_ = 0;
-  sequences_touched = meaning_changed = path_changed = code_ran = false;
+  sequences_touched = false;
+  changed_ = {};
   suspect.clear();
   unadopted_.clear();
   running.first = running.last = running.named = running.portal = 0;
@@ -517,8 +519,6 @@ void ServerConnection::lease(ClientSession& client) {
   running.untold = 0;
   running.reset.reset();
   running.leaking = running.overdue = false;
-  // What was made past the proxy while nobody used it isn't known yet.
-  if (entry_.catalog.surveyed() && entry_.catalog.due(worker_.now())) worker_.statements.begin_generation();
   worker_.arm_tick(entry_.pool.limit_check());
   client.on_lease(*this);
 }

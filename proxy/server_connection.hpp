@@ -117,9 +117,6 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   Catalog::Names unknown_calls;               ///< functions that were called in this lease before it was known what they leave
   std::vector<protocol::Word> unknown_names;  ///< words of its texts from before a survey
   std::string suspect;                        ///< the last text of this lease that may have left something in the session
-  bool meaning_changed = false;               ///< in this lease, how constants are read may have been set, and the server not asked yet
-  bool path_changed = false;                  ///< the same of where names are looked up
-  bool code_ran = false;                      ///< the same of what may have set, made or dropped anything
   bool sequences_touched = false;             ///< in this lease
   bool sequences_dirty = false;               ///< the session may have values of sequences that another client took
   bool adopts_apart = false;                  ///< what can't be adopted doesn't have the server skip what follows
@@ -141,7 +138,16 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   void parse(std::uint64_t id, std::string_view body, protocol::Verdict verdict);
   void close_statement(std::uint64_t id);
   void drop_statement(std::uint64_t id);  ///< is closed before anything is parsed
-  void forget_reading();                  ///< what its transaction had set is gone, or known
+  /// What may have been set, by what has been sent in this lease and the server wasn't asked about yet.
+  struct Changed {
+    bool meaning = false;  ///< how constants are read
+    bool path = false;     ///< where names are looked up
+    bool code = false;     ///< anything, or made or dropped: code has run
+  };
+  Changed& changed() { return changed_; }
+  const Changed& changed() const { return changed_; }
+  void forget_changed();  ///< it is gone with its transaction, or known
+  bool listens() const { return listener_; }
   /// Prepares a statement of the client's under the client's own name for it, for SQL that names it.
   void adopt(const std::string& name, const protocol::StatementRef& statement, protocol::Verdict verdict = protocol::Verdict::Skip);
   bool adopts(std::string_view name, const protocol::StatementRef& statement) const;  ///< it has been, and not skipped
@@ -293,6 +299,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   bool paused_ = false;    // not read, since its client doesn't take what is there
   bool cut_off_ = false;   // half a message of its client's was sent, and the rest won't be
   bool listener_ = false;  // the pool's
+  Changed changed_;
   bool asking_residue_ = false, residue_failed_ = false, own_query_failed_ = false;
   bool leased_anew_ = false, cancel_due_ = false, awaiting_shape_ = false, shape_first_ = false, restoring_ = false;
   std::uint32_t shape_ = 0;           // as described so far

@@ -134,7 +134,6 @@ void ServerConnection::adopt(const std::string& name, const protocol::StatementR
       [&](std::string& out) { protocol::Writer(out).begin(protocol::Frontend::Parse).cstring(name).bytes(statement->body).end(); });
   if (adopts_apart) {
     pipeline.push({Request::Parse, Verdict::Skip, protocol::kProxy, kAdopt});
-    sync(Verdict::Skip, protocol::kProxy, kAdopt);
   } else {
     pipeline.push({Request::Parse, verdict, client_->id()});
   }
@@ -164,9 +163,10 @@ void ServerConnection::drop_statement(std::uint64_t id) {
   unclosed_.insert(id);
 }
 
-void ServerConnection::forget_reading() {
-  if (meaning_changed) statements.erase_if([&](const auto& held) { return held.doubtful && unclosed_.insert(held.statement->id).second; });
-  meaning_changed = path_changed = code_ran = false;
+void ServerConnection::forget_changed() {
+  if (changed_.meaning || changed_.path)
+    statements.erase_if([&](const auto& held) { return held.doubtful && unclosed_.insert(held.statement->id).second; });
+  changed_ = {};
 }
 
 void ServerConnection::close_shared_statements(bool keep_own) {
@@ -176,7 +176,6 @@ void ServerConnection::close_shared_statements(bool keep_own) {
     return true;
   });
   close_dropped();
-  statements.unnamed.reset();
 }
 
 void ServerConnection::close_dropped() {
@@ -437,7 +436,7 @@ void ServerConnection::finish_residue() {
     if (unrestored) return apply_failed(*unrestored);
     return client_->on_residue(nullptr, residue_);
   }
-  forget_reading();
+  forget_changed();
   if (residue_.reasons & pool::bit(pool::PinReason::TemporaryObject)) plans_stale |= !std::exchange(had_temporary_, true);
   const bool skipped = std::exchange(adoption_skipped_, false);
   std::erase_if(adopted_, [&](const auto& one) {

@@ -82,7 +82,7 @@ std::uint32_t ClientSession::note_residue(std::string_view sql, std::uint32_t kn
   if (settings->temporary) residue_ |= protocol::kTemporary;
   if (known == 0) return 0;
   if (known & protocol::kDiscard) names_open_ |= kNames;
-  if (known & protocol::kDatabase) worker_.leave_databases(sql);
+  if (known & protocol::kDatabase) worker_.leave_database(sql);
   std::uint32_t residue = known;
   if (residue & protocol::kFunction)
     residue = (residue & ~protocol::kFunction) |
@@ -106,9 +106,10 @@ std::uint32_t ClientSession::note_residue(std::string_view sql, std::uint32_t kn
   // What is sent behind it is prepared when it is done.
   constexpr std::uint32_t kMakes = protocol::kDefinition | protocol::kFunction | protocol::kCode;
   server_->plans_stale |= (residue & (protocol::kTemporary | (settings->temporary ? kMakes : 0))) != 0;
-  server_->meaning_changed |= (residue & protocol::kMeaning) != 0;
-  server_->path_changed |= (residue & protocol::kPath) != 0;
-  server_->code_ran |= (residue & kMakes) != 0;
+  auto& changed = server_->changed();
+  changed.meaning |= (residue & protocol::kMeaning) != 0;
+  changed.path |= (residue & protocol::kPath) != 0;
+  changed.code |= (residue & kMakes) != 0;
   const bool takes_value = entry_->sequences_matter && residue & protocol::kSequenceWrite;
   if (residue & ~kPassive || takes_value) server_->suspect = sql.substr(0, kMostSuspect);
   return residue;

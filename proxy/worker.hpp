@@ -285,8 +285,8 @@ class Worker {
   void saw_capacity(const std::string& upstream, std::uint32_t max, std::uint32_t reserved, std::uint32_t used);
   void connect_begins(const std::string& upstream);
   /// The server has ended an idle connection.
-  /// A text names databases that nobody may be connected to: the connections to them that nobody uses go.
-  void leave_databases(std::string_view sql);
+  /// A text needs a database that nobody is connected to: the connections to it that nobody uses go.
+  void leave_database(std::string_view sql);
   void saw_suspend(PoolEntry& entry);
   void saw_certificate(const std::string& whose, const X509* certificate);
   /// A server connection of an upstream's has been open already.

@@ -331,4 +331,14 @@ TEST(SqlScan, WhatATextResets) {
 }
 
 }  // namespace
+TEST(DatabaseLeft, IsTheOneThatNobodyMayBeConnectedTo) {
+  EXPECT_EQ(database_left("DROP DATABASE App"), "app");
+  EXPECT_EQ(database_left("drop database if exists \"My \"\"App\"\" \" with (force)"), "My \"App\" ");
+  EXPECT_EQ(database_left("ALTER DATABASE a RENAME TO b"), "a");
+  EXPECT_EQ(database_left("ALTER DATABASE a SET TABLESPACE b"), "a");
+  EXPECT_EQ(database_left("CREATE DATABASE b WITH OWNER x TEMPLATE = \"A\""), "A");
+  for (const char* none : {"ALTER DATABASE a SET work_mem = 1", "CREATE DATABASE a", "DROP DATABASE", "DROP TABLE database", "", "\""})
+    EXPECT_EQ(database_left(none), "") << none;
+}
+
 }  // namespace pgsidecar::protocol

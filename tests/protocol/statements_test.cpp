@@ -110,4 +110,18 @@ TEST(ClientStatements, WhatItWasToldIsTheClientsOwn) {
 }
 
 }  // namespace
+TEST(Statements, WhatTheirReadingHangsOn) {
+  StatementCache cache;
+  const auto constants = [&](const std::string& sql) { return cache.intern(sql + "\0\0\0"s)->has_constants; };
+  for (const char* sql : {"SELECT 'x'", "select $$x$$", "SELECT $a$x$a$", "SELECT U&\"\\0061\"", "SHOW \"\xc3\xa9\"", "EXPLAIN SELECT 'x'"})
+    EXPECT_TRUE(constants(sql)) << sql;
+  for (const char* sql : {"SELECT $1, 2", "COMMIT", "SET x = 'y'", "create unique index i on t (a)", "PREPARE TRANSACTION 'x'"})
+    EXPECT_FALSE(constants(sql)) << sql;
+  const auto infers = [&](const std::string& body) { return cache.intern(body)->infers_types; };
+  EXPECT_TRUE(infers("SELECT $1\0\0\0"s));
+  EXPECT_TRUE(infers("SELECT $1, $2\0\0\2\0\0\0\x17\0\0\0\0"s));
+  EXPECT_FALSE(infers("SELECT $1\0\0\1\0\0\0\x17"s));
+  EXPECT_FALSE(infers("SELECT 1\0\0\0"s));
+}
+
 }  // namespace pgsidecar::protocol
