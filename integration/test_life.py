@@ -142,7 +142,7 @@ def test_closed_standard_streams_are_no_sockets(pg):
     environment = {"PATH": os.environ["PATH"], "DATABASE_URL": pg.url(), "PGSIDECAR_LISTEN": f"127.0.0.1:{harness.free_port()}", "PGSIDECAR_ADMIN_LISTEN": "off"}
     process = subprocess.Popen(["sh", "-c", "exec 0>&- 1>&- 2>&-; exec \"$0\"", harness.BINARY], env=environment)
     try:
-        harness.poll(lambda: len(os.listdir(f"/proc/{process.pid}/fd")) > 5, what="it runs")
+        harness.poll(lambda: harness.open_files(process.pid) > 5, what="it runs")
         assert {os.readlink(f"/proc/{process.pid}/fd/{fd}") for fd in (0, 1, 2)} == {"/dev/null"}
     finally:
         process.terminate()

@@ -146,14 +146,10 @@ def pgbench(proxy, *arguments, seconds):
     assert "error" not in error.lower(), error
 
 
-def open_files(pid):
-    return len(os.listdir(f"/proc/{pid}/fd"))
-
-
 def idle_files(proxy):
     """What it keeps open by itself."""
     poll(lambda: not proxy.clients() and proxy.stats()["totalCount"] == 0, 30, "its clients and server connections have gone")
-    return open_files(proxy.pid)
+    return harness.open_files(proxy.pid)
 
 
 def expect_end(process, code=0, timeout=40):
@@ -173,7 +169,7 @@ def test_reconnecting_clients_notice_nothing(start, pg):
             assert clients.poll() is None, "pgbench was too short"
     assert watch.samples > 100 and 0 < watch.most <= 15, (watch.most, watch.samples)
     assert len({first, proxy.pid, *(process.pid for process in proxy.before)}) == 6
-    poll(lambda: idle_files(proxy) <= files, 10, f"no descriptor leaks from one process to the next: {files} before, {open_files(proxy.pid)} now")
+    poll(lambda: idle_files(proxy) <= files, 10, f"no descriptor leaks from one process to the next: {files} before, {harness.open_files(proxy.pid)} now")
 
 
 def test_clients_that_stay_are_served_to_their_end(start, pg):
@@ -400,13 +396,13 @@ def test_a_broken_binary_changes_nothing(start, what):
     content, reason = BROKEN[what]
     with proxy.connect() as connection:
         connection.execute("BEGIN")
-        files = open_files(proxy.pid)
+        files = harness.open_files(proxy.pid)
         proxy.replace(content) if content else proxy.binary.unlink()
         done = proxy.ask()
         assert done.returncode == 1 and reason in done.stderr, done.stderr
         poll(lambda: reason in proxy.log_text() and "nothing has changed" in proxy.log_text(), 10, "the log says why")
         assert connection.execute("SELECT 1").fetchone() == (1,)
-        poll(lambda: open_files(proxy.pid) <= files, 10, "no descriptor is left open")
+        poll(lambda: harness.open_files(proxy.pid) <= files, 10, "no descriptor is left open")
     proxy.connect().close()
     proxy.binary.unlink(missing_ok=True)
     shutil.copy(BINARY, proxy.binary)
