@@ -180,7 +180,7 @@ std::size_t ClientSession::on_query(Bytes available, std::size_t total) {
     if (refuse(sql, residue, true)) return total;
     const auto before = server_->changed();
     switch (listen_ahead(note_residue(sql, residue), true)) {
-      case Subscriber::Verdict::Wait: return 0;
+      case Subscriber::Verdict::Wait: server_->changed() = before; return 0;
       case Subscriber::Verdict::Refused: return total;
       case Subscriber::Verdict::Go: break;
     }
@@ -438,7 +438,7 @@ std::size_t ClientSession::on_bind(Bytes available, std::size_t total) {
   server_->running.untold = 0;
   auto& queries = entry_->pool.counters().queries;
   // The unnamed one is prepared by a name where the client knows what it looks like, so that it is held against that.
-  const bool by_name = (!name.empty() && !is_private(name, statement)) || (named.shape != 0 && server_->statements.unnamed != statement);
+  const bool by_name = name.empty() ? named.shape != 0 && server_->statements.unnamed != statement : !is_private(name, statement);
   if (!statement || !by_name || names_others) {
     ++queries;
     if (!statement && name.empty()) close_unnamed();
