@@ -31,11 +31,16 @@ bool same_word(std::string_view word, std::string_view lower) {
   return std::ranges::equal(word, lower, [](char a, char b) { return (a | 32) == b; });
 }
 
+/// A dollar before a digit, which is a parameter; or before anything else, which quotes.
+bool has_dollar(std::string_view sql, bool of_parameter) {
+  for (std::size_t at = sql.find('$'); at != std::string_view::npos; at = sql.find('$', at + 1))
+    if ((at + 1 < sql.size() && sql[at + 1] >= '0' && sql[at + 1] <= '9') == of_parameter) return true;
+  return false;
+}
+
 /// Of a Parse's body: a parameter of the text has no type of its own.
 bool infers_types(std::string_view body, std::string_view sql) {
-  bool any = false;
-  for (std::size_t at = sql.find('$'); at != std::string_view::npos && !any; at = sql.find('$', at + 1))
-    any = at + 1 < sql.size() && sql[at + 1] >= '0' && sql[at + 1] <= '9';
+  const bool any = has_dollar(sql, true);
   if (!any || body.size() < sql.size() + 3) return any;
   Reader types(Bytes(reinterpret_cast<const std::uint8_t*>(body.data()) + sql.size() + 1, body.size() - sql.size() - 1));
   const std::size_t count = types.u16();
@@ -52,11 +57,7 @@ std::size_t held_by(const Statement& statement) {
 
 bool has_constants(std::string_view sql) {
   if (std::ranges::any_of(sql, [](char c) { return c == '\\' || static_cast<unsigned char>(c) >= 0x80; })) return true;
-  if (!is_analysed(sql)) return false;
-  if (sql.find('\'') != std::string_view::npos) return true;
-  for (std::size_t at = sql.find('$'); at != std::string_view::npos; at = sql.find('$', at + 1))
-    if (at + 1 == sql.size() || sql[at + 1] < '0' || sql[at + 1] > '9') return true;
-  return false;
+  return is_analysed(sql) && (sql.find('\'') != std::string_view::npos || has_dollar(sql, false));
 }
 
 bool is_analysed(std::string_view sql) {
