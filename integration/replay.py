@@ -134,7 +134,9 @@ def line(message):
     if kind == "t":
         return "parameters " + " ".join("own" if t >= 16384 else str(t) for t in struct.unpack_from(f"!{struct.unpack_from('!h', body)[0]}I", body, 2))
     if kind in "EN":
-        return neutral(" ".join(f"{k}={message.error[k]}" for k in "SCMDHPpqWstcdn" if k in message.error))
+        # By its routine drivers know "cached plan must not change result type".
+        keys = "SCMDHPpqWstcdn" + "R" * (message.error.get("C") == "0A000")
+        return neutral(" ".join(f"{k}={message.error[k]}" for k in keys if k in message.error))
     if kind == "A":
         channel, payload = body[4:].split(b"\0")[:2]
         return f"notification {channel.decode()} {payload.decode()}"

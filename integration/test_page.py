@@ -255,7 +255,7 @@ def test_it_is_readable_in_trouble(proxies, chromium, page):
         poll(lambda: "can't be reached" not in shown.text("notices"), 15)
         proxy.http("/api/admin/drain", method="POST")
         poll(lambda: "Draining: new clients are refused, 1 client left, 1 of them in a transaction." in shown.text("notices"))
-        assert [row["application"] for row in shown.rows("#clients")] == ["last"]
+        poll(lambda: [row["application"] for row in shown.rows("#clients")] == ["last"])
         client.execute("COMMIT")
         client.close()
         assert proxy.wait_exit(10) == 0

@@ -22,6 +22,7 @@ std::optional<ErrorFields> parse_error(Bytes body) {
       case 'M': fields.message = value; break;
       case 'D': fields.detail = value; break;
       case 'H': fields.hint = value; break;
+      case 'R': fields.routine = value; break;
       default: break;
     }
   }
@@ -33,11 +34,12 @@ std::optional<ErrorFields> parse_error(Bytes body) {
 namespace {
 
 void write_report(std::string& out, Backend type, std::string_view severity, std::string_view sqlstate, std::string_view message,
-                  std::string_view detail, std::string_view hint) {
+                  std::string_view detail, std::string_view hint, std::string_view routine = {}) {
   Writer writer(out);
   writer.begin(type).u8('S').cstring(severity).u8('V').cstring(severity).u8('C').cstring(sqlstate).u8('M').cstring(message);
   if (!detail.empty()) writer.u8('D').cstring(detail);
   if (!hint.empty()) writer.u8('H').cstring(hint);
+  if (!routine.empty()) writer.u8('R').cstring(routine);
   writer.u8(0).end();
 }
 
@@ -46,6 +48,22 @@ void write_report(std::string& out, Backend type, std::string_view severity, std
 void write_error(std::string& out, Severity severity, std::string_view sqlstate, std::string_view message, std::string_view detail,
                  std::string_view hint) {
   write_report(out, Backend::ErrorResponse, severity == Severity::Fatal ? "FATAL" : "ERROR", sqlstate, message, detail, hint);
+}
+
+void write_error(std::string& out, Severity severity, const ErrorFields& fields) {
+  write_report(out, Backend::ErrorResponse, severity == Severity::Fatal ? "FATAL" : "ERROR", fields.sqlstate, fields.message, fields.detail,
+               fields.hint, fields.routine);
+}
+
+void write_error_with(std::string& out, Bytes body, std::string_view message) {
+  Reader reader(body);
+  Writer writer(out);
+  writer.begin(Backend::ErrorResponse);
+  while (const std::uint8_t field = reader.u8()) {
+    const std::string_view value = reader.cstring();
+    writer.u8(field).cstring(field == 'M' ? message : value);
+  }
+  writer.u8(0).end();
 }
 
 void write_notice(std::string& out, std::string_view sqlstate, std::string_view message, std::string_view hint) {

@@ -16,6 +16,7 @@ namespace pgsidecar::protocol {
 /// ErrorResponse or NoticeResponse; absent fields are empty.
 struct ErrorFields {
   std::string severity, sqlstate, message, detail, hint;
+  std::string routine = {};  ///< of the server's source
 };
 /// Reads a body (without header); nullopt if malformed. A missing SQLSTATE reads as "XX000".
 std::optional<ErrorFields> parse_error(Bytes body);
@@ -23,6 +24,9 @@ std::optional<ErrorFields> parse_error(Bytes body);
 enum class Severity { Error, Fatal };
 void write_error(std::string& out, Severity severity, std::string_view sqlstate, std::string_view message, std::string_view detail = {},
                  std::string_view hint = {});
+void write_error(std::string& out, Severity severity, const ErrorFields& fields);
+/// Another message, and all else as in `body`, an ErrorResponse's.
+void write_error_with(std::string& out, Bytes body, std::string_view message);
 void write_notice(std::string& out, std::string_view sqlstate, std::string_view message, std::string_view hint = {});
 void write_warning(std::string& out, std::string_view sqlstate, std::string_view message, std::string_view hint = {});
 

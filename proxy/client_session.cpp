@@ -43,8 +43,7 @@ bool ClientSession::is_silent(pool::Time now) const {
 
 void ClientSession::transition(State next) {
   if (state_ == State::Waiting && next != State::Waiting) {  // in vain or not
-    const auto waited = worker_.now() - request_since;
-    wait_micros_ = static_cast<std::uint64_t>(std::chrono::duration_cast<std::chrono::microseconds>(waited).count());
+    wait_micros_ = pool::micros(worker_.now() - request_since);
     entry_->pool.counters().wait.record(wait_micros_);
   }
   state_ = next;
@@ -219,9 +218,7 @@ std::size_t ClientSession::process(Bytes in) {
 
 void ClientSession::on_answered(bool told) {
   const pool::Time now = worker_.now();
-  const auto micros_since = [now](pool::Time begun) {
-    return static_cast<std::uint64_t>(std::chrono::duration_cast<std::chrono::microseconds>(now - begun).count());
-  };
+  const auto micros_since = [now](pool::Time begun) { return pool::micros(now - begun); };
   auto& counters = entry_->pool.counters();
   counters.query.record(micros_since(sent_at_));
   sent_at_ = now;
@@ -399,9 +396,7 @@ void ClientSession::on_wait_failed(const protocol::ErrorFields& error) {
   if (error.message != kUserRequest) complain(error.sqlstate, error.message);
   // The request that waited is answered with an error; of an extended one, all up to Sync goes unanswered, as on a server.
   const char type = channel_.unread.empty() ? 'Q' : channel_.unread[0];
-  worker_.to_client.own([&](std::string& out) {
-    protocol::write_error(out, protocol::Severity::Error, error.sqlstate, error.message, error.detail, error.hint);
-  });
+  worker_.to_client.own([&](std::string& out) { protocol::write_error(out, protocol::Severity::Error, error); });
   if (is_extended(type)) {
     discarding_ = true;
   } else {

@@ -83,6 +83,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   void on_answered(bool told);                       ///< ReadyForQuery; told: it goes to the client
   void on_flushed();                                 ///< all that it has sent is answered, and its Sync not sent
   void on_statements_gone();                         ///< DISCARD ALL, DEALLOCATE ALL
+  bool answered() const;  ///< whatever it has sent
   bool waits_for_answers() const { return waits_for_answers_; }
   void on_maybe_answered();     ///< maybe: something that was waited for is answered
   void end_interrupted_copy();  ///< it has sent something else than the COPY's data
@@ -197,6 +198,9 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   std::size_t on_query(protocol::Bytes available, std::size_t total);
   std::size_t on_parse(protocol::Bytes available, std::size_t total);
   std::size_t on_long_parse(protocol::Bytes available, std::size_t total);
+  void note_parse(std::string_view name, std::string_view body);
+  void hold(const protocol::StatementRef& statement);
+  void parse_shared(const protocol::StatementRef& statement);
   std::size_t on_bind(protocol::Bytes available, std::size_t total);
   std::size_t on_describe(protocol::Bytes available, std::size_t total);
   std::size_t on_close(protocol::Bytes available, std::size_t total);
@@ -236,7 +240,6 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   bool meaning_known(const protocol::Statement& statement);
   void end_segment();
   void close_unnamed();
-  bool answered() const;  ///< whatever it has sent
   bool waits_for_restore(char type) const;
   bool sql_prepared() const;
   bool prepare(const protocol::NamedStatement& named, bool to_describe = false);

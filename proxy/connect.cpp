@@ -165,8 +165,7 @@ awaitable<std::string> open_channel(Opening& o) {
     const IoResult shaken = transport.handshake();
     if (shaken.status == IoStatus::Ok) {
       o.limit.answered();
-      const auto micros = std::chrono::duration_cast<std::chrono::microseconds>(pool::Clock::now() - begun).count();
-      if (o.handshakes) o.handshakes->record(static_cast<std::uint64_t>(micros));
+      if (o.handshakes) o.handshakes->record(pool::micros(pool::Clock::now() - begun));
       o.worker.saw_certificate(conf::print_address(o.target.host.name, o.target.host.port), SSL_get0_peer_certificate(transport.ssl()));
       co_return std::string();
     }
@@ -294,7 +293,7 @@ awaitable<void> ServerConnection::run_connect(std::shared_ptr<ServerConnection> 
     co_return;
   }
   const pool::Clock::duration took = worker_.now() - begun - upstream_->passwords_took;
-  entry_.pool.counters().connect.record(static_cast<std::uint64_t>(std::chrono::duration_cast<std::chrono::microseconds>(took).count()));
+  entry_.pool.counters().connect.record(pool::micros(took));
   worker_.database_took(worker_.upstream_of(entry_.database), took);
   ++entry_.pool.counters().connects;
   attempt = {};

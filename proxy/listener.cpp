@@ -9,6 +9,7 @@
 #include "proxy/client_session.hpp"
 #include "proxy/log.hpp"
 #include "proxy/server_connection.hpp"
+#include "proxy/settings.hpp"
 #include "proxy/worker.hpp"
 
 namespace pgsidecar::proxy {
@@ -20,15 +21,6 @@ namespace {
 
 constexpr std::size_t kMaxKept = std::size_t{1} << 20;  // bytes of notifications that a client hasn't taken
 constexpr std::size_t kMaxChannels = 10000;             // of a pool
-
-std::string in_quotes(std::string_view channel) {
-  std::string out = "\"";
-  for (const char c : channel) {
-    if (c == '"') out += '"';
-    out += c;
-  }
-  return out += '"';
-}
 
 std::string joined(const std::vector<std::string>& statements) {
   std::string sql;
@@ -73,7 +65,7 @@ void Listener::adopt(ServerConnection& server) {
   sql +=
       "SELECT pg_catalog.set_config(name, '0', false) FROM pg_catalog.pg_settings WHERE name OPERATOR(pg_catalog.=) 'idle_session_timeout'";
   sql += ";LISTEN " + marker_channel_;
-  subscriptions_.for_each_channel([&](const std::string& channel) { sql += ";LISTEN " + in_quotes(channel); });
+  subscriptions_.for_each_channel([&](const std::string& channel) { sql += ";LISTEN " + identifier(channel); });
   server.tell_listening(sql);
 }
 
@@ -106,7 +98,7 @@ bool Listener::listen(const Channels& channels, Subscriber& who) {
   bool fresh = false;
   for (const std::string& channel : channels) {
     fresh |= subscriptions_.add(channel, &who);
-    sql += (sql.empty() ? "LISTEN " : ";LISTEN ") + in_quotes(channel);
+    sql += (sql.empty() ? "LISTEN " : ";LISTEN ") + identifier(channel);
   }
   if (!server_) return true;  // with all others, once there is one
   if (!fresh && asked_.empty()) return false;
@@ -119,7 +111,7 @@ void Listener::unsubscribe(std::string_view channel, Subscriber& who) {
   if (!subscriptions_.remove(channel, &who) || !server_) return;
   if (!subscriptions_.empty()) {
     asked_.push_back(nullptr);
-    return server_->tell_listening("UNLISTEN " + in_quotes(channel));
+    return server_->tell_listening("UNLISTEN " + identifier(channel));
   }
   ServerConnection* server = std::exchange(server_, nullptr);
   asked_.clear();
@@ -199,7 +191,7 @@ std::vector<std::string> Subscriber::materialise_sql() {
   begin_ = listener_.expect(*this);
   deaf_ = !listener_.up();
   std::vector<std::string> statements{"LISTEN " + listener_.marker_channel()};
-  for (const std::string& channel : channels_) statements.push_back("LISTEN " + in_quotes(channel));
+  for (const std::string& channel : channels_) statements.push_back("LISTEN " + identifier(channel));
   statements.push_back(notify_sql(begin_));
   client_.residue_ |= protocol::kListen;
   return statements;

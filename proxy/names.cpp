@@ -103,8 +103,9 @@ protocol::ServerStatements::Held* ClientSession::prepare_here(const protocol::Na
   parse_as_meant(*statement, [&] { server_->parse(statement->id, statement->body, Verdict::Skip); });
   names_change_ |= kNames;
   auto& added = held.add(statement, worker_.statements.generation());
-  const bool in_transaction = server_->pipeline.status() == protocol::TxStatus::InTransaction;
-  added.doubtful = reads_otherwise(*statement) && (statement->has_constants || !in_transaction);
+  const auto& changed = server_->changed();
+  added.doubtful = server_->in_block() ? changed.meaning && statement->has_constants
+                                       : changed.any() && (statement->has_constants || statement->infers_types);
   evict();
   return &added;
 }
@@ -120,21 +121,22 @@ void ClientSession::parse_as_meant(const protocol::Statement& statement, const s
     server_->raise(false, "a statement that was read under settings of its transaction can't be prepared again", "Prepare it anew.");
     return parse();  // is skipped
   }
-  // What the transaction has set, as far as is known.
-  const bool in_transaction = status == protocol::TxStatus::InTransaction;
-  const bool by_others = in_transaction && (reads_otherwise(statement) || server_->changed().code);
-  if (!in_transaction && server_->changed().meaning && statement.has_constants) {
-    server_->raise(false, "a statement can't be prepared again behind a SET that isn't answered yet",
-                   "Send Sync behind the SET, or prepare the statement anew.");
-    return parse();
-  }
-  if (!in_transaction && reads_otherwise(statement)) return parse();  // is doubtful
-  if (meaning == settings->meaning.get() && !by_others) return parse();
+  const auto& changed = server_->changed();
+  const bool same = meaning == settings->meaning.get();
+  const bool in_block = server_->in_block();
+  if (same && !reads_otherwise(statement) && !changed.code) return parse();
   auto then = meaning->values, now = settings->meaning->values;
+  if (changed.any() && !in_block) {
+    // What it has set is not to be undone, nor known.
+    if (statement.has_constants && (changed.meaning || !read_alike(then, now)))
+      server_->raise(false, "a statement can't be prepared again behind a SET that isn't answered yet",
+                     "Send Sync behind the SET, or prepare the statement anew.");
+    return parse();  // is doubtful
+  }
   if (statement.own_path)
     for (auto* values : {&then, &now}) values->erase("search_path");
   auto before = settings_statements(now, then), behind = settings_statements(then, now);
-  if (by_others) {
+  if (changed.any()) {
     // It comes back with a savepoint, of a name that the client doesn't have; what is parsed meanwhile stays.
     before.insert(before.begin(), "SAVEPOINT \"pgsidecar's own\"");
     before.push_back(reading_statement(then, !statement.own_path));
@@ -161,7 +163,7 @@ bool ClientSession::looks_as_told(const protocol::NamedStatement& named, std::ui
       return prepare({typed, named.generation, named.shape});
     }
     worker_.statements.retire(statement);
-    server_->raise(false, "cached plan must not change result type", "");
+    server_->raise_plan_changed();
     return true;
   }
   if (here != 0) {  // of an earlier time, maybe

@@ -242,34 +242,26 @@ std::size_t ClientSession::on_long_parse(Bytes available, std::size_t total) {
 std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
   const bool too_large = total > worker_.config().limits.maxParseBytes;
   if (available.size() < total && !too_large) return 0;
-  if (!rewrites()) {
-    if (!too_large) {
-      protocol::Reader reader(available.subspan(kHeaderSize));
-      const std::string_view name = reader.cstring();
-      const Bytes body = reader.rest();
-      const auto statement = worker_.statements.intern({reinterpret_cast<const char*>(body.data()), body.size()}, settings->meaning);
-      // For the statistics.
-      if (name.empty() || statements.size() < worker_.config().limits.maxPreparedStatementsPerClient) statements.set(name, statement);
-      server_->running.named = note_statement(*statement);
-      const std::uint32_t residue = protocol::scan_sql(statement->sql, server_->conforming_strings());
-      note_residue(statement->sql, residue & ~protocol::kReset);
-    }
-    server_->pipeline.push({Request::Parse, Verdict::Forward, id_});
-    relay(available, total);
-    return available.size();
-  }
-  if (too_large) return on_long_parse(available, total);
+  if (too_large && rewrites()) return on_long_parse(available, total);
+  auto& pipeline = server_->pipeline;
   protocol::Reader reader(available.subspan(kHeaderSize));
   const std::string_view name = reader.cstring();
   const Bytes rest = reader.rest();
   const std::string_view body(reinterpret_cast<const char*>(rest.data()), rest.size());
-  auto& pipeline = server_->pipeline;
-  if (!reader.ok() || pipeline.failed()) {
-    relay(available, total);  // the server skips it, or says what is wrong with it
+  if (!rewrites()) {
+    if (!too_large && reader.ok()) note_parse(name, body);
+    pipeline.push({Request::Parse, Verdict::Forward, id_});
+    relay(available, total);
+    return available.size();
+  }
+  // The server skips it, or says what is wrong with it.
+  const auto refused = [&] {
+    relay(available, total);
     pipeline.push({Request::Parse, Verdict::Forward, id_});
     if (!pipeline.failed()) pending_.push_back({Pending::kUnkept, std::string(name)});
     return total;
-  }
+  };
+  if (!reader.ok() || pipeline.failed()) return refused();
   // Only its transaction may have it read so.
   const auto& changed_so_far = server_->changed();
   const std::string_view sql = body.substr(0, body.find('\0'));
@@ -280,14 +272,10 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
                                                              : worker_.statements.intern(body, settings->meaning);
   if ((!name.empty() || statement->residue & protocol::kPrepared) && !names_settled(kNames)) return 0;
   server_->running.named = note_statement(*statement);
-  if (const auto existing = name.empty() ? nullptr : statements.find(name)) {
+  if (!name.empty() && statements.find(name)) {
     // What the server itself finds wrong with it, "already exists" at the latest, with the client's name put back in.
-    if (!server_->statements.touch(statement)) {
-      server_->parse(statement->id, statement->body, Verdict::Skip);
-      names_change_ |= kNames;
-      server_->statements.add(statement, worker_.statements.generation());
-      evict();
-    }
+    hold(statement);
+    names_change_ |= kNames;
     server_->parse(statement->id, statement->body, Verdict::Forward);
     pending_.push_back({Pending::kUnkept, std::string(name)});
     return total;
@@ -318,22 +306,41 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
     server_->adopt(std::string(name), statement, Verdict::Forward);
     const auto* const known = held.touch(statement);
     if (known && known->generation != generation) server_->drop_statement(statement->id);
-    if (!held.look_up(statement->id)) {  // by which a Bind finds it
-      server_->parse(statement->id, statement->body, Verdict::Skip);
-      held.add(statement, generation);
-      evict();
-    }
+    hold(statement);  // by which a Bind finds it
     statements.set(name, std::move(statement), generation);
     return total;
   }
   const auto is_empty = [&] { return protocol::normalize_sql(statement->sql).find_first_not_of("; ") == std::string::npos; };
-  if (pipeline.empty() && pipeline.status() == protocol::TxStatus::Failed && !(statement->residue & protocol::kTransaction) &&
-      !is_empty()) {
-    relay(available, total);  // to be refused
-    pipeline.push({Request::Parse, Verdict::Forward, id_});
-    pending_.push_back({Pending::kUnkept, std::string(name)});
-    return total;
-  }
+  if (pipeline.empty() && pipeline.status() == protocol::TxStatus::Failed && !(statement->residue & protocol::kTransaction) && !is_empty())
+    return refused();
+  parse_shared(statement);
+  pending_.push_back({Pending::kParse, std::string(name)});
+  statements.set(name, std::move(statement), generation);
+  return total;
+}
+
+/// In a mode where the server knows it by the client's own name: for the statistics, and for what it may leave behind.
+void ClientSession::note_parse(std::string_view name, std::string_view body) {
+  const auto statement = worker_.statements.intern(body, settings->meaning);
+  if (name.empty() || statements.size() < worker_.config().limits.maxPreparedStatementsPerClient) statements.set(name, statement);
+  server_->running.named = note_statement(*statement);
+  const std::uint32_t residue = protocol::scan_sql(statement->sql, server_->conforming_strings());
+  note_residue(statement->sql, residue & ~protocol::kReset);
+}
+
+/// Under the name that all clients share.
+void ClientSession::hold(const protocol::StatementRef& statement) {
+  if (server_->statements.touch(statement)) return;
+  server_->parse(statement->id, statement->body, Verdict::Skip);
+  server_->statements.add(statement, worker_.statements.generation());
+  evict();
+}
+
+/// What a client parses, under the name that all clients share: its answer is the server's, or ours where the server has it.
+void ClientSession::parse_shared(const protocol::StatementRef& statement) {
+  auto& pipeline = server_->pipeline;
+  auto& held = server_->statements;
+  const std::uint32_t generation = worker_.statements.generation();
   auto& counters = entry_->pool.counters();
   ++counters.clientParses;
   auto* const known = held.touch(statement);
@@ -354,9 +361,6 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
     held.add(statement, generation);
     evict();
   }
-  pending_.push_back({Pending::kParse, std::string(name)});
-  statements.set(name, std::move(statement), generation);
-  return total;
 }
 
 // Names are the client's own, so that closing one needs no server.
@@ -399,9 +403,13 @@ bool ClientSession::is_private(std::string_view name, const protocol::StatementR
   return statement && statement->own_reading && server_->adopts(name, statement);
 }
 
-/// False: whether there is a transaction is seen when what was sent before is answered.
+/// False: whether there is a transaction block, and what has been set, is seen when what was sent before is answered.
 bool ClientSession::meaning_known(const protocol::Statement& statement) {
-  return !reads_otherwise(statement) || answered() || wait_for_answers() != 0;
+  const bool depends = statement.has_constants || statement.infers_types;
+  if (!depends || !server_->changed().any() || server_->in_block()) return true;
+  const auto& pipeline = server_->pipeline;
+  const bool known = answered() && (pipeline.empty() || pipeline.unsynced());  // what the login brought may have to come back yet
+  return known || wait_for_answers() != 0;
 }
 
 std::size_t ClientSession::on_bind(Bytes available, std::size_t total) {

@@ -338,6 +338,7 @@ bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total
   if (ours && type == Backend::ReadyForQuery) {
     cancel_due_ = false;
     unadopted_.clear();
+    if (changed_.block && client_->answered()) changed_.block = false;
     client_->on_answered(forward);
   }
   if (owed.request == Request::Describe && owed.note != 0) on_described(type, owed, available, total);
@@ -389,8 +390,9 @@ bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total
     if (tag == "DEALLOCATE") client_->on_deallocated();
     if (tag == "DISCARD ALL" || tag == "DEALLOCATE ALL") client_->on_statements_gone();
     had_temporary_ |= client_->made_temporary();
-    open_definition_ |= changes_catalog(tag);
+    open_definition_ |= changes_catalog(tag) || (tag == "COMMIT PREPARED" && entry_.changes_prepared);
     open_change_ |= open_definition_ || client_->redefines();
+    entry_.changes_prepared |= tag == "PREPARE TRANSACTION" && open_change_;
   }
   if (forward) worker_.to_client.add(available.data(), available.size());
   pass_left_ = total - available.size();
@@ -487,14 +489,13 @@ void ServerConnection::on_dropped(const Owed& owed, bool skipped) {
 
 // The server knows a client's statement under the proxy's name for it; in its error the client's own name belongs.
 void ServerConnection::rename_error(Bytes whole, const std::string& name) {
-  auto error = protocol::parse_error(whole.subspan(kHeaderSize));
+  const Bytes body = whole.subspan(kHeaderSize);
+  auto error = protocol::parse_error(body);
   const std::size_t open = error ? error->message.find("\"pgsidecar_") : std::string::npos;
   if (open == std::string::npos) return worker_.to_client.add(whole.data(), whole.size());
   const std::size_t shut = error->message.find('"', open + 1);
   error->message.replace(open, shut == std::string::npos ? std::string::npos : shut + 1 - open, "\"" + name + "\"");
-  worker_.to_client.own([&](std::string& out) {
-    protocol::write_error(out, protocol::Severity::Error, error->sqlstate, error->message, error->detail, error->hint);
-  });
+  worker_.to_client.own([&](std::string& out) { protocol::write_error_with(out, body, error->message); });
 }
 
 // --- leases

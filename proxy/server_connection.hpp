@@ -132,6 +132,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   void run_within(const std::vector<std::string>& sqls, std::uint64_t note = kApply, protocol::OwnerId owner = protocol::kProxy);
   /// Has the server itself fail in place of the client's message, so that the client's transaction does.
   void raise(bool simple, const std::string& message, const std::string& hint, std::string_view sqlstate = "0A000");
+  void raise_plan_changed();  ///< as the server does of a prepared statement that looks otherwise now
   /// A text is about to depend on the values of sequences that the client took in this session.
   void forget_sequences();
   /// Parse and Close of a statement under the proxy's name for it.
@@ -143,10 +144,14 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
     bool meaning = false;  ///< how constants are read
     bool path = false;     ///< where names are looked up
     bool code = false;     ///< anything, or made or dropped: code has run
+    bool block = false;    ///< whether there is a transaction block, until that is answered
+    bool any() const { return meaning || path || code; }
   };
   Changed& changed() { return changed_; }
   const Changed& changed() const { return changed_; }
   void forget_changed();  ///< it is gone with its transaction, or known
+  /// It is in a transaction block whatever comes of what isn't answered yet, unless it fails.
+  bool in_block() const { return pipeline.status() == protocol::TxStatus::InTransaction && !changed_.block; }
   bool listens() const { return listener_; }
   /// Prepares a statement of the client's under the client's own name for it, for SQL that names it.
   void adopt(const std::string& name, const protocol::StatementRef& statement, protocol::Verdict verdict = protocol::Verdict::Skip);

@@ -19,13 +19,15 @@ using protocol::Verdict;
 
 namespace {
 
-/// The columns of a DataRow in text; NULL is empty. False: it isn't one of so many.
+constexpr std::string_view kPlanChanged = "cached plan must not change result type";
+
 /// What the server allows, keeps for itself (two settings, the second new in PostgreSQL 16) and has: four numbers.
 constexpr std::string_view kCapacityQuestion =
     "SELECT pg_catalog.current_setting('max_connections'), pg_catalog.current_setting('superuser_reserved_connections'),"
     " COALESCE(pg_catalog.current_setting('reserved_connections', true), '0'),"
     " (SELECT pg_catalog.sum(numbackends) FROM pg_catalog.pg_stat_database)";
 
+/// The columns of a DataRow in text; NULL is empty. False: it isn't one of so many.
 template <std::size_t N>
 bool read_row(Bytes whole, std::string (&field)[N]) {
   protocol::Reader reader(whole.subspan(kHeaderSize));
@@ -102,14 +104,17 @@ void ServerConnection::raise(bool simple, const std::string& message, const std:
   pipeline.push({Request::Execute, Verdict::Skip, client_->id(), kRaised});
 }
 
+void ServerConnection::raise_plan_changed() {
+  raise(false, std::string(kPlanChanged), "");
+}
+
 // Without the context of the statement that raised it.
 void ServerConnection::tell_raised(Bytes whole) {
-  const auto error = protocol::parse_error(whole.subspan(kHeaderSize));
+  auto error = protocol::parse_error(whole.subspan(kHeaderSize));
   if (!error) return;
+  error->routine = error->message == kPlanChanged ? "RevalidateCachedQuery" : "";  // drivers know it by that, and prepare anew
   client_->complain(error->sqlstate, error->message);
-  worker_.to_client.own([&](std::string& out) {
-    protocol::write_error(out, protocol::Severity::Error, error->sqlstate, error->message, error->detail, error->hint);
-  });
+  worker_.to_client.own([&](std::string& out) { protocol::write_error(out, protocol::Severity::Error, *error); });
 }
 
 void ServerConnection::forget_sequences() {
@@ -164,8 +169,7 @@ void ServerConnection::drop_statement(std::uint64_t id) {
 }
 
 void ServerConnection::forget_changed() {
-  if (changed_.meaning || changed_.path)
-    statements.erase_if([&](const auto& held) { return held.doubtful && unclosed_.insert(held.statement->id).second; });
+  if (changed_.any()) statements.erase_if([&](const auto& held) { return held.doubtful && unclosed_.insert(held.statement->id).second; });
   changed_ = {};
 }
 

@@ -110,6 +110,7 @@ std::uint32_t ClientSession::note_residue(std::string_view sql, std::uint32_t kn
   changed.meaning |= (residue & protocol::kMeaning) != 0;
   changed.path |= (residue & protocol::kPath) != 0;
   changed.code |= (residue & kMakes) != 0;
+  changed.block |= (residue & protocol::kTransaction) != 0;
   const bool takes_value = entry_->sequences_matter && residue & protocol::kSequenceWrite;
   if (residue & ~kPassive || takes_value) server_->suspect = sql.substr(0, kMostSuspect);
   return residue;
@@ -302,7 +303,7 @@ std::optional<pool::PinSnapshot> ClientSession::pin_snapshot() const {
   s.reasons = pin_->reasons;
   s.detail = pin_->detail;
   s.statement = pin_->statement;
-  s.micros = static_cast<std::uint64_t>(std::chrono::duration_cast<std::chrono::microseconds>(worker_.now() - pin_->since).count());
+  s.micros = pool::micros(worker_.now() - pin_->since);
   return s;
 }
 

@@ -54,7 +54,7 @@ std::string quoted_name(std::string_view name) {
   std::string out;
   for (std::size_t at = 0;;) {
     const std::size_t dot = name.find('.', at);
-    out += quoted(name.substr(at, dot - at), '"');
+    out += identifier(name.substr(at, dot - at));
     if (dot == std::string_view::npos) return out;
     out += '.';
     at = dot + 1;
@@ -121,6 +121,10 @@ DateStyle read_date_style(std::string_view text) {
 }
 
 }  // namespace
+
+std::string identifier(std::string_view name) {
+  return quoted(name, '"');
+}
 
 std::string literal(std::string_view text) {
   return (text.find('\\') == std::string_view::npos ? "" : " E") + quoted(text, '\'');
@@ -292,6 +296,13 @@ std::optional<StartupSettings> settings_of(const protocol::Startup& startup, std
   return asked;
 }
 
+bool read_alike(const Values& one, const Values& other) {
+  return std::all_of(std::begin(kReading), std::end(kReading), [&](std::string_view name) {
+    const auto a = one.find(std::string(name)), b = other.find(std::string(name));
+    return a == one.end() || b == other.end() ? a == one.end() && b == other.end() : a->second == b->second;
+  });
+}
+
 std::string reading_statement(const Values& meaning, bool path) {
   std::string calls;
   const auto add = [&](std::string_view name) {
@@ -299,7 +310,8 @@ std::string reading_statement(const Values& meaning, bool path) {
     calls += (calls.empty() ? "SELECT " : ",") + (it == meaning.end() ? reset_call(name) : set_call(name, it->second));
   };
   for (const std::string_view name : kReading) add(name);
-  if (path) add("search_path");
+  if (path)
+    for (const std::string_view name : {"search_path", "role"}) add(name);
   return calls;
 }
 

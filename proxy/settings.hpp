@@ -71,6 +71,7 @@ std::optional<StartupSettings> settings_of(const protocol::Startup& startup, std
 /// Statements that turn a session with `have` into one with `want`.
 std::vector<std::string> settings_statements(const Values& have, const Values& want);
 
+bool read_alike(const Values& one, const Values& other);  ///< constants are
 /// A statement that has texts read as `meaning` says, whatever the transaction has set meanwhile. `path`: names are looked up by it too.
 std::string reading_statement(const Values& meaning, bool path);
 
@@ -84,6 +85,7 @@ bool is_sessions(std::string_view parameter);
 std::uint32_t fingerprint_of(const std::map<std::string, std::string>& parameters);
 
 std::string lower(std::string_view name);
-std::string literal(std::string_view text);  ///< an SQL string constant; of ASCII, since others mean what the client's encoding says
+std::string identifier(std::string_view name);  ///< in quotes
+std::string literal(std::string_view text);     ///< an SQL string constant; of ASCII, since others mean what the client's encoding says
 
 }  // namespace pgsidecar::proxy

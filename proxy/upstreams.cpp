@@ -137,15 +137,14 @@ bool Worker::may_be_waking(const std::string& upstream) const {
 
 void Worker::database_took(const std::string& upstream, pool::Clock::duration time) {
   auto& seen = upstreams_[upstream];
-  seen.latencyMicros =
-      static_cast<std::uint64_t>(std::max<std::int64_t>(1, std::chrono::duration_cast<std::chrono::microseconds>(time).count()));
+  seen.latencyMicros = std::max<std::uint64_t>(1, pool::micros(time));
   UpstreamTimes& times = upstream_times_[upstream];
   const pool::Clock::duration woke = now() - times.waking_since;
   times.probed = {};
   times.connect_begun = {};
   if (woke < pool::Snapshot::kColdStart || woke > kWakeUp || is_connected(upstream)) return;
   ++seen.coldStarts;
-  seen.coldStartMicros = static_cast<std::uint64_t>(std::chrono::duration_cast<std::chrono::microseconds>(woke).count());
+  seen.coldStartMicros = pool::micros(woke);
   times.cold_start = now();
   log::info("cold_start", {}, "upstream {}: answered {:.1f} s after the first attempt to connect", upstream,
             std::chrono::duration<double>(woke).count());

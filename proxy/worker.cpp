@@ -537,74 +537,19 @@ void Worker::tick() {
   lag.record(std::exchange(tick_at_, pool::Time::max()), t);
   stir();
   if (averages_.due(t)) averages_.take(sums(), t);
-  bool busy = draining_;
-  bool in_doubt = false;
-  milliseconds idle_check = std::chrono::hours(1);
-  for (auto& [key, entry] : pools_) {
-    entry->pool.set_away(is_away(*entry), t);
-    while (pool::Waiter* waiter = entry->pool.expired(t)) {
-      ++entry->pool.counters().waitTimeouts;
-      static_cast<ClientSession*>(waiter)->on_wait_failed(wait_error(*entry));
-    }
-    while (!entry->logins.empty() && entry->pool.waited_out(entry->logins.front().since, t)) {
-      const ServerConnection::Login& login = entry->logins.front();
-      if (const auto client = login.client.lock()) client->refused(wait_error(*entry, !login.password.empty()));
-      entry->logins.pop_front();
-    }
-    close_outdated(*entry);
-    std::vector<std::shared_ptr<ServerConnection>> due;
-    for (auto& [id, server] : entry->servers) {
-      busy |= !server->alive() || server->deadline != pool::Time::max();
-      in_doubt |= server->look();
-      const auto& login = server->login();
-      if (login && server->state() == ServerConnection::State::Connecting && entry->pool.waited_out(login->since, t))
-        if (const auto client = server->take_login_client()) client->refused(wait_error(*entry, !login->password.empty()));
-      if (t >= server->deadline) due.push_back(server);
-    }
-    for (const auto& server : due) server->on_deadline(t);
-    entry->listener.recycle();
-    if (entry->listener.has_server() && entry->pool.capacity() == 1 && t - entry->pool.oldest_wait() > kWithoutPlace) entry->listener.end();
-    serve(*entry);
-    busy |= entry->listener.wants();
-    busy |= entry->pool.any_waiting() || entry->connecting > 0 || !entry->logins.empty();
-    busy |=
-        entry->clients > 0 && !entry->pool.resting() && entry->pool.staying() < entry->pool.settings().min && !draining_ && !entry->paused;
-    if (entry->pool.any_idle()) idle_check = std::min(idle_check, entry->pool.idle_check());
-    if (must_look(*entry, t)) look_again(*entry);
-    if (const auto every = entry->pool.settings().dnsCheckSeconds; every != 0 && entry->clients > 0 && entry->pool.open() > 0)
-      idle_check = std::min<milliseconds>(idle_check, std::chrono::seconds(every));
-    if (const pool::Time at = forget_at(*entry); at != pool::Time::max())
-      idle_check = std::min(idle_check, std::chrono::ceil<milliseconds>(std::max(at, t) - t));
-  }
+  Look look{.busy = draining_};
+  for (auto& [key, entry] : pools_) look_at(*entry, t, look);
   if (std::erase_if(pools_, [&](const auto& pool) { return t >= forget_at(*pool.second); }) > 0)
     std::erase_if(databases_, [this](const auto& database) {
       const std::string& name = database.first;
       return !config_->databases.contains(name) && name != upstream_.dbname &&
              std::none_of(pools_.begin(), pools_.end(), [&](const auto& pool) { return pool.first.first == name; });
     });
-  std::vector<std::shared_ptr<ClientSession>> due;
-  for (auto& [id, client] : clients_) {
-    in_doubt |= client->look();
-    if (const pool::Time at = client->check_limits(t); at != pool::Time::max())
-      idle_check = std::min(idle_check, std::chrono::ceil<milliseconds>(at - t));
-    if (client->login_deadline != pool::Time::max()) {
-      busy = true;
-      if (t >= client->login_deadline) due.push_back(client);
-    }
-  }
-  for (const auto& client : due) client->on_deadline(t);
+  look_at_clients(t, look);
   if (retired_ && waits_for_clients_ && t >= drain_until_) drain();
   if (draining_ && !waits_for_clients_ && t >= drain_until_ && exit_code_ == 0) {
     exit_code_ = 3;
-    std::vector<std::shared_ptr<ClientSession>> left;
-    for (auto& [id, client] : clients_) left.push_back(client);
-    for (const auto& client : left) {
-      log::warn("client_cut_off", client->about(), "drain: client {} (application \"{}\") is cut off after {} ms", client->id(),
-                client->application(), config_->shutdown.timeoutMillis);
-      if (client->server() && !client->server()->pipeline.empty()) client->server()->send_cancel();
-      client->fatal("57P01", "terminating connection due to administrator command");
-      client->close();
-    }
+    cut_off_clients();
   }
   if (t >= quits_at()) {
     if (had_client_)
@@ -615,13 +560,71 @@ void Worker::tick() {
     drain();
   }
   if (t >= drain_at_) drain();
-  for (const pool::Time at : {quits_at(), drain_at_})
-    if (at != pool::Time::max()) idle_check = std::min(idle_check, std::chrono::ceil<milliseconds>(at - t));
-  if (in_doubt) idle_check = std::min(idle_check, kLook);
-  arm_tick(busy ? milliseconds(100) : idle_check);
+  for (const pool::Time at : {quits_at(), drain_at_}) look.again_at(at, t);
+  if (look.in_doubt) look.again_in(kLook);
+  arm_tick(look.busy ? milliseconds(100) : look.next);
   check_stopped();
   ++meter.counters.ticks;
   meter.counters.tickNanos += static_cast<std::uint64_t>((pool::Clock::now() - t).count());
+}
+
+void Worker::look_at(PoolEntry& entry, pool::Time t, Look& look) {
+  entry.pool.set_away(is_away(entry), t);
+  while (pool::Waiter* waiter = entry.pool.expired(t)) {
+    ++entry.pool.counters().waitTimeouts;
+    static_cast<ClientSession*>(waiter)->on_wait_failed(wait_error(entry));
+  }
+  while (!entry.logins.empty() && entry.pool.waited_out(entry.logins.front().since, t)) {
+    const ServerConnection::Login& login = entry.logins.front();
+    if (const auto client = login.client.lock()) client->refused(wait_error(entry, !login.password.empty()));
+    entry.logins.pop_front();
+  }
+  close_outdated(entry);
+  std::vector<std::shared_ptr<ServerConnection>> due;
+  for (auto& [id, server] : entry.servers) {
+    look.busy |= !server->alive() || server->deadline != pool::Time::max();
+    look.in_doubt |= server->look();
+    const auto& login = server->login();
+    if (login && server->state() == ServerConnection::State::Connecting && entry.pool.waited_out(login->since, t))
+      if (const auto client = server->take_login_client()) client->refused(wait_error(entry, !login->password.empty()));
+    if (t >= server->deadline) due.push_back(server);
+  }
+  for (const auto& server : due) server->on_deadline(t);
+  entry.listener.recycle();
+  if (entry.listener.has_server() && entry.pool.capacity() == 1 && t - entry.pool.oldest_wait() > kWithoutPlace) entry.listener.end();
+  serve(entry);
+  auto& pool = entry.pool;
+  look.busy |= entry.listener.wants() || pool.any_waiting() || entry.connecting > 0 || !entry.logins.empty();
+  look.busy |= entry.clients > 0 && !pool.resting() && pool.staying() < pool.settings().min && !draining_ && !entry.paused;
+  if (pool.any_idle()) look.again_in(pool.idle_check());
+  if (must_look(entry, t)) look_again(entry);
+  if (const auto every = pool.settings().dnsCheckSeconds; every != 0 && entry.clients > 0 && pool.open() > 0)
+    look.again_in(std::chrono::seconds(every));
+  look.again_at(forget_at(entry), t);
+}
+
+void Worker::look_at_clients(pool::Time t, Look& look) {
+  std::vector<std::shared_ptr<ClientSession>> due;
+  for (auto& [id, client] : clients_) {
+    look.in_doubt |= client->look();
+    look.again_at(client->check_limits(t), t);
+    if (client->login_deadline == pool::Time::max()) continue;
+    look.busy = true;
+    if (t >= client->login_deadline) due.push_back(client);
+  }
+  for (const auto& client : due) client->on_deadline(t);
+}
+
+void Worker::cut_off_clients() {
+  std::vector<std::shared_ptr<ClientSession>> left;
+  for (auto& [id, client] : clients_) left.push_back(client);
+  for (const auto& client : left) {
+    log::warn("client_cut_off", client->about(), "drain: client {} (application \"{}\") is cut off after {} ms", client->id(),
+              client->application(), config_->shutdown.timeoutMillis);
+    if (client->server() && !client->server()->pipeline.empty()) client->server()->send_cancel();
+    client->fatal("57P01", "terminating connection due to administrator command");
+    client->close();
+  }
 }
 
 // --- the end

@@ -74,6 +74,7 @@ struct PoolEntry : std::enable_shared_from_this<PoolEntry> {
   bool passes_password_on = false;
   bool paused = false;                         // by an operator: nobody gets a server connection
   bool sequences_matter = false;               // its clients use currval or lastval
+  bool changes_prepared = false;               // a PREPARE TRANSACTION had made, altered or dropped something
   pool::Transparency transparency;             // what its statements leave in sessions
   std::optional<std::string> given_password;   // users: {"*": {}}: what the server has accepted from a client
   pool::Time given_at{};                       // when it did
@@ -284,10 +285,9 @@ class Worker {
   bool take_capacity_question(const std::string& upstream);
   void saw_capacity(const std::string& upstream, std::uint32_t max, std::uint32_t reserved, std::uint32_t used);
   void connect_begins(const std::string& upstream);
-  /// The server has ended an idle connection.
   /// A text needs a database that nobody is connected to: the connections to it that nobody uses go.
   void leave_database(std::string_view sql);
-  void saw_suspend(PoolEntry& entry);
+  void saw_suspend(PoolEntry& entry);  ///< the server has ended an idle connection
   void saw_certificate(const std::string& whose, const X509* certificate);
   /// A server connection of an upstream's has been open already.
   bool is_connected(const std::string& upstream);
@@ -369,7 +369,20 @@ class Worker {
   bool may_be_waking(const std::string& upstream) const;
   void weigh_capacity(const std::string& upstream);
   bool add_client(Socket socket, std::string peer);  ///< False: no more may be logging in
+  /// What a look at all deadlines found of when to look again.
+  struct Look {
+    bool busy = false;      // soon
+    bool in_doubt = false;  // of a connection, whether it has ended
+    std::chrono::milliseconds next = std::chrono::hours(1);
+    void again_in(std::chrono::milliseconds wait) { next = std::min(next, wait); }
+    void again_at(pool::Time at, pool::Time t) {
+      if (at != pool::Time::max()) again_in(std::chrono::ceil<std::chrono::milliseconds>(std::max(at, t) - t));
+    }
+  };
   void tick();
+  void look_at(PoolEntry& entry, pool::Time t, Look& look);
+  void look_at_clients(pool::Time t, Look& look);
+  void cut_off_clients();
   void take_back_places();  ///< that were lent to the other process
   void run_runnable();
   void login_over();
