@@ -329,7 +329,7 @@ class Scanner {
         }
         break;
       case 't':
-        if (any(word_, {"temp", "temporary"})) residue_ |= kTemporary;
+        if (any(word_, {"temp", "temporary"}) && !is(first_, "discard")) residue_ |= kTemporary;
         break;
       case 'c':
         if (is(word_, "currval"))

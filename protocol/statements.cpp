@@ -60,6 +60,22 @@ bool has_constants(std::string_view sql) {
   return is_analysed(sql) && (sql.find('\'') != std::string_view::npos || has_dollar(sql, false));
 }
 
+bool has_moment(std::string_view sql) {
+  constexpr std::string_view kMoments[] = {"now", "today", "tomorrow", "yesterday"};
+  constexpr auto is_letter = [](char c) { return (c | 32) >= 'a' && (c | 32) <= 'z'; };
+  const std::size_t quote = sql.find_first_of("'$");
+  if (quote == std::string_view::npos) return false;
+  for (std::size_t at = quote; at < sql.size();) {
+    if (!is_letter(sql[at]) && ++at) continue;
+    const std::size_t begin = at;
+    while (at < sql.size() && (is_letter(sql[at]) || sql[at] == '_')) ++at;
+    const std::string_view word = sql.substr(begin, at - begin);
+    const bool calls = at < sql.size() && sql[at] == '(';
+    if (!calls && std::ranges::any_of(kMoments, [&](std::string_view moment) { return same_word(word, moment); })) return true;
+  }
+  return false;
+}
+
 bool is_analysed(std::string_view sql) {
   const std::string_view first = next_word(sql), second = next_word(sql);
   if (same_word(first, "create")) return !same_word(second, "index") && !same_word(second, "unique") && !same_word(second, "database");
@@ -143,7 +159,9 @@ void ClientStatements::for_each_of(std::uint64_t id, F&& f) {
 }
 
 void ClientStatements::set_shape(std::uint64_t id, std::uint32_t shape) {
-  for_each_of(id, [shape](NamedStatement& named) { named.shape = shape; });
+  for_each_of(id, [shape](NamedStatement& named) {
+    if (named.shape == 0) named.shape = shape;
+  });
 }
 
 void ClientStatements::replace(std::uint64_t id, const StatementRef& by) {

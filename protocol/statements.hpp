@@ -24,6 +24,8 @@ namespace pgsidecar::protocol {
 bool is_analysed(std::string_view sql);
 /// Whether what a text says may depend on settings such as DateStyle and client_encoding: it quotes, escapes or isn't ASCII alone.
 bool has_constants(std::string_view sql);
+/// It may have a constant such as 'now' or 'today', which stands for the moment when the text was parsed.
+bool has_moment(std::string_view sql);
 
 /// A described statement's parameter types, by the shape_of what was told of it.
 struct ToldTypes {

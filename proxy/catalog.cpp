@@ -31,7 +31,7 @@ std::uint64_t new_version() {
 constexpr const char* kWith = R"(SET LOCAL search_path TO pg_catalog, pg_temp; SET LOCAL client_encoding TO 'SQL_ASCII';
 SET LOCAL statement_timeout TO 0;
 WITH RECURSIVE fn AS (
-  SELECT p.oid, p.proname::text AS name, p.pronargs, p.proargtypes[0] AS argument FROM pg_proc AS p JOIN pg_language AS l ON l.oid = p.prolang
+  SELECT p.oid, p.proname::text AS name, l.lanname AS language, p.pronargs, p.proargtypes[0] AS argument FROM pg_proc AS p JOIN pg_language AS l ON l.oid = p.prolang
   WHERE p.oid >= 16384 AND (l.lanname NOT IN ('c', 'internal') OR NOT EXISTS (
     SELECT FROM pg_depend AS d WHERE d.classid = 'pg_proc'::regclass AND d.objid = p.oid AND d.deptype = 'e'))
 ), odd AS (
@@ -58,6 +58,7 @@ WITH RECURSIVE fn AS (
 constexpr const char* kFunctions = R"(
 SELECT DISTINCT name, '', '', body FROM part WHERE classid <> 'pg_proc'::regclass
 UNION SELECT name, '', '', '' FROM called
+UNION SELECT '', 'plans', '', '' FROM fn WHERE language NOT IN ('c', 'internal', 'sql')
 UNION SELECT '', 'written', sum(pg_stat_get_tuples_inserted(c) + pg_stat_get_tuples_updated(c) + pg_stat_get_tuples_deleted(c))::text, ''
   FROM unnest('{pg_class,pg_attribute,pg_proc,pg_type,pg_operator,pg_cast,pg_namespace,pg_collation}'::regclass[]) AS c LIMIT )";
 
@@ -238,6 +239,7 @@ void Catalog::answered(Inquiry& inquiry, Time now, bool failed) {
 void Catalog::unknown() {
   words_.clear();
   everywhere_ = protocol::kFunction;
+  keeps_plans_ = true;
   version_ = new_version();
 }
 
@@ -289,6 +291,7 @@ std::string Survey::next(Time now) {
     }
   }
   catalog_.surveyed_ = true;
+  catalog_.keeps_plans_ = keeps_plans_;
   catalog_.failing_ = false;
   catalog_.due_ = now + Catalog::kSurveyEvery;
   if (words_ != catalog_.words_ || everywhere_ != catalog_.everywhere_) {
@@ -305,6 +308,8 @@ void Survey::answer(std::string (&field)[4]) {
   } else if (rounds_ == 1 && field[1] == "written") {
     if (!catalog_.rows_written_.empty()) catalog_.rewritten_ |= catalog_.rows_written_ != field[2];
     catalog_.rows_written_ = std::move(field[2]);
+  } else if (rounds_ == 1 && field[1] == "plans") {
+    keeps_plans_ = true;
   } else if (rounds_ == 1) {
     if (!field[3].empty()) catalog_.answer(expressions_, field[0], "sql", false, field[3]);
     functions_.push_back(std::move(field[0]));
@@ -333,7 +338,7 @@ std::vector<std::string> Survey::reckon() {
     const auto expression = expressions_.found.find(function);
     const std::uint32_t residue = expression == expressions_.found.end() ? catalog_.walk(function, begun_, visited, wanted_)
                                                                          : catalog_.walk(expression->second, begun_, visited, wanted_);
-    return residue & ~protocol::kPassive;
+    return residue & (~protocol::kPassive | protocol::kMeaning | protocol::kPath);
   };
   for (bool more = true; more;) {
     more = false;

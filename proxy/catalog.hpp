@@ -58,8 +58,9 @@ class Catalog {
 
   /// Something was made or changed.
   void forget();
-  bool surveyed() const { return surveyed_; }       ///< what naming things may leave behind is known
-  bool due(Time now) const { return now >= due_; }  ///< a survey is
+  bool keeps_plans() const { return keeps_plans_; }  ///< there are functions of a language that keeps plans, such as PL/pgSQL
+  bool surveyed() const { return surveyed_; }        ///< what naming things may leave behind is known
+  bool due(Time now) const { return now >= due_; }   ///< a survey is
   /// True once when something has been found that sessions may have been used by unseen since the last look.
   bool take_late() { return std::exchange(late_, false); }
   /// True once when anything was made, altered or dropped since the last look.
@@ -88,7 +89,7 @@ class Catalog {
   std::uint64_t version_ = 0;     // of these two, unlike any other catalog's
   std::uint64_t changes_ = 0;     // forget() was called so often
   Time due_{};
-  bool surveyed_ = false, failing_ = false, late_ = false, rewritten_ = false;
+  bool surveyed_ = false, failing_ = false, late_ = false, rewritten_ = false, keeps_plans_ = true;
   std::string rows_written_;  // of the catalogs, as the server counts them
 };
 
@@ -124,7 +125,7 @@ class Survey {
   const Time begun_;
   const std::uint64_t changes_;
   int rounds_ = 0, failures_ = 0;
-  bool asks_relations_ = false, failed_ = false;
+  bool asks_relations_ = false, failed_ = false, keeps_plans_ = false;
   Catalog::Names wanted_;
   std::vector<std::string> functions_;  // that hang on something
   std::vector<std::string> stateful_;   // of those, whose relations are known

@@ -83,7 +83,8 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   void on_answered(bool told);                       ///< ReadyForQuery; told: it goes to the client
   void on_flushed();                                 ///< all that it has sent is answered, and its Sync not sent
   void on_statements_gone();                         ///< DISCARD ALL, DEALLOCATE ALL
-  bool answered() const;  ///< whatever it has sent
+  bool answered() const;                             ///< whatever it has sent
+  bool settled() const;                              ///< and what the proxy has put behind that
   bool waits_for_answers() const { return waits_for_answers_; }
   void on_maybe_answered();     ///< maybe: something that was waited for is answered
   void end_interrupted_copy();  ///< it has sent something else than the COPY's data
@@ -226,6 +227,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   void pin(std::uint32_t reasons, std::string detail);
   void adopt_named(std::string_view sql, int depth = 0);
   void note_deallocations(std::string_view sql);
+  void note_executed(std::string_view sql);
   bool adopt(std::string_view name, const protocol::StatementRef& statement);
   void adopt_as_meant(const std::string& name, const protocol::StatementRef& statement);
   std::vector<Pending>::iterator next_pending(bool by_sql);
@@ -238,6 +240,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   bool reads_otherwise(const protocol::Statement& statement) const;
   bool is_private(std::string_view name, const protocol::StatementRef& statement) const;
   bool meaning_known(const protocol::Statement& statement);
+  bool characters_known(std::string_view sql);
   void end_segment();
   void close_unnamed();
   bool waits_for_restore(char type) const;

@@ -17,7 +17,7 @@ using protocol::Verdict;
 void ClientSession::adopt_named(std::string_view sql, int depth) {
   constexpr int kDeepest = 4;  // a text that executes one that executes...
   auto& pipeline = server_->pipeline;
-  if (!rewrites() || pipeline.failed() || pipeline.status() == protocol::TxStatus::Failed) return;
+  if (!rewrites() || pipeline.failed() || server_->in_failed_block()) return;
   const protocol::PreparedNames named = protocol::prepared_names(sql);
   names_change_ |= kNames;
   if (named.all) {
@@ -41,7 +41,7 @@ void ClientSession::adopt_named(std::string_view sql, int depth) {
 /// Of SQL that is about to be executed.
 void ClientSession::note_deallocations(std::string_view sql) {
   auto& pipeline = server_->pipeline;
-  if (!rewrites() || pipeline.failed() || pipeline.status() == protocol::TxStatus::Failed) return;
+  if (!rewrites() || pipeline.failed() || server_->in_failed_block()) return;
   const protocol::PreparedNames named = protocol::prepared_names(sql);
   if (named.closes_all) names_open_ |= kNames;
   const std::size_t readies = readies_owed(pipeline, id_) + 1;
@@ -51,11 +51,27 @@ void ClientSession::note_deallocations(std::string_view sql) {
   }
 }
 
+/// What it executes may set what decides how others are read.
+void ClientSession::note_executed(std::string_view sql) {
+  const protocol::PreparedNames named = protocol::prepared_names(sql);
+  for (const std::string& name : named.names) {
+    const auto executed = [&](const std::vector<std::string>& names) { return std::count(names.begin(), names.end(), name); };
+    if (executed(named.deallocated) == executed(named.names)) continue;
+    const auto statement = statements.find(name);
+    const bool known = statement && !(statement->residue & (protocol::kFunction | protocol::kPrepared));
+    auto& changed = server_->changed();
+    changed.meaning |= !known || statement->residue & protocol::kMeaning;
+    changed.path |= !known || statement->residue & protocol::kPath;
+    changed.code |= !known || statement->residue & protocol::kDefinition;
+  }
+}
+
 /// Ahead of a Bind or a Describe of such a statement, which is among what it may list. False: it has to wait.
 bool ClientSession::adopt(std::string_view name, const protocol::StatementRef& statement) {
   if (!names_settled(kNames)) return false;
   note_residue(*statement);
   adopt_named(statement->sql);
+  note_executed(statement->sql);
   if (name.empty())
     prepare_unnamed(statement);
   else
@@ -114,9 +130,8 @@ protocol::ServerStatements::Held* ClientSession::prepare_here(const protocol::Na
 /// are looked up elsewhere now, the server itself looks them up anew. If preparing fails, the settings for it go with the transaction.
 void ClientSession::parse_as_meant(const protocol::Statement& statement, const std::function<void()>& parse) {
   const auto* meaning = static_cast<const Meaning*>(statement.meaning.get());
-  const auto status = server_->pipeline.status();
   const bool depends = statement.has_constants || statement.infers_types;
-  if (!depends || status == protocol::TxStatus::Failed) return parse();
+  if (!depends || server_->in_failed_block()) return parse();
   if (statement.own_reading) {
     server_->raise(false, "a statement that was read under settings of its transaction can't be prepared again", "Prepare it anew.");
     return parse();  // is skipped
@@ -133,13 +148,15 @@ void ClientSession::parse_as_meant(const protocol::Statement& statement, const s
                      "Send Sync behind the SET, or prepare the statement anew.");
     return parse();  // is doubtful
   }
-  if (statement.own_path)
-    for (auto* values : {&then, &now}) values->erase("search_path");
+  const bool by_path = statement.infers_types && !statement.own_path;
+  if (!by_path)  // the server itself looks up its names anew
+    for (auto* values : {&then, &now})
+      for (const char* name : {"search_path", "role", "session_authorization"}) values->erase(name);
   auto before = settings_statements(now, then), behind = settings_statements(then, now);
   if (changed.any()) {
     // It comes back with a savepoint, of a name that the client doesn't have; what is parsed meanwhile stays.
     before.insert(before.begin(), "SAVEPOINT \"pgsidecar's own\"");
-    before.push_back(reading_statement(then, !statement.own_path));
+    before.push_back(reading_statement(then, by_path));
     behind = {"ROLLBACK TO SAVEPOINT \"pgsidecar's own\"", "RELEASE SAVEPOINT \"pgsidecar's own\""};
   }
   const auto [note, owner] =
@@ -154,7 +171,7 @@ bool ClientSession::looks_as_told(const protocol::NamedStatement& named, std::ui
   if (named.shape == 0) return true;
   const protocol::Statement& statement = *named.statement;
   const bool asked = server_->take_asked(statement);
-  if (here == named.shape || server_->pipeline.status() == protocol::TxStatus::Failed) return true;
+  if (here == named.shape || server_->in_failed_block()) return true;
   if (asked) {
     if (here == 0) return true;  // too long to be looked at
     // Parameters keep the types that the client was told.
@@ -178,7 +195,7 @@ bool ClientSession::looks_as_told(const protocol::NamedStatement& named, std::ui
 void ClientSession::tell_shape() {
   const std::uint64_t id = std::exchange(server_->running.untold, 0);
   const auto* const held = id != 0 ? server_->statements.look_up(id) : nullptr;
-  if (!held || server_->pipeline.status() == protocol::TxStatus::Failed) return;
+  if (!held || server_->in_failed_block()) return;
   if (held->shape != 0)
     statements.set_shape(id, held->shape);
   else
@@ -280,6 +297,10 @@ bool ClientSession::answered() const {
   return !owed;
 }
 
+bool ClientSession::settled() const {
+  return answered() && (server_->pipeline.empty() || server_->pipeline.unsynced());
+}
+
 // False: the request has to wait, and is then looked at anew.
 bool ClientSession::names_settled(Names which) {
   if (!rewrites()) return true;
@@ -290,7 +311,7 @@ bool ClientSession::names_settled(Names which) {
   return true;
 }
 
-/// The request is looked at anew when all that was sent before is answered, or a COPY's data is waited for. Returns 0.
+/// The request is looked at anew when all that was sent before is settled, or a COPY's data is waited for. Returns 0.
 std::size_t ClientSession::wait_for_answers() {
   waits_for_answers_ = true;
   if (server_->pipeline.unsynced()) server_->flush();
@@ -302,7 +323,7 @@ bool ClientSession::names_settled(std::string_view name) {
 }
 
 void ClientSession::on_maybe_answered() {
-  if (!answered() && !server_->pipeline.awaits_copy_data()) return;
+  if (!settled() && !server_->pipeline.awaits_copy_data()) return;
   waits_for_answers_ = false;
   worker_.run_later(*this);
 }

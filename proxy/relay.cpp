@@ -170,6 +170,7 @@ std::size_t ClientSession::on_query(Bytes available, std::size_t total) {
   if (available.size() == total && !too_large) {
     protocol::Reader reader(available.subspan(kHeaderSize));
     const std::string_view sql = reader.cstring();
+    if (!characters_known(sql)) return 0;
     const auto [residue, fingerprint] = worker_.sql_memory.read(sql, server_->conforming_strings());
     if (residue & protocol::kPrepared && !names_settled(kNames)) return 0;
     // A Sync of the proxy's follows it, which must not end what the server skips for the client.
@@ -194,6 +195,7 @@ std::size_t ClientSession::on_query(Bytes available, std::size_t total) {
       const auto behind = std::exchange(server_->changed(), before);  // what it names is parsed ahead of it
       adopt_named(sql);
       server_->changed() = behind;
+      note_executed(sql);
       adopts = pipeline.size() > owed && !server_->adopts_apart;
       server_->adopts_apart = false;
       note_deallocations(sql);
@@ -265,11 +267,13 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
   // Only its transaction may have it read so.
   const auto& changed_so_far = server_->changed();
   const std::string_view sql = body.substr(0, body.find('\0'));
+  if (!characters_known(sql)) return 0;
   const bool own_path = (changed_so_far.path || changed_so_far.code) && protocol::is_analysed(sql);
   const bool own_reading = changed_so_far.meaning && protocol::has_constants(sql);
   if (own_reading && !answered()) return wait_for_answers();
-  protocol::StatementRef statement = own_path || own_reading ? worker_.statements.make(body, settings->meaning, own_path, own_reading)
-                                                             : worker_.statements.intern(body, settings->meaning);
+  const bool own = own_path || own_reading || (!name.empty() && protocol::has_moment(sql));
+  protocol::StatementRef statement =
+      own ? worker_.statements.make(body, settings->meaning, own_path, own_reading) : worker_.statements.intern(body, settings->meaning);
   if ((!name.empty() || statement->residue & protocol::kPrepared) && !names_settled(kNames)) return 0;
   server_->running.named = note_statement(*statement);
   if (!name.empty() && statements.find(name)) {
@@ -311,8 +315,7 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
     return total;
   }
   const auto is_empty = [&] { return protocol::normalize_sql(statement->sql).find_first_not_of("; ") == std::string::npos; };
-  if (pipeline.empty() && pipeline.status() == protocol::TxStatus::Failed && !(statement->residue & protocol::kTransaction) && !is_empty())
-    return refused();
+  if (pipeline.empty() && server_->in_failed_block() && !(statement->residue & protocol::kTransaction) && !is_empty()) return refused();
   parse_shared(statement);
   pending_.push_back({Pending::kParse, std::string(name)});
   statements.set(name, std::move(statement), generation);
@@ -403,13 +406,16 @@ bool ClientSession::is_private(std::string_view name, const protocol::StatementR
   return statement && statement->own_reading && server_->adopts(name, statement);
 }
 
+/// False: what a backslash means is seen when what was sent before is answered.
+bool ClientSession::characters_known(std::string_view sql) {
+  return !server_->changed().meaning || sql.find('\\') == std::string_view::npos || answered() || wait_for_answers() != 0;
+}
+
 /// False: whether there is a transaction block, and what has been set, is seen when what was sent before is answered.
 bool ClientSession::meaning_known(const protocol::Statement& statement) {
   const bool depends = statement.has_constants || statement.infers_types;
   if (!depends || !server_->changed().any() || server_->in_block()) return true;
-  const auto& pipeline = server_->pipeline;
-  const bool known = answered() && (pipeline.empty() || pipeline.unsynced());  // what the login brought may have to come back yet
-  return known || wait_for_answers() != 0;
+  return settled() || wait_for_answers() != 0;
 }
 
 std::size_t ClientSession::on_bind(Bytes available, std::size_t total) {

@@ -313,6 +313,9 @@ bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total
         worker_.statements.retire(*statement);
         drop_statement(statement->id);
       }
+    // Code of a client's has deallocated it.
+    if (const Owed* front = pipeline.front(); front && error->sqlstate == "26000" && front->note != 0 && statements.find(front->note))
+      drop_statement(front->note);
     if (error->severity == "FATAL" || error->severity == "PANIC" || pipeline.empty()) {
       // Of what its client has sent in COPY mode, whose rest the server can't make out.
       if (error->sqlstate == "08P01" && client_) client_->fatal(error->sqlstate, error->message);
@@ -388,10 +391,11 @@ bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total
     const std::string_view tag = reader.cstring();
     if (client_->subscriber()) client_->subscriber()->on_tag(tag);
     if (tag == "DEALLOCATE") client_->on_deallocated();
+    if (tag == "DISCARD PLANS") on_plans_discarded();
     if (tag == "DISCARD ALL" || tag == "DEALLOCATE ALL") client_->on_statements_gone();
     had_temporary_ |= client_->made_temporary();
-    open_definition_ |= changes_catalog(tag) || (tag == "COMMIT PREPARED" && entry_.changes_prepared);
-    open_change_ |= open_definition_ || client_->redefines();
+    open_definition_ |= changes_catalog(tag) || client_->redefines() || (tag == "COMMIT PREPARED" && entry_.changes_prepared);
+    open_change_ |= open_definition_;
     entry_.changes_prepared |= tag == "PREPARE TRANSACTION" && open_change_;
   }
   if (forward) worker_.to_client.add(available.data(), available.size());

@@ -121,6 +121,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   bool sequences_dirty = false;               ///< the session may have values of sequences that another client took
   bool adopts_apart = false;                  ///< what can't be adopted doesn't have the server skip what follows
   bool plans_stale = false;                   ///< what is prepared there may mean something else: temporary objects have come, or gone
+  bool functions_stale = false;               ///< so may what its functions have planned
   bool conforming_strings() const { return conforming_strings_; }  ///< standard_conforming_strings
 
   void lease(ClientSession& client);
@@ -128,6 +129,8 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   void apply_settings();
   /// Puts statements of the proxy's own ahead of what the client sends next, whose failure ends the client.
   void run_ahead(const std::vector<std::string>& sqls);
+  void renew_plans();
+  void on_plans_discarded();
   /// The same as part of the client's transaction: undone if that fails. `owner`: of the error, if there is one.
   void run_within(const std::vector<std::string>& sqls, std::uint64_t note = kApply, protocol::OwnerId owner = protocol::kProxy);
   /// Has the server itself fail in place of the client's message, so that the client's transaction does.
@@ -152,6 +155,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   void forget_changed();  ///< it is gone with its transaction, or known
   /// It is in a transaction block whatever comes of what isn't answered yet, unless it fails.
   bool in_block() const { return pipeline.status() == protocol::TxStatus::InTransaction && !changed_.block; }
+  bool in_failed_block() const { return pipeline.status() == protocol::TxStatus::Failed && !changed_.block; }  ///< likewise
   bool listens() const { return listener_; }
   /// Prepares a statement of the client's under the client's own name for it, for SQL that names it.
   void adopt(const std::string& name, const protocol::StatementRef& statement, protocol::Verdict verdict = protocol::Verdict::Skip);
@@ -305,6 +309,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   bool cut_off_ = false;   // half a message of its client's was sent, and the rest won't be
   bool listener_ = false;  // the pool's
   Changed changed_;
+  SettingsRef planned_;  // under which its functions have planned
   bool asking_residue_ = false, residue_failed_ = false, own_query_failed_ = false;
   bool leased_anew_ = false, cancel_due_ = false, awaiting_shape_ = false, shape_first_ = false, restoring_ = false;
   std::uint32_t shape_ = 0;           // as described so far

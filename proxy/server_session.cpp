@@ -56,9 +56,29 @@ void ServerConnection::apply_settings() {
     reset_unread_ = false;
     run_ahead(statements_needed);
   }
+  if (functions_stale || planned_ != client_->settings) renew_plans();
   if (!leased_anew_) return;
   leased_anew_ = false;
   if (sequences_dirty && entry_.sequences_matter) forget_sequences();
+}
+
+/// What functions have planned was read under the settings of who ran them first.
+void ServerConnection::renew_plans() {
+  const SettingsRef before = std::exchange(planned_, client_->settings);
+  if (before && before != planned_) functions_stale |= !plans_alike(before->values, planned_->values);
+  if (!functions_stale || !client_->answered() || pipeline.unsynced() || pipeline.status() == protocol::TxStatus::Failed) return;
+  functions_stale = false;
+  if (!entry_.catalog.keeps_plans()) return;
+  on_plans_discarded();
+  if (pipeline.status() == protocol::TxStatus::Idle)
+    run_ahead({"DISCARD PLANS"});
+  else
+    run_within({"DISCARD PLANS"});  // a portal of the client's lives on
+}
+
+/// The server reads the constants of what is prepared anew, under whatever settings there are then.
+void ServerConnection::on_plans_discarded() {
+  statements.erase_if([&](const auto& held) { return held.statement->has_constants && unclosed_.insert(held.statement->id).second; });
 }
 
 void ServerConnection::run_ahead(const std::vector<std::string>& sqls) {

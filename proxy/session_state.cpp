@@ -68,7 +68,10 @@ void ClientSession::note_names(std::string_view sql, std::uint32_t residue) {
   if (residue == 0) return;
   residue_ |= residue;
   server_->condemned |= (residue & kIndelible) != 0;
+  server_->changed().meaning |= (residue & protocol::kMeaning) != 0;
+  server_->changed().path |= (residue & protocol::kPath) != 0;
   server_->plans_stale |= (residue & protocol::kTemporary) != 0;
+  server_->functions_stale |= (residue & protocol::kTemporary) != 0;
   server_->suspect = sql.substr(0, kMostSuspect);
   if (entry_->catalog.surveyed()) return;
   auto& words = server_->unknown_names;
@@ -89,6 +92,7 @@ std::uint32_t ClientSession::note_residue(std::string_view sql, std::uint32_t kn
               entry_->catalog.residue_of_calls(protocol::called_functions(sql), worker_.now(), server_->unknown_calls);
   if (residue & protocol::kFunction) {  // it may run what it is given
     const protocol::BodyScan given = protocol::scan_body(sql);
+    residue |= given.residue & protocol::kDefinition;
     if (given.residue & protocol::kCustomSetting || !entry_->settings.learn(given.custom_settings)) residue |= protocol::kCustomSetting;
   }
   if (known & protocol::kCustomSetting) {
@@ -107,6 +111,7 @@ std::uint32_t ClientSession::note_residue(std::string_view sql, std::uint32_t kn
   constexpr std::uint32_t kMakes = protocol::kDefinition | protocol::kFunction | protocol::kCode;
   server_->plans_stale |= (residue & (protocol::kTemporary | (settings->temporary ? kMakes : 0))) != 0;
   auto& changed = server_->changed();
+  server_->functions_stale |= (residue & protocol::kTemporary) || (changed.meaning && known & (protocol::kFunction | protocol::kCode));
   changed.meaning |= (residue & protocol::kMeaning) != 0;
   changed.path |= (residue & protocol::kPath) != 0;
   changed.code |= (residue & kMakes) != 0;
@@ -145,12 +150,13 @@ bool ClientSession::refuse(std::string_view sql, std::uint32_t residue, bool sim
 void ClientSession::use_sequences() {
   if (!entry_->sequences_matter) {
     entry_->sequences_matter = true;
-    for (auto& [id, server] : entry_->servers) server->sequences_dirty = true;
+    // What the client's own transaction may have taken in a function is its own.
+    for (auto& [id, server] : entry_->servers) server->sequences_dirty |= server.get() != server_ || !server_->changed().code;
     log::info("sequences_used", entry_->about(),
               "{}@{}: currval or lastval is used: clients that take a sequence's value are pinned from now on", entry_->user,
               entry_->database);
   }
-  if (server_->pipeline.status() != protocol::TxStatus::Failed && !server_->pipeline.failed()) server_->forget_sequences();
+  if (!server_->in_failed_block() && !server_->pipeline.failed()) server_->forget_sequences();
 }
 
 void ClientSession::note_reset(std::string_view portal, const protocol::StatementRef& statement) {

@@ -16,6 +16,7 @@ constexpr std::string_view kNameLists[] = {"search_path", "temp_tablespaces", "s
 /// What decides how a text is read, whatever the types in it.
 constexpr std::string_view kReading[] = {"client_encoding", "standard_conforming_strings", "datestyle",   "timezone",   "intervalstyle",
                                          "xmloption",       "transform_null_equals",       "array_nulls", "lc_monetary"};
+constexpr std::size_t kOfCharacters = 2;  // of these
 
 constexpr std::size_t kMaxKnown = 4096, kMaxCustomNames = 64, kMaxDateStyles = 64;
 
@@ -296,11 +297,22 @@ std::optional<StartupSettings> settings_of(const protocol::Startup& startup, std
   return asked;
 }
 
+namespace {
+
+bool alike(const Values& one, const Values& other, std::string_view name) {
+  const auto a = one.find(std::string(name)), b = other.find(std::string(name));
+  return a == one.end() || b == other.end() ? a == one.end() && b == other.end() : a->second == b->second;
+}
+
+}  // namespace
+
 bool read_alike(const Values& one, const Values& other) {
-  return std::all_of(std::begin(kReading), std::end(kReading), [&](std::string_view name) {
-    const auto a = one.find(std::string(name)), b = other.find(std::string(name));
-    return a == one.end() || b == other.end() ? a == one.end() && b == other.end() : a->second == b->second;
-  });
+  return std::ranges::all_of(kReading, [&](std::string_view name) { return alike(one, other, name); });
+}
+
+bool plans_alike(const Values& one, const Values& other) {
+  return std::ranges::all_of(std::begin(kReading) + kOfCharacters, std::end(kReading),
+                             [&](std::string_view name) { return alike(one, other, name); });
 }
 
 std::string reading_statement(const Values& meaning, bool path) {
