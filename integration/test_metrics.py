@@ -1,4 +1,5 @@
 """The metrics as Prometheus sees them: scraped by a real one, under every panel of the dashboard and every alert rule."""
+import collections
 import json
 import re
 import subprocess
@@ -14,7 +15,8 @@ import pytest
 import yaml
 
 import harness
-from harness import poll
+import wire
+from harness import DATABASE, USER, poll, raw
 
 CONF = harness.ROOT / "conf"
 DASHBOARD = json.loads((CONF / "grafana/pgsidecar.json").read_text())
@@ -227,3 +229,50 @@ def test_metrics_stay_readable_while_draining(proxies):
         poll(lambda: "\npgsidecar_draining 1\n" in proxy.http("/metrics")[2])
         promtool("check", "metrics", input=proxy.http("/metrics")[2])
         client.execute("COMMIT")
+
+
+def test_errors_are_counted_that_clients_were_told(proxies, pg):
+    """Once each: not what the proxy asks for itself, nor what befalls a server connection that nobody uses."""
+    proxy = proxies()
+    told = collections.Counter()
+
+    def ask(w, *frames):
+        done = w.ask(*frames)
+        told.update(m.error["C"][:2] for m in done if m.type == "E")
+        return done
+
+    def counted():
+        samples = re.findall(r'^pgsidecar_errors_total\{sqlstate_class="(..)"\} (\d+)', proxy.http("/metrics")[2], re.M)
+        return {klass: int(count) for klass, count in samples}
+
+    def lose(losses):
+        pg.sql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'app'")
+        poll(lambda: proxy.log_text().count(": lost: ") == losses, what="it is lost")
+
+    with raw(proxy) as w:
+        assert w.value("SELECT 1") == "1"
+        lose(1)
+        assert counted() == told == {}
+        assert w.value("BEGIN; SELECT 1") == "1"
+        lose(2)
+        assert counted() == told == {}
+        for sql in ("SELECT 1", "SELECT 2", "ROLLBACK"):
+            ask(w, wire.query(sql))
+        assert counted() == told == {"57": 1, "25": 1}
+        w.send(wire.query("SELECT pg_sleep(600)"))
+        poll(lambda: pg.count("query = 'SELECT pg_sleep(600)' AND state = 'active'") == 1)
+        lose(3)
+        told.update(m.error["C"][:2] for m in w.until() if m.type == "E")
+        assert counted() == told == {"57": 2, "25": 1}
+        ask(w, wire.query("SELECT lastval()"))
+        for value in range(5):
+            ask(w, wire.query(f"SET app.counted = '{value}'"))
+        ask(w, wire.parse("SELECT no_such_column", "s"), wire.SYNC)
+        ask(w, wire.parse("SELECT $1::int", "t"), wire.SYNC)
+        ask(w, wire.bind("t", ["x"]), wire.execute(), wire.SYNC)
+        ask(w, wire.bind("t", []), wire.execute(), wire.SYNC)
+        ask(w, wire.query("EXECUTE no_such_statement"))
+        refused = wire.wire_error(proxy.port, False, USER, "wrong", DATABASE)
+        told.update([refused["C"][:2]])
+        assert sum(told.values()) == 9, told
+        assert counted() == told

@@ -21,6 +21,7 @@ constexpr std::string_view kQueryTimeout = "canceling statement due to query tim
 
 void ClientSession::tell_query_timeout() {
   complain("57014", kQueryTimeout);
+  worker_.count_error("57014");
   worker_.to_client.own([this](std::string& out) {
     protocol::write_error(out, protocol::Severity::Error, "57014", kQueryTimeout,
                           "pool.queryTimeoutMillis is " + std::to_string(entry_->pool.settings().queryTimeoutMillis) + " ms.");

@@ -437,7 +437,6 @@ void ClientSession::on_server_lost(const std::string& sqlstate, const std::strin
   if (!tell_due_ && told_ != server_->told()) told_ = 0;  // it was told what its transaction has set
   server_ = nullptr;
   if (state_ == State::Greeting) return greet_elsewhere({"FATAL", sqlstate, message, {}, {}});
-  worker_.count_error(sqlstate);
   while (next_pending(false) != pending_.end()) on_name_done(false);
   undo_deallocations(true);
   parse_error_.reset();
@@ -450,8 +449,10 @@ void ClientSession::on_server_lost(const std::string& sqlstate, const std::strin
   pass_to_server_ = false;  // the rest of what it is sending
   transition(State::Ready);
   worker_.run_later(*this);
-  if (in_transaction) lost_ = std::make_unique<LostTransaction>(sqlstate, message, owed);
+  const auto count = [&worker = worker_](std::string_view told) { worker.count_error(told); };
+  if (in_transaction) lost_ = std::make_unique<LostTransaction>(sqlstate, message, owed, count);
   if (!owed) return;
+  worker_.count_error(sqlstate);
   worker_.to_client.own([&](std::string& out) {
     protocol::write_error(out, protocol::Severity::Error, sqlstate, message);
     if (readies > 0) protocol::write_ready_for_query(out, in_transaction ? protocol::TxStatus::Failed : protocol::TxStatus::Idle);
@@ -483,11 +484,11 @@ void ClientSession::drain() {
 void ClientSession::fatal(std::string_view sqlstate, std::string_view message, std::string_view hint, std::string_view detail) {
   if (state_ == State::Closed || state_ == State::Closing) return;
   const Worker::Visit visit(worker_, this);
-  worker_.count_error(sqlstate);
   if (!sqlstate.starts_with("57P")) complain(sqlstate, message);
   if (sqlstate == "08P01") worker_.reject(pool::RejectReason::Protocol);
   if (state_ == State::Tls) return close();              // it can't be told anything in its handshake
   if (server_ && server_->is_telling()) return close();  // it would be read as the rest of a message
+  worker_.count_error(sqlstate);
   worker_.to_client.own([&](std::string& out) { protocol::write_error(out, protocol::Severity::Fatal, sqlstate, message, detail, hint); });
   unlink();
   transition(State::Closing);

@@ -34,12 +34,12 @@ TransactionEnd transaction_end(std::string_view sql) {
 }
 
 void LostTransaction::refuse(std::string& out) {
-  if (!told_)
-    protocol::write_error(out, protocol::Severity::Error, sqlstate_, message_);
-  else
-    protocol::write_error(out, protocol::Severity::Error, "25P02",
-                          "current transaction is aborted, commands ignored until end of transaction block");
-  told_ = true;
+  const bool again = std::exchange(told_, true);
+  const std::string_view sqlstate = again ? "25P02" : std::string_view(sqlstate_);
+  if (count_) count_(sqlstate);
+  protocol::write_error(
+      out, protocol::Severity::Error, sqlstate,
+      again ? "current transaction is aborted, commands ignored until end of transaction block" : std::string_view(message_));
 }
 
 bool LostTransaction::answer(char type, protocol::Bytes body, protocol::ClientStatements& statements, protocol::StatementCache& cache,

@@ -2,9 +2,11 @@
 // in a failed transaction, until it ends it: the first request hears what happened, the others 25P02, COMMIT is a ROLLBACK.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <string>
 #include <string_view>
+#include <utility>
 
 #include "protocol/statements.hpp"
 #include "protocol/wire.hpp"
@@ -17,9 +19,9 @@ TransactionEnd transaction_end(std::string_view sql);
 
 class LostTransaction {
  public:
-  /// `told`: the client has heard the error already.
-  LostTransaction(std::string sqlstate, std::string message, bool told)
-      : sqlstate_(std::move(sqlstate)), message_(std::move(message)), told_(told) {}
+  /// `told`: the client has heard the error already. `count`: called with the SQLSTATE of each that it hears from here.
+  LostTransaction(std::string sqlstate, std::string message, bool told, std::function<void(std::string_view sqlstate)> count = {})
+      : sqlstate_(std::move(sqlstate)), message_(std::move(message)), told_(told), count_(std::move(count)) {}
 
   /// Answers one whole request. `statements` are the client's: what ends transactions can be parsed, with this meaning; anything can be
   /// closed. True: the client has ended the transaction.
@@ -31,6 +33,7 @@ class LostTransaction {
 
   std::string sqlstate_, message_;
   bool told_;
+  std::function<void(std::string_view sqlstate)> count_;
   TransactionEnd bound_ = TransactionEnd::None;  // what the portal that is bound does
   bool ended_ = false;                           // it was executed; counts at Sync
   bool skipping_ = false;                        // up to Sync, after an error

@@ -304,7 +304,6 @@ bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total
   if (type == Backend::ErrorResponse && available.size() == total) {
     const auto error = protocol::parse_error(available.subspan(kHeaderSize));
     if (!error) return false;
-    worker_.count_error(error->sqlstate);
     if (error->sqlstate == "25006") on_write_refused();
     // Whoever parses the same text anew must get a new plan, as on a connection of its own, and so must who never relied on the old one.
     if (const Owed* front = pipeline.front();
@@ -371,12 +370,14 @@ bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total
       client_->tell_query_timeout();
     } else if (ours && !unadopted_.empty() && is_error(available, "26000")) {
       forward = false;  // the server would have looked at the statement itself
+      count_told({reinterpret_cast<const std::uint8_t*>(unadopted_.data()), unadopted_.size()});
       worker_.to_client.own([this](std::string& out) { out += unadopted_; });
     } else if (ours && owed.note == kRaised) {
       forward = false;
       tell_raised(available);
     } else {
       forward = ours;
+      if (ours) count_told(available);
     }
     if (ours) client_->forget_pending_parse_error();
     if (!ours || !client_->is_sending()) send_held_sync(owed.owner);
@@ -491,9 +492,14 @@ void ServerConnection::on_dropped(const Owed& owed, bool skipped) {
   if (owed.verdict == Verdict::Forward && ours) client_->on_name_done(false, skipped);
 }
 
+void ServerConnection::count_told(Bytes error) {
+  if (const auto fields = protocol::parse_error(error.subspan(kHeaderSize))) worker_.count_error(fields->sqlstate);
+}
+
 // The server knows a client's statement under the proxy's name for it; in its error the client's own name belongs.
 void ServerConnection::rename_error(Bytes whole, const std::string& name) {
   const Bytes body = whole.subspan(kHeaderSize);
+  count_told(whole);
   auto error = protocol::parse_error(body);
   const std::size_t open = error ? error->message.find("\"pgsidecar_") : std::string::npos;
   if (open == std::string::npos) return worker_.to_client.add(whole.data(), whole.size());

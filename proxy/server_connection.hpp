@@ -262,6 +262,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   void on_proxy_reply(protocol::Backend type, std::uint64_t note, protocol::Bytes whole);
   void stop_awaiting_shape();
   void tell_raised(protocol::Bytes whole);
+  void count_told(protocol::Bytes error);  ///< of the server's, to the client
   void rename_error(protocol::Bytes whole, const std::string& name);
   ClientSession* let_go();  ///< the client, which it hasn't any more
   void apply_failed(const protocol::ErrorFields& error);

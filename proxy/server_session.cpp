@@ -133,6 +133,7 @@ void ServerConnection::tell_raised(Bytes whole) {
   auto error = protocol::parse_error(whole.subspan(kHeaderSize));
   if (!error) return;
   error->routine = error->message == kPlanChanged ? "RevalidateCachedQuery" : "";  // drivers know it by that, and prepare anew
+  count_told(whole);
   client_->complain(error->sqlstate, error->message);
   worker_.to_client.own([&](std::string& out) { protocol::write_error(out, protocol::Severity::Error, *error); });
 }
@@ -346,7 +347,10 @@ void ServerConnection::on_proxy_reply(Backend type, std::uint64_t note, Bytes wh
 void ServerConnection::restore_failed(Bytes error) {
   const protocol::Owed* end = pipeline.front();
   const bool in_its_request = !end || end->owner != protocol::kProxy;
-  if (in_its_request || pipeline.status() == protocol::TxStatus::InTransaction) return worker_.to_client.add(error.data(), error.size());
+  if (in_its_request || pipeline.status() == protocol::TxStatus::InTransaction) {
+    count_told(error);
+    return worker_.to_client.add(error.data(), error.size());
+  }
   if (pipeline.status() != protocol::TxStatus::Idle) return;
   const auto why = protocol::parse_error(error.subspan(kHeaderSize));
   const conf::PoolSettings& policy = entry_.pool.settings();

@@ -278,7 +278,7 @@ class Worker {
   /// Of the client that has this key. `done` is let go of when the server has heard of it.
   void cancel(std::uint32_t pid, std::string_view key, std::shared_ptr<void> done = {});
   void reject(pool::RejectReason reason) { ++rejected_[static_cast<std::size_t>(reason)]; }
-  void count_error(std::string_view sqlstate);
+  void count_error(std::string_view sqlstate);  ///< that a client is told
   /// What a connect to an upstream has shown; by its name as upstream_of() has it.
   void database_seen(const std::string& upstream, bool up, std::string error = {});
   /// True once for each upstream, to whoever can ask it what it allows.

@@ -12,13 +12,15 @@ using namespace std::string_literals;
 
 /// A client whose transaction is lost, before it has heard so unless `told`.
 struct Lost {
-  explicit Lost(bool told) : transaction("57P01", "gone", told) {
+  explicit Lost(bool told)
+      : transaction("57P01", "gone", told, [this](std::string_view sqlstate) { counted += sqlstate == "57P01" ? "E!" : "E"; }) {
     statements.set("commit", cache.intern("COMMIT\0\0\0"s));
     statements.set("select", cache.intern("SELECT 1\0\0\0"s));
   }
   protocol::StatementCache cache;
   protocol::ClientStatements statements;
   LostTransaction transaction;
+  std::string counted, errors;  ///< as it says, and as heard
   bool over = false;
 
   /// One request; the answer as letters: an error is its SQLSTATE's class and a ReadyForQuery's status follows it.
@@ -32,7 +34,9 @@ struct Lost {
       if (letter == 'E') {
         const auto error = protocol::parse_error(test::view(out).subspan(at + 5, total - 5));
         EXPECT_EQ(error->severity, "ERROR");
-        letters += error->sqlstate == "57P01" ? "E!" : error->sqlstate == "25P02" ? "E" : "?";
+        const std::string heard = error->sqlstate == "57P01" ? "E!" : error->sqlstate == "25P02" ? "E" : "?";
+        letters += heard;
+        errors += heard;
       } else {
         letters += letter;
       }
@@ -118,6 +122,7 @@ TEST(LostTransaction, Conversations) {
     Lost lost(row.told);
     EXPECT_EQ(lost.play(row.script), row.heard) << name;
     EXPECT_EQ(lost.over, row.over) << name;
+    EXPECT_EQ(lost.counted, lost.errors) << name;
   }
 }
 
