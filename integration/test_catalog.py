@@ -286,3 +286,39 @@ def test_an_idle_proxy_asks_nothing(proxies, pg, hanging):
             with pg.admin() as admin:
                 admin.execute("SET statement_timeout TO 1500; SELECT pg_sleep(10)")
         assert pg.sql(when) == before
+
+
+@pytest.mark.parametrize("paused", [True, False], ids=["paused", "lost"])
+def test_another_database_under_the_same_name(paused):
+    """Restored, or switched to: its functions do what they do, and what was prepared for the types of the old one is told to be outdated."""
+    common = "CREATE TYPE mood AS ENUM ('a', 'b'); CREATE TABLE moods (x mood, n int); INSERT INTO moods VALUES ('a', 1); GRANT ALL ON moods TO app;"
+    with harness.Postgres() as pg:
+        pg.sql(common + "CREATE FUNCTION f() RETURNS text LANGUAGE sql AS $$SELECT 'nothing'$$", database=DATABASE)
+        pg.sql("CREATE DATABASE restored OWNER app")
+        pg.sql("CREATE TYPE earlier AS ENUM ('a');" + common +
+               "CREATE FUNCTION f() RETURNS text LANGUAGE sql AS $$SELECT set_config('app.tenant', 'own', false)$$", database="restored")
+        proxy = harness.Proxy(pg, {"pool": {"max": 3}})
+        try:
+            with raw(proxy) as a, raw(proxy) as b:
+                prepare = (wire.parse("SELECT n FROM moods WHERE x = $1", "s"), wire.describe("S", "s"), wire.SYNC)
+                use = (wire.bind("s", ["a"]), wire.execute(), wire.SYNC)
+                a.ask(*prepare)
+                assert [m.row for m in a.ask(*use) if m.type == "D"] == [[b"1"]]
+                assert a.value("SELECT f()") == "nothing"
+                if paused:
+                    assert proxy.http("/api/admin/pause", method="POST")[0] == 200
+                pg.sql(f"ALTER DATABASE {DATABASE} ALLOW_CONNECTIONS false")
+                pg.sql(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{DATABASE}'")
+                harness.poll(lambda: pg.count(f"datname = '{DATABASE}'") == 0, what="nobody is connected")
+                pg.sql(f"ALTER DATABASE {DATABASE} RENAME TO old")
+                pg.sql(f"ALTER DATABASE restored RENAME TO {DATABASE}")
+                if paused:
+                    assert proxy.http("/api/admin/resume", method="POST")[0] == 200
+                assert a.value("SELECT f()") == "own"
+                assert b.value(TENANT) == ""
+                assert a.value(TENANT) == "own"
+                assert [m.error["C"] for m in a.ask(*use) if m.type == "E"] == ["0A000"]
+                a.ask(wire.close("S", "s"), *prepare)
+                assert [m.row for m in a.ask(*use) if m.type == "D"] == [[b"1"]]
+        finally:
+            proxy.close()

@@ -82,11 +82,6 @@ bool is_analysed(std::string_view sql) {
   return std::ranges::none_of(kUtilities, [&](std::string_view utility) { return same_word(first, utility); });
 }
 
-void Statement::note_told(std::uint32_t shape, const std::vector<std::uint32_t>& types) const {
-  constexpr std::size_t kMost = 4;
-  if (told.size() < kMost && std::ranges::find(told, shape, &ToldTypes::shape) == told.end()) told.push_back({shape, types});
-}
-
 std::size_t StatementCache::footprint() const {
   return held_ + footprint_of_slots(map_);
 }
@@ -123,9 +118,21 @@ void StatementCache::retire(const Statement& statement) {
   if (it != map_.end() && it->first.second.data() == statement.body.data()) map_.erase(it);
 }
 
+bool StatementCache::is_outdated(const ToldTypes& told) const {
+  constexpr std::uint32_t kFirstOfItsOwn = 16384;  // FirstNormalObjectId: those below are the same in every database
+  return told.era != era_ && std::ranges::any_of(told.types, [](std::uint32_t type) { return type >= kFirstOfItsOwn; });
+}
+
+void StatementCache::note_told(const Statement& statement, std::uint32_t shape, const std::vector<std::uint32_t>& types) {
+  constexpr std::size_t kMost = 4;
+  std::erase_if(statement.told, [this](const ToldTypes& told) { return is_outdated(told); });
+  if (statement.told.size() < kMost && std::ranges::find(statement.told, shape, &ToldTypes::shape) == statement.told.end())
+    statement.told.push_back({shape, era_, types});
+}
+
 StatementRef StatementCache::with_told_types(const Statement& statement, std::uint32_t shape) {
   const auto known = std::ranges::find(statement.told, shape, &ToldTypes::shape);
-  if (known == statement.told.end()) return nullptr;
+  if (known == statement.told.end() || is_outdated(*known)) return nullptr;
   std::string body(statement.sql);
   Writer w(body);
   w.u8(0).u16(static_cast<std::uint16_t>(known->types.size()));

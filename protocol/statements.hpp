@@ -30,6 +30,7 @@ bool has_moment(std::string_view sql);
 /// A described statement's parameter types, by the shape_of what was told of it.
 struct ToldTypes {
   std::uint32_t shape;
+  std::uint32_t era;  ///< of the cache's, in which it was told
   std::vector<std::uint32_t> types;
 };
 
@@ -45,13 +46,12 @@ struct Statement {
   std::string_view tags;                ///< comment_tags of it
   std::shared_ptr<const void> meaning;  ///< compared only; statements with other meanings are others
   std::uint64_t id = 0;
-  std::uint32_t residue = 0;            ///< scan_sql of the text
-  bool has_constants = false;           ///< and is analysed, or its characters are in doubt
-  bool infers_types = false;            ///< of parameters, from what its names stand for
-  bool own_path = false;                ///< its names were looked up where only its transaction has them looked up
-  bool own_reading = false;             ///< it was read under what only its transaction had set
-  mutable std::vector<ToldTypes> told;  ///< in what clients were told; few
-  void note_told(std::uint32_t shape, const std::vector<std::uint32_t>& types) const;
+  std::uint32_t residue = 0;                ///< scan_sql of the text
+  bool has_constants = false;               ///< and is analysed, or its characters are in doubt
+  bool infers_types = false;                ///< of parameters, from what its names stand for
+  bool own_path = false;                    ///< its names were looked up where only its transaction has them looked up
+  bool own_reading = false;                 ///< it was read under what only its transaction had set
+  mutable std::vector<ToldTypes> told;      ///< in what clients were told; few
   mutable std::uint64_t fingerprint = 0;    ///< of the normalised text; 0: not computed yet
   mutable std::uint64_t proven_with = 0;    ///< the number of the settings of a session in which a server has accepted it
   mutable std::uint32_t proven_in = 0;      ///< the generation in which it has
@@ -66,6 +66,9 @@ class StatementCache {
   StatementRef intern(std::string_view body, const std::shared_ptr<const void>& meaning = {});
   /// A statement that nobody shares.
   StatementRef make(std::string_view body, const std::shared_ptr<const void>& meaning, bool own_path = false, bool own_reading = false);
+  void note_told(const Statement& statement, std::uint32_t shape, const std::vector<std::uint32_t>& types);
+  /// What clients were told may be of another database: types of its own have other numbers there.
+  void forget_told_types() { ++era_; }
   /// The same text with parameter types as a client was told them with this shape; null: it has all of them, or nothing is known.
   StatementRef with_told_types(const Statement& statement, std::uint32_t shape);
   /// The same body is another statement from now on, since its plan doesn't fit the tables any more.
@@ -78,12 +81,13 @@ class StatementCache {
 
  private:
   using Key = std::pair<const void*, std::string_view>;
+  bool is_outdated(const ToldTypes& told) const;
   static Key key(const Statement& statement) { return {statement.meaning.get(), statement.body}; }
 
   // Keys are views into the statements; a statement leaves the map when its last holder does.
   boost::unordered_flat_map<Key, std::weak_ptr<const Statement>, boost::hash<Key>> map_;
   std::uint64_t next_id_ = 1;
-  std::uint32_t generation_ = 1;
+  std::uint32_t generation_ = 1, era_ = 0;
   std::size_t held_ = 0;  // bytes of statements that live
 };
 

@@ -440,7 +440,7 @@ void ServerConnection::on_described(Backend type, const Owed& owed, Bytes availa
   auto* const held = statements.look_up(owed.note);
   if (held) held->shape = shape_;
   const auto& statement = held ? held->statement : statements.unnamed;
-  if (statement && statement->id == owed.note && shape_ != 0 && !types_.empty()) statement->note_told(shape_, types_);
+  if (statement && statement->id == owed.note && shape_ != 0 && !types_.empty()) worker_.statements.note_told(*statement, shape_, types_);
   if (awaiting_shape_ && owed.verdict == Verdict::Skip && owed.note == asked_)
     stop_awaiting_shape();
   else if (client_ && client_->id() == owed.owner)

@@ -352,6 +352,15 @@ void Worker::on_connected(ServerConnection& server) {
   log::info("server_connected", server.about(), "server {} ({}@{}, pid {}): connected", server.id(), entry.user, entry.database,
             server.pid());
   outdate_servers(entry, [this](const ServerConnection& one) { return is_gone(one); });
+  // With no other connection there, nothing says that this is the database of before: another one may have its name.
+  const auto is_there = [&](const auto& one) {
+    const ServerConnection& other = *one.second;
+    return &other != &server && other.alive() && !other.condemned && address_of(other.target()) == address_of(server.target());
+  };
+  if (std::none_of(entry.servers.begin(), entry.servers.end(), is_there)) {
+    entry.catalog.forget();
+    statements.forget_told_types();
+  }
   connect_over(entry);
   if (tried_) std::exchange(tried_, nullptr)({});
   kick();

@@ -50,6 +50,20 @@ TEST(StatementCache, ARetiredBodyIsAnotherStatement) {
   EXPECT_EQ(after, cache.intern("SELECT * FROM t"));
 }
 
+TEST(StatementCache, TypesThatWereToldHaveOtherNumbersInAnotherDatabase) {
+  StatementCache cache;
+  const auto statement = cache.intern("SELECT $1\0\0\0"s);
+  cache.note_told(*statement, 1, {23});
+  cache.note_told(*statement, 2, {16385});
+  EXPECT_TRUE(cache.with_told_types(*statement, 1));
+  EXPECT_TRUE(cache.with_told_types(*statement, 2));
+  cache.forget_told_types();
+  EXPECT_TRUE(cache.with_told_types(*statement, 1)) << "a type of pg_catalog's";
+  EXPECT_FALSE(cache.with_told_types(*statement, 2));
+  cache.note_told(*statement, 2, {16385});
+  EXPECT_TRUE(cache.with_told_types(*statement, 2));
+}
+
 TEST(ClientStatements, NamesAreTheClientsOwn) {
   StatementCache cache;
   ClientStatements one, two;
