@@ -1,6 +1,7 @@
 """Chaos: what breaks is told clearly and at once, nothing hangs, nothing crashes; and then it recovers."""
 import os
 import random
+import resource
 import signal
 import socket
 import struct
@@ -550,11 +551,38 @@ def test_clients_that_drop_leave_nothing_behind(proxies, pg):
     assert pg.count("usename = 'app'") <= 4
 
 
+def test_descriptors_are_kept_for_servers_and_for_who_asks_how_it_is(pg, proxies):
+    """Where the system allows fewer than limits.maxClients needs, clients are refused while there are some left."""
+    if harness.sanitized():
+        pytest.skip("UBSan opens a pipe to see whether memory can be read, and takes its failure for a wild pointer")
+    proxy = proxies({"pool": {"max": 2, "connectionTimeoutMillis": 5000}})
+    resource.prlimit(proxy.pid, resource.RLIMIT_NOFILE, (64, 64))
+    proxy.signal(signal.SIGHUP)
+    harness.poll(lambda: "open files" in proxy.log_text(), what="it has looked at the limit")
+    held, refused = [], None
+    while not refused and len(held) < 64:
+        w = wire.Wire(proxy.port, timeout=10)
+        refused = w.login(USER, PASSWORD, DATABASE)
+        if not refused:
+            held.append(w)
+    assert refused.error["C"] == "53300" and f"at most {len(held)} clients" in refused.error["H"], refused.error
+    assert f"64 open files that the system allows are enough for {len(held)} clients" in proxy.log_text()
+    silent = [socket.create_connection(("127.0.0.1", proxy.port)) for _ in range(40)]  # some of them are accepted
+    pg.sql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'app'")
+    harness.poll(lambda: ": lost: " in proxy.log_text() and pg.count("usename = 'app'") == 0, what="its server connection is lost")
+    assert held[0].value("SELECT 1") == "1"
+    assert proxy.http("/health/live")[0] == 200
+    assert proxy.http("/health/ready")[0] == 200
+    assert "accept_failed" not in proxy.log_text() and "accept: " not in proxy.log_text()
+    for other in silent + [w.sock for w in held]:
+        other.close()
+    recovers(proxy)
+
+
 def test_out_of_descriptors(pg, proxies):
     """At the process's limit new clients wait or are refused; those that are there go on; and then it recovers."""
     if harness.sanitized():
         pytest.skip("UBSan opens a pipe to see whether memory can be read, and takes its failure for a wild pointer")
-    import resource
     proxy = proxies({"pool": {"max": 2}})
     recovers(proxy)
     with raw(proxy) as good:

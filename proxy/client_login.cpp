@@ -145,7 +145,7 @@ void ClientSession::begin_login(protocol::Startup startup) {
     worker_.reject(pool::RejectReason::Draining);
     return fatal("57P03", "the database system is shutting down");
   }
-  if (worker_.full() && !login.console) return refuse_full();
+  if ((worker_.full() || worker_.crowded()) && !login.console) return refuse_full();
   const bool tls = channel_.transport.is_tls();
   if (!tls && !is_on_unix_socket() && (config.tls.mode == conf::TlsMode::Require || config.tls.mode == conf::TlsMode::VerifyFull)) {
     worker_.reject(pool::RejectReason::Tls);
@@ -193,8 +193,9 @@ void ClientSession::begin_login(protocol::Startup startup) {
 
 void ClientSession::refuse_full() {
   worker_.reject(pool::RejectReason::MaxClients);
-  fatal("53300", "sorry, too many clients already",
-        "pgsidecar serves at most " + std::to_string(worker_.config().limits.maxClients) + " clients (limits.maxClients).");
+  const std::uint32_t most = worker_.most_clients();
+  const std::string_view by = most < worker_.config().limits.maxClients ? "the limit of open files" : "limits.maxClients";
+  fatal("53300", "sorry, too many clients already", fmt::format("pgsidecar serves at most {} clients ({}).", most, by));
 }
 
 std::size_t ClientSession::on_password(Bytes in) {

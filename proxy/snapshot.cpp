@@ -189,7 +189,7 @@ pool::Snapshot Worker::snapshot(Detail detail) {
   s.leaving = drain_at_ != pool::Time::max();
   s.started = started_;
   s.uptimeMicros = micros(t - started_at_);
-  s.maxClients = config_->limits.maxClients;
+  s.maxClients = most_clients();
   s.rejected = rejected_;
   s.errorsByClass.insert(errors_.begin(), errors_.end());
   if (const PoolEntry* refused = refused_pool()) s.loginRefused = refused->last_failure.message;

@@ -19,17 +19,34 @@ namespace asio = boost::asio;
 
 namespace {
 
-constexpr std::uint64_t kOtherFiles = 256;  // than clients'
+constexpr std::uint64_t kOwnFiles = 96;       // loops, ports and logs, the admin's and the consoles' connections, cancel requests
+constexpr std::uint64_t kMostServers = 1024;  // that descriptors are kept for
 
-/// As many descriptors as clients and servers may need, if the hard limit allows.
-void raise_file_limit(std::uint64_t wanted) {
+/// As far as the configuration tells.
+std::uint64_t server_connections(const conf::Config& config) {
+  std::uint64_t of_a_user = config.databases.empty() ? config.pool.max : 0;
+  for (const auto& [name, database] : config.databases) of_a_user += database.pool.max;
+  return std::min<std::uint64_t>(of_a_user * std::max<std::size_t>(1, config.users.size()), kMostServers);
+}
+
+/// As many descriptors as clients and servers may need, if the hard limit allows. Returns how many clients' connections they are enough
+/// for: without descriptors for servers and health checks those clients would be of no use.
+std::size_t raise_file_limit(const conf::Config& config) {
+  const std::uint64_t others = server_connections(config) + kOwnFiles;
+  const std::uint64_t wanted = std::uint64_t{config.limits.maxClients} + config.limits.maxLoginClients + others;
   rlimit limit{};
-  if (::getrlimit(RLIMIT_NOFILE, &limit) != 0 || limit.rlim_cur >= wanted) return;
-  limit.rlim_cur = std::min<rlim_t>(wanted, limit.rlim_max);
-  ::setrlimit(RLIMIT_NOFILE, &limit);
-  if (limit.rlim_cur < wanted)
-    log::warn("file_limit", {}, "limits.maxClients needs {} open files, the system allows {}", wanted,
-              static_cast<std::uint64_t>(limit.rlim_cur));
+  if (::getrlimit(RLIMIT_NOFILE, &limit) != 0) return wanted - others;
+  if (limit.rlim_cur < wanted) {
+    rlimit raised = limit;
+    raised.rlim_cur = std::min<rlim_t>(wanted, limit.rlim_max);
+    if (::setrlimit(RLIMIT_NOFILE, &raised) == 0) limit = raised;
+  }
+  const std::uint64_t files = limit.rlim_cur;
+  const std::uint64_t room = files - std::min(others, files / 4 * 3);
+  if (room < config.limits.maxClients)
+    log::warn("file_limit", {}, "limits.maxClients is {}, but the {} open files that the system allows are enough for {} clients",
+              config.limits.maxClients, files, room);
+  return room;
 }
 
 void mask_signals(int how) {
@@ -143,9 +160,11 @@ std::string Supervisor::reload() {
       log::info("reload", {}, "reload: nothing changed");
     changed_files_.clear();
     log::set(next->log);
-    raise_file_limit(next->limits.maxClients + kOtherFiles);
     config_ = next;
-    asio::post(data_loop_, [this, prepared] { worker_.reload(std::move(*prepared)); });
+    asio::post(data_loop_, [this, prepared, room = raise_file_limit(*next)] {
+      worker_.reload(std::move(*prepared));
+      worker_.set_room(room);
+    });
     if (on_reloaded) on_reloaded();
     return {};
   } catch (const conf::ConfigError& e) {
@@ -184,7 +203,10 @@ std::string Supervisor::set(const std::string& key, const std::string& value) {
     log::info("setting", {}, "set: {} changed, until the next reload", changed);
   log::set(next->log);
   config_ = next;
-  asio::post(data_loop_, [this, next = std::shared_ptr<const conf::Config>(std::move(next))] { worker_.adjust(next); });
+  asio::post(data_loop_, [this, room = raise_file_limit(*next), next = std::shared_ptr<const conf::Config>(std::move(next))] {
+    worker_.adjust(next);
+    worker_.set_room(room);
+  });
   return {};
 }
 
@@ -284,7 +306,7 @@ void Supervisor::listen(conf::PassedSockets& passed, std::function<void()> liste
 }
 
 int Supervisor::run(conf::PassedSockets& passed, std::function<void()> listening, std::function<void()> stopping) {
-  raise_file_limit(config_->limits.maxClients + kOtherFiles);
+  worker_.set_room(raise_file_limit(*config_));
   stopping_ = std::move(stopping);
   worker_.on_draining = [this] { asio::post(control_loop_, [this] { notifier_.stopping(); }); };
   worker_.on_stopped = [this](int code) {

@@ -27,6 +27,8 @@ milliseconds rest_after(const conf::Upstream& upstream) {
 /// So long those who wait bear that the only place is taken by the connection that listens.
 constexpr std::chrono::seconds kWithoutPlace{1};
 
+constexpr std::size_t kToBeRefused = 8;  // clients for whom there is no room are taken in to be told so
+
 /// Its connections were made with these.
 bool same_connections(const conf::PoolSettings& a, const conf::PoolSettings& b) {
   return a.mode == b.mode && a.keepAlive == b.keepAlive && a.keepAliveInitialDelayMillis == b.keepAliveInitialDelayMillis &&
@@ -235,12 +237,26 @@ bool Worker::add_client(Socket socket, std::string peer) {
   clients_.emplace(id, client);
   client->start();
   kick();
-  return ++logging_in_ < config_->limits.maxLoginClients;
+  ++logging_in_;
+  return may_accept();
+}
+
+bool Worker::may_accept() const {
+  return logging_in_ < config_->limits.maxLoginClients && clients_.size() - consoles_ < room_ + kToBeRefused;
+}
+
+void Worker::accept_more() {
+  if (may_accept()) ports_.more();
+}
+
+void Worker::set_room(std::size_t clients) {
+  room_ = clients;
+  accept_more();
 }
 
 void Worker::login_over() {
   --logging_in_;
-  ports_.more();
+  accept_more();
 }
 
 void Worker::on_login() {
@@ -442,6 +458,7 @@ void Worker::on_client_closed(ClientSession& client) {
     login_over();
   asio::post(data_, [this, id = client.id(), console = client.is_console()] {
     clients_.erase(id);
+    accept_more();
     if (console) abandon_operation(id);
     if (logged_in_ == 0) {
       if (idle_since_ == pool::Time::max()) idle_since_ = now();  // who hasn't logged in, as a port probe, was no client

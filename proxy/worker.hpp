@@ -2,12 +2,14 @@
 // Could exist twice. Everything here runs on the data loop; the control loop asks by posting.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <boost/asio/io_context.hpp>
 #include <boost/asio/steady_timer.hpp>
 #include <boost/unordered/unordered_flat_map.hpp>
 #include <deque>
 #include <functional>
+#include <limits>
 #include <memory>
 #include <memory_resource>
 #include <random>
@@ -310,7 +312,11 @@ class Worker {
     return draining_ && (waits_for_clients_ || !config_->shutdown.acceptWhileDraining);
   }
   const Averages& averages() const { return averages_; }
-  bool full() const { return logged_in_ >= config_->limits.maxClients; }
+  /// There are descriptors for so many clients' connections.
+  void set_room(std::size_t clients);
+  std::uint32_t most_clients() const { return static_cast<std::uint32_t>(std::min<std::size_t>(config_->limits.maxClients, room_)); }
+  bool full() const { return logged_in_ >= most_clients(); }
+  bool crowded() const { return clients_.size() - consoles_ > room_; }  ///< with those that haven't logged in
   std::size_t clients() const { return clients_.size(); }
 
  private:
@@ -368,7 +374,9 @@ class Worker {
   pool::Time forget_at(const PoolEntry& entry) const;
   bool may_be_waking(const std::string& upstream) const;
   void weigh_capacity(const std::string& upstream);
-  bool add_client(Socket socket, std::string peer);  ///< False: no more may be logging in
+  bool add_client(Socket socket, std::string peer);  ///< False: no more may come for now
+  bool may_accept() const;
+  void accept_more();  ///< if they may come again
   /// What a look at all deadlines found of when to look again.
   struct Look {
     bool busy = false;      // soon
@@ -435,6 +443,7 @@ class Worker {
   conf::ConnectParams upstream_;  // the global upstream as read at start or reload
   std::map<std::string, DatabaseEntry> databases_;
   std::uint32_t logging_in_ = 0, logged_in_ = 0;
+  std::size_t room_ = std::numeric_limits<std::uint32_t>::max();
   std::vector<std::shared_ptr<ClientSession>> runnable_, running_;
   int turns_ = 0;
   const ClientSession* visited_ = nullptr;  // whose bytes to_client has
