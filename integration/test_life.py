@@ -62,6 +62,19 @@ def test_second_signal_ends_at_once(proxies):
         assert proxy.wait_exit(5) == 3
 
 
+def test_signals_that_pgbouncers_operators_send(proxies):
+    proxy = proxies()
+    proxy.expect_exit = 3
+    with raw(proxy) as client:
+        proxy.signal(signal.SIGUSR1)
+        harness.poll(lambda: "SIGUSR1" in proxy.log_text(), what="it is told that nothing comes of it")
+        assert client.value("SELECT 1") == "1"
+        client.ask(wire.query("BEGIN"))
+        proxy.signal(signal.SIGQUIT)
+        assert proxy.wait_exit(5) == 3
+        assert "SIGQUIT: ending at once" in proxy.log_text()
+
+
 def test_end_of_the_drain_is_forced(proxies, pg):
     proxy = proxies({"shutdown": {"timeoutMillis": 700}})
     proxy.expect_exit = 3

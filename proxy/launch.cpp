@@ -61,7 +61,7 @@ void close_from(int first) {
 /// Between fork and exec, where only what is safe in a signal handler may be called.
 [[noreturn]] void become(const char* path, char* const* arguments, char* const* variables, const std::vector<int>& given, int tell,
                          const sigset_t& mask) {
-  for (const int number : {SIGTERM, SIGINT, SIGHUP, SIGUSR2}) std::signal(number, SIG_DFL);
+  for (const int number : {SIGTERM, SIGINT, SIGQUIT, SIGHUP, SIGUSR1, SIGUSR2}) std::signal(number, SIG_DFL);
   int next = kFirst;
   for (const int fd : given) ::dup2(fd, next++);  // all of them are above
   ::dup2(tell, next);

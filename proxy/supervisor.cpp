@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <boost/asio/post.hpp>
 #include <csignal>
+#include <initializer_list>
 #include <thread>
 #include <utility>
 
@@ -49,10 +50,12 @@ std::size_t raise_file_limit(const conf::Config& config) {
   return room;
 }
 
+constexpr std::initializer_list<int> kSignals{SIGTERM, SIGINT, SIGQUIT, SIGHUP, SIGUSR1, SIGUSR2};
+
 void mask_signals(int how) {
   sigset_t set;
   sigemptyset(&set);
-  for (const int number : {SIGTERM, SIGINT, SIGHUP, SIGUSR2}) sigaddset(&set, number);
+  for (const int number : kSignals) sigaddset(&set, number);
   ::pthread_sigmask(how, &set, nullptr);
 }
 
@@ -92,14 +95,14 @@ Supervisor::Supervisor(std::string config_path, std::shared_ptr<const conf::Conf
       env_(env),
       control_(control_loop_, data_loop_, std::move(env)),
       worker_(data_loop_, control_, Prepared(std::move(config), env_)),
-      signals_(control_loop_, SIGTERM, SIGINT, SIGHUP),
+      signals_(control_loop_),
       files_(control_loop_,
              [this] {
                if (!files_.unchanged()) reload();
              }),
       program_(std::move(program)),
       notifier_(control_loop_, env_) {
-  signals_.add(SIGUSR2);
+  for (const int number : kSignals) signals_.add(number);
   std::signal(SIGPIPE, SIG_IGN);
   mask_signals(SIG_UNBLOCK);
   worker_.on_request = [this](const ConsoleCommand& command, std::function<void(std::string)> done) {
@@ -277,8 +280,10 @@ void Supervisor::wait_signal() {
       reload();
     } else if (number == SIGUSR2) {
       upgrade([](const std::string&, int) {});
-    } else if (signalled_) {
-      log::warn("second_signal", {}, "second signal: ending at once");
+    } else if (number == SIGUSR1) {
+      log::warn("signal_ignored", {}, "SIGUSR1 does nothing: PAUSE and RESUME are commands of the console");  // PgBouncer's PAUSE
+    } else if (signalled_ || number == SIGQUIT) {
+      log::warn("second_signal", {}, "{}: ending at once", number == SIGQUIT ? "SIGQUIT" : "second signal");
       log::stop(3);
       std::_Exit(3);
     } else {
@@ -344,7 +349,7 @@ int Supervisor::run(conf::PassedSockets& passed, std::function<void()> listening
     boost::system::error_code ignored;
     signals_.clear(ignored);
     // It has ended in order: what comes in the last moment doesn't change the exit code.
-    for (const int number : {SIGTERM, SIGINT, SIGHUP, SIGUSR2}) std::signal(number, SIG_IGN);
+    for (const int number : kSignals) std::signal(number, SIG_IGN);
     control_loop_.stop();
   });
   control.join();
