@@ -18,6 +18,7 @@ the tables must hold the same.
 """
 import argparse
 import collections
+import json
 import pathlib
 import random
 import re
@@ -44,14 +45,15 @@ SESSIONS = 12  # that a proxy serves before the next one
 
 # Of each client, in place before each session. Both schemas have the same names, with other columns behind them.
 OWN = """
-DROP SCHEMA IF EXISTS s_{me}, r_{me}, s_{me}_old CASCADE; CREATE SCHEMA s_{me}; CREATE SCHEMA r_{me};
+RESET ROLE; SELECT lo_unlink(oid) FROM pg_largeobject_metadata WHERE oid = 7700{n};
+DROP SCHEMA IF EXISTS s_{me}, r_{me}, s_{me}_old CASCADE; SET ROLE app; CREATE SCHEMA s_{me}; CREATE SCHEMA r_{me};
 CREATE TABLE s_{me}.t (id int PRIMARY KEY, v text); INSERT INTO s_{me}.t VALUES (0, 'zero {me}');
 CREATE TABLE r_{me}.t (v text, id bigint, w date DEFAULT '2024-02-03'); INSERT INTO r_{me}.t VALUES ('other {me}', 7);
 CREATE TABLE s_{me}.d (k int UNIQUE DEFERRABLE INITIALLY DEFERRED); CREATE TABLE r_{me}.d (k int CHECK (k < 3));
 CREATE SEQUENCE s_{me}.seq; CREATE SEQUENCE r_{me}.seq START {n}00; CREATE TABLE s_{me}.i (id serial, v text)
 """
 
-# By one client of a new proxy, so that it knows its functions, and that clients ask for the values of sequences.
+# By a client of each user's of a new proxy, so that it knows its functions, and that clients ask for the values of sequences.
 LEARN = ["SELECT set_inside('app.y', 'l'), set_from('l'), set_and_fail('l'), with_own_setting(), remember('l'), lock_inside(99), temp_inside('l'), cursor_inside('l'), "
          "prepare_inside('l'), say('l')", "SELECT last_inside()", "CALL set_and_commit('l')", "SELECT nextval('s_a.seq')", "SELECT currval('s_a.seq')", "DISCARD ALL"]
 
@@ -262,11 +264,13 @@ class World:
 
     def renew(self, most):
         self.close()
-        config = {"pool": {"max": most, "mode": self.options.mode, "connectionTimeoutMillis": 30000}, "tls": {"mode": "allow", **self.tls}, **worlds.CONFIG}
+        pool = {"max": most, "mode": self.options.mode, "connectionTimeoutMillis": 30000, **self.options.pool}
+        config = {"pool": pool, "tls": {"mode": "allow", **self.tls}, "limits": self.options.limits, **worlds.CONFIG}
         self.proxy, self.served = harness.Proxy(self.server, config, binary=self.options.binary), []
         self.operator = disturb.Operator(self.proxy, self.admins[1])
         self.prepare([(0, "")])
-        play([(0, text) for text in LEARN], self.proxy.port, "equal_pooled", STUCK)
+        for user in worlds.USERS:
+            play([(0, text) for text in [f"@user={user}", *LEARN]], self.proxy.port, "equal_pooled", STUCK)
 
     def close(self):
         if self.proxy:
@@ -387,7 +391,7 @@ class Differ:
             most = options.max or 2 + seed // SESSIONS % 2
             if not world.proxy or len(world.served) >= SESSIONS:
                 world.renew(most)
-            if found := world.compare(sessions.make_script(random.Random(seed), options.mode, options.disturb)):
+            if found := world.compare(sessions.make_script(random.Random(seed), options.mode, options.disturb, options.topics)):
                 self.kinds[found[0]] += 1
                 if self.kinds[found[0]] <= options.each and found[0] not in options.ignore:
                     self.explain(*found, seed, most)
@@ -412,6 +416,9 @@ def main():
     parser.add_argument("--each", type=int, default=1, help="of each kind of difference, shrink and print so many")
     parser.add_argument("--ignore", action="append", default=[], help="a kind of difference that is only counted")
     parser.add_argument("--shrink", type=float, default=60, help="seconds to shrink one")
+    parser.add_argument("--topics", type=lambda text: text.split(","), help="of differ.txt, in short sessions; default: some, in longer ones")
+    parser.add_argument("--pool", type=json.loads, default={}, help="more of the proxy's pool, as JSON, and of its --limits")
+    parser.add_argument("--limits", type=json.loads, default={})
     parser.add_argument("--play", type=lambda path: pathlib.Path(path).resolve(), help="a script instead")
     options = parser.parse_args()
     if options.mode == "session":

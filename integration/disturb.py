@@ -98,7 +98,7 @@ def is_excused(script, index, direct, pooled):
 def foreign(index, answers):
     """The first line that tells of another client, whatever has happened before."""
     own = replay.LETTERS[index]
-    return next((line for _, seen in answers for line in seen if any(mark != own for mark in MARKS.findall(line[:500]))), None)
+    return next((line for _, seen in answers for line in seen if "used by a " not in line and any(mark != own for mark in MARKS.findall(line[:500]))), None)
 
 
 def settle(admin):
@@ -111,9 +111,12 @@ def settle(admin):
 
 def roll_back_prepared(admin):
     """What is prepared has a name in all databases."""
+    admin.execute("RESET ROLE")
     for (gid,) in admin.execute("SELECT gid FROM pg_prepared_xacts WHERE database = current_database()").fetchall():
         admin.execute(f"ROLLBACK PREPARED '{gid}'")
+    admin.execute("SET ROLE app")
 
 
 def contents(admin, index):
+    admin.execute("RESET ROLE")
     return dict(admin.execute(replay.own(CONTENTS, index)).fetchall())

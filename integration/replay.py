@@ -3,7 +3,8 @@
 A line of a case is one step: SQL (a simple query), or protocol messages, each beginning with a slash:
     /parse NAME[:oid,...] SQL   /bind [PORTAL=]STATEMENT value...   /describe S|P NAME   /execute PORTAL [rows]   /close S|P NAME
     /query SQL   /data text   /done   /fail reason   /flush   /sync
-`-` is the empty name, NULL a null value. A step is over when all that it asks for has come; one that asks for nothing is over at once.
+`-` is the empty name, NULL a null value, 0xAB a binary one; ">1,0" behind Bind's values are the formats of the columns. A step is over when
+all that it asks for has come; one that asks for nothing is over at once.
 {me} is the client's letter, {n} its number, {next} another client's letter; {locks} and {statements} are queries of one's own
 advisory locks and prepared statements. The first line may be "@user=U key='value' ...", startup parameters, and options: "together"
 gives all clients their next step at once, "learned" plays the case by one client first, so that the proxy knows its functions.
@@ -67,7 +68,10 @@ def encode(command):
     if verb == "bind":
         target, *values = rest.split(" ")
         portal, equals, statement = target.rpartition("=")
-        return wire.bind(unnamed(statement), [None if v == "NULL" else v for v in values], unnamed(portal) if equals else "")
+        results = [int(form) for form in values.pop()[1:].split(",")] if values and re.fullmatch(r">[\d,]+", values[-1]) else ()
+        formats = [int(v.startswith("0x")) for v in values]
+        values = [None if v == "NULL" else bytes.fromhex(v[2:]) if v.startswith("0x") else v for v in values]
+        return wire.bind(unnamed(statement), values, unnamed(portal) if equals else "", formats if any(formats) else (), results)
     if verb in ("describe", "close"):
         kind, name = rest.split(" ")
         return getattr(wire, verb)(kind, unnamed(name))
@@ -105,6 +109,7 @@ def neutral(text):
     """Without what may differ between two runs that are equal: process ids, temporary schemas, the database's name."""
     text = re.sub(r"\bpg_(toast_)?temp_\d+", r"pg_\1temp_N", text)
     text = re.sub(r"\bprocess \d+", "process N", text, flags=re.IGNORECASE)
+    text = re.sub(r"\bfor type \d+", "for type N", text)
     return re.sub(r"\bequal_(direct|pooled)\b", "equal", text)
 
 

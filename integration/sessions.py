@@ -7,6 +7,7 @@ import replay
 
 # By topic; a heading is the topic's weight and name.
 TEXTS = [(int(name.split(" ")[0]), texts) for name, texts in replay.read_cases(pathlib.Path(__file__).parent / "differ.txt").items()]
+TOPICS = [name.split(" ", 1)[1] for name in replay.read_cases(pathlib.Path(__file__).parent / "differ.txt")]
 # With values that fit; most clients prepare the same.
 PREPARED = [("SELECT $1::text, 'same'", ["{me}"]), ("SELECT $1::int + 1", ["{n}"]), ("SELECT '{me}', $1", ["{n}"]), ("SELECT 1 / $1::int", ["{n}"]),
             ("SELECT 1 / $1::int", ["0"]), ("SELECT * FROM t WHERE id = $1", ["0"]), ("INSERT INTO t (id, v) VALUES ($1, $2)", ["{n}", "{me}"]),
@@ -14,12 +15,38 @@ PREPARED = [("SELECT $1::text, 'same'", ["{me}"]), ("SELECT $1::int + 1", ["{n}"
             ("SELECT set_inside('app.y', $1)", ["bound-{me}"]), ("SELECT $1::date, DATE '2024-02-03'", ["2024-05-06"]), ("SELECT nextval($1)", ["seq"]),
             ("SELECT pg_advisory_lock($1)", ["{n}"]), ("SELECT pg_advisory_unlock($1)", ["{n}"]), ("SELECT count(*) FROM numbers, t", []), ("", []),
             ("SELECT $1::int[], pg_typeof($1)", ["{1,2}"]), ("SELECT pg_notify('ch_{me}', $1)", ["x"]), ("SELECT length($1), '{me}'", ["{huge}"])]
+# Binary, and with types of their own.
+PREPARED += [("SELECT $1 + 1, '{me}'", ["0x0000000{n}"]), ("SELECT $1::int8, $2::text, $1 IS NULL", ["0x000000000000000{n}", "{me}"]), ("SELECT $1::bool, $1::text", ["0x01"]),
+             ("SELECT $1::uuid, $2::date", ["0x0102030405060708090a0b0c0d0e0f1{n}", "0x00000{n}6d"]), ("SELECT $1::timestamptz, now() IS NULL", ["0x0002{n}00000000000"]),
+             ("SELECT $1::int", ["0x01"]), ("SELECT $1::text, '{me}'", ["NULL"]), ("SELECT v, id FROM t WHERE id = $1", ["0x00000000"]),
+             ("UPDATE t SET v = $2 WHERE id = $1 RETURNING id, v", ["0x00000000", "{me}"]), ("SELECT $1::numeric * 2, $2::jsonb", ["1{n}.5", '{"a":"{me}"}'])]
 # set_config, int4div, nextval by text, pg_advisory_lock, pg_notify
 CALLS = ["/call 2078 app.x called-{me} f", "/call 2078 work_mem 3{n}MB f", "/call 154 {n} 0", "/call 154 9 {n}", "/call 2880 {n}", "/call 3036 ch_{me} called",
          "/call 999999 {n}", "/call 1574 seq"]
+# What drivers send: of JDBC with autosave, pgx, asyncpg, psycopg, Npgsql, PostgREST, Rails. {sql} stands for a text, {values} for what fits s.
+DRIVERS = [
+    ["/parse - BEGIN /bind - /execute - /parse S_2 SAVEPOINT PGJDBC_AUTOSAVE /bind S_2 /execute - /parse - {sql} /bind - /describe P - /execute - /sync",
+     "/bind S_2 /execute - /parse - {sql} /bind - /describe P - /execute - /sync", "/parse S_3 ROLLBACK TO SAVEPOINT PGJDBC_AUTOSAVE /bind S_3 /execute - /sync",
+     "/bind S_2 /execute - /bind s {values} /describe P - /execute - /sync", "/bind S_3 /execute - /sync", "/parse - COMMIT /bind - /execute - /sync", "/close S S_2 /close S S_3 /sync"],
+    ["/parse pgx_1 {sql} /describe S pgx_1 /sync", "/bind pgx_1 {values} >1 /describe P - /execute - /close P - /sync", "/bind pgx_1 >0 /describe P - /execute - /sync", "/close S pgx_1 /sync"],
+    ["BEGIN;", "/parse __asyncpg_stmt_1__ {sql} /describe S __asyncpg_stmt_1__ /flush /bind __asyncpg_portal_2__=__asyncpg_stmt_1__ /sync",
+     "/execute __asyncpg_portal_2__ 2 /sync", "/execute __asyncpg_portal_2__ 2 /sync", "/close P __asyncpg_portal_2__ /sync", "COMMIT;", "/close S __asyncpg_stmt_1__ /sync",
+     "SELECT pg_advisory_unlock_all(); CLOSE ALL; UNLISTEN *; RESET ALL;"],
+    ["/parse - BEGIN /bind - /execute - /parse _pg3_0 {sql} /bind _pg3_0 /describe P - /execute - /sync", "/bind _pg3_0 /describe P - /execute - /sync /bind _pg3_0 /describe P - /execute - /sync",
+     "/parse - DEALLOCATE _pg3_0 /bind - /describe P - /execute - /sync /parse - COMMIT /bind - /execute - /sync", "/parse - DEALLOCATE ALL /bind - /execute - /sync"],
+    ["/query DISCARD ALL /parse - {sql} /bind - /describe P - /execute - /sync", "/query BEGIN ISOLATION LEVEL READ COMMITTED /parse _p1 {sql} /describe S _p1 /sync",
+     "/bind _p1 /execute - /close P - /sync", "/query ROLLBACK /bind _p1 /execute - /sync",
+     "SET SESSION AUTHORIZATION DEFAULT; RESET ALL; CLOSE ALL; UNLISTEN *; SELECT pg_advisory_unlock_all(); DISCARD SEQUENCES; DISCARD TEMP"],
+    ["/parse - BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE /bind - /execute - /sync",
+     "/parse 0 select set_config('search_path', $1, true), set_config('role', $2, true), set_config('app.x', $3, true) /bind 0 s_{me},public writer claims-{me} /execute - /sync",
+     "/parse 1 {sql} /bind 1 /execute - /sync", "/parse - COMMIT /bind - /execute - /sync", "/bind 1 /execute - /sync"],
+    ["SET client_min_messages TO 'warning'; SET standard_conforming_strings = on; SET SESSION timezone TO 'UTC'", "/parse a1 {sql} /describe S a1 /sync", "/bind a1 {values} /execute - /sync",
+     "DEALLOCATE a1", "/parse a1 {sql} /describe S a1 /sync", "/bind a1 /execute - /sync", "BEGIN", "SAVEPOINT active_record_1", "/bind a1 /execute - /sync",
+     "ROLLBACK TO SAVEPOINT active_record_1", "RELEASE SAVEPOINT active_record_1", "COMMIT"]]
 IN_PIECES = "! "
 STARTUP = ["", "@search_path=s_{me}", "@search_path=s_{me}", "@search_path=s_{me} application_name={me}", "@search_path=r_{me} datestyle=German",
-           "@options='-c work_mem=5MB -c search_path=s_{me}'"]
+           "@options='-c work_mem=5MB -c search_path=s_{me}'", "@user=boss search_path=s_{me}", "@user=boss search_path=s_{me} role=app",
+           "@search_path=s_{me} client_encoding=LATIN1 timezone=Asia/Tokyo", "@user=other search_path=s_{me}"]
 
 
 class Maker:
@@ -55,7 +82,7 @@ class Maker:
                 parts.append(f"/parse {name} {sql}")
             if rng.random() < 0.3:
                 parts.append(f"/describe S {name}")
-            values = self.values.get(name, []) + ["1"] * (rng.random() < 0.04)
+            values = self.values.get(name, []) + ["1"] * (rng.random() < 0.04) + rng.choice(([], [], [], [], [">1"], [">0"], [">1,0"]))
             parts.append(" ".join([f"/bind {'' if portal == '-' else portal + '='}{name}", *values]))
             if rng.random() < 0.3:
                 parts.append(f"/describe P {portal}")
@@ -87,6 +114,36 @@ class Maker:
                  for _ in range(rng.randint(2, 6))]
         return ["BEGIN", f"/parse - {sql} /bind p=- /execute p {rng.choice((0, 1, 2))} /sync", *steps, rng.choice(("COMMIT", "/execute p 1 /parse - COMMIT /bind - /execute - /sync", "ROLLBACK"))]
 
+    def driver(self):
+        """The beginning of what a driver does, with something in between."""
+        rng, steps = self.rng, self.rng.choice(DRIVERS)
+        sql = self.sql() if rng.random() < 0.5 else rng.choice(PREPARED)[0]
+        if any(word in sql for word in ("COPY", "EXECUTE", "BEGIN", "START")):
+            return []
+        steps = [step.replace("{sql}", sql).replace("{values}", " ".join(self.values.get("s", []))) for step in steps[:rng.randint(2, len(steps))]]
+        for _ in range(rng.choice((0, 0, 1, 2))):
+            steps.insert(rng.randrange(1, len(steps) + 1), rng.choice((self.sql(), "COMMIT", "SELECT 1/0")))
+        return [step for step in steps if "COPY" not in step]
+
+    def mixture(self):
+        """Of messages in any order, two portals and Flush among them."""
+        rng, parts = self.rng, []
+        names, portals = "sstu-", "pq-"
+        for _ in range(rng.randint(2, 9)):
+            name, portal = rng.choice(names), rng.choice(portals)
+            bound = " ".join([f"/bind {'' if portal == '-' else portal + '='}{name}", *self.values.get(name, [])])
+            sql, values = rng.choice(PREPARED) if rng.random() < 0.7 else (self.sql(), [])
+            choice = rng.choices(("parse", "bind", "execute", "describe", "close", "flush", "query"), (20, 30, 30, 10, 6, 5, 2))[0]
+            if choice == "parse" and ("COPY" in sql or "EXECUTE" in sql) or choice == "query" and "COPY" in sql:
+                continue
+            if choice == "parse":
+                self.values[name] = values
+            parts.append({"parse": f"/parse {name} {sql}", "bind": bound, "execute": f"/execute {portal} {rng.choice((0, 0, 1, 2))}",
+                          "describe": rng.choice((f"/describe S {name}", f"/describe P {portal}")), "close": rng.choice((f"/close S {name}", f"/close P {portal}")),
+                          "flush": "/flush", "query": f"/sync /query {sql}"}[choice])
+        text = " ".join([*parts, rng.choice(("/sync", "/sync", "/sync", "/sync /sync"))])
+        return [text] if rng.random() < 0.7 else ["BEGIN", text, rng.choice((f"{bound} /execute {portal} 1 /sync", "/execute p 1 /execute q 1 /sync", self.sql())), rng.choice(("COMMIT", "ROLLBACK"))]
+
     def end(self):
         """Of one that leaves in the middle of something that can't be committed then."""
         step = self.rng.choice((self.sql(), f"{self.segment()} /sync".strip(), "/parse - INSERT INTO i (v) VALUES ('cut {me}') /bind - /execute - /sync"))
@@ -94,8 +151,9 @@ class Maker:
         return [*steps[:-1], disturb.CUT + steps[-1]] if not any(word in step for word in ("COPY", "CALL", "COMMIT", "DO ")) else []
 
     def steps(self, nested=False):
-        kinds = {lambda: [self.sql()]: 30, self.several: 10, self.pipeline: 36, self.flushed: 5, self.copy: 5, lambda: [self.rng.choice(CALLS)]: 3,
-                 self.transaction: 0 if nested or self.mode == "statement" else 12, self.portal: 0 if nested or self.mode == "statement" else 4}
+        kinds = {lambda: [self.sql()]: 30, self.several: 10, self.pipeline: 36, self.flushed: 5, self.copy: 5, lambda: [self.rng.choice(CALLS)]: 3, self.mixture: 14,
+                 self.transaction: 0 if nested or self.mode == "statement" else 12, self.portal: 0 if nested or self.mode == "statement" else 4,
+                 self.driver: 0 if nested or self.mode == "statement" else 10}
         return self.rng.choices(list(kinds), kinds.values())[0]()
 
 
@@ -109,12 +167,13 @@ def in_pieces(rng, text):
     return IN_PIECES * (not text.startswith(("@", disturb.CUT)) and rng.random() < 0.4) + text
 
 
-def make_script(rng, mode, often):
+def make_script(rng, mode, often, wanted=None):
     """A list of (client, step)."""
-    left, topics = {}, rng.sample(TEXTS, rng.randint(2, 7))  # few, so that not everyone is pinned for other reasons
-    for client in range(rng.choice((2, 3, 3, 4, 4, 5, 6))):
+    texts = [topic for name, topic in zip(TOPICS, TEXTS) if not wanted or name in wanted]
+    left, topics = {}, rng.sample(texts, min(len(texts), rng.randint(2, 7)))  # few, so that not everyone is pinned for other reasons
+    for client in range(rng.choice((2, 2, 3, 3) if wanted else (2, 3, 3, 4, 4, 5, 6))):
         maker = Maker(rng, topics, mode)
-        steps = [step for _ in range(rng.randint(2, 12)) for step in maker.steps()]
+        steps = [step for _ in range(rng.randint(2, 7 if wanted else 12)) for step in maker.steps()]
         left[client] = [text for text in [make_startup(rng)] if text] + steps + (maker.end() if rng.random() < 0.1 * often else [])
     order = [client for client, steps in left.items() for _ in steps]
     rng.shuffle(order)

@@ -19,7 +19,7 @@ PATIENCE = 0.3  # with a client that waits for a server connection
 @pytest.fixture(scope="module")
 def worlds():
     with harness.Postgres(plain=True) as server:
-        world = differ.World(argparse.Namespace(mode="transaction", binary=harness.BINARY), server)
+        world = differ.World(argparse.Namespace(mode="transaction", binary=harness.BINARY, pool={}, limits={}), server)
         yield world
         world.close()
 

@@ -67,15 +67,16 @@ def parse(sql, name="", types=()):
     return frame("P", text(name) + text(sql) + struct.pack("!h", len(types)) + b"".join(struct.pack("!I", t) for t in types))
 
 
-def bind(statement="", values=(), portal=""):
-    body = text(portal) + text(statement) + struct.pack("!hh", 0, len(values))
+def bind(statement="", values=(), portal="", formats=(), results=()):
+    """The formats: of each value, or column, 0 is text, 1 binary; none: all are text."""
+    body = text(portal) + text(statement) + struct.pack(f"!h{len(formats)}hh", len(formats), *formats, len(values))
     for value in values:
         if value is None:
             body += struct.pack("!i", -1)
         else:
             data = value.encode() if isinstance(value, str) else value
             body += struct.pack("!i", len(data)) + data
-    return frame("B", body + struct.pack("!h", 0))
+    return frame("B", body + struct.pack(f"!h{len(results)}h", len(results), *results))
 
 
 def describe(kind, name=""):

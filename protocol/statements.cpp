@@ -227,8 +227,7 @@ StatementRef ServerStatements::evict(std::size_t limit) {
 }
 
 ServerName::ServerName(std::uint64_t id) {
-  constexpr std::string_view kPrefix = "pgsidecar_";
-  char* digits = std::copy(kPrefix.begin(), kPrefix.end(), text_.data());
+  char* digits = std::copy(kServerNamePrefix.begin(), kServerNamePrefix.end(), text_.data());
   size_ = static_cast<std::size_t>(std::to_chars(digits, text_.data() + text_.size(), id).ptr - text_.data());
 }
 

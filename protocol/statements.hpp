@@ -168,6 +168,8 @@ class ServerStatements {
   boost::unordered_flat_map<std::uint64_t, std::list<Held>::iterator> map_;
 };
 
+/// Of the proxy's names for statements on a server connection.
+inline constexpr std::string_view kServerNamePrefix = "pgsidecar_";
 /// The name under which a statement is prepared on servers. Written for each Bind, so it lives without the heap.
 class ServerName {
  public:

@@ -93,6 +93,8 @@ UNION SELECT word, name, '', '' FROM part JOIN pg_event_trigger AS e ON classid 
   'reassign']) AS word WHERE name = ANY ((SELECT names FROM wanted)::text[])
 UNION SELECT name, name, '', '' FROM called WHERE name = ANY ((SELECT names FROM wanted)::text[]) LIMIT )";
 
+const protocol::Word kDefining[] = {protocol::word_of_name("create"), protocol::word_of_name("alter"), protocol::word_of_name("drop")};
+
 void want(Catalog::Names& names, const std::string& name) {
   if (names.size() < kMostWanted && std::find(names.begin(), names.end(), name) == names.end()) names.push_back(name);
 }
@@ -195,11 +197,17 @@ Catalog::Inquiry Catalog::older(const Names& names, Time since) const {
 }
 
 std::string Catalog::question(const Inquiry& inquiry) {
-  return "SELECT p.proname, l.lanname, EXISTS (SELECT FROM pg_catalog.pg_depend AS d WHERE d.classid OPERATOR(pg_catalog.=) p.tableoid"
-         " AND d.objid OPERATOR(pg_catalog.=) p.oid AND d.deptype OPERATOR(pg_catalog.=) 'e'), p.prosrc OPERATOR(pg_catalog.||)"
+  // What an aggregate calls stands in a body.
+  return "SELECT p.proname, CASE WHEN a.aggfnoid IS NULL THEN l.lanname ELSE 'sql' END, EXISTS (SELECT FROM pg_catalog.pg_depend AS d "
+         "WHERE d.classid OPERATOR(pg_catalog.=) p.tableoid"
+         " AND d.objid OPERATOR(pg_catalog.=) p.oid AND d.deptype OPERATOR(pg_catalog.=) 'e'), CASE WHEN a.aggfnoid IS NULL THEN p.prosrc "
+         "ELSE"
+         " 'SELECT ' OPERATOR(pg_catalog.||) pg_catalog.array_to_string(ARRAY[a.aggtransfn, a.aggfinalfn, a.aggcombinefn, a.aggmtransfn,"
+         " a.aggminvtransfn, a.aggmfinalfn]::pg_catalog.regproc[], '(),') OPERATOR(pg_catalog.||) '()' END OPERATOR(pg_catalog.||)"
          " CASE WHEN p.prosrc OPERATOR(pg_catalog.<>) '' AND p.pronargdefaults OPERATOR(pg_catalog.>) 0"
          " THEN ';SELECT ' OPERATOR(pg_catalog.||) pg_catalog.pg_get_function_arguments(p.oid) ELSE '' END"
          " FROM pg_catalog.pg_proc AS p JOIN pg_catalog.pg_language AS l ON l.oid OPERATOR(pg_catalog.=) p.prolang"
+         " LEFT JOIN pg_catalog.pg_aggregate AS a ON a.aggfnoid OPERATOR(pg_catalog.=) p.oid"
          " WHERE p.proname OPERATOR(pg_catalog.=) ANY (ARRAY[" +
          list(inquiry.names) + "]::pg_catalog.name[]) AND p.pronamespace OPERATOR(pg_catalog.<>) 'pg_catalog'::pg_catalog.regnamespace";
 }
@@ -218,7 +226,11 @@ void Catalog::answer(Inquiry& inquiry, const std::string& name, std::string_view
   protocol::BodyScan found = protocol::scan_body(body);
   known.residue |= found.residue;
   known.calls.insert(known.calls.end(), found.calls.begin(), found.calls.end());
-  protocol::for_each_word(body, [&](protocol::Word word) { known.words.push_back(word); });
+  protocol::for_each_word(body, [&](protocol::Word word) {
+    known.words.push_back(word);
+    const bool defines = std::ranges::find(kDefining, word) != std::end(kDefining);  // SQL that is put together when it runs
+    if (defines && found.residue & protocol::kFunction) known.residue |= protocol::kDefinition;
+  });
   std::sort(known.words.begin(), known.words.end());
   known.words.erase(std::unique(known.words.begin(), known.words.end()), known.words.end());
   // Those that are too many to be asked for can't be carried.

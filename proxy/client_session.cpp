@@ -332,7 +332,11 @@ void ClientSession::on_server_ready() {
   }
   if (subscriber_ && subscriber_->on_answered()) return;
   if (subscriber_ && subscriber_->in_turn()) return subscriber_->advance();
-  if (residue_ & protocol::kFunction) residue_ |= server_->residue_of_unknown();
+  if (residue_ & protocol::kFunction) {
+    const bool known = redefines();
+    residue_ |= server_->residue_of_unknown();
+    if (!known && redefines()) server_->on_redefined();
+  }
   if (residue_ & protocol::kReset) {  // a function has; before that is taken for what the client has set
     residue_ &= ~protocol::kReset;
     if (!login_settings_->values.empty()) server_->restore_settings_now(*login_settings_);

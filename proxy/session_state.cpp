@@ -129,6 +129,11 @@ Subscriber::Verdict ClientSession::listen_ahead(std::uint32_t residue, bool simp
 // What only the server finds out afterwards, in a function, is pinned all the same.
 bool ClientSession::refuse(std::string_view sql, std::uint32_t residue, bool simple) {
   if (!rewrites()) return false;
+  const auto is_ours = [](const std::string& name) { return name.starts_with(protocol::kServerNamePrefix); };
+  if (residue & protocol::kPrepared && std::ranges::any_of(protocol::prepared_names(sql).names, is_ours)) {
+    server_->raise(simple, "names of prepared statements that begin with \"pgsidecar_\" are reserved", "Choose another name.", "42939");
+    return true;
+  }
   if ((residue & protocol::kNewChannel) && entry_->listener.crowded()) {
     server_->raise(simple, "LISTEN needs a second server connection, which the other process of an online restart has (pool.max)",
                    "Try again when it has ended, or set pool.max to 3 or more.");
@@ -175,6 +180,8 @@ void ClientSession::restore_behind_execute() {
     residue_ |= protocol::kReset;
   else
     server_->restore_within(*login_settings_, reset);
+  // An error behind it undoes that, and DISCARD ALL is committed.
+  if (reset && reset->discard) residue_ |= protocol::kReset;
 }
 
 void ClientSession::restore_after_reset(const std::optional<protocol::Reset>& reset) {
