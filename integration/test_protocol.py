@@ -1,4 +1,5 @@
 """The protocol beyond what a driver does on a good day (PostgreSQL documentation, sections 55.2 and 55.7)."""
+import contextlib
 import hashlib
 import random
 import select
@@ -619,6 +620,42 @@ def test_large_query_text(small):
         value = value[:10 << 20]
         messages = w.ask(wire.parse(f"SELECT length('{value}')", "large"), wire.bind("large"), wire.execute(), wire.SYNC)
         assert kinds(messages) == "12DCZ" and messages[2].row == [str(len(value)).encode()]
+
+
+@contextlib.contextmanager
+def gate(pg):
+    """Shut until what it gives is called."""
+    with pg.admin(database=DATABASE) as holder:
+        holder.execute("SELECT pg_advisory_lock(4711)")
+        yield lambda: holder.execute("SELECT pg_advisory_unlock(4711)")
+
+
+BEHIND_THE_GATE = wire.parse("SELECT pg_advisory_xact_lock(4711)") + wire.bind() + wire.execute()
+
+
+PARSED, BOUND, CLOSED, ONE, SELECTED = b"1\0\0\0\4", b"2\0\0\0\4", b"3\0\0\0\4", b"D\0\0\0\x0b\0\1\0\0\0\x011", b"C\0\0\0\x0dSELECT 1\0"
+
+
+def test_a_long_pipeline_costs_what_its_statements_cost(proxies, pg):
+    """Not the square of their number."""
+    proxy = proxies({"pool": {"max": 2}})
+    statement = wire.parse("SELECT $1::int", types=[23]) + wire.bind("", ["1"]) + wire.execute()
+    reply = PARSED + BOUND + ONE + SELECTED
+    costs = []
+    for count in (15_000, 60_000):
+        with gate(pg) as release, raw(proxy, timeout=300) as w:
+            before = proxy.cpu_seconds()
+            sender = threading.Thread(target=lambda n: w.send(BEHIND_THE_GATE, statement * n, wire.SYNC), args=(count,), daemon=True)
+            sender.start()
+            time.sleep(1)  # let it fill; correctness doesn't depend on it
+            release()
+            assert kinds(w.recv() for _ in range(4)) == "12DC"
+            assert w.bytes(count * len(reply)) == reply * count
+            assert kinds(w.until()) == "Z"
+            costs.append(proxy.cpu_seconds() - before)
+            sender.join(60)
+            healthy(w)
+    assert costs[1] < 8 * costs[0] + 0.5, costs
 
 
 def test_slow_reader_holds_no_memory(proxies):

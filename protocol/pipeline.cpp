@@ -29,7 +29,7 @@ bool Pipeline::push(Owed owed) {
 
 std::optional<Owed> Pipeline::take_injection() {
   if (!injects()) return std::nullopt;
-  const Owed owed = at(head_);
+  const Owed owed = ring_.front();
   pop();
   return owed;
 }
@@ -39,33 +39,28 @@ bool Pipeline::take_held_sync() {
   return std::exchange(held_sync_, false);
 }
 
-void Pipeline::append(Owed owed) {
-  if (size() == ring_.size()) {
-    std::vector<Owed> larger(ring_.empty() ? 16 : ring_.size() * 2);
-    const std::size_t n = size();
-    for (std::size_t i = 0; i < n; ++i) larger[i] = at(head_ + i);
-    ring_ = std::move(larger);
-    head_ = 0;
-    tail_ = n;
-  }
-  at(tail_++) = owed;
-}
-
 // The server reads what follows the request that began a COPY in COPY mode: Syncs sent ahead, up to the client's CopyDone
 // or CopyFail, are ignored there.
 void Pipeline::begin_copy_in() {
   copy_in_ = true;
   copy_ended_ = false;
-  std::size_t kept = head_ + 1, i = head_ + 1;
-  for (; i != tail_ && (at(i).request == Request::Sync || at(i).verdict == Verdict::Inject); ++i)
-    if (at(i).request != Request::Sync) at(kept++) = at(i);  // what is injected isn't on its way to the server
-  copy_ended_ = i != tail_ && at(i).request == Request::CopyEnd;
+  std::size_t kept = ring_.begin() + 1, i = kept;
+  for (; i != ring_.end() && (ring_[i].request == Request::Sync || ring_[i].verdict == Verdict::Inject); ++i) {
+    if (ring_[i].request == Request::Sync)
+      count(ring_[i], -1);
+    else
+      ring_[kept++] = ring_[i];  // what is injected isn't on its way to the server
+  }
+  copy_ended_ = i != ring_.end() && ring_[i].request == Request::CopyEnd;
   if (kept == i) return;
-  for (; i != tail_; ++i) at(kept++) = at(i);
-  tail_ = kept;
+  count(ring_.front(), -1);
+  ring_.front().ready_behind = false;  // with the Sync that was to tell it
+  count(ring_.front(), 1);
+  for (; i != ring_.end(); ++i) ring_[kept++] = ring_[i];
+  ring_.truncate(kept);
   unsynced_ = false;
-  for (std::size_t j = head_; j != tail_; ++j) {
-    const Request request = at(j).request;
+  for (std::size_t j = ring_.begin(); j != ring_.end(); ++j) {
+    const Request request = ring_[j].request;
     if (request != Request::CopyEnd) unsynced_ = !ends_with_ready(request);
   }
 }

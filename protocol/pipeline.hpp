@@ -9,8 +9,8 @@
 #include <cstdint>
 #include <optional>
 #include <utility>
-#include <vector>
 
+#include "protocol/ring.hpp"
 #include "protocol/wire.hpp"
 
 namespace pgsidecar::protocol {
@@ -36,6 +36,8 @@ struct Owed {
   Verdict verdict = Verdict::Forward;
   OwnerId owner = kProxy;
   std::uint64_t note = 0;  ///< the caller's own; returned with the reply
+  /// Of a Query: the Sync behind it tells the client its ReadyForQuery, since the server may skip the Query.
+  bool ready_behind = false;
 };
 
 class Pipeline {
@@ -55,18 +57,20 @@ class Pipeline {
   std::optional<Reply> receive(Backend type, TxStatus status, Dropped&& dropped);
 
   /// The entry in front is one to inject now.
-  bool injects() const { return !empty() && ring_[head_ & mask()].verdict == Verdict::Inject; }
+  bool injects() const { return !empty() && ring_.front().verdict == Verdict::Inject; }
   std::optional<Owed> take_injection();
 
-  const Owed* front() const { return empty() ? nullptr : &ring_[head_ & mask()]; }
-  bool empty() const { return head_ == tail_; }
-  std::size_t size() const { return tail_ - head_; }
+  const Owed* front() const { return empty() ? nullptr : &ring_.front(); }
+  bool empty() const { return ring_.empty(); }
+  std::size_t size() const { return ring_.size(); }
+  std::size_t owed_to_clients() const { return owed_to_clients_; }  ///< of the entries, those that aren't the proxy's
+  std::size_t readies_owed() const { return readies_owed_; }        ///< how many ReadyForQuery clients are still to hear
   TxStatus status() const { return status_; }
   bool copy_in() const { return copy_in_; }
   /// The server says nothing before the client has sent the COPY's data or its end.
   bool awaits_copy_data() const { return copy_in_ && !copy_ended_; }
   /// What was sent behind a COPY isn't its data, and the server doesn't get to see it.
-  bool copy_interrupted() const { return awaits_copy_data() && size() > 1 && ring_[(head_ + 1) & mask()].verdict == Verdict::Inject; }
+  bool copy_interrupted() const { return awaits_copy_data() && size() > 1 && ring_[ring_.begin() + 1].verdict == Verdict::Inject; }
   /// CopyData is about to be sent. A COPY that reads any has read the Syncs before it, and ignored them.
   void note_copy_data() {
     if (!std::exchange(copy_data_, true)) held_sync_ = false;
@@ -80,30 +84,35 @@ class Pipeline {
   bool failed() const { return failed_; }
   template <class F>
   void for_each(F&& f) const {
-    for (std::size_t i = head_; i != tail_; ++i) f(ring_[i & mask()]);
+    for (std::size_t i = ring_.begin(); i != ring_.end(); ++i) f(ring_[i]);
   }
 
  private:
-  std::size_t mask() const { return ring_.size() - 1; }
-  Owed& at(std::size_t i) { return ring_[i & mask()]; }
-  void pop() {
-    ++head_;
-    skip_copy_ends();
+  void append(const Owed& owed) {
+    count(owed, 1);
+    ring_.push_back(owed);
   }
-  void skip_copy_ends() {
-    while (head_ != tail_ && at(head_).request == Request::CopyEnd) ++head_;
+  void remove_front() { count(ring_.pop_front(), -1); }
+  void pop() {
+    remove_front();
+    while (!empty() && ring_.front().request == Request::CopyEnd) remove_front();
   }
   /// The end of a COPY of the request in front: another one may follow.
   void drop_copy_end() {
-    if (head_ + 1 == tail_ || at(head_ + 1).request != Request::CopyEnd) return;
-    at(head_ + 1) = at(head_);
-    ++head_;
+    if (size() < 2 || ring_[ring_.begin() + 1].request != Request::CopyEnd) return;
+    std::swap(ring_.front(), ring_[ring_.begin() + 1]);
+    remove_front();
   }
-  void append(Owed owed);
+  void count(const Owed& owed, int by) {
+    if (owed.owner == kProxy) return;
+    owed_to_clients_ += static_cast<std::size_t>(by);
+    const bool told = ends_with_ready(owed.request) && owed.verdict == Verdict::Forward && !owed.ready_behind;
+    if (told) readies_owed_ += static_cast<std::size_t>(by);
+  }
   void begin_copy_in();
 
-  std::vector<Owed> ring_;  // size is a power of two
-  std::size_t head_ = 0, tail_ = 0;
+  Ring<Owed> ring_;
+  std::size_t owed_to_clients_ = 0, readies_owed_ = 0;
   TxStatus status_ = TxStatus::Idle;
   bool unsynced_ = false, failed_ = false, copy_in_ = false, copy_ended_ = false, held_sync_ = false;
   bool copy_data_ = false;  // sent behind the last request but Sync
@@ -112,7 +121,7 @@ class Pipeline {
 template <class Dropped>
 std::optional<Pipeline::Reply> Pipeline::receive(Backend type, TxStatus status, Dropped&& dropped) {
   if (empty()) return std::nullopt;
-  const Owed front = at(head_);
+  const Owed front = ring_.front();
   if (front.verdict == Verdict::Inject) return std::nullopt;
   using R = Request;
   const auto reply = [&](bool completes) {
@@ -132,9 +141,9 @@ std::optional<Pipeline::Reply> Pipeline::receive(Backend type, TxStatus status, 
         return reply(false);
       }
       copy_in_ = false;
-      while (head_ != tail_ && at(head_).request != R::Sync) {
-        const Owed skipped = at(head_);
-        ++head_;
+      while (!empty() && ring_.front().request != R::Sync) {
+        const Owed skipped = ring_.front();
+        remove_front();
         dropped(skipped);
       }
       failed_ = empty();

@@ -225,7 +225,8 @@ void ClientSession::on_answered(bool told) {
   if (told) {
     in_request_ = false;
     if (!answered() || server_->pipeline.unsynced()) begin_request();  // what it has sent behind
-    if (!pending_.empty()) undo_deallocations(false);
+    ++readies_told_;
+    while (!deallocations_.empty() && deallocations_.front().ready <= readies_told_) undo(deallocations_);
   }
   if (restore_due_ && answered() && !is_sending()) {
     restore_due_ = false;
@@ -425,9 +426,8 @@ void ClientSession::on_wait_failed(const protocol::ErrorFields& error) {
 void ClientSession::on_server_lost(const std::string& sqlstate, const std::string& message, bool in_transaction) {
   if (!server_) return;
   const auto& pipeline = server_->pipeline;
-  bool owed = pipeline.unsynced();  // an answer to the client
-  pipeline.for_each([&](const Owed& o) { owed |= o.owner == id_; });
-  const std::size_t readies = readies_owed(pipeline, id_);
+  bool owed = pipeline.unsynced() || !answered();  // an answer to the client
+  const std::size_t readies = pipeline.readies_owed();
   if (server_->sent_nothing() && !in_transaction && readies == 0) owed = false;
   // What it has sent behind them without waiting may belong to a transaction that is gone before it was one.
   boost::system::error_code ignored;
@@ -441,8 +441,8 @@ void ClientSession::on_server_lost(const std::string& sqlstate, const std::strin
   if (!tell_due_ && told_ != server_->told()) told_ = 0;  // it was told what its transaction has set
   server_ = nullptr;
   if (state_ == State::Greeting) return greet_elsewhere({"FATAL", sqlstate, message, {}, {}});
-  while (next_pending(false) != pending_.end()) on_name_done(false);
-  undo_deallocations(true);
+  while (!pending_.empty()) on_name_done(false);
+  while (!deallocations_.empty()) undo(deallocations_);
   parse_error_.reset();
   forget_residue();
   in_request_ = waits_for_answers_ = restore_due_ = ready_due_ = unnamed_here_ = tell_due_ = false;

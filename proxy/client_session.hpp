@@ -145,11 +145,12 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   struct Pending {
     /// Unkept: a Parse that changes no name here, since the server refuses it, or its text is too long.
     enum Kind : std::uint8_t { kParse, kUnkept, kClose, kDeallocate };
-    Kind kind;
+    Kind kind = kParse;
     std::string name;
     protocol::NamedStatement before{};  ///< for the client
     protocol::StatementRef adopted{};   ///< what the server knew by the name itself
-    std::size_t readies = 0;            ///< of DEALLOCATE: it is answered with this ReadyForQuery, counted from the next
+    std::uint64_t ready = 0;            ///< of DEALLOCATE: it is answered by then, as readies_told_ counts
+    std::size_t place = 0;              ///< of DEALLOCATE: ahead of this position in pending_
   };
 
   void transition(State next);
@@ -230,9 +231,8 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   void note_executed(std::string_view sql);
   bool adopt(std::string_view name, const protocol::StatementRef& statement);
   void adopt_as_meant(const std::string& name, const protocol::StatementRef& statement);
-  std::vector<Pending>::iterator next_pending(bool by_sql);
-  void undo(std::vector<Pending>::iterator done);
-  void undo_deallocations(bool all);
+  Pending* next_change(std::string_view name, std::size_t place);
+  void undo(protocol::Ring<Pending>& queue);
   enum Names : std::uint8_t { kNoNames = 0, kNames = 1, kUnnamed = 2 };
   bool names_settled(Names which);
   bool names_settled(std::string_view name);
@@ -268,11 +268,11 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   // fail; on the segment that is being sent, for those behind it. A request waits for that.
   std::uint8_t names_open_ = kNoNames, names_change_ = kNoNames;  // Names
   bool waits_for_answers_ = false;
-  bool unnamed_here_ = false;  // the unnamed statement was parsed in the segment that is being sent
-  bool ready_due_ = false;     // ServerConnection::on_ready, when its message is sent
-  bool restore_due_ = false;   // after a RESET, when the COPY beside it is over
-  bool tell_due_ = false;      // its server's parameters, when the server has its settings
-  std::uint32_t told_ = 0;     // ServerConnection::told()
+  bool unnamed_here_ = false;      // the unnamed statement was parsed in the segment that is being sent
+  bool ready_due_ = false;         // ServerConnection::on_ready, when its message is sent
+  bool restore_due_ = false;       // after a RESET, when the COPY beside it is over
+  bool tell_due_ = false;          // its server's parameters, when the server has its settings
+  std::uint32_t told_ = 0;         // ServerConnection::told()
   pool::Time connected_at_, sent_at_{};
   pool::Time unread_since_{};  // the client doesn't take what is there for it
   std::uint64_t request_ = 0;
@@ -287,7 +287,10 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   std::string cancel_key_;
   SettingsRef login_settings_;  // brought at its login
   std::unique_ptr<Pin> pin_;
-  std::vector<Pending> pending_;
+  // Each is answered in its own order: Parse and Close, and what SQL deallocates.
+  protocol::Ring<Pending> pending_, deallocations_;
+  std::size_t unnamed_ended_ = 0;             // the position in pending_ ahead of which nothing brings an unnamed statement back
+  std::uint64_t readies_told_ = 0;            // ReadyForQuery
   std::unique_ptr<std::string> parse_error_;  // the statement's name as the client has it
   std::unique_ptr<LostTransaction> lost_;
   std::unique_ptr<ClientConsole> console_;

@@ -44,9 +44,9 @@ void ClientSession::note_deallocations(std::string_view sql) {
   if (!rewrites() || pipeline.failed() || server_->in_failed_block()) return;
   const protocol::PreparedNames named = protocol::prepared_names(sql);
   if (named.closes_all) names_open_ |= kNames;
-  const std::size_t readies = readies_owed(pipeline, id_) + 1;
+  const std::uint64_t ready = readies_told_ + pipeline.readies_owed() + 1;
   for (const std::string& name : named.deallocated) {
-    pending_.push_back({Pending::kDeallocate, name, statements.look_up(name), server_->forget_adopted(name), readies});
+    deallocations_.push_back({Pending::kDeallocate, name, statements.look_up(name), server_->forget_adopted(name), ready, pending_.end()});
     statements.erase(name);
   }
 }
@@ -228,52 +228,49 @@ void ClientSession::evict() {
   }
 }
 
-std::vector<ClientSession::Pending>::iterator ClientSession::next_pending(bool by_sql) {
-  return std::find_if(pending_.begin(), pending_.end(), [=](const Pending& p) { return (p.kind == Pending::kDeallocate) == by_sql; });
-}
-
 bool ClientSession::pending_is_duplicate() {
-  const auto next = next_pending(false);
-  return next != pending_.end() && next->kind == Pending::kUnkept;
+  return !pending_.empty() && pending_.front().kind == Pending::kUnkept;
 }
 
 void ClientSession::on_deallocated() {
-  const auto done = next_pending(true);
-  if (done != pending_.end()) pending_.erase(done);
+  if (!deallocations_.empty()) deallocations_.pop_front();
 }
 
-void ClientSession::undo_deallocations(bool all) {
-  for (Pending& one : pending_)
-    if (one.kind == Pending::kDeallocate) one.readies = all ? 0 : one.readies - 1;
-  for (auto left = next_pending(true); left != pending_.end() && left->readies == 0; left = next_pending(true)) undo(left);
+/// What is the next to change the name, behind what was sent ahead of this position in pending_. Null: nothing.
+ClientSession::Pending* ClientSession::next_change(std::string_view name, std::size_t place) {
+  std::size_t at = std::max(place, pending_.begin());
+  while (at != pending_.end() && (pending_[at].kind == Pending::kUnkept || pending_[at].name != name)) ++at;
+  for (std::size_t i = deallocations_.begin(); i != deallocations_.end() && deallocations_[i].place <= at; ++i)
+    if (deallocations_[i].place >= place && deallocations_[i].name == name) return &deallocations_[i];
+  return at == pending_.end() ? nullptr : &pending_[at];
 }
 
-void ClientSession::undo(std::vector<Pending>::iterator done) {
-  const auto later =
-      std::find_if(std::next(done), pending_.end(), [&](const Pending& p) { return p.kind != Pending::kUnkept && p.name == done->name; });
-  if (later != pending_.end()) {
-    later->before = std::move(done->before);
-    later->adopted = std::move(done->adopted);
-  } else {
-    statements.erase(done->name);
-    if (done->before.statement) statements.set(done->name, std::move(done->before));
-    if (server_ && done->name.empty())
-      server_->statements.unnamed = std::move(done->adopted);
-    else if (server_)
-      server_->keep_adopted(done->name, done->adopted);
+/// Of the front of pending_ or deallocations_, which has failed or was skipped.
+void ClientSession::undo(protocol::Ring<Pending>& queue) {
+  const std::size_t behind = queue.begin() + 1;
+  Pending done = queue.pop_front();
+  if (Pending* const later = next_change(done.name, &queue == &pending_ ? behind : done.place)) {
+    later->before = std::move(done.before);
+    later->adopted = std::move(done.adopted);
+    return;
   }
-  pending_.erase(done);
+  statements.erase(done.name);
+  if (done.before.statement) statements.set(done.name, std::move(done.before));
+  if (server_ && done.name.empty())
+    server_->statements.unnamed = std::move(done.adopted);
+  else if (server_)
+    server_->keep_adopted(done.name, done.adopted);
 }
 
 void ClientSession::on_name_done(bool ok, bool skipped) {
-  const auto next = next_pending(false);
-  if (next == pending_.end()) return;
-  if (!ok && next->kind != Pending::kUnkept) {
-    if (next->kind == Pending::kParse && next->name.empty() && !skipped) next->before = {}, next->adopted.reset();  // it has ended that
-    return undo(next);
+  if (pending_.empty()) return;
+  Pending& next = pending_.front();
+  if (!ok && next.kind != Pending::kUnkept) {
+    if (next.kind == Pending::kParse && next.name.empty() && !skipped) next.before = {}, next.adopted.reset();  // it has ended that
+    return undo(pending_);
   }
-  if (!ok && !skipped) parse_error_ = std::make_unique<std::string>(std::move(next->name));
-  pending_.erase(next);
+  if (!ok && !skipped) parse_error_ = std::make_unique<std::string>(std::move(next.name));
+  pending_.pop_front();
 }
 
 const std::string* ClientSession::name_of(std::uint64_t id) const {
@@ -292,9 +289,7 @@ void ClientSession::end_segment() {
 }
 
 bool ClientSession::answered() const {
-  bool owed = false;
-  server_->pipeline.for_each([&](const protocol::Owed& one) { owed |= one.owner == id_; });
-  return !owed;
+  return server_->pipeline.owed_to_clients() == 0;
 }
 
 bool ClientSession::settled() const {

@@ -24,7 +24,8 @@ std::size_t footprint_of(const Channel& channel) {
 }  // namespace
 
 std::size_t ClientSession::footprint() const {
-  std::size_t bytes = sizeof *this + protocol::kNode + footprint_of(channel_) + statements.footprint() + protocol::footprint(pending_);
+  std::size_t bytes =
+      sizeof *this + protocol::kNode + footprint_of(channel_) + statements.footprint() + pending_.footprint() + deallocations_.footprint();
   if (console_) bytes += sizeof *console_;
   if (subscriber_) bytes += sizeof *subscriber_;
   return bytes;

@@ -204,14 +204,15 @@ std::size_t ClientSession::on_query(Bytes available, std::size_t total) {
     residue_ |= protocol::kUnreadable;
   }
   statements.clear_unnamed();
-  for (Pending& pending : pending_)
-    if (pending.name.empty()) pending.before = {}, pending.adopted.reset();
+  for (std::size_t at = std::max(unnamed_ended_, pending_.begin()); at != pending_.end(); ++at)
+    if (pending_[at].name.empty()) pending_[at].before = {}, pending_[at].adopted.reset();
+  unnamed_ended_ = pending_.end();
   server_->statements.unnamed.reset();
   ++entry_->pool.counters().queries;
-  server_->pipeline.push({Request::Query, Verdict::Forward, id_, statement});
+  server_->pipeline.push({Request::Query, Verdict::Forward, id_, statement, adopts});
   end_segment();
   relay(available, total);
-  if (adopts) server_->sync(Verdict::Forward, id_, kInPlace);  // if preparing what it names fails, the server skips it
+  if (adopts) server_->sync(Verdict::Forward, id_);  // if preparing what it names fails, the server skips it
   restore_after_reset(reset);
   return available.size();
 }
@@ -347,8 +348,7 @@ void ClientSession::parse_shared(const protocol::StatementRef& statement) {
   auto& counters = entry_->pool.counters();
   ++counters.clientParses;
   auto* const known = held.touch(statement);
-  bool behind = false;  // segments that may fail, so that the server would refuse it
-  pipeline.for_each([&](const protocol::Owed& one) { behind |= one.owner == id_ && protocol::ends_with_ready(one.request); });
+  const bool behind = pipeline.readies_owed() > 0;  // segments that may fail, so that the server would refuse it
   if (known && (behind || known->generation != generation)) {
     ++counters.preparedHits;
     known->shape = 0;

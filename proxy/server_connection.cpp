@@ -332,9 +332,7 @@ bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total
     // Who prepares a text anew must get a new plan: it may have other columns, and its names may be of something else.
     if (std::exchange(open_definition_, false)) on_redefined();
   }
-  bool forward = ours && owed.verdict == Verdict::Forward;
-  if (type == Backend::ReadyForQuery && owed.request == Request::Query)
-    if (const Owed* next = pipeline.front()) forward &= next->request != Request::Sync || next->note != kInPlace;
+  bool forward = ours && owed.verdict == Verdict::Forward && !(type == Backend::ReadyForQuery && owed.ready_behind);
   if (ours && (owed.verdict == Verdict::Forward || type == Backend::ErrorResponse)) note_answer(type, owed, available, total);
   if (ours && type == Backend::ReadyForQuery) {
     cancel_due_ = false;

@@ -34,19 +34,6 @@ struct PoolEntry;
 
 /// Notes of replies owed that aren't a statement's id. Of a client's Close: it is about a statement.
 constexpr std::uint64_t kOfStatement = 1;
-/// Of the proxy's Sync behind a client's simple query: its ReadyForQuery goes to the client in place of the query's, which may be skipped.
-constexpr std::uint64_t kInPlace = 1;
-/// How many ReadyForQuery the client is still to hear.
-inline std::size_t readies_owed(const protocol::Pipeline& pipeline, protocol::OwnerId client) {
-  std::size_t count = 0;
-  auto before = protocol::Request::Sync;
-  pipeline.for_each([&](const protocol::Owed& owed) {
-    const bool in_place = owed.request == protocol::Request::Sync && owed.note == kInPlace && before == protocol::Request::Query;
-    count += protocol::ends_with_ready(owed.request) && owed.owner == client && owed.verdict == protocol::Verdict::Forward && !in_place;
-    before = owed.request;
-  });
-  return count;
-}
 /// Of an error that the proxy has the server raise for the client.
 constexpr std::uint64_t kRaised = ~std::uint64_t{0};
 /// Of the proxy's own queries.

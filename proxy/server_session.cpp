@@ -242,7 +242,7 @@ void ServerConnection::close_adopted() {
 
 void ServerConnection::restore_within(const Settings& login, const std::optional<protocol::Reset>& reset) {
   reset_unread_ |= !reset;
-  const bool in_transaction = pipeline.status() != protocol::TxStatus::Idle || readies_owed(pipeline, client_->id()) > 1;  // may be by then
+  const bool in_transaction = pipeline.status() != protocol::TxStatus::Idle || pipeline.readies_owed() > 1;  // may be by then
   run_within(restore_statements(login.values, reset, in_transaction), kRestore);
 }
 

@@ -11,9 +11,14 @@ using namespace pgsidecar::protocol;
 namespace {
 
 void check(const Pipeline& pipeline) {
-  std::size_t n = 0;
-  pipeline.for_each([&](const Owed&) { ++n; });
+  std::size_t n = 0, of_clients = 0, readies = 0;
+  pipeline.for_each([&](const Owed& owed) {
+    ++n;
+    of_clients += owed.owner != kProxy;
+    readies += owed.owner != kProxy && ends_with_ready(owed.request) && owed.verdict == Verdict::Forward && !owed.ready_behind;
+  });
   require(n == pipeline.size() && pipeline.empty() == (n == 0), "sizes agree");
+  require(of_clients == pipeline.owed_to_clients() && readies == pipeline.readies_owed(), "what clients are owed is counted");
   require(pipeline.empty() == (pipeline.front() == nullptr), "the front is there");
   if (pipeline.front()) require(pipeline.front()->request != Request::CopyEnd, "nothing is owed for the end of a COPY");
   if (pipeline.releasable())
@@ -31,6 +36,7 @@ void rubbish(Choices& choices) {
       case 2: {
         Owed owed{static_cast<Request>(choices.below(9)), static_cast<Verdict>(choices.below(3)), choices.below(3), 0};
         owed.note = ++pushed;
+        owed.ready_behind = owed.request == Request::Query && pushed % 2 == 0;
         pipeline.push(owed);
         require(pipeline.size() <= before + 1, "one request is one entry");
         break;

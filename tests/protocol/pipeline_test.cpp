@@ -293,6 +293,7 @@ TEST(Pipeline, Conversations) {
         continue;
       }
       while (s.pipeline.take_injection()) continue;
+      EXPECT_EQ(s.pipeline.owed_to_clients(), s.pipeline.size()) << row.what << ": " << (c - row.script);
       if (server) {
         ASSERT_TRUE(s.hear(*c)) << row.what << ": " << (c - row.script);
         continue;
@@ -311,6 +312,7 @@ TEST(Pipeline, Conversations) {
       }
     }
     while (s.pipeline.take_injection()) continue;
+    EXPECT_EQ(s.pipeline.readies_owed(), 0u) << row.what;
     EXPECT_EQ(s.pipeline.failed(), row.failed) << row.what;
     EXPECT_EQ(s.pipeline.unsynced(), row.unsynced) << row.what;
     EXPECT_EQ(s.pipeline.releasable(), row.releasable) << row.what;
@@ -358,6 +360,67 @@ TEST(Pipeline, WhatTheServerCannotSayNow) {
     }
   Script none;
   for (const char c : std::string("12CDTZEGn")) EXPECT_FALSE(none.hear(c)) << c;
+}
+
+TEST(Pipeline, WhatClientsAreOwed) {
+  Script s;
+  s.ask(Request::Query, Verdict::Skip, kProxy);
+  for (const Request r : {Request::Parse, Request::Bind, Request::Execute, Request::Sync}) s.ask(r);
+  s.ask(Request::Sync, Verdict::Skip, kProxy);
+  s.ask(Request::Close, Verdict::Inject);
+  s.ask(Request::FunctionCall);
+  EXPECT_EQ(s.pipeline.owed_to_clients(), 6u);
+  EXPECT_EQ(s.pipeline.readies_owed(), 2u);
+  EXPECT_TRUE(s.all("CZ1"));
+  EXPECT_EQ(s.pipeline.owed_to_clients(), 5u);
+  EXPECT_TRUE(s.all("EZ"));  // skips Bind and Execute
+  EXPECT_EQ(s.pipeline.owed_to_clients(), 2u);
+  EXPECT_EQ(s.pipeline.readies_owed(), 1u);
+  EXPECT_TRUE(s.all("Z"));
+  EXPECT_TRUE(s.pipeline.take_injection());
+  EXPECT_TRUE(s.all("VZ"));
+  EXPECT_EQ(s.pipeline.owed_to_clients(), 0u);
+  EXPECT_EQ(s.pipeline.readies_owed(), 0u);
+}
+
+// What is in front of a Query may fail, and then the Sync behind it answers for it; a COPY's data takes that Sync away.
+TEST(Pipeline, AQueryWhoseReadyForQueryIsThatOfASync) {
+  for (const std::string replies : {"1CZZ", "EZ", "1EZZ", "1GCZ", "1GEZ"}) {
+    Script s;
+    s.ask(Request::Parse, Verdict::Skip);
+    s.pipeline.push({Request::Query, Verdict::Forward, kA, 0, true});
+    s.ask(Request::Sync);
+    EXPECT_EQ(s.pipeline.readies_owed(), 1u) << replies;
+    std::size_t told = 0;
+    for (const char c : replies) {
+      const auto reply = s.hear(c);
+      ASSERT_TRUE(reply) << replies;
+      told += c == 'Z' && !reply->owed.ready_behind;
+      if (c == 'G') s.ask(Request::CopyEnd);
+      EXPECT_EQ(s.pipeline.readies_owed() + told, 1u) << replies << ": " << c;
+    }
+    EXPECT_TRUE(s.pipeline.releasable()) << replies;
+  }
+}
+
+TEST(Ring, PositionsStay) {
+  Ring<std::string> ring;
+  for (int i = 0; i < 3000; ++i) {
+    ring.push_back(std::to_string(i));
+    if (i % 3 == 2) {
+      EXPECT_EQ(ring.pop_front(), std::to_string(i / 3));
+    }
+    EXPECT_EQ(ring[ring.begin()], std::to_string(ring.begin()));
+    EXPECT_EQ(ring[ring.end() - 1], std::to_string(i));
+  }
+  ring.truncate(2000);
+  EXPECT_EQ(ring.size(), 1000u);
+  const std::size_t full = ring.footprint();
+  while (!ring.empty()) ring.pop_front();
+  EXPECT_EQ(ring.begin(), 2000u);
+  EXPECT_LT(ring.footprint(), full) << "what a burst has taken is given back";
+  ring.push_back("again");
+  EXPECT_EQ(ring.front(), "again");
 }
 
 TEST(Pipeline, TheRingGrowsAndWraps) {
