@@ -636,6 +636,38 @@ BEHIND_THE_GATE = wire.parse("SELECT pg_advisory_xact_lock(4711)") + wire.bind()
 PARSED, BOUND, CLOSED, ONE, SELECTED = b"1\0\0\0\4", b"2\0\0\0\4", b"3\0\0\0\4", b"D\0\0\0\x0b\0\1\0\0\0\x011", b"C\0\0\0\x0dSELECT 1\0"
 
 
+@pytest.mark.parametrize("message, reply, count", [
+    (wire.close("S", "x"), CLOSED, 1_000_000),
+    (wire.close("S", "x") + wire.parse("SELECT 1", "x"), CLOSED + PARSED, 400_000)], ids=["close", "close and parse"])
+def test_what_the_proxy_answers_itself_waits_in_little_memory(proxies, pg, message, reply, count):
+    proxy = proxies({"pool": {"max": 2}})
+    with gate(pg) as release, raw(proxy, timeout=300) as w, raw(proxy, timeout=300) as other:
+        before, sent = proxy.rss_kb(), []
+        w.send(BEHIND_THE_GATE)
+
+        def send():
+            for part in range(100):
+                w.send(message * (count // 100))
+                sent.append(part)
+            w.send(wire.SYNC)
+        sender = threading.Thread(target=send, daemon=True)
+        sender.start()
+        seen = -1
+        while sender.is_alive() and len(sent) != seen:  # until it isn't read any more, though others are
+            seen = len(sent)
+            for _ in range(20):
+                time.sleep(0.05)
+                healthy(other)
+        if not harness.sanitized():
+            assert proxy.rss_kb() - before < 32 * 1024
+        release()
+        assert kinds(w.recv() for _ in range(4)) == "12DC"
+        assert w.bytes(count * len(reply)) == reply * count
+        assert kinds(w.until()) == "Z"
+        sender.join(60)
+        healthy(w)
+
+
 def test_a_long_pipeline_costs_what_its_statements_cost(proxies, pg):
     """Not the square of their number."""
     proxy = proxies({"pool": {"max": 2}})

@@ -236,7 +236,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   enum Names : std::uint8_t { kNoNames = 0, kNames = 1, kUnnamed = 2 };
   bool names_settled(Names which);
   bool names_settled(std::string_view name);
-  std::size_t wait_for_answers();
+  std::size_t wait_for_answers(std::size_t unanswered = 0);
   bool reads_otherwise(const protocol::Statement& statement) const;
   bool is_private(std::string_view name, const protocol::StatementRef& statement) const;
   bool meaning_known(const protocol::Statement& statement);
@@ -268,6 +268,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   // fail; on the segment that is being sent, for those behind it. A request waits for that.
   std::uint8_t names_open_ = kNoNames, names_change_ = kNoNames;  // Names
   bool waits_for_answers_ = false;
+  std::size_t waited_for_to_ = 0;  // so many may be left
   bool unnamed_here_ = false;      // the unnamed statement was parsed in the segment that is being sent
   bool ready_due_ = false;         // ServerConnection::on_ready, when its message is sent
   bool restore_due_ = false;       // after a RESET, when the COPY beside it is over

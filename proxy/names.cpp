@@ -306,9 +306,12 @@ bool ClientSession::names_settled(Names which) {
   return true;
 }
 
-/// The request is looked at anew when all that was sent before is settled, or a COPY's data is waited for. Returns 0.
-std::size_t ClientSession::wait_for_answers() {
+/// The request is looked at anew when of what was sent before no more than `unanswered` isn't answered (0: all is settled), or a COPY's
+/// data is waited for.
+/// The server is asked for what it keeps back until a Sync, so that it comes. Returns 0.
+std::size_t ClientSession::wait_for_answers(std::size_t unanswered) {
   waits_for_answers_ = true;
+  waited_for_to_ = unanswered;
   if (server_->pipeline.unsynced()) server_->flush();
   return 0;
 }
@@ -318,7 +321,8 @@ bool ClientSession::names_settled(std::string_view name) {
 }
 
 void ClientSession::on_maybe_answered() {
-  if (!settled() && !server_->pipeline.awaits_copy_data()) return;
+  const bool enough = waited_for_to_ > 0 ? server_->pipeline.owed_to_clients() <= waited_for_to_ : settled();
+  if (!enough && !server_->pipeline.awaits_copy_data()) return;
   waits_for_answers_ = false;
   worker_.run_later(*this);
 }

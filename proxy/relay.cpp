@@ -22,6 +22,7 @@ using protocol::Verdict;
 namespace {
 
 constexpr std::size_t kMaxNames = 8 * 1024;  // of a message whose names are read
+constexpr std::size_t kMostOwed = 8 * 1024;  // replies to a client that isn't read from any more
 
 bool has_several_statements(std::string_view sql) {
   return sql.find(';') < sql.find_last_not_of("; \t\r\n") + 1;
@@ -104,6 +105,7 @@ std::size_t ClientSession::on_request(char type, Bytes available, std::size_t to
     end_interrupted_copy();
     return 0;
   }
+  if (server_->pipeline.owed_to_clients() >= kMostOwed && !server_->pipeline.awaits_copy_data()) return wait_for_answers(kMostOwed / 2);
   if (server_->pipeline.empty()) begin_execution();
   server_->apply_settings();
   switch (type) {

@@ -165,7 +165,9 @@ std::size_t ServerConnection::process(Bytes in) {
       if (pass_forward_ && client_) out.add(left.data(), n);
       pass_left_ -= n;
       at += n;
-      if (pass_left_ == 0 && pipeline.injects()) inject();
+      if (pass_left_ > 0 || !pipeline.injects()) continue;
+      inject();
+      if (client_ && client_->waits_for_answers()) client_->on_maybe_answered();
       continue;
     }
     if (const std::size_t rows = is_row(left[0]) ? pass_rows(left) : 0) {
