@@ -690,6 +690,42 @@ def test_a_long_pipeline_costs_what_its_statements_cost(proxies, pg):
     assert costs[1] < 8 * costs[0] + 0.5, costs
 
 
+def long_text(n, size=1_000_000):
+    return f"SELECT {n} /*{'x' * size}*/"
+
+
+def texts_held(proxy):
+    return proxy.json("/api/monitoring/profile")[1]["memory"]["owners"]["statements"]
+
+
+def test_long_texts_of_idle_clients_are_few(proxies):
+    proxy = proxies({"pool": {"max": 2}})
+    clients = [raw(proxy) for _ in range(30)]
+    for n, w in enumerate(clients):
+        assert kinds(w.ask(wire.parse(long_text(n)), wire.bind(), wire.execute(), wire.SYNC)) == "12DCZ"
+    assert texts_held(proxy) < 12 << 20
+    # Who prepares in one request what it executes in the next isn't concerned.
+    assert kinds(clients[-1].ask(wire.describe("S"), wire.SYNC)) == "tTZ"
+    assert clients[-1].ask(wire.bind(), wire.execute(), wire.SYNC)[1].row == [b"29"]
+    for asked in (wire.bind() + wire.execute(), wire.describe("S")):
+        messages = clients[0].ask(asked, wire.SYNC)
+        assert kinds(messages) == "EZ" and messages[0].error["C"] == "0A000" and "too long to be kept" in messages[0].error["M"]
+    assert kinds(clients[0].ask(wire.parse(long_text(0)), wire.bind(), wire.execute(), wire.SYNC)) == "12DCZ"
+    for w in clients:
+        healthy(w)
+        w.sock.close()
+
+
+def test_long_texts_on_a_server_connection_are_few(proxies):
+    proxy = proxies({"pool": {"max": 1}})
+    with raw(proxy) as w:
+        for n in range(30):
+            assert kinds(w.ask(wire.parse(long_text(n), f"n{n}"), wire.SYNC)) == "1Z"
+        for n in (29, 0, 15, 0):
+            assert w.ask(wire.bind(f"n{n}"), wire.execute(), wire.SYNC)[1].row == [str(n).encode()]
+    harness.poll(lambda: texts_held(proxy) < 12 << 20, what="the texts of a client that has left are few")
+
+
 def test_slow_reader_holds_no_memory(proxies):
     proxy = proxies({"pool": {"max": 2}})
     with raw(proxy, timeout=60) as slow:

@@ -182,6 +182,38 @@ void ClientStatements::erase(std::string_view name) {
     named_->erase(name);
 }
 
+std::size_t ClientStatements::long_unnamed() const {
+  const std::size_t size = unnamed_.statement ? unnamed_.statement->body.size() : 0;
+  return size > kLongText ? size : 0;
+}
+
+void ClientStatements::drop_unnamed() {
+  static const StatementRef kGone = std::make_shared<const Statement>();
+  unnamed_ = {kGone};
+}
+
+void LongTexts::keep(ClientStatements& of) {
+  const std::size_t size = of.long_unnamed();
+  if (size == 0) return;
+  kept_.push_back({&of, size});
+  bytes_ += size;
+  while (bytes_ > kMost && kept_.size() > 1) {
+    if (kept_.front().of->long_unnamed() != 0) kept_.front().of->drop_unnamed();
+    erase(kept_.begin());
+  }
+}
+
+void LongTexts::let_go(const ClientStatements& of) {
+  const auto kept = std::ranges::find(kept_, &of, &Kept::of);
+  if (kept != kept_.end()) erase(kept);
+}
+
+void LongTexts::erase(std::vector<Kept>::iterator kept) {
+  bytes_ -= kept->bytes;
+  kept_.erase(kept);
+  if (kept_.empty()) kept_.shrink_to_fit();
+}
+
 ServerStatements::Held* ServerStatements::touch(const StatementRef& statement) {
   const auto it = map_.find(statement->id);
   if (it == map_.end()) return nullptr;
@@ -192,6 +224,7 @@ ServerStatements::Held* ServerStatements::touch(const StatementRef& statement) {
 ServerStatements::Held& ServerStatements::add(const StatementRef& statement, std::uint32_t generation) {
   if (Held* const held = touch(statement)) return *held;
   order_.push_front({statement, generation});
+  bytes_ += statement->body.size();
   map_.emplace(statement->id, order_.begin());
   return order_.front();
 }
@@ -209,6 +242,7 @@ StatementRef ServerStatements::find(std::uint64_t id) const {
 void ServerStatements::erase(std::uint64_t id) {
   const auto it = map_.find(id);
   if (it == map_.end()) return;
+  bytes_ -= it->second->statement->body.size();
   order_.erase(it->second);
   map_.erase(it);
 }
@@ -216,11 +250,17 @@ void ServerStatements::erase(std::uint64_t id) {
 void ServerStatements::clear() {
   order_.clear();
   map_.clear();
+  bytes_ = 0;
   unnamed.reset();
 }
 
+void ServerStatements::drop_long_unnamed() {
+  if (unnamed && unnamed->body.size() > kLongText) unnamed.reset();
+}
+
 StatementRef ServerStatements::evict(std::size_t limit) {
-  if (order_.size() <= limit) return nullptr;
+  const bool too_long = bytes_ > kMostBytes && order_.size() > 1;  // the last one is about to be used
+  if (order_.size() <= limit && !too_long) return nullptr;
   StatementRef last = order_.back().statement;
   erase(last->id);
   return last;

@@ -106,6 +106,8 @@ struct NamedStatement {
   std::uint32_t shape = 0;       ///< shape_of its parameters and columns, as the client was told last; 0: it wasn't told
 };
 
+inline constexpr std::size_t kLongText = 64 * 1024;  ///< of a statement
+
 /// A client's names. Few per client, so a small vector would do; a map keeps the bound of thousands cheap.
 class ClientStatements {
  public:
@@ -125,6 +127,8 @@ class ClientStatements {
       for (const auto& [name, named] : *named_) f(name, named.statement);
   }
   void clear_unnamed() { unnamed_ = {}; }
+  std::size_t long_unnamed() const;  ///< the length of the unnamed statement, if it is a long one; else 0
+  void drop_unnamed();               ///< there is one still, but its text is gone
   std::size_t size() const { return named_ ? named_->size() : 0; }
   std::size_t footprint() const { return named_ ? sizeof *named_ + footprint_of_slots(*named_) : 0; }
 
@@ -136,9 +140,32 @@ class ClientStatements {
   std::unique_ptr<StringMap<NamedStatement>> named_;
 };
 
+/// The long texts that clients keep in unnamed statements without having a server connection: those who prepare in one request what they
+/// execute in the next find them, but in all there are no more than a few.
+class LongTexts {
+ public:
+  static constexpr std::size_t kMost = 8u << 20;  ///< bytes, or a single text
+
+  void keep(ClientStatements& of);  ///< drops what was kept first, if it is too much
+  void let_go(const ClientStatements& of);
+  std::size_t bytes() const { return bytes_; }
+
+ private:
+  struct Kept {
+    ClientStatements* of;
+    std::size_t bytes;
+  };
+  void erase(std::vector<Kept>::iterator kept);
+
+  std::vector<Kept> kept_;  // the first kept first
+  std::size_t bytes_ = 0;
+};
+
 /// What is prepared on one server connection, least recently used last.
 class ServerStatements {
  public:
+  static constexpr std::size_t kMostBytes = 8u << 20;  ///< of texts
+
   struct Held {
     StatementRef statement;
     std::uint32_t generation = 0;  ///< in which it was prepared
@@ -155,17 +182,22 @@ class ServerStatements {
   void clear();
   template <class F>
   void erase_if(F&& f) {
-    std::erase_if(order_, [&](const Held& held) { return f(held) && map_.erase(held.statement->id) > 0; });
+    for (auto it = order_.begin(); it != order_.end();) {
+      const auto held = it++;
+      if (f(std::as_const(*held))) erase(held->statement->id);
+    }
   }
-  /// A statement to close because more than `limit` are prepared; nullptr if none. It is forgotten.
+  /// A statement to close because more than `limit` are prepared, or longer ones than kMostBytes in all; nullptr if none. It is forgotten.
   StatementRef evict(std::size_t limit);
   std::size_t size() const { return order_.size(); }
   std::size_t footprint() const { return footprint_of_nodes(order_) + footprint_of_slots(map_); }
+  void drop_long_unnamed();
   StatementRef unnamed;  ///< what the server's unnamed statement holds, if known
 
  private:
   std::list<Held> order_;
   boost::unordered_flat_map<std::uint64_t, std::list<Held>::iterator> map_;
+  std::size_t bytes_ = 0;
 };
 
 /// Of the proxy's names for statements on a server connection.

@@ -46,6 +46,8 @@ void ClientSession::transition(State next) {
     wait_micros_ = pool::micros(worker_.now() - request_since);
     entry_->pool.counters().wait.record(wait_micros_);
   }
+  if (state_ == State::Ready) worker_.long_texts.let_go(statements);
+  if (next == State::Ready) worker_.long_texts.keep(statements);
   state_ = next;
 }
 
@@ -366,6 +368,7 @@ void ClientSession::release() {
 ServerConnection* ClientSession::surrender() {
   ServerConnection* server = std::exchange(server_, nullptr);
   if (!tell_due_) told_ = server->told();
+  server->statements.drop_long_unnamed();
   if (server->queued() > 0) resume_reading();  // it may have waited for that
   ready_due_ = false;
   forget_residue();

@@ -204,7 +204,8 @@ void ClientSession::tell_shape() {
 
 void ClientSession::prepare_unnamed(const protocol::StatementRef& statement) {
   if (server_->statements.unnamed == statement) return;
-  if (statement->body.empty()) return close_unnamed();  // was too long to be kept
+  if (statement->body.empty())
+    return server_->raise(false, "the text of the unnamed statement was too long to be kept", "Parse it anew, ahead of each Bind.");
   parse_as_meant(*statement, [&] {
     worker_.to_server.own(
         [&](std::string& out) { protocol::Writer(out).begin(protocol::Frontend::Parse).cstring("").bytes(statement->body).end(); });

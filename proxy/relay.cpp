@@ -454,7 +454,8 @@ std::size_t ClientSession::on_bind(Bytes available, std::size_t total) {
   server_->running.untold = 0;
   auto& queries = entry_->pool.counters().queries;
   // The unnamed one is prepared by a name where the client knows what it looks like, so that it is held against that.
-  const bool by_name = name.empty() ? named.shape != 0 && server_->statements.unnamed != statement : !is_private(name, statement);
+  const bool by_name = name.empty() ? named.shape != 0 && !statement->body.empty() && server_->statements.unnamed != statement
+                                    : !is_private(name, statement);
   if (!statement || !by_name || names_others) {
     ++queries;
     if (!statement && name.empty()) close_unnamed();

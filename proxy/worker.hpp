@@ -243,6 +243,7 @@ class Worker {
   std::uint64_t next_request() { return ++last_request_; }
   Gather to_client, to_server;  // of the turn that is running
   protocol::StatementCache statements;
+  protocol::LongTexts long_texts;
   const protocol::StatementRef nothing = statements.make({"\0\0\0", 3}, {});  ///< an empty text, without parameters
   protocol::SqlMemory sql_memory;
   protocol::ScramKeyCache scram_keys;

@@ -93,6 +93,68 @@ TEST(ServerStatements, LeastRecentlyUsedLeaves) {
   EXPECT_FALSE(server.touch(a));
 }
 
+TEST(ServerStatements, LongOnesLeaveEarlier) {
+  StatementCache cache;
+  ServerStatements server;
+  const auto text = [&](char c) { return cache.intern(std::string(ServerStatements::kMostBytes / 2 - 10, c)); };
+  const auto a = text('a'), b = text('b'), c = text('c'), whole = cache.intern(std::string(2 * ServerStatements::kMostBytes, 'w'));
+  server.add(a, 1);
+  server.add(b, 1);
+  EXPECT_FALSE(server.evict(500));
+  server.add(c, 1);
+  EXPECT_EQ(server.evict(500), a);
+  EXPECT_FALSE(server.evict(500));
+  server.erase_if([&](const auto& held) { return held.statement == b; });
+  server.add(a, 1);
+  EXPECT_FALSE(server.evict(500)) << "what was closed doesn't count";
+  server.add(whole, 1);
+  EXPECT_EQ(server.evict(500), c);
+  EXPECT_EQ(server.evict(500), a);
+  EXPECT_FALSE(server.evict(500)) << "the last one stays, whatever its length";
+  server.clear();
+  server.add(b, 1);
+  server.add(c, 1);
+  EXPECT_FALSE(server.evict(500));
+}
+
+TEST(ServerStatements, ALongUnnamedOneIsDropped) {
+  StatementCache cache;
+  ServerStatements server;
+  for (const std::size_t length : {kLongText, kLongText + 1}) {
+    server.unnamed = cache.intern(std::string(length, 'x'));
+    server.drop_long_unnamed();
+    EXPECT_EQ(server.unnamed == nullptr, length > kLongText);
+  }
+}
+
+TEST(LongTexts, AFewInAll) {
+  StatementCache cache;
+  LongTexts kept;
+  ClientStatements clients[100], short_one;
+  short_one.set("", cache.intern("SELECT 1"));
+  kept.keep(short_one);
+  EXPECT_EQ(kept.bytes(), 0u);
+  const std::size_t length = 1 << 20;
+  for (std::size_t i = 0; i < 100; ++i) {
+    clients[i].set("", cache.intern(std::to_string(i) + std::string(length, 'x')));
+    kept.keep(clients[i]);
+    EXPECT_LE(kept.bytes(), LongTexts::kMost);
+  }
+  EXPECT_LT(cache.footprint(), LongTexts::kMost + length);
+  EXPECT_NE(clients[99].long_unnamed(), 0u);
+  EXPECT_EQ(clients[0].long_unnamed(), 0u);
+  EXPECT_TRUE(clients[0].find("")) << "there is one, of which a Bind may be told";
+  EXPECT_TRUE(clients[0].find("")->body.empty());
+  kept.let_go(clients[99]);
+  kept.keep(clients[99]);
+  clients[98].clear_unnamed();  // by what the proxy answered itself
+  for (std::size_t i = 90; i < 100; ++i) kept.let_go(clients[i]);
+  EXPECT_EQ(kept.bytes(), 0u);
+  clients[1].set("", cache.intern(std::string(2 * LongTexts::kMost, 'y')));
+  kept.keep(clients[1]);
+  EXPECT_NE(clients[1].long_unnamed(), 0u) << "one is kept, whatever its length";
+}
+
 TEST(ServerStatements, TheShapeIsThatOfWhatIsPrepared) {
   StatementCache cache;
   ServerStatements server;
