@@ -16,7 +16,7 @@ namespace pgsidecar::pool {
 using Hook = boost::intrusive::list_base_hook<boost::intrusive::link_mode<boost::intrusive::auto_unlink>>;
 
 struct Permits {
-  std::uint32_t held = 0, leaving = 0;
+  std::uint32_t held = 0, leaving = 0, stuck = 0;
 };
 
 /// One of the pool's `max` places. A member of the connection, so that the count can't leak.
@@ -31,16 +31,23 @@ class Permit {
     if (permits_ && !leaving_) ++permits_->leaving;
     leaving_ = true;
   }
+  /// The server doesn't close it: nobody counts on its place becoming free soon.
+  void stick() {
+    if (permits_ && !stuck_) ++permits_->stuck;
+    stuck_ = true;
+  }
+  bool stuck() const { return stuck_; }
   void release() {
     if (!permits_) return;
     --permits_->held;
     if (leaving_) --permits_->leaving;
+    if (stuck_) --permits_->stuck;
     permits_ = nullptr;
   }
 
  private:
   Permits* permits_;
-  bool leaving_ = false;
+  bool leaving_ = false, stuck_ = false;
 };
 
 /// A server connection as the pool sees it. On the idle list while nobody has leased it.
@@ -67,6 +74,7 @@ class Pool {
   Permits& permits() { return permits_; }
   std::uint32_t open() const { return permits_.held; }                        ///< those being opened and closed included
   std::uint32_t staying() const { return permits_.held - permits_.leaving; }  ///< those being closed left out
+  std::uint32_t stuck() const { return permits_.stuck; }                      ///< of those being closed, which the server doesn't end
   /// Places that another process has, for a time (an online restart).
   void set_lent(std::uint32_t places) { lent_ = places; }
   std::uint32_t lent() const { return lent_; }

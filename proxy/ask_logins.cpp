@@ -66,8 +66,8 @@ bool Worker::serve_login(PoolEntry& entry, const ServerConnection::Login& login)
     open_server(entry, login);
     return true;
   }
-  if (entry.pool.staying() < entry.pool.open()) return false;  // a place is about to be free
-  if (known && !entry.pool.any_idle()) return tell(accept);    // all are in use: it can't be asked again
+  if (entry.pool.staying() + entry.pool.stuck() < entry.pool.open()) return false;  // a place is about to be free
+  if (known && !entry.pool.any_idle()) return tell(accept);                         // all are in use: it can't be asked again
   if (is_next) make_room(entry);
   return false;
 }

@@ -31,7 +31,7 @@ class TimeLimit {
       : timer_(worker.loop()), begun_(asio::steady_timer::clock_type::now()), all_(millis), state_(std::make_shared<State>()) {
     arm(until_answered);
   }
-  ~TimeLimit() { state_->socket = nullptr; }
+  ~TimeLimit() { state_->over = true; }
   void watch(Socket& socket) { state_->socket = &socket; }
   void answered() {
     if (millis_ != all_) arm(all_);
@@ -42,19 +42,22 @@ class TimeLimit {
  private:
   struct State {
     Socket* socket = nullptr;
-    bool expired = false;
+    bool expired = false, over = false;
   };
 
   void arm(std::uint32_t millis) {
     millis_ = millis;
-    timer_.expires_at(begun_ + std::chrono::milliseconds(millis));
-    timer_.async_wait([state = state_](const boost::system::error_code& stopped) {
-      if (stopped) return;
+    wait_until(begun_ + std::chrono::milliseconds(millis));
+  }
+
+  void wait_until(asio::steady_timer::time_point at) {
+    timer_.expires_at(at);
+    timer_.async_wait([this, state = state_](const boost::system::error_code& stopped) {
+      if (stopped || state->over) return;
       state->expired = true;
       boost::system::error_code ignored;
-      if (!state->socket) return;
-      state->socket->cancel(ignored);
-      state->socket->shutdown(Socket::shutdown_both, ignored);  // so that no later wait is forever
+      if (state->socket) state->socket->cancel(ignored);
+      wait_until(asio::steady_timer::clock_type::now() + std::chrono::milliseconds(100));  // so that no later wait is forever
     });
   }
 
@@ -357,6 +360,11 @@ awaitable<std::string> ServerConnection::log_in(std::shared_ptr<const Upstream> 
     failure = e.code().message();
   }
   if (limit.expired()) failure = "timeout expired after " + std::to_string(limit.millis()) + " ms";
+  // The server goes on until it notices. Of other failures it knows itself.
+  if (channel_ && (limit.expired() || unfit_)) {
+    worker_.see_off(entry_, std::move(*channel_), target);
+    channel_.reset();
+  }
   if (failure.empty()) {
     upstream_ = std::move(upstream);
     target_ = std::move(target);

@@ -26,6 +26,8 @@ namespace {
 constexpr std::size_t kMaxParsed = 1u << 20;                         // of a message of the server that is looked into
 constexpr auto kSoon = std::chrono::milliseconds(100);               // in which a survey is answered
 constexpr auto kBetweenStatements = std::chrono::milliseconds(100);  // a server that has answered one may ignore a cancel request
+constexpr auto kEnd = std::chrono::seconds(5);                       // in which a server that is well has ended
+constexpr auto kLastWait = std::chrono::minutes(3);                  // for a server's end that is overdue
 constexpr auto kUnused = std::chrono::seconds(2);                    // a connection that ends so early was of no use to anybody
 
 /// Messages that are looked into and so wanted whole.
@@ -618,8 +620,12 @@ void ServerConnection::on_deadline(pool::Time now) {
     deadline = now + std::chrono::seconds(1);
     return;
   }
-  if (state_ == State::Closing) return closed();
-  close(pool::CloseReason::Broken);
+  if (state_ != State::Closing) return close(pool::CloseReason::Broken);
+  if (permit_.stuck()) return closed();
+  permit_.stick();
+  deadline = now + kLastWait;
+  log::warn("server_stuck", about(), "server {} ({}@{}, pid {}): the server doesn't end it; until it does it counts for pool.max", id_,
+            entry_.user, entry_.database, pid_);
 }
 
 // --- the end
@@ -642,7 +648,7 @@ void ServerConnection::lost(const std::string& sqlstate, const std::string& reas
   if (state_ == State::Idle && sqlstate.starts_with("57P")) worker_.saw_suspend(entry_);
   unlink();
   transition(State::Closing);
-  deadline = worker_.now() + std::chrono::seconds(5);
+  deadline = worker_.now() + kEnd;
   ++entry_.pool.counters()
         .closed[static_cast<std::size_t>(sqlstate.starts_with("57P") ? pool::CloseReason::AdminShutdown : pool::CloseReason::Error)];
   if (ClientSession* client = let_go()) {
@@ -662,8 +668,9 @@ void ServerConnection::lost(const std::string& sqlstate, const std::string& reas
 }
 
 void ServerConnection::close_by_operator() {
-  if (!alive()) return;
   const auto self = shared_from_this();
+  if (state_ == State::Closing && permit_.stuck()) return closed();
+  if (!alive()) return;
   if (!pipeline.empty()) send_cancel();  // the server counts it until it has noticed
   if (ClientSession* client = let_go()) {
     client->send(worker_.to_client);
@@ -686,11 +693,20 @@ void ServerConnection::close(pool::CloseReason reason) {
     channel_->send(terminate, worker_.tls_scratch());
   }
   transition(State::Closing);
-  deadline = worker_.now() + std::chrono::seconds(pipeline.empty() || overdue_ > 0 ? 5 : 1);
+  deadline = worker_.now() + (pipeline.empty() || overdue_ > 0 ? kEnd : std::chrono::seconds(1));
   await_end();
 }
 
-// The permit is kept until the server has closed its end: only then it doesn't count this connection any more.
+void ServerConnection::see_off(Channel channel, Target target) {
+  channel_.emplace(std::move(channel));
+  target_ = std::move(target);
+  transition(State::Closing);
+  deadline = worker_.now() + kEnd;
+  await_end();
+}
+
+// The permit is kept until the server has closed its end: only then it doesn't count this connection any more. That its machine is gone
+// TCP tells (pool.keepAlive), so that what takes longer is a server process that hangs.
 void ServerConnection::await_end() {
   permit_.leave();
   channel_->transport.shutdown_send();

@@ -175,9 +175,11 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   void detach(bool dirty, bool finish = false);
   /// Sends Terminate and waits for the server to close its end.
   void close(pool::CloseReason reason);
-  void close_by_operator();  ///< whatever it is doing; its client gets 57P01
-  void abandon();            ///< lets go of what belongs to the pool and the worker, at their end
-  void inject();             ///< replies of the proxy's own whose turn has come
+  void close_by_operator();  ///< whatever it is doing; its client gets 57P01; one that the server doesn't end counts no more
+  /// Begins as what is left of a login that was given up, and lasts until the server has noticed.
+  void see_off(Channel channel, Target target);
+  void abandon();  ///< lets go of what belongs to the pool and the worker, at their end
+  void inject();   ///< replies of the proxy's own whose turn has come
   void resume_reading();
   /// Asks what the session holds, after what functions may leave in it if that isn't known.
   void ask_residue();

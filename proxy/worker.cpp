@@ -43,9 +43,9 @@ bool is_permanent(std::string_view sqlstate) {
   return std::find(kClasses.begin(), kClasses.end(), sqlstate.substr(0, 2)) != kClasses.end();
 }
 
-/// No connection of the pool is open or being closed: what the next connect hears counts for all who wait.
+/// No connection of the pool is open: what the next connect hears counts for all who wait.
 bool stands_alone(const PoolEntry& entry) {
-  return entry.pool.open() <= entry.connecting;
+  return entry.pool.staying() <= entry.connecting;
 }
 
 /// The server has refused the last login, and it is too early to try again.
@@ -351,6 +351,12 @@ void Worker::open_server(PoolEntry& entry, std::optional<ServerConnection::Login
   server->connect(std::move(login));
 }
 
+void Worker::see_off(PoolEntry& entry, Channel channel, const Target& target) {
+  auto server = std::make_shared<ServerConnection>(*this, entry, next_server_++);
+  entry.servers.emplace(server->id(), server);
+  server->see_off(std::move(channel), target);
+}
+
 void Worker::on_connected(ServerConnection& server) {
   PoolEntry& entry = server.entry();
   --entry.connecting;
@@ -536,6 +542,8 @@ protocol::ErrorFields Worker::wait_error(const PoolEntry& entry, bool stranger) 
     return error;
   }
   text += fmt::format("{} of {} in use", entry.pool.open() + entry.pool.lent(), entry.pool.settings().max);
+  if (const auto stuck = entry.pool.stuck(); stuck > 0)
+    text += fmt::format(", of which {} {} end", stuck, stuck == 1 ? "doesn't" : "don't");
   if (entry.connecting > 0) {
     text += fmt::format(", of which {} being opened", entry.connecting);
     const ServerConnection::Attempt* longest = nullptr;
@@ -751,7 +759,7 @@ bool Worker::is_connected(const std::string& upstream) {
   return std::any_of(pools_.begin(), pools_.end(), [&](const auto& one) {
     const PoolEntry& entry = *one.second;
     return upstream_of(entry.database) == upstream && std::any_of(entry.servers.begin(), entry.servers.end(), [](const auto& server) {
-             return server.second->state() != ServerConnection::State::Connecting;
+             return server.second->connected != pool::Time{};
            });
   });
 }

@@ -83,7 +83,7 @@ struct PoolEntry : std::enable_shared_from_this<PoolEntry> {
   std::deque<ServerConnection::Login> logins;  // of clients that the server is still to be asked about
 };
 
-bool stands_alone(const PoolEntry& entry);                ///< no connection of it is open or being closed
+bool stands_alone(const PoolEntry& entry);                ///< no connection of it is open
 bool is_refused(const PoolEntry& entry, pool::Time now);  ///< by the server at the last login, and it is too early to try again
 
 /// The tick's waits have memory of their own, so that arming it anew takes nothing from the heap nor from the blocks that Asio
@@ -292,6 +292,8 @@ class Worker {
   void leave_database(std::string_view sql);
   void saw_suspend(PoolEntry& entry);  ///< the server has ended an idle connection
   void saw_certificate(const std::string& whose, const X509* certificate);
+  /// Keeps the place of a login that was given up until the server has noticed.
+  void see_off(PoolEntry& entry, Channel channel, const Target& target);
   /// A server connection of an upstream's has been open already.
   bool is_connected(const std::string& upstream);
   void database_took(const std::string& upstream, pool::Clock::duration time);  ///< a connect

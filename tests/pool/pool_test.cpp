@@ -229,7 +229,11 @@ TEST_F(PoolTest, IdlesOutDownToMin) {
   p2->leave();
   EXPECT_EQ(pool->open(), 2u);
   EXPECT_EQ(pool->outdated(now + 10s, reason), nullptr);  // min is spared, and one that is being closed isn't of it
+  p2->stick();
+  EXPECT_EQ(pool->stuck(), 1u);
+  EXPECT_EQ(pool->open(), 2u);
   p2.reset();
+  EXPECT_EQ(pool->stuck(), 0u);
   EXPECT_EQ(pool->open(), 1u);
   b.condemned = true;
   EXPECT_EQ(pool->outdated(now + 10s, reason), &b);
