@@ -17,7 +17,7 @@ from gate import Gate
 from harness import DATABASE, PASSWORD, USER, raw
 from wire import kinds
 
-LOST = {"08006", "08003", "57P01", "57P02", "57P03", "08001"}
+LOST = {"08006", "08003", "08007", "57P01", "57P02", "57P03", "08001"}
 
 
 def recovers(proxy, within=20):
@@ -361,6 +361,48 @@ def test_a_client_hears_that_its_setting_is_lost(pg, proxies, name, value):
         w.ask(wire.query("ROLLBACK"))
         w.ask(wire.query("ROLLBACK"))
         assert w.value(f"SHOW {name}") == before == w.parameters[name]
+
+
+@pytest.mark.parametrize("what", ["COMMIT", "/* a */ end", "PREPARE TRANSACTION 'p'", "INSERT INTO lost VALUES (1); COMMIT", "extended", "flushed", "prepared", "pipeline"])
+def test_a_commit_that_was_not_answered_may_have_been_done(pg, proxies, what):
+    """As on a connection of its own, which ends: who took the transaction for failed would do it again."""
+    last = [wire.bind("c"), wire.execute()]
+    frames = {"extended": [wire.parse("COMMIT", "c"), *last, wire.SYNC], "flushed": [wire.parse("COMMIT", "c"), *last, wire.FLUSH],
+              "prepared": [*last, wire.SYNC], "pipeline": [wire.query("SELECT 1"), wire.query("COMMIT")]}.get(what, [wire.query(what)])
+    with Gate(pg.port) as gate:
+        proxy = proxies({"pool": {"max": 1, "connectionTimeoutMillis": 10000}}, url=pg.url(port=gate.port))
+        with raw(proxy) as w:
+            if what == "prepared":
+                assert kinds(w.ask(wire.parse("COMMIT", "c"), wire.SYNC)) == "1Z"
+            w.ask(wire.query("BEGIN"))
+            assert w.value("SELECT 1") == "1"
+            lose(gate, proxy, w, *frames)
+            error, = [m.error for m in w.closed() if m.type == "E"]
+            assert (error["S"], error["C"]) == ("FATAL", "08007") and "server closed the connection" in error["D"], error
+        recovers(proxy)
+
+
+@pytest.mark.parametrize("sql", ["SELECT 1", "ROLLBACK", "SAVEPOINT a; ROLLBACK TO a", "SELECT $$; COMMIT$$"])
+def test_what_does_not_commit_fails_its_transaction(pg, proxies, sql):
+    with Gate(pg.port) as gate:
+        proxy = proxies({"pool": {"max": 1, "connectionTimeoutMillis": 10000}}, url=pg.url(port=gate.port))
+        with raw(proxy) as w:
+            w.ask(wire.query("BEGIN"))
+            assert w.value("SELECT 1") == "1"
+            lose(gate, proxy, w, wire.query(sql))
+            messages = w.until()
+            assert kinds(messages) == "EZ" and messages[0].error["S"] == "ERROR" and messages[1].body == b"E"
+            assert [m.body for m in w.ask(wire.query("ROLLBACK"))] == [b"ROLLBACK\0", b"I"]
+            assert w.value("SELECT 2") == "2"
+
+
+def lose(gate, proxy, w, *frames):
+    """Ends the server connection while these are on their way."""
+    gate.stall()
+    w.send(*frames)
+    harness.poll(lambda: [c["state"] for c in proxy.json("/api/monitoring/clients")[1]["clients"]] == ["active"], what="it is on its way")
+    gate.cut()
+    gate.resume()
 
 
 def test_pipelined_queries_end_with_their_server(pg, proxies):

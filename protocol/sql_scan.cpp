@@ -216,7 +216,7 @@ class Scanner {
           break;
         case 'c':
           if (is(word_, "commit"))
-            residue_ |= kTransaction;
+            residue_ |= kTransaction | kCommit;
           else if (is(word_, "close"))
             residue_ |= kDrop;
           else if (is(word_, "call"))
@@ -228,7 +228,7 @@ class Scanner {
           break;
         case 'e':
           if (is(word_, "end"))
-            residue_ |= kTransaction;
+            residue_ |= kTransaction | kCommit;
           else if (is(word_, "execute"))
             residue_ |= kPrepared;
           break;
@@ -276,7 +276,7 @@ class Scanner {
       if (is(first_, "set")) {
         if (!any(word_, {"local", "transaction", "constraints"})) residue_ |= kSettings;
       } else if (is(first_, "prepare")) {
-        residue_ |= is(word_, "transaction") ? kTransaction : kPrepared;
+        residue_ |= is(word_, "transaction") ? kTransaction | kCommit : kPrepared;
       } else if (is(first_, "discard") && is(word_, "all")) {
         residue_ |= kReset | kMeaning | kPath;
       } else if (is(word_, "database") && any(first_, {"create", "alter", "drop"})) {
@@ -454,7 +454,7 @@ class Scanner {
     Scanner scanner(text, conforming_, found_, true, prepared_);
     scanner.strict_ = strict_;
     scanner.depth_ = depth_ + 1;
-    residue_ |= scanner.run() & ~(kTransaction | kUnreadable);
+    residue_ |= scanner.run() & ~(kTransaction | kCommit | kUnreadable);
     needs_ |= scanner.needs_;
     names_.insert(names_.end(), scanner.names_.begin(), scanner.names_.end());
     written_out_ &= scanner.written_out_;
@@ -723,7 +723,7 @@ std::uint32_t scan_sql(std::string_view sql, bool standard_conforming_strings) {
 BodyScan scan_body(std::string_view body) {
   BodyScan found;
   Scanner scanner(body, true, &found, true);
-  found.residue = scanner.run() & ~kTransaction;
+  found.residue = scanner.run() & ~(kTransaction | kCommit);
   if (scanner.names(found.custom_settings))
     found.residue = found.residue & kCustomSetting ? (found.residue & ~kCustomSetting) | kSettings : found.residue;
   return found;

@@ -440,6 +440,7 @@ void ClientSession::on_server_lost(const std::string& sqlstate, const std::strin
   // What it had just done to its session.
   const bool unknown =
       server_->asking_residue() || server_->restoring() || (subscriber_ && subscriber_->owes_ready()) || left_unknown(in_transaction);
+  const bool committing = server_->changed().commit;
   if (subscriber_) subscriber_->on_server_lost();
   if (!tell_due_ && told_ != server_->told()) told_ = 0;  // it was told what its transaction has set
   server_ = nullptr;
@@ -450,6 +451,10 @@ void ClientSession::on_server_lost(const std::string& sqlstate, const std::strin
   forget_residue();
   in_request_ = waits_for_answers_ = restore_due_ = ready_due_ = unnamed_here_ = tell_due_ = false;
   names_open_ = names_change_ = kNoNames;
+  // Who took it for failed would do it again.
+  if (committing)
+    return fatal("08007", "the server connection was lost before COMMIT was answered: whether the transaction is committed is unknown",
+                 "Look whether it is before trying again.", sqlstate + " " + message);
   // A session that lived on that connection, or a transaction, can't go on elsewhere.
   if (pin_ || unknown || several || !rewrites())
     return fatal(sqlstate, message, "The server connection that held this client's transaction or session is gone.");

@@ -341,7 +341,7 @@ bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total
   if (ours && type == Backend::ReadyForQuery) {
     cancel_due_ = false;
     unadopted_.clear();
-    if (changed_.block && client_->answered()) changed_.block = false;
+    if (changed_.block && client_->answered()) changed_.block = changed_.commit = false;
     client_->on_answered(forward);
   }
   if (owed.request == Request::Describe && owed.note != 0) on_described(type, owed, available, total);

@@ -135,6 +135,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
     bool path = false;     ///< where names are looked up
     bool code = false;     ///< anything, or made or dropped: code has run
     bool block = false;    ///< whether there is a transaction block, until that is answered
+    bool commit = false;   ///< what a transaction has done may have been committed, until that is answered
     bool any() const { return meaning || path || code; }
   };
   Changed& changed() { return changed_; }
