@@ -498,6 +498,29 @@ def test_a_clients_end_that_comes_with_its_last_bytes(proxies, last, reset):
     recovers(proxy)
 
 
+@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize("extended", [False, True])
+def test_what_a_client_said_before_its_goodbye_is_done(proxies, pg, reset, extended):
+    """Though it waits for a server connection, and its own has ended, by RST or not, before it had one."""
+    pg.sql("DROP TABLE IF EXISTS goodbyes; CREATE TABLE goodbyes (a text); GRANT ALL ON goodbyes TO app", database=DATABASE)
+    sql = "INSERT INTO goodbyes VALUES ('done')"
+    frames = [wire.parse(sql, "s"), wire.SYNC, wire.bind("s"), wire.execute(), wire.SYNC] if extended else [wire.query("SELECT 1"), wire.query(sql)]
+    proxy = proxies({"pool": {"max": 1, "connectionTimeoutMillis": 20000}})
+    with raw(proxy) as holder:
+        holder.ask(wire.query("BEGIN"))
+        with raw(proxy) as w:
+            w.send(*frames, wire.TERMINATE)
+            harness.poll(lambda: proxy.stats()["waitingCount"] == 1, what="it waits")
+            if reset:
+                w.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            w.sock.close()
+        time.sleep(0.7)  # its end is noticed, and nothing comes of that
+        holder.ask(wire.query("COMMIT"))
+        harness.poll(lambda: pg.sql("SELECT count(*) FROM goodbyes", database=DATABASE) == [(1,)], what="it is done")
+    harness.poll(lambda: proxy.json("/api/monitoring/clients")[1]["clients"] == [], what="the client is gone")
+    recovers(proxy)
+
+
 def test_sliced_and_delayed(pg, proxies):
     """One byte a segment both ways, TLS upstream."""
     with Gate(pg.port) as upstream:

@@ -99,8 +99,7 @@ void ClientSession::on_readable() {
     if ((state_ == State::Console || held()) && channel_.unread.size() > kMaxUnread) return;  // resumed by go_on(), resume_console()
     const IoResult got = channel_.transport.read(worker_.scratch());
     if (got.status == IoStatus::WouldBlock) break;
-    // Who has said goodbye has what is kept of it executed first, as on the server itself: go_on() reads its end again.
-    if (got.status == IoStatus::Eof && held() && channel_.unread.ends_with(kTerminate)) return;
+    if (got.status != IoStatus::Ok && is_leaving()) return;
     if (got.status != IoStatus::Ok) return close();
     if (state_ == State::Closing) continue;
     const Bytes fresh(worker_.scratch().data(), got.bytes);
@@ -138,7 +137,9 @@ void ClientSession::send(Gather& gather) {
   if (state_ == State::Closed) return gather.clear();
   if (entry_) entry_->pool.counters().clientBytesSent += gather.size();
   if (!channel_.send(gather, worker_.tls_scratch())) {
-    boost::asio::post(worker_.loop(), [self = shared_from_this()] { self->close(); });
+    boost::asio::post(worker_.loop(), [self = shared_from_this()] {
+      if (!self->is_leaving()) self->close();
+    });
     return;
   }
   if (channel_.queued() > 0) {
@@ -305,6 +306,12 @@ void ClientSession::tell_parameters(Gather& out) {
 bool ClientSession::held() const {
   if (state_ == State::Greeting || state_ == State::Waiting || (subscriber_ && subscriber_->busy())) return true;
   return waits_for_answers_ || (server_ && (server_->asking_residue() || server_->awaiting_shape()));
+}
+
+// Who has said goodbye has what is kept of it executed first, as on the server itself, whether it reads the answers or is gone: go_on()
+// reads its end again.
+bool ClientSession::is_leaving() const {
+  return held() && channel_.unread.ends_with(kTerminate);
 }
 
 void ClientSession::go_on() {

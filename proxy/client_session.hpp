@@ -186,6 +186,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   std::size_t on_request(char type, protocol::Bytes available, std::size_t total);
   bool acquire();
   bool held() const;
+  bool is_leaving() const;
   bool keeps_request() const;
   void handle_tls();
   void release();
