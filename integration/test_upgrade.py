@@ -470,6 +470,27 @@ def test_sigterm_while_one_is_starting(start):
     assert "it is shutting down" in proxy.log_text()
 
 
+@pytest.mark.parametrize("at_once", [False, True], ids=["while it starts", "at once"])
+def test_sigterm_with_a_delay_ends_the_restart_too(start, at_once):
+    """Until the delay is over all is served, by the process that is to end and no other."""
+    proxy = start({"shutdown": {"delayMillis": 60000}})
+    proxy.expect_exit = 3
+    proxy.replace(SLOW)
+    if at_once:
+        proxy.signal(signal.SIGSTOP)
+    proxy.signal(signal.SIGUSR2)
+    if not at_once:
+        started_process(proxy)
+    proxy.signal(signal.SIGTERM)
+    proxy.signal(signal.SIGCONT)
+    poll(lambda: "leaving" in proxy.log_text() and "nothing has changed: it is shutting down" in proxy.log_text(), 5, "the restart is given up")
+    if "to take over" in proxy.log_text():
+        assert Successor(started_process(proxy)).wait(5) == -signal.SIGKILL
+    proxy.connect().close()
+    proxy.signal(signal.SIGTERM)
+    assert proxy.wait_exit(10) == 3
+
+
 def test_not_while_the_one_before_still_serves(start):
     proxy = start()
     client = proxy.connect()

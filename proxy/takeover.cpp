@@ -37,7 +37,7 @@ std::string Worker::why_no_successor() const {
 void Worker::succeed(int link, pid_t successor, std::function<void(std::string error)> done) {
   succession_ = std::make_shared<Succession>(*this, link, successor, std::move(done));
   succession_->start();
-  if (draining_) succession_->abandon("it is shutting down");
+  if (draining_ || drain_at_ != pool::Time::max()) succession_->abandon("it is shutting down");
 }
 
 void Worker::take_place(int link, std::function<void(std::function<void()> then)> other_loop) {

@@ -680,6 +680,7 @@ pool::Time Worker::quits_at() const {
 void Worker::shut_down() {
   const std::uint32_t delay = config_->shutdown.delayMillis;
   if (delay == 0 || draining_) return drain();
+  if (succession_) succession_->abandon("it is shutting down");
   drain_at_ = now() + milliseconds(delay);
   log::info("leaving", {}, "the drain begins in {} ms (shutdown.delayMillis); until then everything is served", delay);
   stir();
