@@ -111,6 +111,21 @@ def test_startup_parameter_takes_effect(proxy, pg, name, value, setting):
         assert value not in w.value(f"SELECT current_setting('{setting}', true) || ''") if setting == "application_name" else True
 
 
+@pytest.mark.parametrize("parameters", [
+    {"application_name": b"caf\xe9.exe"}, {"application_name": b"caf\xe9.exe", "client_encoding": "LATIN1"}, {"application_name": "caf\u00e9.exe"},
+    {"options": b"-c application_name=caf\xe9"}, {"application_name": b"\xff\x01\x7f\xed\xa0\x80"},
+], ids=["latin-1", "as client_encoding says", "utf-8", "in options", "other bytes"])
+def test_an_application_name_of_any_bytes(proxy, pg, parameters):
+    """The server replaces what isn't printable ASCII, and refuses none."""
+    told = []
+    for connection in (directly(pg), wire.Wire(proxy.port), wire.Wire(proxy.port)):
+        with connection as w:
+            assert w.login(USER, PASSWORD, DATABASE, **parameters) is None
+            told.append((w.value("SHOW application_name"), w.parameters["application_name"],
+                         w.value("SELECT application_name FROM pg_stat_activity WHERE pid = pg_backend_pid()")))
+    assert told[1:] == 2 * told[:1], told
+
+
 DATE_STYLES = [{"DateStyle": "ISO"}, {"DateStyle": "DMY"}, {"DateStyle": "SQL"}, {"DateStyle": "German"}, {"DateStyle": "YMD, German"},
                {"DateStyle": ""}, {"DateStyle": "DEFAULT"}, {"options": "-c datestyle=SQL", "DateStyle": "DMY"},
                {"options": "-c datestyle=DMY", "datestyle": "Postgres"}, {"DateStyle": "bogus"}, {"DateStyle": "ISO, SQL"}, {}]

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <boost/container_hash/hash.hpp>
 
+#include "conf/utf8.hpp"
 #include "protocol/footprint.hpp"
 #include "protocol/sql_scan.hpp"
 
@@ -41,6 +42,13 @@ std::string text_sql(std::string_view text) {
   for (const char c : text)
     for (const int shift : {4, 0}) digits += "0123456789abcdef"[static_cast<unsigned char>(c) >> shift & 15];
   return "pg_catalog.convert_from(pg_catalog.decode('" + digits + "','hex'),pg_catalog.getdatabaseencoding())";
+}
+
+/// The server's login takes an application_name of any bytes, and replaces them later; by SQL it must be text.
+void clean(std::string& application) {
+  if (conf::to_utf8(application) == application) return;
+  std::replace_if(
+      application.begin(), application.end(), [](char c) { return static_cast<unsigned char>(c) >= 0x80; }, '?');
 }
 
 std::string set_call(std::string_view name, std::string_view value, bool local = false) {
@@ -270,7 +278,8 @@ void SettingsCache::learn_date_style(const std::vector<std::string>& asked, cons
 std::optional<StartupSettings> settings_of(const protocol::Startup& startup, std::string& sqlstate, std::string& complaint) {
   StartupSettings asked;
   const auto add = [&asked](const std::string& name, const std::string& value) {
-    asked.values[lower(name)] = value;
+    std::string& taken = asked.values[lower(name)] = value;
+    if (lower(name) == "application_name") clean(taken);
     if (lower(name) == "datestyle") asked.date_styles.push_back(value);
   };
   // The server takes `options` first, then the other parameters in order.

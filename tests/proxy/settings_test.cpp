@@ -41,6 +41,16 @@ TEST(Settings, OfAStartup) {
   EXPECT_FALSE(complaint.empty());
 }
 
+TEST(Settings, AnApplicationNameIsText) {
+  std::string sqlstate, complaint;
+  const auto taken = [&](std::string name) {
+    return settings_of(startup({{"Application_Name", std::move(name)}, {"app.x", "\xe9"}}), sqlstate, complaint)->values;
+  };
+  EXPECT_EQ(taken("caf\xe9 \x01"), (Values{{"application_name", "caf? \x01"}, {"app.x", "\xe9"}}));
+  EXPECT_EQ(taken("caf\xc3\xa9\xe9"), (Values{{"application_name", "caf???"}, {"app.x", "\xe9"}}));
+  EXPECT_EQ(taken("caf\xc3\xa9"), (Values{{"application_name", "caf\xc3\xa9"}, {"app.x", "\xe9"}}));
+}
+
 TEST(Settings, WhatALoginsDateStyleMeansIsForgottenWithTheServersDefaults) {
   SettingsCache cache;
   EXPECT_EQ(cache.date_style({"ISO"}), nullptr);
