@@ -1,5 +1,6 @@
 """What an application meets first: login, a query, startup parameters, the errors of a login."""
 import os
+import pathlib
 import re
 import socket
 import struct
@@ -563,6 +564,42 @@ def test_a_unix_socket_in_use_is_not_taken_over(proxies):
             assert connection.execute("SELECT 1").fetchone() == (1,)
         assert second.wait_exit(1) == 1
         assert f"cannot listen on unix:{directory}:{port}: Address already in use (change" in second.log_text()
+
+
+@pytest.mark.parametrize("what", ["a file", "a directory", "a link"])
+def test_what_is_no_socket_stays(proxies, what):
+    import tempfile
+    with tempfile.TemporaryDirectory(prefix="pgs") as directory:
+        port = harness.free_port()
+        place = pathlib.Path(directory) / f".s.PGSQL.{port}"
+        {"a file": lambda: place.write_text("precious"), "a directory": place.mkdir, "a link": lambda: place.symlink_to("elsewhere")}[what]()
+        proxy = proxies({"listen": [f"unix:{directory}:{port}"]}, wait=False)
+        proxy.expect_exit = 1
+        harness.poll(lambda: not proxy.running() or "listening" in proxy.log_text(), what="it listens or ends")
+        assert proxy.wait_exit(1) == 1
+        assert f"cannot listen on unix:{directory}:{port}: {place} is there and is no socket (change" in proxy.log_text()
+        assert os.path.lexists(place) and (what != "a file" or place.read_text() == "precious")
+
+
+def test_a_unix_socket_of_a_stopped_process_is_in_use(proxies):
+    """It takes nobody in, and its backlog is full."""
+    import tempfile
+    with tempfile.TemporaryDirectory(prefix="pgs") as directory, socket.socket(socket.AF_UNIX) as stopped:
+        port = harness.free_port()
+        place = f"{directory}/.s.PGSQL.{port}"
+        stopped.bind(place)
+        stopped.listen(0)
+        waiting = []
+        with pytest.raises(BlockingIOError):
+            while True:
+                waiting.append(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK))
+                waiting[-1].connect(place)
+        proxy = proxies({"listen": [f"unix:{directory}:{port}"]}, wait=False)
+        proxy.expect_exit = 1
+        assert proxy.wait_exit(10) == 1
+        assert f"cannot listen on unix:{directory}:{port}: Address already in use (change" in proxy.log_text()
+        for one in waiting:
+            one.close()
 
 
 def test_set_of_a_custom_startup_setting_is_not_lost(proxies):

@@ -10,6 +10,7 @@
 #include <boost/asio/ip/tcp.hpp>
 #include <boost/asio/local/stream_protocol.hpp>
 #include <boost/asio/steady_timer.hpp>
+#include <cerrno>
 #include <utility>
 
 #include "proxy/log.hpp"
@@ -25,6 +26,19 @@ using Tcp = asio::basic_socket_acceptor<asio::ip::tcp, asio::io_context::executo
 using Local = asio::basic_socket_acceptor<asio::local::stream_protocol, asio::io_context::executor_type>;
 
 constexpr int kBacklog = 1024;
+
+/// A socket that a crash has left, and nobody listens on any more, is removed. Throws if there is anything else.
+void clear_place(asio::io_context& loop, const std::string& path) {
+  struct stat found {};
+  if (::lstat(path.c_str(), &found) != 0) return;
+  if (!S_ISSOCK(found.st_mode)) throw std::runtime_error(path + " is there and is no socket");
+  const asio::local::stream_protocol::endpoint place(path);
+  asio::local::stream_protocol::socket other(loop, place.protocol());
+  other.non_blocking(true);  // a process that has been stopped takes nobody in
+  if (::connect(other.native_handle(), place.data(), static_cast<socklen_t>(place.size())) == 0 || errno == EAGAIN)
+    throw boost::system::system_error(asio::error::address_in_use);
+  if (errno == ECONNREFUSED) ::unlink(path.c_str());
+}
 
 }  // namespace
 
@@ -87,11 +101,7 @@ conf::Listening Ports::open_unix(const conf::Listen& where, conf::PassedSockets&
   const std::string path = where.directory + "/.s.PGSQL." + std::to_string(where.port);
   if (auto own = passed.take_own(false, AF_UNIX, path)) return *own;
   if (passed.covers(AF_UNIX, path)) return {};
-  asio::local::stream_protocol::socket other(loop_);
-  boost::system::error_code nobody;
-  other.connect(asio::local::stream_protocol::endpoint(path), nobody);
-  if (!nobody) throw boost::system::system_error(asio::error::address_in_use);
-  if (nobody == asio::error::connection_refused) ::unlink(path.c_str());  // what a crash has left
+  clear_place(loop_, path);
   Local acceptor(loop_.get_executor(), asio::local::stream_protocol::endpoint(path));
   ::chmod(path.c_str(), 0777);
   return {acceptor.release(), AF_UNIX, path, false, false};
