@@ -1,10 +1,12 @@
 """Chaos: what breaks is told clearly and at once, nothing hangs, nothing crashes; and then it recovers."""
 import os
 import random
+import re
 import resource
 import signal
 import socket
 import struct
+import subprocess
 import threading
 import time
 
@@ -692,6 +694,32 @@ def test_descriptors_are_kept_for_servers_and_for_who_asks_how_it_is(pg, proxies
     for other in silent + [w.sock for w in held]:
         other.close()
     recovers(proxy)
+
+
+def own_address():
+    """Of this machine, beside loopback."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        try:
+            sock.connect(("192.0.2.1", 9))  # sends nothing
+        except OSError:
+            pytest.skip("this machine has no address but loopback's")
+        return sock.getsockname()[0]
+
+
+@pytest.mark.parametrize("remote", [True, False])
+def test_keepalive_of_clients(proxies, remote):
+    """One whose machine is gone is noticed as a server is; on loopback none is gone."""
+    host, port = own_address() if remote else "127.0.0.1", harness.free_port()
+    proxy = proxies({"listen": [f"{host}:{port}"], "pool": {"keepAliveInitialDelayMillis": 8000}}, wait=False)
+    proxy.host, proxy.port = host, port
+    harness.poll(lambda: "listening on " + host in proxy.log_text(), what="it listens")
+    with proxy.connect() as client:
+        own = client.pgconn.socket
+        with socket.socket(fileno=os.dup(own)) as sock:
+            mine = sock.getsockname()[1]
+        shown = subprocess.run(["ss", "-tnoH", "sport", f"= :{port}", "and", "dport", f"= :{mine}"], capture_output=True, text=True, check=True).stdout
+    timer = re.search(r"timer:\(keepalive,([\d.]+)(ms|sec|min)", shown)
+    assert timer and (timer[2] in ("ms", "sec") and float(timer[1]) <= (1000 if timer[2] == "ms" else 8)) == remote, shown
 
 
 def test_out_of_descriptors(pg, proxies):

@@ -77,16 +77,13 @@ void set_socket_options(Socket& socket, const conf::ConnectParams& params, const
   set(IPPROTO_TCP, TCP_NODELAY, 1);
   if (params.tcpUserTimeoutMillis) set(IPPROTO_TCP, TCP_USER_TIMEOUT, static_cast<int>(*params.tcpUserTimeoutMillis));
   if (!params.keepalives.value_or(pool.keepAlive)) return;
-  constexpr std::uint32_t kMostIdle = 32767;  // that Linux takes
-  const int idle = static_cast<int>(std::min(kMostIdle, params.keepalivesIdleSeconds.value_or(pool.keepAliveInitialDelayMillis / 1000)));
-  const int interval = static_cast<int>(params.keepalivesIntervalSeconds.value_or(1));
-  const int count = static_cast<int>(params.keepalivesCount.value_or(10));
-  set(SOL_SOCKET, SO_KEEPALIVE, 1);
-  if (idle > 0) set(IPPROTO_TCP, TCP_KEEPIDLE, idle);
-  set(IPPROTO_TCP, TCP_KEEPINTVL, interval);
-  set(IPPROTO_TCP, TCP_KEEPCNT, count);
+  KeepAlive times = keep_alive_of(pool);
+  times.idle = std::min(KeepAlive::kMostIdle, params.keepalivesIdleSeconds.value_or(times.idle));
+  times.interval = params.keepalivesIntervalSeconds.value_or(times.interval);
+  times.count = params.keepalivesCount.value_or(times.count);
+  set_keep_alive(fd, times);
   if (params.tcpUserTimeoutMillis) return;
-  const std::int64_t millis = (idle + std::int64_t{interval} * count) * 1000;
+  const std::int64_t millis = (times.idle + std::int64_t{times.interval} * times.count) * 1000;
   set(IPPROTO_TCP, TCP_USER_TIMEOUT, static_cast<int>(std::min<std::int64_t>(millis, std::numeric_limits<int>::max())));
 }
 

@@ -66,6 +66,8 @@ void Ports::accept(std::shared_ptr<Acceptor> acceptor) {
           const int one = 1;
           ::setsockopt(socket.native_handle(), IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
           ::setsockopt(socket.native_handle(), SOL_SOCKET, SO_KEEPALIVE, &one, sizeof one);
+          // No TCP_USER_TIMEOUT: a client may let its answer wait for as long as it likes, as from the server.
+          if (keep_alive && !remote.address().is_loopback()) set_keep_alive(socket.native_handle(), *keep_alive);
         }
         if (accepted_(Socket(std::move(socket)), std::move(peer)))
           accept(acceptor);

@@ -5,6 +5,7 @@
 #include <boost/asio/io_context.hpp>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -17,6 +18,8 @@ class Ports {
  public:
   /// `accepted` gets each client, `peer` being its address or "unix socket". False: it has enough for now, until more().
   Ports(boost::asio::io_context& loop, std::function<bool(Socket socket, std::string peer)> accepted);
+
+  std::optional<KeepAlive> keep_alive;  ///< of clients on other machines; none: the system's
 
   /// Throws std::runtime_error naming the address and the key to change.
   void open(const std::vector<conf::Listen>& listen, conf::PassedSockets& passed);

@@ -1,5 +1,6 @@
 #include "proxy/transport.hpp"
 
+#include <netinet/tcp.h>
 #include <openssl/err.h>
 #include <openssl/x509v3.h>
 #include <sys/socket.h>
@@ -94,6 +95,18 @@ BIO* new_wire(Meter& meter, int fd) {
 }
 
 }  // namespace
+
+KeepAlive keep_alive_of(const conf::PoolSettings& pool) {
+  return {.idle = std::min(KeepAlive::kMostIdle, pool.keepAliveInitialDelayMillis / 1000)};
+}
+
+void set_keep_alive(int fd, const KeepAlive& times) {
+  const auto set = [fd](int level, int option, std::uint32_t value) { ::setsockopt(fd, level, option, &value, sizeof value); };
+  set(SOL_SOCKET, SO_KEEPALIVE, 1);
+  if (times.idle > 0) set(IPPROTO_TCP, TCP_KEEPIDLE, times.idle);
+  set(IPPROTO_TCP, TCP_KEEPINTVL, times.interval);
+  set(IPPROTO_TCP, TCP_KEEPCNT, times.count);
+}
 
 Transport::Transport(Socket socket, Meter& meter) : socket_(std::move(socket)), meter_(meter) {
   boost::system::error_code ignored;

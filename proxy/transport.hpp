@@ -13,6 +13,7 @@
 #include <string>
 #include <utility>
 
+#include "conf/config.hpp"
 #include "proxy/meter.hpp"
 #include "proxy/readiness.hpp"
 
@@ -25,6 +26,15 @@ struct IoResult {
   IoStatus status = IoStatus::Ok;
   std::size_t bytes = 0;
 };
+
+/// TCP keepalive, in seconds: where nothing is under way, a peer whose machine is gone is noticed after `idle` and `count` intervals.
+struct KeepAlive {
+  static constexpr std::uint32_t kMostIdle = 32767;  ///< that Linux takes
+  std::uint32_t idle = 0;                            ///< 0: the system's
+  std::uint32_t interval = 1, count = 10;
+};
+KeepAlive keep_alive_of(const conf::PoolSettings& pool);
+void set_keep_alive(int fd, const KeepAlive& times);
 
 class Transport {
  public:

@@ -80,6 +80,7 @@ void Worker::use_config(Prepared prepared) {
   certificates_.erase("tls.certificate");
   if (client_tls_) saw_certificate("tls.certificate", SSL_CTX_get0_certificate(client_tls_.get()));
   upstream_ = std::move(prepared.upstream);
+  ports_.keep_alive = config_->pool.keepAlive ? std::optional(keep_alive_of(config_->pool)) : std::nullopt;
   for (const std::string& warning : conf::upstream_warnings(*config_, control_.environment()))
     log::warn("upstream_warning", {}, "{}", warning);
   if (config_->databases.empty()) databases_[upstream_.dbname] = describe(upstream_.dbname);
