@@ -3,6 +3,7 @@ import os
 import random
 import re
 import resource
+import select
 import signal
 import socket
 import struct
@@ -720,6 +721,35 @@ def test_keepalive_of_clients(proxies, remote):
         shown = subprocess.run(["ss", "-tnoH", "sport", f"= :{port}", "and", "dport", f"= :{mine}"], capture_output=True, text=True, check=True).stdout
     timer = re.search(r"timer:\(keepalive,([\d.]+)(ms|sec|min)", shown)
     assert timer and (timer[2] in ("ms", "sec") and float(timer[1]) <= (1000 if timer[2] == "ms" else 8)) == remote, shown
+
+
+def test_out_of_memory_ends_the_session_that_wants_it(pg, proxies):
+    if harness.sanitized():
+        pytest.skip("a sanitizer's allocator ends the process itself")
+    proxy = proxies({"pool": {"max": 2}})
+    with raw(proxy) as neighbour, raw(proxy) as idle:
+        neighbour.ask(wire.query("BEGIN"))
+        limit = (proxy.status("VmSize") << 10) + (12 << 20)
+        resource.prlimit(proxy.pid, resource.RLIMIT_AS, (limit, limit))
+        hold, ended = [], []
+        while not ended:  # what the allocator has reserved for its threads is used up first
+            assert len(hold) < 40 and proxy.running(), proxy.log_text()
+            hold.append(raw(proxy))
+            try:
+                hold[-1].send(wire.query("SELECT 1 /*" + 15_000_000 * "x" + "*/")[:-1])
+            except ConnectionError:
+                pass
+            ended = select.select([w.sock for w in hold], [], [], 0.1)[0]
+        try:
+            error = next(w for w in hold if w.sock in ended).recv().error
+            assert (error["S"], error["C"], error["M"]) == ("FATAL", "53200", "out of memory")
+        except (ConnectionError, wire.Closed):
+            pass  # where there is more to read, the end may overtake what was told
+        harness.poll(lambda: "[session_failed]" in proxy.log_text(), what="it is told of")
+        assert (neighbour.value("SELECT 1"), idle.value("SELECT 2")) == ("1", "2")
+        for w in hold:
+            w.sock.close()
+    recovers(proxy)
 
 
 def test_out_of_descriptors(pg, proxies):

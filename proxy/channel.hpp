@@ -23,17 +23,21 @@ struct Channel {
   bool send(Gather& gather, std::span<std::uint8_t> scratch) {
     const auto pieces = gather.pieces();
     if (!unsent.empty()) {
+      torn = true;
       for (const auto& piece : pieces) unsent.append(reinterpret_cast<const char*>(piece.data()), piece.size());
+      torn = false;
       gather.clear();
       return true;
     }
     const IoResult result = transport.write(pieces, scratch);
     std::size_t skip = result.bytes;
+    torn = true;
     for (const auto& piece : pieces) {
       const std::size_t taken = std::min(skip, piece.size());
       skip -= taken;
       if (taken < piece.size()) unsent.append(reinterpret_cast<const char*>(piece.data()) + taken, piece.size() - taken);
     }
+    torn = false;
     gather.clear();
     return result.status == IoStatus::Ok || result.status == IoStatus::WouldBlock;
   }
@@ -74,6 +78,7 @@ struct Channel {
   std::string unread, unsent;
   std::size_t unsent_at = 0;
   bool reading = false, writing = false;  // a wait is pending
+  bool torn = false;                      // memory ran out behind half of a message
 };
 
 }  // namespace pgsidecar::proxy

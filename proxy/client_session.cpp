@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <boost/asio/post.hpp>
 #include <cassert>
+#include <new>
 
 #include "protocol/sql_scan.hpp"
 #include "proxy/log.hpp"
@@ -67,14 +68,13 @@ void ClientSession::wait_readable() {
   channel_.reading = true;
   channel_.transport.wait_readable(state_ == State::Closing, [self = shared_from_this()](const boost::system::error_code& ec) {
     self->channel_.reading = false;
-    if (!ec) self->on_readable();
+    if (!ec) self->worker_.step(*self, [&self] { self->on_readable(); });
   });
   if (channel_.transport.may_miss()) worker_.arm_tick(kLook);
 }
 
 void ClientSession::on_readable() {
   if (state_ == State::Closed) return;
-  const Worker::Turn turn(worker_);
   if (state_ == State::Tls) return handle_tls();
   if (!began_) {
     // Direct TLS begins with a handshake record, which OpenSSL must read itself.
@@ -117,7 +117,7 @@ void ClientSession::on_readable() {
 }
 
 void ClientSession::read_soon() {
-  boost::asio::post(worker_.loop(), [self = shared_from_this()] { self->on_readable(); });
+  boost::asio::post(worker_.loop(), [self = shared_from_this()] { self->worker_.step(*self, [&self] { self->on_readable(); }); });
 }
 
 bool ClientSession::look() {
@@ -153,16 +153,20 @@ void ClientSession::wait_writable() {
   channel_.writing = true;
   channel_.transport.wait_writable([self = shared_from_this()](const boost::system::error_code& ec) {
     self->channel_.writing = false;
-    if (ec || self->state_ == State::Closed) return;
-    if (self->state_ == State::Tls) return self->handle_tls();
-    if (!self->channel_.flush(self->worker_.tls_scratch())) return self->close();
-    if (self->channel_.queued() > 0) return self->wait_writable();
-    self->on_taken();
-    if (self->state_ == State::Closing) return self->close();
-    if (self->server_) self->server_->resume_reading();
-    if (self->state_ == State::Console) return self->resume_console();
-    self->on_readable();
+    if (!ec) self->worker_.step(*self, [&self] { self->on_writable(); });
   });
+}
+
+void ClientSession::on_writable() {
+  if (state_ == State::Closed) return;
+  if (state_ == State::Tls) return handle_tls();
+  if (!channel_.flush(worker_.tls_scratch())) return close();
+  if (channel_.queued() > 0) return wait_writable();
+  on_taken();
+  if (state_ == State::Closing) return close();
+  if (server_) server_->resume_reading();
+  if (state_ == State::Console) return resume_console();
+  on_readable();
 }
 
 std::size_t ClientSession::process(Bytes in) {
@@ -519,6 +523,22 @@ void ClientSession::fatal(std::string_view sqlstate, std::string_view message, s
   if (channel_.queued() > 0) return;
   channel_.transport.shutdown_send();
   close();
+}
+
+void ClientSession::failed(const std::exception& why) {
+  if (state_ == State::Closed) return;
+  const auto self = shared_from_this();
+  const bool no_memory = dynamic_cast<const std::bad_alloc*>(&why) != nullptr;
+  log::error("session_failed", about(), "client {} ({}): closed: {}", id_, entry_ ? entry_->user + "@" + entry_->database : "no login yet",
+             why.what());
+  // What was gathered for it is lost: was it the rest of a message, an error would be read as that.
+  const bool torn = channel_.torn || !worker_.to_client.empty() || (server_ && server_->is_telling());
+  worker_.to_client.clear();
+  worker_.to_server.clear();
+  std::string().swap(channel_.unread);
+  if (ServerConnection* server = std::exchange(server_, nullptr)) server->close_unknown();
+  if (torn || state_ == State::Console || state_ == State::Closing) return close();
+  fatal(no_memory ? "53200" : "XX000", no_memory ? "out of memory" : why.what());
 }
 
 void ClientSession::give_up_server() {

@@ -126,6 +126,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
 
   void drain();  ///< leaves at the next transaction boundary, at once if there is none open
   void fatal(std::string_view sqlstate, std::string_view message, std::string_view hint = {}, std::string_view detail = {});
+  void failed(const std::exception& why);  ///< a step of its, or of its server connection's, which is closed too
   void close();
 
   SettingsRef settings;
@@ -166,6 +167,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   void on_readable();
   void read_soon();  ///< in a turn of its own
   void wait_writable();
+  void on_writable();
   void on_taken();  ///< the client has read all that was there for it
   void read_on();   ///< works off what is unread
   std::size_t process(protocol::Bytes in);

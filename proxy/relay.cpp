@@ -550,7 +550,7 @@ std::size_t ClientSession::on_close(Bytes available, std::size_t total) {
 
 void ClientSession::resume_reading() {
   boost::asio::post(worker_.loop(), [self = shared_from_this()] {
-    if (self->state_ != State::Closed && !self->channel_.reading) self->on_readable();
+    if (self->state_ != State::Closed && !self->channel_.reading) self->worker_.step(*self, [&self] { self->on_readable(); });
   });
 }
 

@@ -74,14 +74,13 @@ void ServerConnection::wait_readable() {
   const bool for_end = !answered_ || !alive();
   channel_->transport.wait_readable(for_end, [self = shared_from_this()](const boost::system::error_code& ec) {
     self->channel_->reading = false;
-    if (!ec) self->on_readable();
+    if (!ec) self->worker_.step(*self, [&self] { self->on_readable(); });
   });
   if (channel_->transport.may_miss()) worker_.arm_tick(kLook);
 }
 
 void ServerConnection::on_readable() {
   if (state_ == State::Closed) return;
-  const Worker::Turn turn(worker_);
   for (int round = 0; round < 4; ++round) {
     paused_ = client_ && client_->queued() > kHighMark;
     if (paused_) return;  // resumed when the client has read, or has gone
@@ -110,7 +109,7 @@ void ServerConnection::on_readable() {
 }
 
 void ServerConnection::read_soon() {
-  boost::asio::post(worker_.loop(), [self = shared_from_this()] { self->on_readable(); });
+  boost::asio::post(worker_.loop(), [self = shared_from_this()] { self->worker_.step(*self, [&self] { self->on_readable(); }); });
 }
 
 bool ServerConnection::look() {
@@ -122,7 +121,7 @@ bool ServerConnection::look() {
 void ServerConnection::resume_reading() {
   if (alive() && !channel_->reading)
     boost::asio::post(worker_.loop(), [self = shared_from_this()] {
-      if (self->alive() && !self->channel_->reading) self->on_readable();
+      if (self->alive() && !self->channel_->reading) self->worker_.step(*self, [&self] { self->on_readable(); });
     });
 }
 
@@ -138,16 +137,19 @@ void ServerConnection::wait_writable() {
   if (channel_->writing || state_ == State::Closed) return;
   channel_->writing = true;
   channel_->transport.wait_writable([self = shared_from_this()](const boost::system::error_code& ec) {
-    Channel& channel = *self->channel_;
-    channel.writing = false;
-    if (ec || !self->alive()) return;
-    if (!channel.flush(self->worker_.tls_scratch())) return self->read_soon();
-    if (channel.queued() > 0) return self->wait_writable();
-    if (self->client_)
-      self->client_->resume_reading();
-    else
-      self->settle();
+    self->channel_->writing = false;
+    if (!ec) self->worker_.step(*self, [&self] { self->on_writable(); });
   });
+}
+
+void ServerConnection::on_writable() {
+  if (!alive()) return;
+  if (!channel_->flush(worker_.tls_scratch())) return read_soon();
+  if (channel_->queued() > 0) return wait_writable();
+  if (client_)
+    client_->resume_reading();
+  else
+    settle();
 }
 
 std::size_t ServerConnection::process(Bytes in) {
@@ -680,6 +682,19 @@ void ServerConnection::close_by_operator() {
       client->on_server_lost("57P01", "terminating connection due to administrator command", pipeline.status() != TxStatus::Idle);
   }
   close(pool::CloseReason::AdminShutdown);
+}
+
+void ServerConnection::failed(const std::exception& why) {
+  if (client_) return client_->failed(why);
+  if (!alive()) return wait_readable();
+  log::error("session_failed", about(), "server {} (pid {}): closed: {}", id_, pid_, why.what());
+  close_unknown();
+}
+
+void ServerConnection::close_unknown() {
+  cut_off_ = true;  // for all that is known half a message was sent
+  std::string().swap(channel_->unread);
+  close(pool::CloseReason::Broken);
 }
 
 void ServerConnection::close(pool::CloseReason reason) {

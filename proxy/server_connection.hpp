@@ -176,6 +176,8 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   void detach(bool dirty, bool finish = false);
   /// Sends Terminate and waits for the server to close its end.
   void close(pool::CloseReason reason);
+  void failed(const std::exception& why);  ///< a step of its
+  void close_unknown();                    ///< in whatever state it is
   void close_by_operator();  ///< whatever it is doing; its client gets 57P01; one that the server doesn't end counts no more
   /// Begins as what is left of a login that was given up, and lasts until the server has noticed.
   void see_off(Channel channel, Target target);
@@ -241,6 +243,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   void on_readable();
   void read_soon();  ///< in a turn of its own
   void wait_writable();
+  void on_writable();
   std::size_t process(protocol::Bytes in);
   /// How far it is rows of the client's own answer, most of what servers send: they go on, and change nothing but the count.
   std::size_t pass_rows(protocol::Bytes in);

@@ -291,7 +291,7 @@ void Worker::run_runnable() {
   while (!runnable_.empty()) {
     ++turns_;
     std::swap(runnable_, running_);
-    for (const auto& client : running_) client->go_on();
+    for (const auto& client : running_) step(*client, [&client] { client->go_on(); });
     running_.clear();
     --turns_;
   }

@@ -8,6 +8,7 @@
 #include <boost/asio/steady_timer.hpp>
 #include <boost/unordered/unordered_flat_map.hpp>
 #include <deque>
+#include <exception>
 #include <functional>
 #include <limits>
 #include <memory>
@@ -185,6 +186,19 @@ class Worker {
    private:
     Worker& worker_;
   };
+
+  /// A step of a session, a turn or a part of one. What it throws, when memory has run out above all, ends that session and no other.
+  template <class Session, class Step>
+  void step(Session& session, Step&& what) {
+    const Turn turn(*this);
+    try {
+      what();
+    } catch (const std::exception& e) {
+      session.failed(e);
+      to_client.clear();
+      to_server.clear();
+    }
+  }
 
   /// What is gathered for a server connection while this lives is sent to it then; what the turn has gathered for another one stays.
   class Aside {
