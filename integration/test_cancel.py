@@ -86,6 +86,20 @@ class Late(Gate):
         super()._relay(source, *rest)
 
 
+def test_a_cancel_that_gets_no_answer_says_so(proxies, pg):
+    with Gate(pg.port) as gate:
+        proxy = proxies({"pool": {"max": 1}}, url=pg.url(port=gate.port))
+        with raw(proxy) as w:
+            w.send(wire.query("SELECT pg_sleep(60)"))
+            harness.poll(lambda: pg.count("query = 'SELECT pg_sleep(60)' AND state = 'active'"), what="it runs")
+            gate.silent = True
+            send_cancel(proxy, w)
+            assert "cannot send a cancel request: timeout expired after 5000 ms" in proxy.log_text()
+            gate.silent = False
+            send_cancel(proxy, w)
+            assert [m.error["C"] for m in w.until() if m.type == "E"] == ["57014"]
+
+
 def test_a_cancel_that_comes_too_late_hits_nobody(proxies):
     """Its connection is given up after 5 s; the request comes later all the same."""
     with harness.Postgres(plain=True) as own, Late(own.port) as gate:

@@ -170,6 +170,8 @@ def test_too_many_connections_at_the_server(own, proxies):
     for connection in held:
         connection.close()
     recovers(proxy)
+    woke = re.search(r"answered ([\d.]+) s after the first attempt", proxy.log_text())
+    assert not woke or float(woke[1]) < 1, "a server that answers doesn't sleep"
 
 
 GARBAGE = {

@@ -577,11 +577,12 @@ awaitable<void> ServerConnection::run_cancel(std::shared_ptr<ServerConnection> /
   TimeLimit limit(worker_, 5000, 5000);
   bool reached = false;
   bool ended = false;
+  std::string failure;
   try {
     pool::Pool& pool = entry_.pool;
     Opening opening{
         worker_, *upstream_, target_, pool.settings(), channel, limit, channel_->transport.is_tls(), &pool.counters().tlsHandshake};
-    std::string failure = co_await open_channel(opening);
+    failure = co_await open_channel(opening);
     if (failure.empty()) {
       Gather request;
       request.own([this](std::string& out) { protocol::write_cancel_request(out, pid_, cancel_key_); });
@@ -593,11 +594,13 @@ awaitable<void> ServerConnection::run_cancel(std::shared_ptr<ServerConnection> /
         got = channel->transport.read(worker_.scratch());
       }
       ended = !limit.expired();
-    } else {
-      log::warn("cancel_failed", about(), "server {} (pid {}): cannot send a cancel request: {}", id_, pid_, failure);
     }
   } catch (const boost::system::system_error& e) {
-    log::warn("cancel_failed", about(), "server {} (pid {}): cannot send a cancel request: {}", id_, pid_, e.code().message());
+    failure = e.code().message();
+  }
+  if (!failure.empty()) {
+    if (limit.expired()) failure = "timeout expired after " + std::to_string(limit.millis()) + " ms";
+    log::warn("cancel_failed", about(), "server {} (pid {}): cannot send a cancel request: {}", id_, pid_, failure);
   }
   --cancels_pending;
   condemned |= reached && !ended;  // it may come yet, and would hit who has the connection then

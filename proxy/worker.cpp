@@ -413,7 +413,8 @@ void Worker::on_connect_failed(ServerConnection& server, const protocol::ErrorFi
     else
       log::warn("connect_failed", server.about(error.sqlstate), "{}", failure);
   }
-  if (is_permanent(error.sqlstate)) upstream_times_[upstream_of(entry.database)].connect_begun = {};  // it isn't asleep
+  // It isn't asleep. Other answers may be of who stands in front of one that is.
+  if (is_permanent(error.sqlstate) || error.sqlstate == "53300") upstream_times_[upstream_of(entry.database)].connect_begun = {};
   if (is_answer(error.sqlstate))
     database_seen(upstream_of(entry.database), true);
   else if (!wakes)
