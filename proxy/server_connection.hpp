@@ -178,7 +178,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   void close(pool::CloseReason reason);
   void failed(const std::exception& why);  ///< a step of its
   void close_unknown();                    ///< in whatever state it is
-  void close_by_operator();  ///< whatever it is doing; its client gets 57P01; one that the server doesn't end counts no more
+  void close_by_operator();                ///< whatever it is doing; its client gets 57P01; one that the server doesn't end counts no more
   /// Begins as what is left of a login that was given up, and lasts until the server has noticed.
   void see_off(Channel channel, Target target);
   void abandon();  ///< lets go of what belongs to the pool and the worker, at their end
