@@ -349,7 +349,10 @@ void ClientSession::on_server_ready() {
   if (residue_ & protocol::kFunction) {
     const bool known = redefines();
     residue_ |= server_->residue_of_unknown();
-    if (!known && redefines()) server_->on_redefined();
+    if (!known && redefines()) {
+      worker_.statements.begin_generation();
+      server_->on_catalog_changed();
+    }
   }
   if (residue_ & protocol::kReset) {  // a function has; before that is taken for what the client has set
     residue_ &= ~protocol::kReset;

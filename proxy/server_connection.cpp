@@ -336,7 +336,8 @@ bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total
   const bool ours = client_ && owed.owner == client_->id();
   if (type == Backend::ReadyForQuery && status == TxStatus::Idle) {
     // Who prepares a text anew must get a new plan: it may have other columns, and its names may be of something else.
-    if (std::exchange(open_definition_, false)) on_redefined();
+    if (std::exchange(open_change_, false)) worker_.statements.begin_generation();
+    if (std::exchange(open_definition_, false)) on_catalog_changed();
   }
   bool forward = ours && owed.verdict == Verdict::Forward && !(type == Backend::ReadyForQuery && owed.ready_behind);
   if (ours && (owed.verdict == Verdict::Forward || type == Backend::ErrorResponse)) note_answer(type, owed, available, total);
@@ -398,8 +399,9 @@ bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total
     if (tag == "DISCARD PLANS") on_plans_discarded();
     if (tag == "DISCARD ALL" || tag == "DEALLOCATE ALL") client_->on_statements_gone();
     had_temporary_ |= client_->made_temporary();
-    open_definition_ |= changes_catalog(tag) || client_->redefines() || (tag == "COMMIT PREPARED" && entry_.changes_prepared);
-    entry_.changes_prepared |= tag == "PREPARE TRANSACTION" && open_definition_;
+    open_definition_ |= changes_catalog(tag) || changed_.defined || (tag == "COMMIT PREPARED" && entry_.changes_prepared);
+    open_change_ |= open_definition_ || client_->redefines();
+    entry_.changes_prepared |= tag == "PREPARE TRANSACTION" && open_change_;
   }
   if (forward) worker_.to_client.add(available.data(), available.size());
   pass_left_ = total - available.size();
@@ -518,7 +520,7 @@ void ServerConnection::lease(ClientSession& client) {
   client_ = &client;
   leased_anew_ = true;
   cancel_due_ = awaiting_shape_ = restoring_ = reset_unread_ = adoption_skipped_ = false;
-  open_definition_ = false;
+  open_definition_ = open_change_ = false;
   asked_ = 0;
   unknown_calls.clear();
   unknown_names.clear();

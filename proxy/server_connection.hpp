@@ -134,6 +134,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
     bool meaning = false;  ///< how constants are read
     bool path = false;     ///< where names are looked up
     bool code = false;     ///< anything, or made or dropped: code has run
+    bool defined = false;  ///< a function has made or altered something
     bool block = false;    ///< whether there is a transaction block, until that is answered
     bool commit = false;   ///< what a transaction has done may have been committed, until that is answered
     bool any() const { return meaning || path || code; }
@@ -188,7 +189,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   void ask_residue();
   /// What the functions that weren't known when they were called leave behind, as far as that is known by now.
   std::uint32_t residue_of_unknown();
-  void on_redefined();  ///< what names stand for, by a transaction that is committed
+  void on_catalog_changed();  ///< by a transaction that is committed
   bool asking_residue() const { return asking_residue_; }
   /// From now on it is the pool's listener. Returns SQL that takes away what its session has.
   std::string listen_for_pool();
@@ -320,7 +321,8 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   std::vector<std::pair<std::string, protocol::StatementRef>> adopted_;
   bool adoption_skipped_ = false;      // the server may not have all of adopted_
   std::string unadopted_;              // the error of the first that couldn't be adopted for the text that is executed
-  bool open_definition_ = false;       // its transaction has made, altered or dropped something: texts may mean something else behind it
+  bool open_definition_ = false;       // its transaction has made or altered something
+  bool open_change_ = false;           // or dropped: texts may mean something else when it is committed
   bool had_temporary_ = false;         // since it was leased
   bool reset_unread_ = false;          // it isn't known what was reset since it had its client's settings
   std::uint32_t unknown_residue_ = 0;  // of unknown_names, as a survey found

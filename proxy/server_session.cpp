@@ -449,8 +449,7 @@ bool ServerConnection::changes_catalog(std::string_view tag) const {
   return tag.starts_with("CREATE ") || tag.starts_with("ALTER ") || tag == "DO" || tag == "IMPORT FOREIGN SCHEMA";
 }
 
-void ServerConnection::on_redefined() {
-  worker_.statements.begin_generation();
+void ServerConnection::on_catalog_changed() {
   entry_.catalog.forget();
   for (const auto& [id, server] : entry_.servers)
     if (server->client_) server->client_->on_learned();  // it may be using what was made already

@@ -115,6 +115,7 @@ std::uint32_t ClientSession::note_residue(std::string_view sql, std::uint32_t kn
   changed.meaning |= (residue & protocol::kMeaning) != 0;
   changed.path |= (residue & protocol::kPath) != 0;
   changed.code |= (residue & kMakes) != 0;
+  changed.defined |= (residue & ~known & protocol::kDefinition) != 0;
   changed.block |= (residue & protocol::kTransaction) != 0;
   changed.commit |= (residue & protocol::kCommit) != 0;
   const bool takes_value = entry_->sequences_matter && residue & protocol::kSequenceWrite;
