@@ -92,7 +92,10 @@ class Pipeline {
     count(owed, 1);
     ring_.push_back(owed);
   }
-  void remove_front() { count(ring_.pop_front(), -1); }
+  void remove_front() {
+    count(ring_.front(), -1);
+    ring_.drop_front();
+  }
   void pop() {
     remove_front();
     while (!empty() && ring_.front().request == Request::CopyEnd) remove_front();

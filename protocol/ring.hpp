@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -25,11 +26,15 @@ class Ring {
     if (size() == slots_.size()) grow();
     (*this)[tail_++] = std::move(item);
   }
-  T pop_front() {
-    T item = std::exchange(front(), T{});
+  void drop_front() {
+    if constexpr (!std::is_trivially_destructible_v<T>) front() = T{};
     ++head_;
     // What a burst has taken is given back.
     if (empty() && slots_.size() > kKept) std::vector<T>().swap(slots_);
+  }
+  T pop_front() {
+    T item = std::move(front());
+    drop_front();
     return item;
   }
   /// All from this position on.
