@@ -233,7 +233,8 @@ void ClientSession::on_answered(bool told) {
     in_request_ = false;
     if (!answered() || server_->pipeline.unsynced()) begin_request();  // what it has sent behind
     ++readies_told_;
-    while (!deallocations_.empty() && deallocations_.front().ready <= readies_told_) undo(deallocations_);
+    if (unanswered_)
+      for (auto& gone = unanswered_->deallocations; !gone.empty() && gone.front().ready <= readies_told_;) undo(gone);
   }
   if (restore_due_ && answered() && !is_sending()) {
     restore_due_ = false;
@@ -459,8 +460,8 @@ void ClientSession::on_server_lost(const std::string& sqlstate, const std::strin
   if (!tell_due_ && told_ != server_->told()) told_ = 0;  // it was told what its transaction has set
   server_ = nullptr;
   if (state_ == State::Greeting) return greet_elsewhere({"FATAL", sqlstate, message, {}, {}});
-  while (!pending_.empty()) on_name_done(false);
-  while (!deallocations_.empty()) undo(deallocations_);
+  while (unanswered_ && !unanswered_->pending.empty()) on_name_done(false);
+  while (unanswered_ && !unanswered_->deallocations.empty()) undo(unanswered_->deallocations);
   parse_error_.reset();
   forget_residue();
   in_request_ = waits_for_answers_ = restore_due_ = ready_due_ = unnamed_here_ = tell_due_ = false;

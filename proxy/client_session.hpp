@@ -151,7 +151,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
     protocol::NamedStatement before{};  ///< for the client
     protocol::StatementRef adopted{};   ///< what the server knew by the name itself
     std::uint64_t ready = 0;            ///< of DEALLOCATE: it is answered by then, as readies_told_ counts
-    std::size_t place = 0;              ///< of DEALLOCATE: ahead of this position in pending_
+    std::size_t place = 0;              ///< of DEALLOCATE: ahead of this position in Unanswered::pending
   };
 
   void transition(State next);
@@ -239,7 +239,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   enum Names : std::uint8_t { kNoNames = 0, kNames = 1, kUnnamed = 2 };
   bool names_settled(Names which);
   bool names_settled(std::string_view name);
-  std::size_t wait_for_answers(std::size_t unanswered = 0);
+  std::size_t wait_for_answers(std::uint32_t most = 0);
   bool reads_otherwise(const protocol::Statement& statement) const;
   bool is_private(std::string_view name, const protocol::StatementRef& statement) const;
   bool meaning_known(const protocol::Statement& statement);
@@ -271,12 +271,12 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   // fail; on the segment that is being sent, for those behind it. A request waits for that.
   std::uint8_t names_open_ = kNoNames, names_change_ = kNoNames;  // Names
   bool waits_for_answers_ = false;
-  std::size_t waited_for_to_ = 0;  // so many may be left
-  bool unnamed_here_ = false;      // the unnamed statement was parsed in the segment that is being sent
-  bool ready_due_ = false;         // ServerConnection::on_ready, when its message is sent
-  bool restore_due_ = false;       // after a RESET, when the COPY beside it is over
-  bool tell_due_ = false;          // its server's parameters, when the server has its settings
-  std::uint32_t told_ = 0;         // ServerConnection::told()
+  bool unnamed_here_ = false;        // the unnamed statement was parsed in the segment that is being sent
+  bool ready_due_ = false;           // ServerConnection::on_ready, when its message is sent
+  bool restore_due_ = false;         // after a RESET, when the COPY beside it is over
+  bool tell_due_ = false;            // its server's parameters, when the server has its settings
+  std::uint32_t told_ = 0;           // ServerConnection::told()
+  std::uint32_t waited_for_to_ = 0;  // so many may be left unanswered
   pool::Time connected_at_, sent_at_{};
   pool::Time unread_since_{};  // the client doesn't take what is there for it
   std::uint64_t request_ = 0;
@@ -291,9 +291,13 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   std::string cancel_key_;
   SettingsRef login_settings_;  // brought at its login
   std::unique_ptr<Pin> pin_;
-  // Each is answered in its own order: Parse and Close, and what SQL deallocates.
-  protocol::Ring<Pending> pending_, deallocations_;
-  std::size_t unnamed_ended_ = 0;             // the position in pending_ ahead of which nothing brings an unnamed statement back
+  /// Each is answered in its own order: Parse and Close, and what SQL deallocates.
+  struct Unanswered {
+    protocol::Ring<Pending> pending, deallocations;
+    std::size_t unnamed_ended = 0;  ///< the position in pending ahead of which nothing brings an unnamed statement back
+  };
+  Unanswered& unanswered();
+  std::unique_ptr<Unanswered> unanswered_;    // of who has prepared anything
   std::uint64_t readies_told_ = 0;            // ReadyForQuery
   std::unique_ptr<std::string> parse_error_;  // the statement's name as the client has it
   std::unique_ptr<LostTransaction> lost_;

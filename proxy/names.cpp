@@ -46,7 +46,8 @@ void ClientSession::note_deallocations(std::string_view sql) {
   if (named.closes_all) names_open_ |= kNames;
   const std::uint64_t ready = readies_told_ + pipeline.readies_owed() + 1;
   for (const std::string& name : named.deallocated) {
-    deallocations_.push_back({Pending::kDeallocate, name, statements.look_up(name), server_->forget_adopted(name), ready, pending_.end()});
+    unanswered().deallocations.push_back(
+        {Pending::kDeallocate, name, statements.look_up(name), server_->forget_adopted(name), ready, unanswered().pending.end()});
     statements.erase(name);
   }
 }
@@ -229,28 +230,35 @@ void ClientSession::evict() {
   }
 }
 
+ClientSession::Unanswered& ClientSession::unanswered() {
+  if (!unanswered_) unanswered_ = std::make_unique<Unanswered>();
+  return *unanswered_;
+}
+
 bool ClientSession::pending_is_duplicate() {
-  return !pending_.empty() && pending_.front().kind == Pending::kUnkept;
+  return unanswered_ && !unanswered_->pending.empty() && unanswered_->pending.front().kind == Pending::kUnkept;
 }
 
 void ClientSession::on_deallocated() {
-  if (!deallocations_.empty()) deallocations_.pop_front();
+  if (unanswered_ && !unanswered_->deallocations.empty()) unanswered_->deallocations.pop_front();
 }
 
-/// What is the next to change the name, behind what was sent ahead of this position in pending_. Null: nothing.
+/// What is the next to change the name, behind what was sent ahead of this position in Unanswered::pending. Null: nothing.
 ClientSession::Pending* ClientSession::next_change(std::string_view name, std::size_t place) {
-  std::size_t at = std::max(place, pending_.begin());
-  while (at != pending_.end() && (pending_[at].kind == Pending::kUnkept || pending_[at].name != name)) ++at;
-  for (std::size_t i = deallocations_.begin(); i != deallocations_.end() && deallocations_[i].place <= at; ++i)
-    if (deallocations_[i].place >= place && deallocations_[i].name == name) return &deallocations_[i];
-  return at == pending_.end() ? nullptr : &pending_[at];
+  auto& pending = unanswered_->pending;
+  auto& deallocations = unanswered_->deallocations;
+  std::size_t at = std::max(place, pending.begin());
+  while (at != pending.end() && (pending[at].kind == Pending::kUnkept || pending[at].name != name)) ++at;
+  for (std::size_t i = deallocations.begin(); i != deallocations.end() && deallocations[i].place <= at; ++i)
+    if (deallocations[i].place >= place && deallocations[i].name == name) return &deallocations[i];
+  return at == pending.end() ? nullptr : &pending[at];
 }
 
-/// Of the front of pending_ or deallocations_, which has failed or was skipped.
+/// Of the front of one of Unanswered's, which has failed or was skipped.
 void ClientSession::undo(protocol::Ring<Pending>& queue) {
   const std::size_t behind = queue.begin() + 1;
   Pending done = queue.pop_front();
-  if (Pending* const later = next_change(done.name, &queue == &pending_ ? behind : done.place)) {
+  if (Pending* const later = next_change(done.name, &queue == &unanswered_->pending ? behind : done.place)) {
     later->before = std::move(done.before);
     later->adopted = std::move(done.adopted);
     return;
@@ -264,14 +272,14 @@ void ClientSession::undo(protocol::Ring<Pending>& queue) {
 }
 
 void ClientSession::on_name_done(bool ok, bool skipped) {
-  if (pending_.empty()) return;
-  Pending& next = pending_.front();
+  if (!unanswered_ || unanswered_->pending.empty()) return;
+  Pending& next = unanswered_->pending.front();
   if (!ok && next.kind != Pending::kUnkept) {
     if (next.kind == Pending::kParse && next.name.empty() && !skipped) next.before = {}, next.adopted.reset();  // it has ended that
-    return undo(pending_);
+    return undo(unanswered_->pending);
   }
   if (!ok && !skipped) parse_error_ = std::make_unique<std::string>(std::move(next.name));
-  pending_.pop_front();
+  unanswered_->pending.pop_front();
 }
 
 const std::string* ClientSession::name_of(std::uint64_t id) const {
@@ -307,12 +315,12 @@ bool ClientSession::names_settled(Names which) {
   return true;
 }
 
-/// The request is looked at anew when of what was sent before no more than `unanswered` isn't answered (0: all is settled), or a COPY's
+/// The request is looked at anew when of what was sent before no more than `most` isn't answered (0: all is settled), or a COPY's
 /// data is waited for.
 /// The server is asked for what it keeps back until a Sync, so that it comes. Returns 0.
-std::size_t ClientSession::wait_for_answers(std::size_t unanswered) {
+std::size_t ClientSession::wait_for_answers(std::uint32_t most) {
   waits_for_answers_ = true;
-  waited_for_to_ = unanswered;
+  waited_for_to_ = most;
   if (server_->pipeline.unsynced()) server_->flush();
   return 0;
 }

@@ -24,8 +24,8 @@ std::size_t footprint_of(const Channel& channel) {
 }  // namespace
 
 std::size_t ClientSession::footprint() const {
-  std::size_t bytes =
-      sizeof *this + protocol::kNode + footprint_of(channel_) + statements.footprint() + pending_.footprint() + deallocations_.footprint();
+  std::size_t bytes = sizeof *this + protocol::kNode + footprint_of(channel_) + statements.footprint() +
+                      (unanswered_ ? sizeof *unanswered_ + unanswered_->pending.footprint() + unanswered_->deallocations.footprint() : 0);
   if (console_) bytes += sizeof *console_;
   if (subscriber_) bytes += sizeof *subscriber_;
   return bytes;

@@ -21,8 +21,8 @@ using protocol::Verdict;
 
 namespace {
 
-constexpr std::size_t kMaxNames = 8 * 1024;  // of a message whose names are read
-constexpr std::size_t kMostOwed = 8 * 1024;  // replies to a client that isn't read from any more
+constexpr std::size_t kMaxNames = 8 * 1024;    // of a message whose names are read
+constexpr std::uint32_t kMostOwed = 8 * 1024;  // replies to a client that isn't read from any more
 
 bool has_several_statements(std::string_view sql) {
   return sql.find(';') < sql.find_last_not_of("; \t\r\n") + 1;
@@ -206,9 +206,12 @@ std::size_t ClientSession::on_query(Bytes available, std::size_t total) {
     residue_ |= protocol::kUnreadable;
   }
   statements.clear_unnamed();
-  for (std::size_t at = std::max(unnamed_ended_, pending_.begin()); at != pending_.end(); ++at)
-    if (pending_[at].name.empty()) pending_[at].before = {}, pending_[at].adopted.reset();
-  unnamed_ended_ = pending_.end();
+  if (unanswered_) {
+    auto& [pending, deallocations, ended] = *unanswered_;
+    for (std::size_t at = std::max(ended, pending.begin()); at != pending.end(); ++at)
+      if (pending[at].name.empty()) pending[at].before = {}, pending[at].adopted.reset();
+    ended = pending.end();
+  }
   server_->statements.unnamed.reset();
   ++entry_->pool.counters().queries;
   server_->pipeline.push({Request::Query, Verdict::Forward, id_, statement, adopts});
@@ -231,12 +234,12 @@ std::size_t ClientSession::on_long_parse(Bytes available, std::size_t total) {
     if (name.empty()) {
       names_change_ |= kUnnamed;
       unnamed_here_ = true;
-      pending_.push_back({Pending::kParse, {}, statements.look_up({}), server_->statements.unnamed});
+      unanswered().pending.push_back({Pending::kParse, {}, statements.look_up({}), server_->statements.unnamed});
       server_->statements.unnamed = worker_.statements.make({}, settings->meaning);  // stands for it
       statements.set({}, server_->statements.unnamed);
     } else {
       if (const auto existing = statements.find(name)) server_->adopt(std::string(name), existing);
-      pending_.push_back({Pending::kUnkept, std::string(name)});
+      unanswered().pending.push_back({Pending::kUnkept, std::string(name)});
     }
   }
   pipeline.push({Request::Parse, Verdict::Forward, id_});
@@ -263,7 +266,7 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
   const auto refused = [&] {
     relay(available, total);
     pipeline.push({Request::Parse, Verdict::Forward, id_});
-    if (!pipeline.failed()) pending_.push_back({Pending::kUnkept, std::string(name)});
+    if (!pipeline.failed()) unanswered().pending.push_back({Pending::kUnkept, std::string(name)});
     return total;
   };
   if (!reader.ok() || pipeline.failed()) return refused();
@@ -284,7 +287,7 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
     hold(statement);
     names_change_ |= kNames;
     server_->parse(statement->id, statement->body, Verdict::Forward);
-    pending_.push_back({Pending::kUnkept, std::string(name)});
+    unanswered().pending.push_back({Pending::kUnkept, std::string(name)});
     return total;
   }
   names_change_ |= name.empty() ? kUnnamed : kNames;
@@ -303,13 +306,13 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
   const std::uint32_t generation = worker_.statements.generation();
   if (name.empty()) {
     pipeline.push({Request::Parse, Verdict::Forward, id_});
-    pending_.push_back({Pending::kParse, {}, statements.look_up({}), std::exchange(held.unnamed, statement)});
+    unanswered().pending.push_back({Pending::kParse, {}, statements.look_up({}), std::exchange(held.unnamed, statement)});
     statements.set({}, std::move(statement), generation);
     relay(available, total);
     return total;
   }
   if (sql_prepared() || own_reading) {
-    pending_.push_back({Pending::kParse, std::string(name), {}, server_->forget_adopted(name)});
+    unanswered().pending.push_back({Pending::kParse, std::string(name), {}, server_->forget_adopted(name)});
     server_->adopt(std::string(name), statement, Verdict::Forward);
     const auto* const known = held.touch(statement);
     if (known && known->generation != generation) server_->drop_statement(statement->id);
@@ -320,7 +323,7 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
   const auto is_empty = [&] { return protocol::normalize_sql(statement->sql).find_first_not_of("; ") == std::string::npos; };
   if (pipeline.empty() && server_->in_failed_block() && !(statement->residue & protocol::kTransaction) && !is_empty()) return refused();
   parse_shared(statement);
-  pending_.push_back({Pending::kParse, std::string(name)});
+  unanswered().pending.push_back({Pending::kParse, std::string(name)});
   statements.set(name, std::move(statement), generation);
   return total;
 }
@@ -536,7 +539,7 @@ std::size_t ClientSession::on_close(Bytes available, std::size_t total) {
     names_change_ |= name.empty() ? kUnnamed : kNames;
     const bool shared = !name.empty() && available.size() == total && !sql_prepared() && !server_->has_adopted(name);
     auto known = name.empty() ? std::exchange(server_->statements.unnamed, {}) : shared ? nullptr : server_->forget_adopted(name);
-    pending_.push_back({Pending::kClose, std::string(name), statements.look_up(name), std::move(known)});
+    unanswered().pending.push_back({Pending::kClose, std::string(name), statements.look_up(name), std::move(known)});
     statements.erase(name);
     pipeline.push({Request::Close, shared ? Verdict::Inject : Verdict::Forward, id_, kOfStatement});
     if (shared) return total;
