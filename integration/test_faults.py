@@ -1,4 +1,5 @@
 """Chaos: what breaks is told clearly and at once, nothing hangs, nothing crashes; and then it recovers."""
+import contextlib
 import os
 import random
 import re
@@ -567,21 +568,28 @@ def test_stalled_server_in_login_and_in_query(pg, proxies):
         recovers(proxy)
 
 
+@contextlib.contextmanager
+def hanging_backend(server):
+    """The pid of the only one of the pool's, which is stopped for as long."""
+    pid, = server.backends("usename = 'app'")
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield pid
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
 def test_a_backend_that_hangs_counts_for_max_until_it_ends(own, proxies):
     """As the server counts: what it hasn't closed is there."""
     proxy = proxies({"pool": {"max": 1, "connectionTimeoutMillis": 8000}}, server=own)
     with raw(proxy) as w:
         assert w.value("SELECT 1") == "1"
-        pid, = own.backends("usename = 'app'")
-        os.kill(pid, signal.SIGSTOP)
-        try:
+        with hanging_backend(own) as pid:
             assert proxy.http("/api/admin/reconnect", "POST")[0] == 200
             error = next(m for m in w.ask(wire.query("SELECT 2")) if m.type == "E").error
             assert error["C"] == "53300" and "1 of 1 in use, of which 1 doesn't end" in error["M"], error
             assert own.backends("usename = 'app'") == [pid] and proxy.stats()["totalCount"] == 1
             assert proxy.log_text().count("the server doesn't end it") == 1
-        finally:
-            os.kill(pid, signal.SIGCONT)
         harness.poll(lambda: own.backends("usename = 'app'") == [] and proxy.stats()["totalCount"] == 0, what="it has ended, and its place is free")
         assert w.value("SELECT 3") == "3"
     recovers(proxy)
@@ -591,17 +599,13 @@ def test_what_an_operator_closes_of_a_backend_that_hangs_is_let_go(own, proxies)
     proxy = proxies({"pool": {"max": 1, "connectionTimeoutMillis": 20000}}, server=own)
     with raw(proxy) as w:
         assert w.value("SELECT 1") == "1"
-        pid, = own.backends("usename = 'app'")
-        os.kill(pid, signal.SIGSTOP)
-        try:
+        with hanging_backend(own) as pid:
             proxy.http("/api/admin/reconnect", "POST")
             harness.poll(lambda: "the server doesn't end it" in proxy.log_text(), what="it is told of")
             server, = proxy.json("/api/monitoring/servers")[1]["servers"]
             assert server["state"] == "closing" and server["pid"] == pid
             assert proxy.http(f"/api/admin/servers/{server['id']}/close", "POST")[0] == 200
             assert w.value("SELECT 2") == "2"
-        finally:
-            os.kill(pid, signal.SIGCONT)
 
 
 def test_logins_that_hang_count_for_max_until_they_end(pg, proxies):

@@ -12,6 +12,15 @@ namespace pgsidecar::proxy {
 using protocol::Request;
 using protocol::Verdict;
 
+namespace {
+
+bool only_deallocates(const protocol::PreparedNames& named, const std::string& name) {
+  const auto in = [&](const std::vector<std::string>& names) { return std::count(names.begin(), names.end(), name); };
+  return in(named.deallocated) == in(named.names);
+}
+
+}  // namespace
+
 // SQL that names prepared statements (EXECUTE, DEALLOCATE, PREPARE, or lists them) finds those of the client's under the client's
 // own names. Which of them are left is asked when the transaction is over.
 void ClientSession::adopt_named(std::string_view sql, int depth) {
@@ -28,8 +37,7 @@ void ClientSession::adopt_named(std::string_view sql, int depth) {
     const auto statement = statements.find(name);
     if (!statement) continue;
     // For DEALLOCATE alone any text does: the client's may not be valid any more.
-    const auto in = [&](const std::vector<std::string>& names) { return std::count(names.begin(), names.end(), name); };
-    if (in(named.deallocated) == in(named.names)) {
+    if (only_deallocates(named, name)) {
       server_->adopt(name, worker_.nothing);
       continue;
     }
@@ -56,8 +64,7 @@ void ClientSession::note_deallocations(std::string_view sql) {
 void ClientSession::note_executed(std::string_view sql) {
   const protocol::PreparedNames named = protocol::prepared_names(sql);
   for (const std::string& name : named.names) {
-    const auto executed = [&](const std::vector<std::string>& names) { return std::count(names.begin(), names.end(), name); };
-    if (executed(named.deallocated) == executed(named.names)) continue;
+    if (only_deallocates(named, name)) continue;
     const auto statement = statements.find(name);
     const bool known = statement && !(statement->residue & (protocol::kFunction | protocol::kPrepared));
     auto& changed = server_->changed();
@@ -316,8 +323,7 @@ bool ClientSession::names_settled(Names which) {
 }
 
 /// The request is looked at anew when of what was sent before no more than `most` isn't answered (0: all is settled), or a COPY's
-/// data is waited for.
-/// The server is asked for what it keeps back until a Sync, so that it comes. Returns 0.
+/// data is waited for. The server is asked for what it keeps back until a Sync, so that it comes. Returns 0.
 std::size_t ClientSession::wait_for_answers(std::uint32_t most) {
   waits_for_answers_ = true;
   waited_for_to_ = most;
