@@ -92,7 +92,7 @@ def is_excused(script, index, direct, pooled):
         return True
     if (NOBODY, "reconnect") in script and "C=01000 M=notifications may have been lost" in pooled:
         return True
-    return any(text.startswith("kill") for one, text in script if one == NOBODY) and re.search(LOST, pooled)
+    return any(text.startswith("kill") for one, text in script if one == NOBODY) and (re.search(LOST, pooled) or pooled == "ready E")
 
 
 def foreign(index, answers):

@@ -1,5 +1,5 @@
-"""In transaction mode a client sees what it would see on a direct connection: scripts of a few clients whose steps follow each other, played as
-differ.py plays its own. They are in scripts.txt, the heading being pool.max and the script's name."""
+"""A client sees what it would see on a direct connection: scripts of a few clients whose steps follow each other, played as differ.py plays its
+own. They are in scripts.txt, the heading being pool.max, ahead of it pool.mode unless that is transaction, and the script's name."""
 import argparse
 import pathlib
 
@@ -11,8 +11,9 @@ import replay
 
 SCRIPTS = {}
 for heading, lines in replay.read_cases(pathlib.Path(__file__).parent / "scripts.txt").items():
-    most, name = heading.split(": ", 1)
-    SCRIPTS[name] = int(most), [(replay.LETTERS.index(line[0]), line[3:]) for line in lines]
+    pool, name = heading.split(": ", 1)
+    mode, most = pool.split() if " " in pool else ("transaction", pool)
+    SCRIPTS[name] = mode, int(most), [(replay.LETTERS.index(line[0]), line[3:]) for line in lines]
 PATIENCE = 0.3  # with a client that waits for a server connection
 
 
@@ -26,7 +27,8 @@ def worlds():
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_as_direct(worlds, name):
-    most, script = SCRIPTS[name]
+    mode, most, script = SCRIPTS[name]
+    worlds.options.mode = mode
     worlds.renew(most)
     worlds.prepare(script)
     direct = differ.play(script, worlds.server.port, "equal_direct", differ.STUCK)

@@ -170,7 +170,7 @@ class ServerStatements {
     StatementRef statement;
     std::uint32_t generation = 0;  ///< in which it was prepared
     std::uint32_t shape = 0;       ///< as the server has said since it was prepared there; 0: it hasn't
-    bool doubtful = false;         ///< used where texts are read otherwise, as the server does that has to plan it anew
+    bool doubtful = false;         ///< used, and so maybe planned, where texts are read otherwise
   };
 
   /// Null: it isn't prepared there; else it counts as used now.

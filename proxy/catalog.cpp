@@ -59,6 +59,7 @@ constexpr const char* kFunctions = R"(
 SELECT DISTINCT name, '', '', body FROM part WHERE classid <> 'pg_proc'::regclass
 UNION SELECT name, '', '', '' FROM called
 UNION SELECT '', 'plans', '', '' FROM fn WHERE language NOT IN ('c', 'internal', 'sql')
+UNION SELECT '', 'inlines', '', '' FROM fn JOIN pg_proc AS p ON p.oid = fn.oid WHERE language = 'sql' AND strpos(prosrc, '''') > 0
 UNION SELECT '', 'written', sum(pg_stat_get_tuples_inserted(c) + pg_stat_get_tuples_updated(c) + pg_stat_get_tuples_deleted(c))::text, ''
   FROM unnest('{pg_class,pg_attribute,pg_proc,pg_type,pg_operator,pg_cast,pg_namespace,pg_collation}'::regclass[]) AS c LIMIT )";
 
@@ -197,7 +198,7 @@ Catalog::Inquiry Catalog::older(const Names& names, Time since) const {
 }
 
 std::string Catalog::question(const Inquiry& inquiry) {
-  // What an aggregate calls stands in a body.
+  // What an aggregate calls stands in a body, and so does that a function has texts read in its own way.
   return "SELECT p.proname, CASE WHEN a.aggfnoid IS NULL THEN l.lanname ELSE 'sql' END, EXISTS (SELECT FROM pg_catalog.pg_depend AS d "
          "WHERE d.classid OPERATOR(pg_catalog.=) p.tableoid"
          " AND d.objid OPERATOR(pg_catalog.=) p.oid AND d.deptype OPERATOR(pg_catalog.=) 'e'), CASE WHEN a.aggfnoid IS NULL THEN p.prosrc "
@@ -205,7 +206,11 @@ std::string Catalog::question(const Inquiry& inquiry) {
          " 'SELECT ' OPERATOR(pg_catalog.||) pg_catalog.array_to_string(ARRAY[a.aggtransfn, a.aggfinalfn, a.aggcombinefn, a.aggmtransfn,"
          " a.aggminvtransfn, a.aggmfinalfn]::pg_catalog.regproc[], '(),') OPERATOR(pg_catalog.||) '()' END OPERATOR(pg_catalog.||)"
          " CASE WHEN p.prosrc OPERATOR(pg_catalog.<>) '' AND p.pronargdefaults OPERATOR(pg_catalog.>) 0"
-         " THEN ';SELECT ' OPERATOR(pg_catalog.||) pg_catalog.pg_get_function_arguments(p.oid) ELSE '' END"
+         " THEN ';SELECT ' OPERATOR(pg_catalog.||) pg_catalog.pg_get_function_arguments(p.oid) ELSE '' END OPERATOR(pg_catalog.||)"
+         " CASE WHEN p.prosrc OPERATOR(pg_catalog.<>) '' AND EXISTS (SELECT FROM pg_catalog.unnest(p.proconfig) AS c"
+         " WHERE pg_catalog.lower(pg_catalog.split_part(c, '=', 1)) OPERATOR(pg_catalog.=) ANY (ARRAY[" +
+         list(reading_settings()) +
+         "])) THEN ';SET LOCAL datestyle TO ISO' ELSE '' END"
          " FROM pg_catalog.pg_proc AS p JOIN pg_catalog.pg_language AS l ON l.oid OPERATOR(pg_catalog.=) p.prolang"
          " LEFT JOIN pg_catalog.pg_aggregate AS a ON a.aggfnoid OPERATOR(pg_catalog.=) p.oid"
          " WHERE p.proname OPERATOR(pg_catalog.=) ANY (ARRAY[" +
@@ -251,7 +256,7 @@ void Catalog::answered(Inquiry& inquiry, Time now, bool failed) {
 void Catalog::unknown() {
   words_.clear();
   everywhere_ = protocol::kFunction;
-  keeps_plans_ = true;
+  keeps_plans_ = inlines_ = true;
   version_ = new_version();
 }
 
@@ -304,6 +309,7 @@ std::string Survey::next(Time now) {
   }
   catalog_.surveyed_ = true;
   catalog_.keeps_plans_ = keeps_plans_;
+  catalog_.inlines_ = inlines_;
   catalog_.failing_ = false;
   catalog_.due_ = now + Catalog::kSurveyEvery;
   if (words_ != catalog_.words_ || everywhere_ != catalog_.everywhere_) {
@@ -322,6 +328,8 @@ void Survey::answer(std::string (&field)[4]) {
     catalog_.rows_written_ = std::move(field[2]);
   } else if (rounds_ == 1 && field[1] == "plans") {
     keeps_plans_ = true;
+  } else if (rounds_ == 1 && field[1] == "inlines") {
+    inlines_ = true;
   } else if (rounds_ == 1) {
     if (!field[3].empty()) catalog_.answer(expressions_, field[0], "sql", false, field[3]);
     functions_.push_back(std::move(field[0]));

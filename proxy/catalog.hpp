@@ -59,6 +59,7 @@ class Catalog {
   /// Something was made or changed.
   void forget();
   bool keeps_plans() const { return keeps_plans_; }  ///< there are functions of a language that keeps plans, such as PL/pgSQL
+  bool inlines() const { return inlines_; }          ///< there are SQL functions whose constants may become part of others' plans
   bool surveyed() const { return surveyed_; }        ///< what naming things may leave behind is known
   bool due(Time now) const { return now >= due_; }   ///< a survey is
   /// True once when something has been found that sessions may have been used by unseen since the last look.
@@ -89,7 +90,7 @@ class Catalog {
   std::uint64_t version_ = 0;     // of these two, unlike any other catalog's
   std::uint64_t changes_ = 0;     // forget() was called so often
   Time due_{};
-  bool surveyed_ = false, failing_ = false, late_ = false, rewritten_ = false, keeps_plans_ = true;
+  bool surveyed_ = false, failing_ = false, late_ = false, rewritten_ = false, keeps_plans_ = true, inlines_ = true;
   std::string rows_written_;  // of the catalogs, as the server counts them
 };
 
@@ -125,7 +126,7 @@ class Survey {
   const Time begun_;
   const std::uint64_t changes_;
   int rounds_ = 0, failures_ = 0;
-  bool asks_relations_ = false, failed_ = false, keeps_plans_ = false;
+  bool asks_relations_ = false, failed_ = false, keeps_plans_ = false, inlines_ = false;
   Catalog::Names wanted_;
   std::vector<std::string> functions_;  // that hang on something
   std::vector<std::string> stateful_;   // of those, whose relations are known

@@ -247,6 +247,7 @@ void ClientSession::on_answered(bool told) {
     counters.transaction.record(micros_since(transaction_since));
     transaction_since = now;  // what is in the pipeline behind it is another one
     server_->running.first = 0;
+    if (answered()) server_->running.named_resets = false;
   }
   examined_ = false;
   told_residue_ |= residue_;
@@ -350,6 +351,7 @@ void ClientSession::on_server_ready() {
   if (residue_ & protocol::kFunction) {
     const bool known = redefines();
     residue_ |= server_->residue_of_unknown();
+    server_->changed().meaning |= (residue_ & protocol::kMeaning) != 0;
     if (!known && redefines()) {
       worker_.statements.begin_generation();
       server_->on_catalog_changed();

@@ -241,6 +241,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   bool names_settled(std::string_view name);
   std::size_t wait_for_answers(std::uint32_t most = 0);
   bool reads_otherwise(const protocol::Statement& statement) const;
+  bool plans_otherwise(const protocol::Statement& statement) const;
   bool is_private(std::string_view name, const protocol::StatementRef& statement) const;
   bool meaning_known(const protocol::Statement& statement);
   bool characters_known(std::string_view sql);

@@ -120,7 +120,7 @@ protocol::ServerStatements::Held* ClientSession::prepare_here(const protocol::Na
     server_->drop_statement(statement->id);
   } else if (known) {
     ++entry_->pool.counters().preparedHits;
-    known->doubtful |= server_->changed().meaning && statement->has_constants;
+    known->doubtful |= plans_otherwise(*statement);
     return known;
   }
   ++entry_->pool.counters().preparedMisses;
@@ -128,8 +128,8 @@ protocol::ServerStatements::Held* ClientSession::prepare_here(const protocol::Na
   names_change_ |= kNames;
   auto& added = held.add(statement, worker_.statements.generation());
   const auto& changed = server_->changed();
-  added.doubtful = server_->in_block() ? changed.meaning && statement->has_constants
-                                       : changed.any() && (statement->has_constants || statement->infers_types);
+  added.doubtful =
+      plans_otherwise(*statement) || (!server_->in_block() && changed.any() && (statement->has_constants || statement->infers_types));
   evict();
   return &added;
 }

@@ -142,11 +142,15 @@ std::size_t ClientSession::on_request(char type, Bytes available, std::size_t to
 }
 
 std::size_t ClientSession::on_execute(Bytes available, std::size_t total) {
-  if (server_->running.reset && available.size() < total && total < kMaxNames) return 0;
+  const auto& running = server_->running;
+  const bool may_reset = running.reset || running.named_resets;
+  if (may_reset && available.size() < total && total < kMaxNames) return 0;
   server_->pipeline.push({Request::Execute, Verdict::Forward, id_, statement_of(available)});
   relay(available, total);
-  const bool resets = server_->running.reset && pass_left_ == 0 && protocol::Reader(available.subspan(kHeaderSize)).cstring().empty();
-  if (resets) restore_behind_execute();
+  if (!may_reset || pass_left_ > 0) return available.size();
+  const bool named = !protocol::Reader(available.subspan(kHeaderSize)).cstring().empty();
+  if (named && running.named_resets) residue_ |= protocol::kReset;
+  if (!named && running.reset) restore_behind_execute();
   return available.size();
 }
 
@@ -277,7 +281,7 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
   const bool own_path = (changed_so_far.path || changed_so_far.code) && protocol::is_analysed(sql);
   const bool own_reading = changed_so_far.meaning && protocol::has_constants(sql);
   if (own_reading && !answered()) return wait_for_answers();
-  const bool own = own_path || own_reading || (!name.empty() && protocol::has_moment(sql));
+  const bool own = own_path || own_reading || protocol::has_moment(sql);
   protocol::StatementRef statement =
       own ? worker_.statements.make(body, settings->meaning, own_path, own_reading) : worker_.statements.intern(body, settings->meaning);
   if ((!name.empty() || statement->residue & protocol::kPrepared) && !names_settled(kNames)) return 0;
@@ -339,9 +343,12 @@ void ClientSession::note_parse(std::string_view name, std::string_view body) {
 
 /// Under the name that all clients share.
 void ClientSession::hold(const protocol::StatementRef& statement) {
-  if (server_->statements.touch(statement)) return;
-  server_->parse(statement->id, statement->body, Verdict::Skip);
-  server_->statements.add(statement, worker_.statements.generation());
+  auto* known = server_->statements.touch(statement);
+  if (!known) {
+    server_->parse(statement->id, statement->body, Verdict::Skip);
+    known = &server_->statements.add(statement, worker_.statements.generation());
+  }
+  known->doubtful |= plans_otherwise(*statement);
   evict();
 }
 
@@ -352,7 +359,7 @@ void ClientSession::parse_shared(const protocol::StatementRef& statement) {
   const std::uint32_t generation = worker_.statements.generation();
   auto& counters = entry_->pool.counters();
   ++counters.clientParses;
-  auto* const known = held.touch(statement);
+  auto* known = held.touch(statement);
   const bool behind = pipeline.readies_owed() > 0;  // segments that may fail, so that the server would refuse it
   if (known && (behind || known->generation != generation)) {
     ++counters.preparedHits;
@@ -366,9 +373,10 @@ void ClientSession::parse_shared(const protocol::StatementRef& statement) {
   } else {
     ++counters.preparedMisses;
     server_->parse(statement->id, statement->body, Verdict::Forward);
-    held.add(statement, generation);
-    evict();
+    known = &held.add(statement, generation);
   }
+  known->doubtful |= plans_otherwise(*statement);
+  evict();
 }
 
 // Names are the client's own, so that closing one needs no server.
@@ -404,6 +412,11 @@ bool ClientSession::parse_unserved(Bytes whole) {
 bool ClientSession::reads_otherwise(const protocol::Statement& statement) const {
   const auto& changed = server_->changed();
   return (changed.meaning && statement.has_constants) || (changed.path && statement.infers_types && !statement.own_path);
+}
+
+/// Its plan may have constants in it, be they those of functions, as only what the transaction has set has them read.
+bool ClientSession::plans_otherwise(const protocol::Statement& statement) const {
+  return server_->changed().meaning && (statement.has_constants || entry_->catalog.inlines());
 }
 
 /// The server knows it by the client's own name, and can't be told it again.

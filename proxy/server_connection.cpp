@@ -526,14 +526,14 @@ void ServerConnection::lease(ClientSession& client) {
   unknown_names.clear();
   unknown_residue_ = 0;
   sequences_touched = false;
-  changed_ = {};
+  forget_changed();
   suspect.clear();
   unadopted_.clear();
   running.first = running.last = running.named = running.portal = 0;
   running.portals.clear();
   running.untold = 0;
   running.reset.reset();
-  running.leaking = running.overdue = false;
+  running.named_resets = running.leaking = running.overdue = false;
   worker_.arm_tick(entry_.pool.limit_check());
   client.on_lease(*this);
 }
@@ -572,7 +572,9 @@ void ServerConnection::start_reset(bool finish) {
   ask(kReset, "ROLLBACK");
   ask(kReset, "DISCARD ALL");
   forget_statements();
-  sequences_dirty = false;
+  sequences_dirty = plans_stale = functions_stale = planned_otherwise_ = false;
+  planned_.reset();
+  changed_ = {};
   settings = entry_.settings.intern({});
 }
 

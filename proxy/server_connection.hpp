@@ -67,6 +67,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
     std::vector<std::pair<std::string, pool::StatementHandle>> portals;  ///< the named ones', at most kMostPortals
     std::uint64_t untold = 0;      ///< the statement of the last Bind, if the client doesn't know yet what it looks like
     protocol::StatementRef reset;  ///< the unnamed portal's, if it resets settings
+    bool named_resets = false;     ///< a named portal may reset settings
     bool leaking = false;          ///< told of, since it was last answered
     bool overdue = false;          ///< cancelled by pool.queryTimeoutMillis
   };
@@ -108,7 +109,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   bool sequences_dirty = false;               ///< the session may have values of sequences that another client took
   bool adopts_apart = false;                  ///< what can't be adopted doesn't have the server skip what follows
   bool plans_stale = false;                   ///< what is prepared there may mean something else: temporary objects have come, or gone
-  bool functions_stale = false;               ///< so may what its functions have planned
+  bool functions_stale = false;               ///< so may what its functions have planned, of temporary objects that have come
   bool conforming_strings() const { return conforming_strings_; }  ///< standard_conforming_strings
 
   void lease(ClientSession& client);
@@ -116,7 +117,6 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   void apply_settings();
   /// Puts statements of the proxy's own ahead of what the client sends next, whose failure ends the client.
   void run_ahead(const std::vector<std::string>& sqls);
-  void renew_plans();
   void on_plans_discarded();
   /// The same as part of the client's transaction: undone if that fails. `owner`: of the error, if there is one.
   void run_within(const std::vector<std::string>& sqls, std::uint64_t note = kApply, protocol::OwnerId owner = protocol::kProxy);
@@ -239,6 +239,9 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   boost::asio::awaitable<void> run_cancel(std::shared_ptr<ServerConnection> self, std::shared_ptr<void> done);
   void fail_connect(const protocol::ErrorFields& error);
 
+  bool planned_under_others();  ///< its functions, before this lease
+  void renew_plans();
+
   void transition(State next);
   void wait_readable();
   void on_readable();
@@ -304,7 +307,8 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   bool cut_off_ = false;   // half a message of its client's was sent, and the rest won't be
   bool listener_ = false;  // the pool's
   Changed changed_;
-  SettingsRef planned_;  // under which its functions have planned
+  std::shared_ptr<const Meaning> planned_;  // under which its functions have planned
+  bool planned_otherwise_ = false;          // or under what a client had set since
   bool asking_residue_ = false, residue_failed_ = false, own_query_failed_ = false;
   bool leased_anew_ = false, cancel_due_ = false, awaiting_shape_ = false, shape_first_ = false, restoring_ = false;
   std::uint32_t shape_ = 0;           // as described so far

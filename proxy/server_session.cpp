@@ -56,17 +56,22 @@ void ServerConnection::apply_settings() {
     reset_unread_ = false;
     run_ahead(statements_needed);
   }
-  if (functions_stale || planned_ != client_->settings) renew_plans();
+  if (leased_anew_ && planned_under_others()) functions_stale = true;
+  if (functions_stale) renew_plans();
   if (!leased_anew_) return;
   leased_anew_ = false;
   if (sequences_dirty && entry_.sequences_matter) forget_sequences();
 }
 
-/// What functions have planned was read under the settings of who ran them first.
+/// What functions have planned was read under the settings of who ran them first. What its client itself changes afterwards, it keeps.
+bool ServerConnection::planned_under_others() {
+  const auto before = std::exchange(planned_, client_->settings->meaning);
+  return std::exchange(planned_otherwise_, false) || (before && before != planned_ && !plans_alike(before->values, planned_->values));
+}
+
 void ServerConnection::renew_plans() {
-  const SettingsRef before = std::exchange(planned_, client_->settings);
-  if (before && before != planned_) functions_stale |= !plans_alike(before->values, planned_->values);
-  if (!functions_stale || !client_->answered() || pipeline.unsynced() || pipeline.status() == protocol::TxStatus::Failed) return;
+  if (client_->mode() == conf::PoolMode::Session) return;  // it is nobody else's
+  if (!client_->answered() || pipeline.unsynced() || pipeline.status() == protocol::TxStatus::Failed) return;
   functions_stale = false;
   if (!entry_.catalog.keeps_plans()) return;
   on_plans_discarded();
@@ -190,6 +195,7 @@ void ServerConnection::drop_statement(std::uint64_t id) {
 }
 
 void ServerConnection::forget_changed() {
+  planned_otherwise_ |= changed_.meaning;
   if (changed_.any()) statements.erase_if([&](const auto& held) { return held.doubtful && unclosed_.insert(held.statement->id).second; });
   changed_ = {};
 }
@@ -465,7 +471,8 @@ void ServerConnection::finish_residue() {
     return client_->on_residue(nullptr, residue_);
   }
   forget_changed();
-  if (residue_.reasons & pool::bit(pool::PinReason::TemporaryObject)) plans_stale |= !std::exchange(had_temporary_, true);
+  if (residue_.reasons & pool::bit(pool::PinReason::TemporaryObject) && !std::exchange(had_temporary_, true))
+    plans_stale = functions_stale = true;
   const bool skipped = std::exchange(adoption_skipped_, false);
   std::erase_if(adopted_, [&](const auto& one) {
     const bool there = std::find(residue_.prepared.begin(), residue_.prepared.end(), one.first) != residue_.prepared.end();
@@ -491,6 +498,7 @@ void ServerConnection::finish_residue() {
   condemned |= residue_.settings.contains("session_authorization");
   settings = entry_.settings.intern(std::move(residue_.settings));
   if (settings->welcome.empty()) settings->welcome = parameters_;
+  planned_otherwise_ |= settings->meaning != client_->settings->meaning;
   client_->on_residue(settings, residue_);
   reset_unread_ &= settings != client_->settings;  // until it has them, the next look finds the same
 }

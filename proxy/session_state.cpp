@@ -92,7 +92,7 @@ std::uint32_t ClientSession::note_residue(std::string_view sql, std::uint32_t kn
               entry_->catalog.residue_of_calls(protocol::called_functions(sql), worker_.now(), server_->unknown_calls);
   if (residue & protocol::kFunction) {  // it may run what it is given
     const protocol::BodyScan given = protocol::scan_body(sql);
-    residue |= given.residue & protocol::kDefinition;
+    residue |= given.residue & (protocol::kDefinition | protocol::kTemporary | protocol::kMeaning | protocol::kPath);
     if (given.residue & protocol::kCustomSetting || !entry_->settings.learn(given.custom_settings)) residue |= protocol::kCustomSetting;
   }
   if (known & protocol::kCustomSetting) {
@@ -110,8 +110,8 @@ std::uint32_t ClientSession::note_residue(std::string_view sql, std::uint32_t kn
   // What is sent behind it is prepared when it is done.
   constexpr std::uint32_t kMakes = protocol::kDefinition | protocol::kFunction | protocol::kCode;
   server_->plans_stale |= (residue & (protocol::kTemporary | (settings->temporary ? kMakes : 0))) != 0;
+  server_->functions_stale |= (residue & protocol::kTemporary) != 0;
   auto& changed = server_->changed();
-  server_->functions_stale |= (residue & protocol::kTemporary) || (changed.meaning && known & (protocol::kFunction | protocol::kCode));
   changed.meaning |= (residue & protocol::kMeaning) != 0;
   changed.path |= (residue & protocol::kPath) != 0;
   changed.code |= (residue & kMakes) != 0;
@@ -170,8 +170,8 @@ void ClientSession::note_reset(std::string_view portal, const protocol::Statemen
   const bool resets = statement && statement->residue & protocol::kReset;
   if (portal.empty())
     server_->running.reset = resets ? statement : nullptr;
-  else if (resets)
-    residue_ |= protocol::kReset;
+  else
+    server_->running.named_resets |= resets;
 }
 
 // In the client's own request, so that it comes back only if the reset succeeds, and what the request goes on with finds it.

@@ -15,9 +15,13 @@ namespace {
 constexpr std::string_view kNameLists[] = {"search_path", "temp_tablespaces", "session_preload_libraries", "local_preload_libraries"};
 
 /// What decides how a text is read, whatever the types in it.
-constexpr std::string_view kReading[] = {"client_encoding", "standard_conforming_strings", "datestyle",   "timezone",   "intervalstyle",
-                                         "xmloption",       "transform_null_equals",       "array_nulls", "lc_monetary"};
-constexpr std::size_t kOfCharacters = 2;  // of these
+constexpr std::string_view kReading[] = {
+    "client_encoding", "standard_conforming_strings", "datestyle",   "timezone",   "timezone_abbreviations", "intervalstyle",
+    "xmloption",       "transform_null_equals",       "array_nulls", "lc_monetary"};
+
+/// A meaning's parts that functions' plans don't hang on: what names stand for is looked up anew, and bodies have one encoding.
+constexpr std::string_view kUnplanned[] = {"search_path", "role", "session_authorization", "client_encoding",
+                                           "standard_conforming_strings"};
 
 constexpr std::size_t kMaxKnown = 4096, kMaxCustomNames = 64, kMaxDateStyles = 64;
 
@@ -315,13 +319,28 @@ bool alike(const Values& one, const Values& other, std::string_view name) {
 
 }  // namespace
 
+std::vector<std::string> reading_settings() {
+  return {std::begin(kReading), std::end(kReading)};
+}
+
 bool read_alike(const Values& one, const Values& other) {
   return std::ranges::all_of(kReading, [&](std::string_view name) { return alike(one, other, name); });
 }
 
+// What is computed when it is planned depends on how values are written too: extra_float_digits, bytea_output...
 bool plans_alike(const Values& one, const Values& other) {
-  return std::ranges::all_of(std::begin(kReading) + kOfCharacters, std::end(kReading),
-                             [&](std::string_view name) { return alike(one, other, name); });
+  const auto counts = [](const auto& setting) {
+    const auto& [name, value] = setting;
+    if (name == "extra_float_digits" && value.size() == 1 && value > "0") return false;  // as by default, all digits
+    return std::ranges::find(kUnplanned, name) == std::end(kUnplanned);
+  };
+  auto a = one.begin(), b = other.begin();
+  for (;; ++a, ++b) {
+    a = std::find_if(a, one.end(), counts);
+    b = std::find_if(b, other.end(), counts);
+    if (a == one.end() || b == other.end()) return a == one.end() && b == other.end();
+    if (*a != *b) return false;
+  }
 }
 
 std::string reading_statement(const Values& meaning, bool path) {

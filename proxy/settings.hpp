@@ -71,8 +71,10 @@ std::optional<StartupSettings> settings_of(const protocol::Startup& startup, std
 /// Statements that turn a session with `have` into one with `want`.
 std::vector<std::string> settings_statements(const Values& have, const Values& want);
 
-bool read_alike(const Values& one, const Values& other);   ///< constants are
-bool plans_alike(const Values& one, const Values& other);  ///< so are those in functions' plans
+std::vector<std::string> reading_settings();              ///< those that decide how constants are read, whatever their types
+bool read_alike(const Values& one, const Values& other);  ///< constants are
+/// Of two meanings: what functions plan under them is the same.
+bool plans_alike(const Values& one, const Values& other);
 /// A statement that has texts read as `meaning` says, whatever the transaction has set meanwhile. `path`: names are looked up by it too.
 std::string reading_statement(const Values& meaning, bool path);
 
