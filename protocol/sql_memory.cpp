@@ -1,5 +1,6 @@
 #include "protocol/sql_memory.hpp"
 
+#include <algorithm>
 #include <bit>
 #include <cstring>
 
@@ -35,7 +36,7 @@ const char* past_digits(const char* p, const char* end) {
   return p;
 }
 
-/// The same for texts that are the same but for digits.
+/// The same for texts that are the same but for digits; never 0.
 std::uint64_t hash_without_digits(std::string_view sql) {
   std::uint64_t hash = 0;
   const auto mix = [&](std::uint64_t word) {
@@ -50,7 +51,7 @@ std::uint64_t hash_without_digits(std::string_view sql) {
     mix(before == 8 ? word : word & ((std::uint64_t{1} << 8 * before) - 1));
     p = end - p <= before ? end : past_digits(p + before, end);
   }
-  return hash;
+  return hash | 1;
 }
 
 }  // namespace
@@ -79,10 +80,16 @@ bool same_but_for_numbers(std::string_view a, std::string_view b) {
 SqlReading SqlMemory::read(std::string_view sql, bool standard_conforming_strings) {
   const auto read_anew = [&] { return SqlReading{scan_sql(sql, standard_conforming_strings), fingerprint_sql(sql)}; };
   if (sql.empty() || sql.size() > kLongest) return read_anew();
-  Known& known = known_[hash_without_digits(sql) % known_.size()];
-  if (known.conforming == standard_conforming_strings && same_but_for_numbers(known.text, sql)) return known.reading;
+  const std::uint64_t hash = hash_without_digits(sql);
+  auto& place = known_[(hash >> 1) % known_.size()];
+  for (const Known& known : place)
+    if (known.hash == hash && known.conforming == standard_conforming_strings && same_but_for_numbers(known.text, sql))
+      return known.reading;
   const SqlReading reading = read_anew();
   if (has_numbered_names(sql)) return reading;
+  std::rotate(place.begin(), place.end() - 1, place.end());
+  Known& known = place.front();
+  known.hash = hash;
   known.text = sql;
   known.conforming = standard_conforming_strings;
   return known.reading = reading;
@@ -90,7 +97,8 @@ SqlReading SqlMemory::read(std::string_view sql, bool standard_conforming_string
 
 std::size_t SqlMemory::footprint() const {
   std::size_t bytes = 0;
-  for (const Known& known : known_) bytes += protocol::footprint(known.text);
+  for (const auto& place : known_)
+    for (const Known& known : place) bytes += protocol::footprint(known.text);
   return bytes;
 }
 

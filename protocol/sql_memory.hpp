@@ -29,11 +29,13 @@ class SqlMemory {
 
  private:
   struct Known {
+    std::uint64_t hash = 0;  ///< of the text without its digits; 0: there is none
     std::string text;
     bool conforming = true;
     SqlReading reading;
   };
-  std::array<Known, 256> known_;  // by a hash of the text without its digits; empty: none
+  static constexpr std::size_t kWays = 4;
+  std::array<std::array<Known, kWays>, 64> known_;  // by the hash; of those with one place the last that came is first
 };
 
 }  // namespace pgsidecar::protocol

@@ -4,6 +4,7 @@
 
 #include <random>
 
+#include "protocol/footprint.hpp"
 #include "protocol/normalize.hpp"
 #include "protocol/sql_scan.hpp"
 
@@ -126,6 +127,17 @@ TEST(SqlMemory, WhatIsRememberedIsWhatWouldBeRead) {
     }
   }
   EXPECT_GT(same, 1000u);
+}
+
+TEST(SqlMemory, TextsDoNotDriveEachOtherOut) {
+  SqlMemory memory;
+  std::size_t bytes = 0;
+  for (char letter = 'a'; letter <= 'z'; ++letter) {
+    std::string text = "SELECT count(*) FROM a_table_of_the_name_";
+    memory.read(text += letter, true);
+    bytes += footprint(std::string(text));
+  }
+  EXPECT_EQ(memory.footprint(), bytes);
 }
 
 TEST(SqlMemory, ALongTextIsReadAnew) {
