@@ -487,6 +487,7 @@ def test_statement_mode_refuses_transactions(proxies, pg):
         assert w.value("SELECT 1") == "1"
         w.send(wire.query("BEGIN"))
         messages = w.until("E")
+        assert wire.kinds(messages) == "CE", "a driver that has got ReadyForQuery doesn't read the error"
         assert "transaction" in messages[-1].error["M"].lower(), messages[-1].error
     with raw(proxy) as after:
         assert after.value("SELECT 2") == "2"

@@ -42,6 +42,19 @@ def test_temporary_objects_concern_nobody_else(proxies):
         assert parses(proxy) == 1
 
 
+def test_a_text_that_ends_a_failed_transaction_lists_no_statements(proxies):
+    """Nothing can be prepared, nor taken away, ahead of its ROLLBACK."""
+    proxy = proxies({"pool": {"max": 1}})
+    with raw(proxy) as other, raw(proxy) as w:
+        other.ask(wire.parse("SELECT 'another client'", "s"), wire.SYNC)
+        w.ask(wire.query("BEGIN"))
+        w.ask(wire.query("SELECT 1/0"))
+        refused = w.ask(wire.query("ROLLBACK; SELECT name, statement FROM pg_prepared_statements"))
+        assert kinds(refused) == "EZ" and refused[0].error["C"] == "25P02"
+        w.ask(wire.query("ROLLBACK"))
+        assert kinds(w.ask(wire.query("SELECT name, statement FROM pg_prepared_statements"))) == "TCZ"
+
+
 def test_settings_of_a_transaction_concern_what_has_constants(proxies):
     """Others are neither prepared again nor a reason to keep the server connection."""
     proxy = proxies({"pool": {"max": 1}})

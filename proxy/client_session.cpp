@@ -247,7 +247,7 @@ void ClientSession::on_answered(bool told) {
     counters.transaction.record(micros_since(transaction_since));
     transaction_since = now;  // what is in the pipeline behind it is another one
     server_->running.first = 0;
-    if (answered()) server_->running.named_resets = false;
+    if (answered()) server_->running.named_effects = 0;
   }
   examined_ = false;
   told_residue_ |= residue_;
@@ -457,7 +457,7 @@ void ClientSession::on_server_lost(const std::string& sqlstate, const std::strin
   // What it had just done to its session.
   const bool unknown =
       server_->asking_residue() || server_->restoring() || (subscriber_ && subscriber_->owes_ready()) || left_unknown(in_transaction);
-  const bool committing = server_->changed().commit;
+  const bool committing = server_->changed().commit && pipeline.status() != protocol::TxStatus::Failed;
   if (subscriber_) subscriber_->on_server_lost();
   if (!tell_due_ && told_ != server_->told()) told_ = 0;  // it was told what its transaction has set
   server_ = nullptr;

@@ -85,6 +85,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   void on_statements_gone();                         ///< DISCARD ALL, DEALLOCATE ALL
   bool answered() const;                             ///< whatever it has sent
   bool settled() const;                              ///< and what the proxy has put behind that
+  std::uint64_t readies_told() const { return readies_told_; }
   bool waits_for_answers() const { return waits_for_answers_; }
   void on_maybe_answered();     ///< maybe: something that was waited for is answered
   void end_interrupted_copy();  ///< it has sent something else than the COPY's data
@@ -220,7 +221,9 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   void note_names(std::string_view sql, std::uint32_t residue);
   void use_sequences();
   void restore_after_reset(const std::optional<protocol::Reset>& reset = {});
-  void note_reset(std::string_view portal, const protocol::StatementRef& statement);
+  void note_portal(std::string_view portal, const protocol::StatementRef& statement);
+  void note_transaction(std::uint32_t residue);
+  bool plans_see_temporary(std::uint32_t residue);
   void restore_behind_execute();
   void message_sent();
   bool must_ask() const;

@@ -143,13 +143,13 @@ std::size_t ClientSession::on_request(char type, Bytes available, std::size_t to
 
 std::size_t ClientSession::on_execute(Bytes available, std::size_t total) {
   const auto& running = server_->running;
-  const bool may_reset = running.reset || running.named_resets;
-  if (may_reset && available.size() < total && total < kMaxNames) return 0;
+  const bool has_effects = running.reset || running.named_effects != 0;
+  if (has_effects && available.size() < total && total < kMaxNames) return 0;
   server_->pipeline.push({Request::Execute, Verdict::Forward, id_, statement_of(available)});
   relay(available, total);
-  if (!may_reset || pass_left_ > 0) return available.size();
+  if (!has_effects || pass_left_ > 0) return available.size();
   const bool named = !protocol::Reader(available.subspan(kHeaderSize)).cstring().empty();
-  if (named && running.named_resets) residue_ |= protocol::kReset;
+  if (named) residue_ |= running.named_effects & protocol::kReset, note_transaction(running.named_effects);
   if (!named && running.reset) restore_behind_execute();
   return available.size();
 }
@@ -182,6 +182,7 @@ std::size_t ClientSession::on_query(Bytes available, std::size_t total) {
     // A Sync of the proxy's follows it, which must not end what the server skips for the client.
     const bool synced = residue & protocol::kPrepared || (residue & protocol::kReset && !login_settings_->values.empty());
     if (synced && server_->pipeline.unsynced() && !answered()) return wait_for_answers();
+    if (!plans_see_temporary(residue)) return 0;
     if (residue & protocol::kReset && !due) reset = protocol::reset_of(sql, server_->conforming_strings());
     statement = note_statement(fingerprint, sql, protocol::comment_tags(sql));
     if (refuse(sql, residue, true)) return total;
@@ -444,7 +445,7 @@ std::size_t ClientSession::on_bind(Bytes available, std::size_t total) {
   if (!rewrites() || pipeline.failed()) {
     const auto statement = reader.ok() ? statements.find(name) : nullptr;
     if (reader.ok()) note_bind(portal, statement);
-    if (!rewrites()) note_reset(portal, statement);
+    if (!rewrites()) note_portal(portal, statement);
     if (statement && !rewrites()) residue_ |= statement->residue & protocol::kCopy;
     pipeline.push({Request::Bind, Verdict::Forward, id_});
     relay(available, total);
@@ -459,6 +460,7 @@ std::size_t ClientSession::on_bind(Bytes available, std::size_t total) {
   if (!names_settled(name)) return 0;
   const protocol::NamedStatement named = statements.look_up(name);
   const protocol::StatementRef& statement = named.statement;
+  if (statement && !plans_see_temporary(statement->residue)) return 0;
   if (statement && subscriber_ && listen_ahead(note_residue(*statement), false) == Subscriber::Verdict::Wait) return 0;
   const bool names_others = statement && statement->residue & protocol::kPrepared;
   if (names_others) {
@@ -466,7 +468,7 @@ std::size_t ClientSession::on_bind(Bytes available, std::size_t total) {
     note_deallocations(statement->sql);
   }
   note_bind(portal, statement);
-  note_reset(portal, statement);
+  note_portal(portal, statement);
   server_->running.untold = 0;
   auto& queries = entry_->pool.counters().queries;
   // The unnamed one is prepared by a name where the client knows what it looks like, so that it is held against that.
@@ -478,8 +480,8 @@ std::size_t ClientSession::on_bind(Bytes available, std::size_t total) {
     if (statement && name.empty() && !names_others) {
       if (server_->statements.unnamed != statement && !meaning_known(*statement)) return 0;
       prepare_unnamed(statement);
-      note_residue(*statement);
     }
+    if (statement && !names_others) note_residue(*statement);
     pipeline.push({Request::Bind, Verdict::Forward, id_});
     relay(available, total);
     return available.size();

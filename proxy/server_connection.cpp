@@ -344,15 +344,16 @@ bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total
   if (ours && type == Backend::ReadyForQuery) {
     cancel_due_ = false;
     unadopted_.clear();
-    if (changed_.block && client_->answered()) changed_.block = changed_.commit = false;
     client_->on_answered(forward);
+    if (client_->readies_told() >= changed_.block || client_->answered()) changed_.block = changed_.commit = 0;
   }
   if (owed.request == Request::Describe && owed.note != 0) on_described(type, owed, available, total);
   if (forward && type == Backend::ReadyForQuery) {
     // What the client brought at its login comes back first, so that its next statement isn't in the way of the look at its session.
     const Owed* next = pipeline.front();
     restoring_ = next && next->owner == protocol::kProxy && next->note == kRestore;
-    forward = !restoring_ && (status != TxStatus::Idle || !client_->keeps_ready_back());
+    const bool refused = status != TxStatus::Idle && client_->mode() == conf::PoolMode::Statement;  // process() says so
+    forward = !restoring_ && !refused && (status != TxStatus::Idle || !client_->keeps_ready_back());
   }
   if (owed.owner == protocol::kProxy) {
     on_proxy_reply(type, owed.note, available);
@@ -399,9 +400,9 @@ bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total
     if (tag == "DISCARD PLANS") on_plans_discarded();
     if (tag == "DISCARD ALL" || tag == "DEALLOCATE ALL") client_->on_statements_gone();
     had_temporary_ |= client_->made_temporary();
-    open_definition_ |= changes_catalog(tag) || changed_.defined || (tag == "COMMIT PREPARED" && entry_.changes_prepared);
+    open_definition_ |= changes_catalog(tag) || changed_.defined || (tag == "COMMIT PREPARED" && worker_.changes_prepared);
     open_change_ |= open_definition_ || client_->redefines();
-    entry_.changes_prepared |= tag == "PREPARE TRANSACTION" && open_change_;
+    worker_.changes_prepared |= tag == "PREPARE TRANSACTION" && open_change_;
   }
   if (forward) worker_.to_client.add(available.data(), available.size());
   pass_left_ = total - available.size();
@@ -533,7 +534,8 @@ void ServerConnection::lease(ClientSession& client) {
   running.portals.clear();
   running.untold = 0;
   running.reset.reset();
-  running.named_resets = running.leaking = running.overdue = false;
+  running.named_effects = 0;
+  running.leaking = running.overdue = false;
   worker_.arm_tick(entry_.pool.limit_check());
   client.on_lease(*this);
 }
@@ -547,6 +549,7 @@ ClientSession* ServerConnection::let_go() {
 void ServerConnection::detach(bool dirty, bool finish) {
   let_go();
   asking_residue_ = awaiting_shape_ = cancel_due_ = false;
+  others_had_temporary_ |= had_temporary_;
   plans_stale |= std::exchange(had_temporary_, false);
   pass_forward_ = false;
   if (!alive()) return;

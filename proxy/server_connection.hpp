@@ -65,11 +65,11 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
     pool::StatementHandle named = 0;                                     ///< what the last Parse or Bind was about
     pool::StatementHandle portal = 0;                                    ///< the unnamed portal's
     std::vector<std::pair<std::string, pool::StatementHandle>> portals;  ///< the named ones', at most kMostPortals
-    std::uint64_t untold = 0;      ///< the statement of the last Bind, if the client doesn't know yet what it looks like
-    protocol::StatementRef reset;  ///< the unnamed portal's, if it resets settings
-    bool named_resets = false;     ///< a named portal may reset settings
-    bool leaking = false;          ///< told of, since it was last answered
-    bool overdue = false;          ///< cancelled by pool.queryTimeoutMillis
+    std::uint64_t untold = 0;         ///< the statement of the last Bind, if the client doesn't know yet what it looks like
+    protocol::StatementRef reset;     ///< the unnamed portal's, if it resets settings
+    std::uint32_t named_effects = 0;  ///< kReset, kTransaction and kCommit of named portals, which count when they are executed
+    bool leaking = false;             ///< told of, since it was last answered
+    bool overdue = false;             ///< cancelled by pool.queryTimeoutMillis
   };
   static constexpr std::size_t kMostPortals = 64;
 
@@ -135,8 +135,9 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
     bool path = false;     ///< where names are looked up
     bool code = false;     ///< anything, or made or dropped: code has run
     bool defined = false;  ///< a function has made or altered something
-    bool block = false;    ///< whether there is a transaction block, until that is answered
     bool commit = false;   ///< what a transaction has done may have been committed, until that is answered
+    /// How many ReadyForQuery the client has been told when it is known whether there is a transaction block; 0: it is known.
+    std::uint64_t block = 0;
     bool any() const { return meaning || path || code; }
   };
   Changed& changed() { return changed_; }
@@ -145,6 +146,9 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   /// It is in a transaction block whatever comes of what isn't answered yet, unless it fails.
   bool in_block() const { return pipeline.status() == protocol::TxStatus::InTransaction && !changed_.block; }
   bool in_failed_block() const { return pipeline.status() == protocol::TxStatus::Failed && !changed_.block; }  ///< likewise
+  /// What is planned doesn't notice its client's first temporary object: others' have been in the same schema.
+  bool others_had_temporary() const { return others_had_temporary_; }
+  void discard_plans();  ///< of a client that waits for nothing
   bool listens() const { return listener_; }
   /// Prepares a statement of the client's under the client's own name for it, for SQL that names it.
   void adopt(const std::string& name, const protocol::StatementRef& statement, protocol::Verdict verdict = protocol::Verdict::Skip);
@@ -328,6 +332,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   bool open_definition_ = false;       // its transaction has made or altered something
   bool open_change_ = false;           // or dropped: texts may mean something else when it is committed
   bool had_temporary_ = false;         // since it was leased
+  bool others_had_temporary_ = false;  // before that
   bool reset_unread_ = false;          // it isn't known what was reset since it had its client's settings
   std::uint32_t unknown_residue_ = 0;  // of unknown_names, as a survey found
   Catalog::Inquiry inquiry_;

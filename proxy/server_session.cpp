@@ -71,14 +71,18 @@ bool ServerConnection::planned_under_others() {
 
 void ServerConnection::renew_plans() {
   if (client_->mode() == conf::PoolMode::Session) return;  // it is nobody else's
-  if (!client_->answered() || pipeline.unsynced() || pipeline.status() == protocol::TxStatus::Failed) return;
-  functions_stale = false;
-  if (!entry_.catalog.keeps_plans()) return;
+  if (!entry_.catalog.keeps_plans() || !client_->answered() || pipeline.unsynced()) return;
+  discard_plans();
   on_plans_discarded();
-  if (pipeline.status() == protocol::TxStatus::Idle)
-    run_ahead({"DISCARD PLANS"});
-  else
-    run_within({"DISCARD PLANS"});  // a portal of the client's lives on
+}
+
+void ServerConnection::discard_plans() {
+  if (pipeline.status() == protocol::TxStatus::Failed || pipeline.failed()) return;
+  functions_stale = false;
+  const bool in_segment = pipeline.unsynced();
+  if (pipeline.status() == protocol::TxStatus::Idle && !in_segment) return run_ahead({"DISCARD PLANS"});
+  run_within({"DISCARD PLANS"});  // a portal of the client's lives on
+  if (!in_segment) sync(Verdict::Skip, protocol::kProxy, kApply);
 }
 
 /// The server reads the constants of what is prepared anew, under whatever settings there are then.

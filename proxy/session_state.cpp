@@ -116,8 +116,7 @@ std::uint32_t ClientSession::note_residue(std::string_view sql, std::uint32_t kn
   changed.path |= (residue & protocol::kPath) != 0;
   changed.code |= (residue & kMakes) != 0;
   changed.defined |= (residue & ~known & protocol::kDefinition) != 0;
-  changed.block |= (residue & protocol::kTransaction) != 0;
-  changed.commit |= (residue & protocol::kCommit) != 0;
+  note_transaction(residue);
   const bool takes_value = entry_->sequences_matter && residue & protocol::kSequenceWrite;
   if (residue & ~kPassive || takes_value) server_->suspect = sql.substr(0, kMostSuspect);
   return residue;
@@ -134,6 +133,11 @@ bool ClientSession::refuse(std::string_view sql, std::uint32_t residue, bool sim
   const auto is_ours = [](const std::string& name) { return name.starts_with(protocol::kServerNamePrefix); };
   if (residue & protocol::kPrepared && std::ranges::any_of(protocol::prepared_names(sql).names, is_ours)) {
     server_->raise(simple, "names of prepared statements that begin with \"pgsidecar_\" are reserved", "Choose another name.", "42939");
+    return true;
+  }
+  if (residue & protocol::kPrepared && residue & protocol::kTransaction && server_->in_failed_block()) {
+    // What it names can't be prepared ahead of it, nor what others have be taken away from a list. Fails with 25P02.
+    server_->raise(simple, "a text that ends a failed transaction names prepared statements", "Send ROLLBACK by itself.");
     return true;
   }
   if ((residue & protocol::kNewChannel) && entry_->listener.crowded()) {
@@ -166,12 +170,29 @@ void ClientSession::use_sequences() {
   if (!server_->in_failed_block() && !server_->pipeline.failed()) server_->forget_sequences();
 }
 
-void ClientSession::note_reset(std::string_view portal, const protocol::StatementRef& statement) {
-  const bool resets = statement && statement->residue & protocol::kReset;
+void ClientSession::note_portal(std::string_view portal, const protocol::StatementRef& statement) {
+  const std::uint32_t residue = statement ? statement->residue : 0;
   if (portal.empty())
-    server_->running.reset = resets ? statement : nullptr;
+    server_->running.reset = residue & protocol::kReset ? statement : nullptr;
   else
-    server_->running.named_resets |= resets;
+    server_->running.named_effects |= residue & (protocol::kReset | protocol::kTransaction | protocol::kCommit);
+}
+
+void ClientSession::note_transaction(std::uint32_t residue) {
+  auto& changed = server_->changed();
+  if (residue & protocol::kTransaction) changed.block = readies_told_ + server_->pipeline.readies_owed() + 1;
+  changed.commit |= (residue & protocol::kCommit) != 0;
+}
+
+/// False: for that, what was sent before has to be answered.
+bool ClientSession::plans_see_temporary(std::uint32_t residue) {
+  const bool may_make =
+      residue & protocol::kTemporary || (residue & protocol::kDefinition && (settings->temporary || server_->changed().path));
+  const bool has_some = pin_ && pin_->reasons & pool::bit(PinReason::TemporaryObject);
+  if (!may_make || has_some || !rewrites() || !server_->others_had_temporary()) return true;
+  if (!answered()) return wait_for_answers() != 0;
+  server_->discard_plans();
+  return true;
 }
 
 // In the client's own request, so that it comes back only if the reset succeeds, and what the request goes on with finds it.

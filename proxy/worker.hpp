@@ -77,7 +77,6 @@ struct PoolEntry : std::enable_shared_from_this<PoolEntry> {
   bool passes_password_on = false;
   bool paused = false;                         // by an operator: nobody gets a server connection
   bool sequences_matter = false;               // its clients use currval or lastval
-  bool changes_prepared = false;               // a PREPARE TRANSACTION had made, altered or dropped something
   pool::Transparency transparency;             // what its statements leave in sessions
   std::optional<std::string> given_password;   // users: {"*": {}}: what the server has accepted from a client
   pool::Time given_at{};                       // when it did
@@ -257,6 +256,7 @@ class Worker {
   std::uint64_t next_request() { return ++last_request_; }
   Gather to_client, to_server;  // of the turn that is running
   protocol::StatementCache statements;
+  bool changes_prepared = false;  ///< a PREPARE TRANSACTION had made, altered or dropped something
   protocol::LongTexts long_texts;
   const protocol::StatementRef nothing = statements.make({"\0\0\0", 3}, {});  ///< an empty text, without parameters
   protocol::SqlMemory sql_memory;
