@@ -199,7 +199,7 @@ def is_known(before, step, expected, direct, pooled):
     if direct.startswith("S=FATAL") and pooled.startswith(direct):
         return True
     # Behind the end of a failed transaction in the same text, the client's statements aren't there by their names.
-    if "C=26000" in pooled and re.search("(COMMIT|ROLLBACK).*;.*(EXECUTE|DEALLOCATE|prepared_statements)", step):
+    if re.search("C=26000|C=25P02", pooled) and re.search("(COMMIT|ROLLBACK).*;.*(EXECUTE|DEALLOCATE|prepared_statements)", step):
         return True
     # A message in a COPY that isn't its data ends the connection, with other words.
     if "C=08P01 M=unexpected message type" in direct and pooled.startswith("S=FATAL C=08P01") or "C=08P01 M=terminating connection" in direct:

@@ -131,13 +131,14 @@ Subscriber::Verdict ClientSession::listen_ahead(std::uint32_t residue, bool simp
 bool ClientSession::refuse(std::string_view sql, std::uint32_t residue, bool simple) {
   if (!rewrites()) return false;
   const auto is_ours = [](const std::string& name) { return name.starts_with(protocol::kServerNamePrefix); };
-  if (residue & protocol::kPrepared && std::ranges::any_of(protocol::prepared_names(sql).names, is_ours)) {
+  const auto named = residue & protocol::kPrepared ? protocol::prepared_names(sql) : protocol::PreparedNames{};
+  if (std::ranges::any_of(named.names, is_ours)) {
     server_->raise(simple, "names of prepared statements that begin with \"pgsidecar_\" are reserved", "Choose another name.", "42939");
     return true;
   }
-  if (residue & protocol::kPrepared && residue & protocol::kTransaction && server_->in_failed_block()) {
-    // What it names can't be prepared ahead of it, nor what others have be taken away from a list. Fails with 25P02.
-    server_->raise(simple, "a text that ends a failed transaction names prepared statements", "Send ROLLBACK by itself.");
+  if (named.all && server_->in_failed_block()) {
+    // Ahead of its ROLLBACK neither can the client's be prepared, nor what others have be taken away. Fails with 25P02.
+    server_->raise(simple, "a text that ends a failed transaction lists prepared statements", "Send ROLLBACK by itself.");
     return true;
   }
   if ((residue & protocol::kNewChannel) && entry_->listener.crowded()) {
