@@ -608,17 +608,53 @@ def test_what_an_operator_closes_of_a_backend_that_hangs_is_let_go(own, proxies)
             assert w.value("SELECT 2") == "2"
 
 
-def test_logins_that_hang_count_for_max_until_they_end(pg, proxies):
-    with Gate(pg.port) as gate:
-        proxy = proxies({"pool": {"max": 1, "connectionTimeoutMillis": 500}}, url=pg.url(port=gate.port))
-        gate.silent = True
+def processes(server):
+    """The server's for the pool's user, those that are logging in included."""
+    out = subprocess.run(["ps", "-o", "args=", "--ppid", str(server.process.pid)], capture_output=True, text=True).stdout
+    return out.count(f": {USER} {DATABASE} ")
+
+
+@contextlib.contextmanager
+def slow_logins(server, seconds):
+    with server.admin() as admin:
+        def delay(value):
+            admin.execute(f"ALTER SYSTEM SET post_auth_delay = {value}")
+            admin.execute("SELECT pg_reload_conf()")
+        delay(seconds)
+        yield
+        delay(0)
+
+
+def test_logins_that_hang_count_for_max_until_they_end(own, proxies):
+    proxy = proxies({"pool": {"max": 1, "connectionTimeoutMillis": 500}}, server=own)
+
+    def error():
+        assert processes(own) <= 1
+        return wire.wire_error(proxy.port, False, USER, PASSWORD, DATABASE)
+
+    with slow_logins(own, 9):
         for _ in range(4):  # each is told in time why
-            failure = wire.wire_error(proxy.port, False, USER, PASSWORD, DATABASE)
+            failure = error()
             assert failure["C"] == "08006" and "timeout expired after 500 ms" in failure["M"], failure
-        assert gate.count() == 1
+        hangs = harness.poll(lambda: (failure := error())["C"] == "53300" and failure["M"], what="what keeps the place is told")
+        assert "1 of 1 in use, of which 1 doesn't end" in hangs, hangs
+        assert proxy.http("/health/ready")[0] == 503
+        harness.poll(lambda: "1 of 1 in use, of which 1 doesn't end" in proxy.http("/health/ready")[2], what="and why it isn't ready")
+        assert processes(own) == 1
+    recovers(proxy)
+
+
+@pytest.mark.parametrize("sslmode", ["require", "disable"])
+def test_logins_that_nobody_answers_keep_no_places(proxies, sslmode):
+    """As with a load balancer whose server is gone: when there is one again, what was tried before is in nobody's way."""
+    with harness.Postgres(plain=True) as server, Gate(server.port) as gate:
+        proxy = proxies({"pool": {"max": 2, "connectionTimeoutMillis": 300}}, url=server.url(port=gate.port, sslmode=sslmode))
+        gate.silent = True
+        for _ in range(10):
+            failure = wire.wire_error(proxy.port, False, USER, PASSWORD, DATABASE)
+            assert failure["C"] == "08006", failure
         gate.silent = False
-        gate.cut()
-        recovers(proxy)
+        recovers(proxy, 7)
 
 
 def test_stalled_client_holds_up_nobody(proxies, pg):

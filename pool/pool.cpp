@@ -98,8 +98,8 @@ Slot* Pool::outdated(Time now, CloseReason& reason) {
 }
 
 std::uint32_t Pool::wanted(std::uint32_t connecting) const {
-  if (open() >= capacity()) return 0;
-  const std::uint32_t most = connecting + (capacity() - open());
+  if (room() == 0) return 0;
+  const std::uint32_t most = connecting + room();
   std::uint32_t waiting = 0;
   for (auto it = waiters_.begin(); it != waiters_.end() && waiting < most; ++it) ++waiting;
   return waiting - std::min(waiting, connecting);

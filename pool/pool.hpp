@@ -75,10 +75,12 @@ class Pool {
   std::uint32_t open() const { return permits_.held; }                        ///< those being opened and closed included
   std::uint32_t staying() const { return permits_.held - permits_.leaving; }  ///< those being closed left out
   std::uint32_t stuck() const { return permits_.stuck; }                      ///< of those being closed, which the server doesn't end
+  bool hangs() const { return stuck() > 0 && room() == 0; }                   ///< nothing can be opened until one of those has ended
   /// Places that another process has, for a time (an online restart).
   void set_lent(std::uint32_t places) { lent_ = places; }
   std::uint32_t lent() const { return lent_; }
   std::uint32_t capacity() const { return settings_.max - std::min(settings_.max, lent_); }  ///< of `max`, this process's
+  std::uint32_t room() const { return capacity() - std::min(capacity(), open()); }           ///< for connections to be opened
   std::size_t idle_count() const { return idle_.size(); }                                    ///< walks them all
   std::size_t waiting_count() const { return waiters_.size(); }                              ///< walks them all
   bool any_waiting() const { return !waiters_.empty(); }

@@ -62,7 +62,7 @@ bool Worker::serve_login(PoolEntry& entry, const ServerConnection::Login& login)
   const bool serves_all = entry.passes_password_on && !entry.given_password;
   const bool is_next = serves_all || login.since <= entry.pool.oldest_wait();
   const std::uint32_t before_it = is_next ? 0 : entry.pool.wanted(connecting_for_all(entry));
-  if (entry.pool.open() + before_it < entry.pool.capacity()) {
+  if (before_it < entry.pool.room()) {
     open_server(entry, login);
     return true;
   }

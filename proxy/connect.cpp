@@ -34,8 +34,10 @@ class TimeLimit {
   ~TimeLimit() { state_->over = true; }
   void watch(Socket& socket) { state_->socket = &socket; }
   void answered() {
+    answered_ = true;
     if (millis_ != all_) arm(all_);
   }
+  bool has_answered() const { return answered_; }
   bool expired() const { return state_->expired; }
   std::uint32_t millis() const { return millis_; }
 
@@ -65,6 +67,7 @@ class TimeLimit {
   const asio::steady_timer::time_point begun_;
   const std::uint32_t all_;
   std::uint32_t millis_ = 0;
+  bool answered_ = false;
   std::shared_ptr<State> state_;
 };
 
@@ -338,12 +341,14 @@ awaitable<std::string> ServerConnection::log_in(std::shared_ptr<const Upstream> 
   attempt = {"connecting to " + printed(target), worker_.now()};
   TimeLimit limit(worker_, share_of(*upstream, millis), millis);
   std::string failure;
+  bool counts = false;  // at the server: from the startup packet on
   try {
     pool::Pool& pool = entry_.pool;
     Opening opening{worker_, *upstream, target, pool.settings(), channel_, limit, tls, &pool.counters().tlsHandshake};
     failure = co_await open_channel(opening);
     retry_other_tls_ = opening.handshake_failed;
     if (failure.empty()) {
+      counts = true;
       failure = co_await exchange_login(params, target.host, limit);
       if (login_error_.sqlstate != "08006") co_return failure;  // the server's own words
     }
@@ -358,8 +363,8 @@ awaitable<std::string> ServerConnection::log_in(std::shared_ptr<const Upstream> 
   }
   if (limit.expired()) failure = "timeout expired after " + std::to_string(limit.millis()) + " ms";
   // The server goes on until it notices. Of other failures it knows itself.
-  if (channel_ && (limit.expired() || unfit_)) {
-    worker_.see_off(entry_, std::move(*channel_), target);
+  if (counts && (limit.expired() || unfit_)) {
+    worker_.see_off(entry_, std::move(*channel_), target, limit.has_answered());
     channel_.reset();
   }
   if (failure.empty()) {

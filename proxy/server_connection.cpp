@@ -630,7 +630,7 @@ void ServerConnection::on_deadline(pool::Time now) {
     return;
   }
   if (state_ != State::Closing) return close(pool::CloseReason::Broken);
-  if (permit_.stuck()) return closed();
+  if (permit_.stuck() || !answers_) return closed();
   permit_.stick();
   deadline = now + kLastWait;
   log::warn("server_stuck", about(), "server {} ({}@{}, pid {}): the server doesn't end it; until it does it counts for pool.max", id_,
@@ -719,9 +719,10 @@ void ServerConnection::close(pool::CloseReason reason) {
   await_end();
 }
 
-void ServerConnection::see_off(Channel channel, Target target) {
+void ServerConnection::see_off(Channel channel, Target target, bool answered) {
   channel_.emplace(std::move(channel));
   target_ = std::move(target);
+  answers_ = answered;
   transition(State::Closing);
   deadline = worker_.now() + kEnd;
   await_end();

@@ -185,7 +185,8 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   void close_unknown();                    ///< in whatever state it is
   void close_by_operator();                ///< whatever it is doing; its client gets 57P01; one that the server doesn't end counts no more
   /// Begins as what is left of a login that was given up, and lasts until the server has noticed.
-  void see_off(Channel channel, Target target);
+  /// Where nobody has answered there may be no server at all.
+  void see_off(Channel channel, Target target, bool answered);
   void abandon();  ///< lets go of what belongs to the pool and the worker, at their end
   void inject();   ///< replies of the proxy's own whose turn has come
   void resume_reading();
@@ -308,6 +309,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   std::uint32_t fingerprint_ = 0;  // of them; 0: not made yet
   bool pass_forward_ = false;
   bool paused_ = false;    // not read, since its client doesn't take what is there
+  bool answers_ = true;    // it has said something, ever
   bool cut_off_ = false;   // half a message of its client's was sent, and the rest won't be
   bool listener_ = false;  // the pool's
   Changed changed_;

@@ -62,8 +62,9 @@ void Worker::connect_over(PoolEntry& entry) {
 void Worker::probe(std::function<void()> done) {
   // Where logins have failed nothing but a login shows that they succeed again. Nobody else may try one while the proxy isn't ready.
   if (PoolEntry* out = shut_out()) {
-    const bool room = out->pool.open() < out->pool.capacity();  // logins that the server hasn't ended take it up
+    const bool room = out->pool.room() > 0;  // logins that the server hasn't ended take it up
     if (out->connecting == 0 && room && out->backoff.may_try(now(), true)) open_server(*out, {});
+    if (out->connecting == 0 && out->pool.hangs()) database_seen(name_of(upstream_), false, "no connection can be opened: " + use_of(*out));
     if (out->connecting == 0) return done();
     return out->probes.push_back(std::move(done));
   }

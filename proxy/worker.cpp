@@ -322,19 +322,17 @@ void Worker::serve_from(PoolEntry& entry) {
   }
   if (!entry.backoff.may_try(now(), entry.pool.any_waiting()) || (entry.passes_password_on && !entry.given_password)) return;
   const conf::PoolSettings& settings = entry.pool.settings();
-  const std::uint32_t capacity = entry.pool.capacity();
   const std::uint32_t connecting = connecting_for_all(entry);
   std::uint32_t open = entry.pool.wanted(connecting);
   if (open > 0) open = entry.pool.wanted(connecting + returning_soon(entry));
   const bool wanted = entry.clients > 0 && !draining_;
   if (entry.replacements > 0) {
-    const std::uint32_t places = capacity - std::min(capacity, entry.pool.open());
-    const std::uint32_t now_possible = std::min(places, entry.replacements);
+    const std::uint32_t now_possible = std::min(entry.pool.room(), entry.replacements);
     open = std::max(open, wanted ? now_possible : 0);
     entry.replacements = wanted ? entry.replacements - now_possible : 0;
   }
-  if (open == 0 && wanted && !entry.pool.resting() && entry.pool.staying() < settings.min && entry.pool.open() < capacity) open = 1;
-  if (open == 0 && listens && !entry.listener.has_server() && connecting == 0 && entry.pool.open() < capacity) open = 1;
+  if (open == 0 && wanted && !entry.pool.resting() && entry.pool.staying() < settings.min && entry.pool.room() > 0) open = 1;
+  if (open == 0 && listens && !entry.listener.has_server() && connecting == 0 && entry.pool.room() > 0) open = 1;
   if (entry.backoff.failures() > 0) open = std::min(open, connecting == 0 ? 1u : 0u);  // one probes for all
   for (; open > 0; --open) open_server(entry, {});
 }
@@ -352,10 +350,10 @@ void Worker::open_server(PoolEntry& entry, std::optional<ServerConnection::Login
   server->connect(std::move(login));
 }
 
-void Worker::see_off(PoolEntry& entry, Channel channel, const Target& target) {
+void Worker::see_off(PoolEntry& entry, Channel channel, const Target& target, bool answered) {
   auto server = std::make_shared<ServerConnection>(*this, entry, next_server_++);
   entry.servers.emplace(server->id(), server);
-  server->see_off(std::move(channel), target);
+  server->see_off(std::move(channel), target, answered);
 }
 
 void Worker::on_connected(ServerConnection& server) {
@@ -534,8 +532,16 @@ void Worker::close_outdated(PoolEntry& entry) {
   while (pool::Slot* slot = entry.pool.outdated(now(), reason)) static_cast<ServerConnection*>(slot)->close(reason);
 }
 
+std::string Worker::use_of(const PoolEntry& entry) const {
+  const pool::Pool& pool = entry.pool;
+  std::string text = fmt::format("{} of {} in use", pool.open() + pool.lent(), pool.settings().max);
+  if (const auto stuck = pool.stuck(); stuck > 0) text += fmt::format(", of which {} {} end", stuck, stuck == 1 ? "doesn't" : "don't");
+  return text;
+}
+
 protocol::ErrorFields Worker::wait_error(const PoolEntry& entry, bool stranger) const {
-  if (!entry.paused && entry.backoff.failures() > 0 && !entry.last_failure.message.empty()) return entry.last_failure;
+  const bool connects = entry.connecting > 0 || !entry.pool.hangs();
+  if (!entry.paused && connects && entry.backoff.failures() > 0 && !entry.last_failure.message.empty()) return entry.last_failure;
   const auto seconds_since = [this](pool::Time then) { return std::chrono::duration<double>(now() - then).count(); };
   protocol::ErrorFields error{"ERROR", "53300", {}, {}, {}};
   std::string& text = error.message = fmt::format("timed out after {} ms waiting for a server connection: ", entry.pool.wait_limit());
@@ -543,9 +549,7 @@ protocol::ErrorFields Worker::wait_error(const PoolEntry& entry, bool stranger) 
     text += "database \"" + entry.database + "\" is paused";
     return error;
   }
-  text += fmt::format("{} of {} in use", entry.pool.open() + entry.pool.lent(), entry.pool.settings().max);
-  if (const auto stuck = entry.pool.stuck(); stuck > 0)
-    text += fmt::format(", of which {} {} end", stuck, stuck == 1 ? "doesn't" : "don't");
+  text += use_of(entry);
   if (entry.connecting > 0) {
     text += fmt::format(", of which {} being opened", entry.connecting);
     const ServerConnection::Attempt* longest = nullptr;

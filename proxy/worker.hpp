@@ -278,7 +278,8 @@ class Worker {
   void refuse_waiters(PoolEntry& entry);    ///< by its last failure
   /// Of a client that has waited in vain; a stranger, whose password isn't known to be right, hears of no other client.
   protocol::ErrorFields wait_error(const PoolEntry& entry, bool stranger = false) const;
-  void serve(PoolEntry& entry);  ///< gives idle connections to waiters, opens what is missing
+  std::string use_of(const PoolEntry& entry) const;  ///< "2 of 2 in use, of which 1 doesn't end"
+  void serve(PoolEntry& entry);                      ///< gives idle connections to waiters, opens what is missing
   void on_connected(ServerConnection& server);
   void on_connect_failed(ServerConnection& server, const protocol::ErrorFields& error);
   void on_server_closed(ServerConnection& server);
@@ -307,7 +308,7 @@ class Worker {
   void saw_suspend(PoolEntry& entry);  ///< the server has ended an idle connection
   void saw_certificate(const std::string& whose, const X509* certificate);
   /// Keeps the place of a login that was given up until the server has noticed.
-  void see_off(PoolEntry& entry, Channel channel, const Target& target);
+  void see_off(PoolEntry& entry, Channel channel, const Target& target, bool answered);
   /// A server connection of an upstream's has been open already.
   bool is_connected(const std::string& upstream);
   void database_took(const std::string& upstream, pool::Clock::duration time);  ///< a connect
