@@ -14,7 +14,7 @@ import replica
 import wire
 from gate import Gate
 from harness import DATABASE, PASSWORD, USER
-from test_faults import LOST, kill_backend, own, raw, recovers  # noqa: F401 own is a fixture
+from test_faults import LOST, kill_backend, own, processes, raw, recovers, slow_logins  # noqa: F401 own is a fixture
 
 LONG = {"connectionTimeoutMillis": 60000}
 
@@ -438,3 +438,37 @@ def test_dns_that_changes_is_followed(own, pg, proxies, tmp_path):
             assert a.value(port) in (str(pg.port), str(own.port))
         recovers(proxy)
     recovers(proxy)
+
+
+@pytest.mark.skipif(harness.sanitized(), reason="a sanitizer wants to be the first library")
+def test_max_holds_where_a_name_has_several_addresses(own, proxies, tmp_path):
+    """What a login that hangs has taken isn't free for the next address."""
+    names = Names(tmp_path)
+    names.set("127.0.0.1", "127.0.0.2")
+    with Gate(own.port, listen=("127.0.0.2", own.port)):
+        proxy = proxies({"pool": {"max": 2, "connectionTimeoutMillis": 1000}}, url=own.url(host="db.test", sslmode="require"), environment=names.environment)
+        with slow_logins(own, 6):
+            until, most = time.monotonic() + 5, 0
+
+            def work(_):
+                while time.monotonic() < until:
+                    assert wire.wire_error(proxy.port, False, USER, PASSWORD, DATABASE)["C"] in LOST | {"53300"}
+            workers = threading.Thread(target=harness.threads, args=(4, work))
+            workers.start()
+            while workers.is_alive():
+                most = max(most, processes(own))
+                time.sleep(0.01)
+            workers.join()
+            assert most == 2
+        recovers(proxy)
+
+
+def test_a_server_that_does_not_fit_gives_its_place_to_the_next(pair, proxies):
+    primary, standby = pair
+    for servers, attrs in (((standby, primary), "read-write"), ((primary, standby), "standby")):
+        proxy = proxies({"pool": {"max": 1, "connectionTimeoutMillis": 5000}}, url=replica.url(*servers, target_session_attrs=attrs))
+        with raw(proxy) as w:
+            assert w.value("SHOW port") == str(servers[1].port)
+        assert "connect_failed" not in proxy.log_text()
+    proxy = proxies({"pool": {"max": 1, "connectionTimeoutMillis": 5000}}, url=replica.url(primary, target_session_attrs="prefer-standby"))
+    assert raw(proxy).value("SHOW port") == str(primary.port)

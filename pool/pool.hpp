@@ -7,6 +7,7 @@
 #include <boost/intrusive/list.hpp>
 #include <chrono>
 #include <cstdint>
+#include <utility>
 
 #include "conf/config.hpp"
 #include "pool/stats.hpp"
@@ -22,32 +23,33 @@ struct Permits {
 /// One of the pool's `max` places. A member of the connection, so that the count can't leak.
 class Permit {
  public:
-  explicit Permit(Permits& permits) : permits_(&permits) { ++permits_->held; }
+  explicit Permit(Permits& permits) : permits_(permits) { take(); }
   Permit(const Permit&) = delete;
   Permit& operator=(const Permit&) = delete;
   ~Permit() { release(); }
+  void take() {
+    if (!std::exchange(held_, true)) ++permits_.held;
+  }
+  bool held() const { return held_; }
   /// The connection is being closed: it counts for `max` still, for `min` no more.
   void leave() {
-    if (permits_ && !leaving_) ++permits_->leaving;
-    leaving_ = true;
+    if (held_ && !std::exchange(leaving_, true)) ++permits_.leaving;
   }
   /// The server doesn't close it: nobody counts on its place becoming free soon.
   void stick() {
-    if (permits_ && !stuck_) ++permits_->stuck;
-    stuck_ = true;
+    if (held_ && !std::exchange(stuck_, true)) ++permits_.stuck;
   }
   bool stuck() const { return stuck_; }
   void release() {
-    if (!permits_) return;
-    --permits_->held;
-    if (leaving_) --permits_->leaving;
-    if (stuck_) --permits_->stuck;
-    permits_ = nullptr;
+    if (!std::exchange(held_, false)) return;
+    --permits_.held;
+    if (std::exchange(leaving_, false)) --permits_.leaving;
+    if (std::exchange(stuck_, false)) --permits_.stuck;
   }
 
  private:
-  Permits* permits_;
-  bool leaving_ = false, stuck_ = false;
+  Permits& permits_;
+  bool held_ = false, leaving_ = false, stuck_ = false;
 };
 
 /// A server connection as the pool sees it. On the idle list while nobody has leased it.

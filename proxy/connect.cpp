@@ -180,6 +180,15 @@ awaitable<std::string> open_channel(Opening& o) {
   }
 }
 
+/// Until the server has closed its end. TLS has things to say of its own meanwhile, such as session tickets.
+awaitable<void> read_to_end(Worker& worker, Transport& transport) {
+  IoResult got{IoStatus::WouldBlock};
+  while (got.status == IoStatus::Ok || got.status == IoStatus::WouldBlock) {
+    if (!transport.pending()) co_await transport.socket().async_wait(Socket::wait_read, use_awaitable);
+    got = transport.read(worker.scratch());
+  }
+}
+
 /// Without what a refusal by pg_hba.conf ends with.
 std::string_view but_for_tls(std::string_view error) {
   for (const std::string_view end : {", SSL encryption", ", no encryption", ", SSL on", ", SSL off"})
@@ -259,10 +268,11 @@ awaitable<std::string> ServerConnection::try_hosts() {
       const auto wanted = prefer_standby && round == 0 ? conf::TargetSessionAttrs::Standby
                           : prefer_standby             ? conf::TargetSessionAttrs::Any
                                                        : upstream->params.targetSessionAttrs;
+      if (!take_place()) co_return failures;
       error = co_await log_in(upstream, target, tls, wanted);
       // prefer: a refusal with TLS is tried without; allow: the other way round.
       const bool other = (mode == conf::SslMode::Prefer && tls) || (mode == conf::SslMode::Allow && !tls);
-      if (!error.empty() && state_ != State::Closed && other && retry_other_tls_) {
+      if (!error.empty() && state_ != State::Closed && other && retry_other_tls_ && take_place()) {
         const protocol::ErrorFields first = login_error_;
         const std::string first_error = std::move(error);
         error = co_await log_in(upstream, target, !tls, wanted);
@@ -322,6 +332,13 @@ awaitable<void> ServerConnection::run_connect(std::shared_ptr<ServerConnection> 
   settle();
 }
 
+// What is left of a login that was given up has kept its place.
+bool ServerConnection::take_place() {
+  if (!permit_.held() && entry_.pool.room() == 0) return false;
+  permit_.take();
+  return true;
+}
+
 void ServerConnection::fail_connect(const protocol::ErrorFields& error) {
   if (channel_) channel_->transport.close();
   state_ = State::Closed;
@@ -357,15 +374,23 @@ awaitable<std::string> ServerConnection::log_in(std::shared_ptr<const Upstream> 
       failure = co_await find_session(session);
       unfit_ = failure.empty() && !session.fits(wanted);
       if (unfit_) failure = "session is not as target_session_attrs asks";
+      if (!failure.empty()) {  // the next attempt has its place
+        Gather terminate;
+        terminate.own([](std::string& out) { protocol::Writer(out).begin(protocol::Frontend::Terminate).end(); });
+        channel_->send(terminate, worker_.tls_scratch());
+        channel_->transport.shutdown_send();
+        co_await read_to_end(worker_, channel_->transport);
+      }
     }
   } catch (const boost::system::system_error& e) {
     failure = e.code().message();
   }
   if (limit.expired()) failure = "timeout expired after " + std::to_string(limit.millis()) + " ms";
   // The server goes on until it notices. Of other failures it knows itself.
-  if (counts && (limit.expired() || unfit_)) {
+  if (counts && limit.expired()) {
     worker_.see_off(entry_, std::move(*channel_), target, limit.has_answered());
     channel_.reset();
+    permit_.release();
   }
   if (failure.empty()) {
     upstream_ = std::move(upstream);
@@ -593,11 +618,7 @@ awaitable<void> ServerConnection::run_cancel(std::shared_ptr<ServerConnection> /
       request.own([this](std::string& out) { protocol::write_cancel_request(out, pid_, cancel_key_); });
       channel->send(request, worker_.tls_scratch());
       reached = true;
-      IoResult got{IoStatus::WouldBlock};  // TLS has things to say of its own, such as session tickets
-      while (got.status == IoStatus::Ok || got.status == IoStatus::WouldBlock) {
-        if (!channel->transport.pending()) co_await channel->transport.socket().async_wait(Socket::wait_read, use_awaitable);
-        got = channel->transport.read(worker_.scratch());
-      }
+      co_await read_to_end(worker_, channel->transport);
       ended = !limit.expired();
     }
   } catch (const boost::system::system_error& e) {

@@ -231,6 +231,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   /// Empty: logged in; else why not, with login_error_'s SQLSTATE, DETAIL and HINT.
   boost::asio::awaitable<std::string> log_in(std::shared_ptr<const Upstream> upstream, Target target, bool tls,
                                              conf::TargetSessionAttrs wanted);
+  bool take_place();  ///< False: there is none
   boost::asio::awaitable<std::string> exchange_login(const conf::ConnectParams& params, const conf::Host& host, TimeLimit& limit);
   boost::asio::awaitable<std::string> receive_frame();
   boost::asio::awaitable<void> derive(protocol::ScramDerivation from);

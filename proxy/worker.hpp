@@ -307,7 +307,7 @@ class Worker {
   void leave_database(std::string_view sql);
   void saw_suspend(PoolEntry& entry);  ///< the server has ended an idle connection
   void saw_certificate(const std::string& whose, const X509* certificate);
-  /// Keeps the place of a login that was given up until the server has noticed.
+  /// Takes a place for a login that was given up, until the server has noticed.
   void see_off(PoolEntry& entry, Channel channel, const Target& target, bool answered);
   /// A server connection of an upstream's has been open already.
   bool is_connected(const std::string& upstream);

@@ -174,6 +174,22 @@ TEST_F(PoolTest, OpensForWaitersWithinMax) {
   EXPECT_EQ(pool->open(), 1u);
 }
 
+TEST_F(PoolTest, APlaceThatWasGivenUpIsTakenAnew) {
+  make();
+  Permit permit(pool->permits());
+  permit.leave();
+  permit.stick();
+  permit.release();
+  EXPECT_FALSE(permit.held());
+  EXPECT_EQ(pool->open(), 0u);
+  for (int i = 0; i < 2; ++i) permit.take();
+  EXPECT_TRUE(permit.held());
+  EXPECT_FALSE(permit.stuck());
+  EXPECT_EQ(pool->open(), 1u);
+  EXPECT_EQ(pool->staying(), 1u);
+  EXPECT_EQ(pool->stuck(), 0u);
+}
+
 TEST_F(PoolTest, WearsOut) {
   settings.maxUses = 100;
   settings.maxLifetimeSeconds = 60;
