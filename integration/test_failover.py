@@ -14,7 +14,7 @@ import replica
 import wire
 from gate import Gate
 from harness import DATABASE, PASSWORD, USER
-from test_faults import LOST, kill_backend, own, processes, raw, recovers, slow_logins  # noqa: F401 own is a fixture
+from test_faults import LOST, hanging_backend, kill_backend, own, processes, raw, recovers, slow_logins  # noqa: F401 own is a fixture
 
 LONG = {"connectionTimeoutMillis": 60000}
 
@@ -472,3 +472,39 @@ def test_a_server_that_does_not_fit_gives_its_place_to_the_next(pair, proxies):
         assert "connect_failed" not in proxy.log_text()
     proxy = proxies({"pool": {"max": 1, "connectionTimeoutMillis": 5000}}, url=replica.url(primary, target_session_attrs="prefer-standby"))
     assert raw(proxy).value("SHOW port") == str(primary.port)
+
+
+def test_another_host_serves_while_the_first_hangs(own, pg, proxies):
+    """What hangs counts at its own server, which gets no more meanwhile."""
+    proxy = proxies({"pool": {"max": 1, "connectionTimeoutMillis": 9000}}, url=replica.url(own, pg))
+    with raw(proxy) as w:
+        assert w.value("SHOW port") == str(own.port)
+        with hanging_backend(own) as pid:
+            assert proxy.http("/api/admin/reconnect", "POST")[0] == 200
+            assert w.value("SHOW port") == str(pg.port)
+            assert own.backends(f"usename = '{USER}'") == [pid] and pg.count(f"usename = '{USER}'") == 1
+            assert proxy.http("/api/admin/reconnect", "POST")[0] == 200
+            assert w.value("SHOW port") == str(pg.port)
+            assert own.backends(f"usename = '{USER}'") == [pid]
+        harness.poll(lambda: own.backends(f"usename = '{USER}'") == [] and proxy.stats()["totalCount"] == 1, what="it has ended")
+        assert proxy.http("/api/admin/reconnect", "POST")[0] == 200
+        assert w.value("SHOW port") == str(own.port)
+
+
+@pytest.mark.skipif(harness.sanitized(), reason="a sanitizer wants to be the first library")
+def test_a_name_leads_away_from_a_server_that_hangs(own, pg, proxies, tmp_path):
+    names = Names(tmp_path)
+    names.set("127.0.0.1")
+    with Gate(pg.port, listen=("127.0.0.2", own.port)):
+        proxy = proxies({"pool": {"max": 1, "connectionTimeoutMillis": 7000}}, url=own.url(host="db.test", sslmode="require"), environment=names.environment)
+        with raw(proxy) as w:
+            assert w.value("SHOW port") == str(own.port)
+            with hanging_backend(own):
+                assert proxy.http("/api/admin/reconnect", "POST")[0] == 200
+                names.set("127.0.0.1", "127.0.0.2")  # may be the same server
+                (error,) = errors(w.ask(wire.query("SELECT 1")))
+                assert error["C"] == "53300" and "1 of 1 in use, of which 1 doesn't end" in error["M"], error
+                names.set("127.0.0.2")
+                assert w.value("SHOW port") == str(pg.port)
+                assert own.count(f"usename = '{USER}'") == 1
+        recovers(proxy)

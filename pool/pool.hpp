@@ -7,6 +7,7 @@
 #include <boost/intrusive/list.hpp>
 #include <chrono>
 #include <cstdint>
+#include <limits>
 #include <utility>
 
 #include "conf/config.hpp"
@@ -77,12 +78,17 @@ class Pool {
   std::uint32_t open() const { return permits_.held; }                        ///< those being opened and closed included
   std::uint32_t staying() const { return permits_.held - permits_.leaving; }  ///< those being closed left out
   std::uint32_t stuck() const { return permits_.stuck; }                      ///< of those being closed, which the server doesn't end
-  bool hangs() const { return stuck() > 0 && room() == 0; }                   ///< nothing can be opened until one of those has ended
+  /// They count at their own server. So many do at the one that has fewest of those that a connection could be made to.
+  void set_stuck_here(std::uint32_t stuck) { stuck_here_ = stuck; }
+  std::uint32_t stuck_here() const { return std::min(permits_.stuck, stuck_here_); }
+  std::uint32_t open_where(std::uint32_t stuck) const { return permits_.held - permits_.stuck + stuck; }  ///< at a server that has so many
+  std::uint32_t open_here() const { return open_where(stuck_here()); }
+  bool hangs() const { return stuck_here() > 0 && room() == 0; }  ///< nothing can be opened until one of those has ended
   /// Places that another process has, for a time (an online restart).
   void set_lent(std::uint32_t places) { lent_ = places; }
   std::uint32_t lent() const { return lent_; }
   std::uint32_t capacity() const { return settings_.max - std::min(settings_.max, lent_); }  ///< of `max`, this process's
-  std::uint32_t room() const { return capacity() - std::min(capacity(), open()); }           ///< for connections to be opened
+  std::uint32_t room() const { return capacity() - std::min(capacity(), open_here()); }      ///< for connections to be opened
   std::size_t idle_count() const { return idle_.size(); }                                    ///< walks them all
   std::size_t waiting_count() const { return waiters_.size(); }                              ///< walks them all
   bool any_waiting() const { return !waiters_.empty(); }
@@ -133,6 +139,7 @@ class Pool {
   conf::PoolSettings settings_;
   PoolCounters counters_;
   Permits permits_;
+  std::uint32_t stuck_here_ = std::numeric_limits<std::uint32_t>::max();
   std::chrono::milliseconds rest_after_{};
   bool resting_ = false;
   std::uint32_t lent_ = 0;

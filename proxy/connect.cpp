@@ -255,7 +255,7 @@ awaitable<std::string> ServerConnection::try_hosts() {
   const std::shared_ptr<const Upstream> upstream = co_await look_up();
   if (!upstream) co_return std::string("stopped");
   if (!upstream->error.empty()) co_return upstream->error;
-  worker_.saw_addresses(entry_, *upstream);
+  worker_.saw_addresses(entry_, upstream);
   worker_.connect_begins(worker_.upstream_of(entry_.database));
   std::string error, failures;  // of the last attempt; of all hosts
   const bool prefer_standby = upstream->params.targetSessionAttrs == conf::TargetSessionAttrs::PreferStandby;
@@ -269,6 +269,11 @@ awaitable<std::string> ServerConnection::try_hosts() {
                           : prefer_standby             ? conf::TargetSessionAttrs::Any
                                                        : upstream->params.targetSessionAttrs;
       if (!take_place()) co_return failures;
+      if (worker_.is_full(entry_, target)) {
+        failures += (failures.empty() ? "" : "\n") +
+                    ("connection to " + printed(target) + " not tried: processes that don't end have the pool's places there");
+        continue;
+      }
       error = co_await log_in(upstream, target, tls, wanted);
       // prefer: a refusal with TLS is tried without; allow: the other way round.
       const bool other = (mode == conf::SslMode::Prefer && tls) || (mode == conf::SslMode::Allow && !tls);

@@ -16,6 +16,8 @@ using std::chrono::seconds;
 
 namespace {
 
+constexpr seconds kAgain{1};  // after which a server that hangs may have got another address
+
 std::string printed(const conf::Host& host) {
   return conf::print_address(host.name, host.port);
 }
@@ -86,15 +88,40 @@ bool Worker::is_gone(const ServerConnection& server) const {
   return server.entry().addresses.gone(printed(server.target().host), address_of(server.target()), now());
 }
 
-void Worker::saw_addresses(PoolEntry& entry, const Upstream& upstream) {
+void Worker::saw_addresses(PoolEntry& entry, std::shared_ptr<const Upstream> upstream) {
   std::map<std::string, std::set<std::string>> found;  // a host that isn't there couldn't be looked up
-  for (const Target& target : upstream.targets) found[printed(target.host)].insert(address_of(target));
+  for (const Target& target : upstream->targets) found[printed(target.host)].insert(address_of(target));
   for (const auto& [host, addresses] : found) entry.addresses.answered(host, addresses, now());
+  entry.found = std::move(upstream);
   entry.looked_at = now();
   entry.leases_then = entry.pool.counters().leases;
 }
 
+/// Of those that the server doesn't end: the addresses that a name has are one server's.
+std::uint32_t Worker::stuck_at(const PoolEntry& entry, const Target& target) const {
+  return static_cast<std::uint32_t>(std::count_if(entry.servers.begin(), entry.servers.end(), [&](const auto& one) {
+    const ServerConnection& server = *one.second;
+    return server.stuck() && !entry.addresses.gone(printed(target.host), address_of(server.target()), now());
+  }));
+}
+
+bool Worker::is_full(const PoolEntry& entry, const Target& target) const {
+  const std::uint32_t stuck = stuck_at(entry, target);
+  return stuck > 0 && entry.pool.open_where(stuck) > entry.pool.capacity();
+}
+
+void Worker::count_stuck(PoolEntry& entry) {
+  std::uint32_t least = entry.pool.stuck();
+  if (least == 0) return;
+  if (entry.found)
+    for (const Target& target : entry.found->targets)
+      if (stands_alone(entry) || !entry.addresses.failed_lately(address_of(target), now()))
+        least = std::min(least, stuck_at(entry, target));
+  entry.pool.set_stuck_here(least);
+}
+
 bool Worker::must_look(PoolEntry& entry, pool::Time t) const {
+  if (entry.pool.hangs() && (entry.pool.any_waiting() || !entry.logins.empty())) return t - entry.looked_at >= kAgain;  // no connect looks
   const std::uint32_t every = entry.pool.settings().dnsCheckSeconds;
   return every != 0 && entry.clients > 0 && !draining_ && entry.pool.counters().leases != entry.leases_then &&
          t - entry.looked_at >= seconds(every);
@@ -102,10 +129,12 @@ bool Worker::must_look(PoolEntry& entry, pool::Time t) const {
 
 void Worker::look_again(PoolEntry& entry) {
   entry.looked_at = now();
-  control_.resolve(entry.upstream, [this, keeps = entry.shared_from_this(), &entry](const std::shared_ptr<const Upstream>& found) {
+  conf::Upstream upstream = entry.upstream;
+  upstream.passwordCommand.clear();  // nobody logs in
+  control_.resolve(std::move(upstream), [this, keeps = entry.shared_from_this(), &entry](const std::shared_ptr<const Upstream>& found) {
     if (!found->error.empty()) return;
     const Turn turn(*this);
-    saw_addresses(entry, *found);
+    saw_addresses(entry, found);
     const auto gone = std::find_if(entry.servers.begin(), entry.servers.end(), [this](const auto& one) { return is_gone(*one.second); });
     if (gone == entry.servers.end()) return;
     log::info("address_changed", entry.about(), "{}@{}: \"{}\" has other addresses now: its connections move there", entry.user,

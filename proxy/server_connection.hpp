@@ -95,6 +95,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   std::size_t queued() const { return channel_ ? channel_->queued() : 0; }
   /// Its catalogs are being surveyed, and not for long yet: a waiter is better off with it than with a new connection.
   bool returns_soon(pool::Time now) const;
+  bool stuck() const { return permit_.stuck(); }
   bool alive() const { return state_ == State::Idle || state_ == State::Leased || state_ == State::Resetting; }
 
   protocol::Pipeline pipeline;

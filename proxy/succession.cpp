@@ -255,7 +255,7 @@ void Succession::balance(const Key& key, Share& share, PoolEntry* entry) {
   const std::uint32_t now = std::min(pool.lent(), std::max(room, share.given));
   if (now > share.given) give(key, share, now - share.given);
   const std::uint32_t beyond = share.given - std::min(share.given, max);  // it has them by a `max` that is greater there
-  const std::uint32_t ask = waiting == 0 || pool.open() < pool.capacity() ? 0 : std::min(waiting + beyond, share.given);
+  const std::uint32_t ask = waiting == 0 || pool.room() > 0 ? 0 : std::min(waiting + beyond, share.given);
   if (ask <= share.asked && (ask != 0 || share.asked == 0)) return;
   share.asked = ask;
   send({"want", std::to_string(ask), key.first, key.second});

@@ -307,6 +307,7 @@ bool Worker::wants_listener(const PoolEntry& entry) const {
 }
 
 void Worker::serve_from(PoolEntry& entry) {
+  count_stuck(entry);
   if (entry.paused) return;
   const bool listens = wants_listener(entry);
   if (listens && entry.pool.any_idle()) {
@@ -534,8 +535,8 @@ void Worker::close_outdated(PoolEntry& entry) {
 
 std::string Worker::use_of(const PoolEntry& entry) const {
   const pool::Pool& pool = entry.pool;
-  std::string text = fmt::format("{} of {} in use", pool.open() + pool.lent(), pool.settings().max);
-  if (const auto stuck = pool.stuck(); stuck > 0) text += fmt::format(", of which {} {} end", stuck, stuck == 1 ? "doesn't" : "don't");
+  std::string text = fmt::format("{} of {} in use", pool.open_here() + pool.lent(), pool.settings().max);
+  if (const auto stuck = pool.stuck_here(); stuck > 0) text += fmt::format(", of which {} {} end", stuck, stuck == 1 ? "doesn't" : "don't");
   return text;
 }
 

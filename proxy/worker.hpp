@@ -78,6 +78,7 @@ struct PoolEntry : std::enable_shared_from_this<PoolEntry> {
   bool paused = false;                         // by an operator: nobody gets a server connection
   bool sequences_matter = false;               // its clients use currval or lastval
   pool::Transparency transparency;             // what its statements leave in sessions
+  std::shared_ptr<const Upstream> found;       // when its names were looked up; null: they weren't yet
   std::optional<std::string> given_password;   // users: {"*": {}}: what the server has accepted from a client
   pool::Time given_at{};                       // when it did
   std::deque<ServerConnection::Login> logins;  // of clients that the server is still to be asked about
@@ -289,7 +290,9 @@ class Worker {
   void on_client_closed(ClientSession& client);
   /// In the order in which to try them.
   std::vector<Target> targets_of(const PoolEntry& entry, const Upstream& upstream);
-  void saw_addresses(PoolEntry& entry, const Upstream& upstream);
+  void saw_addresses(PoolEntry& entry, std::shared_ptr<const Upstream> upstream);
+  /// What the server doesn't end takes all of the pool's places there, with the one that is about to be used.
+  bool is_full(const PoolEntry& entry, const Target& target) const;
   void outdate_address(PoolEntry& entry, const std::string& address);  ///< its connections are closed as they come back
   void on_login();
   void on_greeted() { had_client_ = true; }
@@ -430,6 +433,8 @@ class Worker {
   bool is_gone(const ServerConnection& server) const;
   ServerConnection* take_idle(PoolEntry& entry);
   bool must_look(PoolEntry& entry, pool::Time t) const;
+  std::uint32_t stuck_at(const PoolEntry& entry, const Target& target) const;
+  void count_stuck(PoolEntry& entry);
   void look_again(PoolEntry& entry);  ///< whether its names have other addresses now
   void recheck(PoolEntry& entry);     ///< whether its secrets or certificates are others now
   void kill(const std::string& database);

@@ -256,6 +256,40 @@ TEST_F(PoolTest, IdlesOutDownToMin) {
   EXPECT_EQ(reason, CloseReason::Reload);
 }
 
+TEST_F(PoolTest, WhatIsStuckCountsAtItsOwnServer) {
+  settings.max = 2;
+  make();
+  Permit one(pool->permits()), two(pool->permits());
+  for (Permit* permit : {&one, &two}) permit->leave(), permit->stick();
+  EXPECT_EQ(pool->room(), 0u) << "until more is known";
+  EXPECT_TRUE(pool->hangs());
+  const struct {
+    std::uint32_t stuck_here, open, room;
+    bool hangs;
+  } rows[] = {{2, 2, 0, true}, {1, 1, 1, false}, {0, 0, 2, false}, {3, 2, 0, true}};
+  for (const auto& row : rows) {
+    pool->set_stuck_here(row.stuck_here);
+    EXPECT_EQ(pool->open_here(), row.open) << row.stuck_here;
+    EXPECT_EQ(pool->room(), row.room) << row.stuck_here;
+    EXPECT_EQ(pool->hangs(), row.hangs) << row.stuck_here;
+  }
+  EXPECT_EQ(pool->open(), 2u);
+  pool->set_stuck_here(0);
+  Waiter waiters[3];
+  for (Waiter& waiter : waiters) pool->wait(waiter, now);
+  EXPECT_EQ(pool->wanted(0), 2u);
+  Permit three(pool->permits());
+  EXPECT_EQ(pool->room(), 1u);
+  EXPECT_EQ(pool->open_where(2), 3u);
+  one.release();
+  EXPECT_EQ(pool->room(), 1u) << "of another server's";
+  pool->set_stuck_here(1);
+  EXPECT_EQ(pool->room(), 0u);
+  two.release();
+  EXPECT_EQ(pool->room(), 1u);
+  EXPECT_FALSE(pool->hangs());
+}
+
 TEST_F(PoolTest, LentPlacesAreNotItsOwn) {
   settings.max = 3;
   make();
