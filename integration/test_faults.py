@@ -608,6 +608,17 @@ def test_what_an_operator_closes_of_a_backend_that_hangs_is_let_go(own, proxies)
             assert w.value("SELECT 2") == "2"
 
 
+def test_what_an_operator_closes_of_a_backend_that_hangs_is_let_go_soon(own, proxies):
+    """Closed before anybody knew that it hangs."""
+    proxy = proxies({"pool": {"max": 1, "connectionTimeoutMillis": 9000}}, server=own)
+    with raw(proxy) as w:
+        assert w.value("SELECT 1") == "1"
+        with hanging_backend(own):
+            server, = proxy.json("/api/monitoring/servers")[1]["servers"]
+            assert proxy.http(f"/api/admin/servers/{server['id']}/close", "POST")[0] == 200
+            assert w.value("SELECT 2") == "2"
+
+
 def processes(server):
     """The server's for the pool's user, those that are logging in included."""
     out = subprocess.run(["ps", "-o", "args=", "--ppid", str(server.process.pid)], capture_output=True, text=True).stdout

@@ -630,7 +630,7 @@ void ServerConnection::on_deadline(pool::Time now) {
     return;
   }
   if (state_ != State::Closing) return close(pool::CloseReason::Broken);
-  if (permit_.stuck() || !answers_) return closed();
+  if (permit_.stuck() || !awaited_) return closed();
   permit_.stick();
   deadline = now + kLastWait;
   log::warn("server_stuck", about(), "server {} ({}@{}, pid {}): the server doesn't end it; until it does it counts for pool.max", id_,
@@ -678,6 +678,7 @@ void ServerConnection::lost(const std::string& sqlstate, const std::string& reas
 
 void ServerConnection::close_by_operator() {
   const auto self = shared_from_this();
+  awaited_ = false;
   if (state_ == State::Closing && permit_.stuck()) return closed();
   if (!alive()) return;
   if (!pipeline.empty()) send_cancel();  // the server counts it until it has noticed
@@ -722,7 +723,7 @@ void ServerConnection::close(pool::CloseReason reason) {
 void ServerConnection::see_off(Channel channel, Target target, bool answered) {
   channel_.emplace(std::move(channel));
   target_ = std::move(target);
-  answers_ = answered;
+  awaited_ = answered;
   transition(State::Closing);
   deadline = worker_.now() + kEnd;
   await_end();

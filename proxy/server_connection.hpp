@@ -311,7 +311,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   std::uint32_t fingerprint_ = 0;  // of them; 0: not made yet
   bool pass_forward_ = false;
   bool paused_ = false;    // not read, since its client doesn't take what is there
-  bool answers_ = true;    // it has said something, ever
+  bool awaited_ = true;    // its end, if need be for kLastWait
   bool cut_off_ = false;   // half a message of its client's was sent, and the rest won't be
   bool listener_ = false;  // the pool's
   Changed changed_;
