@@ -7,11 +7,13 @@ import os
 import pathlib
 import shutil
 import signal
+import socket
 import subprocess
 import psycopg
 import pytest
 
 import harness
+from gate import Gate
 from harness import BINARY, DATABASE, PASSWORD, USER, poll
 
 pytestmark = pytest.mark.skipif(harness.KIND != "pgsidecar", reason="only pgsidecar")
@@ -458,16 +460,36 @@ def test_a_second_signal_while_one_is_starting(start):
     expect_end(proxy.upgrade())
 
 
-def test_sigterm_while_one_is_starting(start):
+@pytest.mark.parametrize("how,code", [(signal.SIGTERM, 0), (signal.SIGQUIT, 3)])
+def test_it_is_ended_while_one_is_starting(start, how, code):
     """It ends as ever, and what it had started ends too."""
     proxy = start()
     proxy.replace(SLOW)
     proxy.signal(signal.SIGUSR2)
     hangs = Successor(started_process(proxy))
-    proxy.signal(signal.SIGTERM)
-    assert proxy.wait_exit(10) == 0
+    proxy.signal(how)
+    assert proxy.wait_exit(10) == code
     assert hangs.wait(10) == -signal.SIGKILL
-    assert "it is shutting down" in proxy.log_text()
+    assert how == signal.SIGQUIT or "it is shutting down" in proxy.log_text()
+
+
+def test_the_old_process_dies_while_one_is_starting(start, pg):
+    """Nobody else is there to serve."""
+    with Gate(pg.port) as gate:
+        proxy = start({"pool": {"connectionTimeoutMillis": 5000}}, url=pg.url(port=gate.port))
+        gate.silent = True  # it isn't ready yet
+        proxy.signal(signal.SIGUSR2)
+        old = proxy.follow(started_process(proxy))
+        old.kill()
+        old.wait(10)
+        waiting = socket.create_connection(("127.0.0.1", proxy.port))
+        poll(lambda: "took_over" in proxy.log_text(), 10, "it takes over")
+        gate.silent = False
+        with waiting, proxy.connect() as client:
+            assert client.execute("SELECT 1").fetchone() == (1,)
+        assert proxy.in_charge() == proxy.pid
+        expect_end(proxy.upgrade())
+        assert proxy.stop() == 0
 
 
 @pytest.mark.parametrize("at_once", [False, True], ids=["while it starts", "at once"])

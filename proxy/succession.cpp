@@ -189,7 +189,7 @@ void Succession::pass() {
 
 void Succession::take_over(bool had_client) {
   state_ = State::Passed;
-  worker_.take_over(had_client);
+  worker_.take_over(had_client, peer_);
   send({"serving"});
 }
 

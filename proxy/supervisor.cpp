@@ -244,6 +244,7 @@ void Supervisor::launch_with(std::vector<conf::Listening> sockets) {
     for (const conf::Listening& one : other_sockets()) sockets.push_back(one);
   const Launched launched = launch(program_, sockets);
   if (!launched.error.empty()) return finish_upgrade(launched.error, 0);
+  starting_ = launched.pid;
   log::info("upgrade_started", {}, "upgrade: {} is started as process {}, to take over", program_.path, launched.pid);
   asio::post(data_loop_, [this, launched] {
     worker_.succeed(launched.link, launched.pid, [this, pid = launched.pid](const std::string& error) {
@@ -254,6 +255,7 @@ void Supervisor::launch_with(std::vector<conf::Listening> sockets) {
 
 void Supervisor::finish_upgrade(const std::string& error, int pid) {
   const UpgradeDone done = std::exchange(upgrade_done_, nullptr);
+  starting_ = 0;
   if (error.empty()) {
     successor_ = pid;
     notifier_.hand_over(pid);
@@ -284,6 +286,7 @@ void Supervisor::wait_signal() {
       log::warn("signal_ignored", {}, "SIGUSR1 does nothing: PAUSE and RESUME are commands of the console");  // PgBouncer's PAUSE
     } else if (signalled_ || number == SIGQUIT) {
       log::warn("second_signal", {}, "{}: ending at once", number == SIGQUIT ? "SIGQUIT" : "second signal");
+      if (starting_ > 0) ::kill(starting_, SIGKILL);  // else it would take over
       log::stop(3);
       std::_Exit(3);
     } else {

@@ -86,6 +86,7 @@ class Supervisor {
   std::function<void()> stopping_;
   UpgradeDone upgrade_done_;  // one is under way
   int successor_ = 0;         // the process that has taken over
+  int starting_ = 0;          // the one that is about to
   bool signalled_ = false;
   int exit_code_ = 0;
 };

@@ -67,10 +67,10 @@ void Worker::try_login(std::function<void(std::string refusal)> done) {
   done({});
 }
 
-void Worker::take_over(bool had_client) {
+void Worker::take_over(bool had_client, pid_t from) {
   had_client_ |= had_client;
   begin();
-  log::info("took_over", {}, "process {} has taken over from process {}", ::getpid(), succession_->peer());
+  log::info("took_over", {}, "process {} has taken over from process {}", ::getpid(), from);
   if (on_taken_over) on_taken_over();
 }
 
@@ -103,12 +103,8 @@ void Worker::on_peer_ended(const Succession& which) {
   take_back_places();
   if (retired_) log::warn("successor_ended", {}, "process {}, which took over, has ended", ended->peer());
   if (!ended->is_successor()) return;
-  if (!started_) {
-    log::error("upgrade_failed", {}, "process {} has ended before this one, {}, could take over", ended->peer(), ::getpid());
-    exit_code_ = 1;
-    draining_ = true;
-    return check_stopped();
-  }
+  if (draining_ && !started_) return check_stopped();
+  if (!started_) take_over(false, ended->peer());  // nobody else is there to listen
   log::info("predecessor_ended", {}, "process {}, from which this one took over, has ended", ended->peer());
   if (logged_in_ == 0) idle_since_ = now();
   kick();

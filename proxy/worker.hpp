@@ -145,7 +145,7 @@ class Worker {
   std::uint32_t missing(const PoolEntry& entry) const;  ///< connections that somebody waits for
   void close_outdated(PoolEntry& entry);                ///< idle ones
   Ports& ports() { return ports_; }
-  void take_over(bool had_client);
+  void take_over(bool had_client, pid_t from);
   /// Opens a connection where the predecessor leaves one. `done` gets why the server refuses it.
   void try_login(std::function<void(std::string refusal)> done);
   void retire(pid_t successor);
