@@ -560,6 +560,22 @@ def test_unix_sockets_stay(start, tmp_path):
     assert not path.exists()
 
 
+def test_a_new_process_that_is_ended_leaves_unix_sockets(start, pg, tmp_path):
+    with Gate(pg.port) as gate:
+        proxy = start({"listen": [f"unix:{tmp_path}"], "admin": {}}, wait=False, url=pg.url(port=gate.port))
+        proxy.host, proxy.port = str(tmp_path), 6432
+        poll((tmp_path / ".s.PGSQL.6432").exists, 10, "it listens")
+        gate.silent = True
+        proxy.signal(signal.SIGUSR2)
+        new = Successor(started_process(proxy))
+        poll(lambda: gate.count() == 1, 10, "it asks for the database")
+        new.send_signal(signal.SIGTERM)
+        new.wait(10)
+        poll(lambda: "it ended before it was ready" in proxy.log_text(), 10, "it is told of")
+        gate.silent = False
+        proxy.connect().close()
+
+
 def test_a_new_process_that_dies_later_is_told_of(start):
     proxy = start()
     client = proxy.connect()

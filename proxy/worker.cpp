@@ -721,8 +721,8 @@ void Worker::check_stopped() {
     for (const auto& client : left) client->fatal("57P01", "terminating connection due to administrator command");
     return;
   }
-  if (ports_.somebody_knocks() && now() < drain_until_) return;
-  ports_.close(true);
+  if (started_ && ports_.somebody_knocks() && now() < drain_until_) return;
+  ports_.close(started_);  // else they are the other process's
   bool left = false;
   for (auto& [key, entry] : pools_) {
     std::vector<std::shared_ptr<ServerConnection>> all;
