@@ -15,6 +15,7 @@ import pytest
 import harness
 from gate import Gate
 from harness import BINARY, DATABASE, PASSWORD, USER, poll
+from test_faults import hanging_backend
 
 pytestmark = pytest.mark.skipif(harness.KIND != "pgsidecar", reason="only pgsidecar")
 
@@ -355,6 +356,35 @@ def test_cancel_reaches_the_old_process(start):
     old_client.close()
     new_client.close()
     expect_end(old)
+
+
+def test_places_that_hang_are_not_the_new_processes(start):
+    """They count at the server, whoever has opened them."""
+    with harness.Postgres() as own:
+        proxy = start({"pool": {"max": 1, "connectionTimeoutMillis": 1500}}, url=own.url())
+        with proxy.connect() as client:
+            client.execute("SELECT 1")
+        with hanging_backend(own) as pid:
+            old = proxy.upgrade()
+            with pytest.raises(psycopg.OperationalError, match="1 by the other process of an online restart"):
+                proxy.connect()
+            assert own.backends(f"usename = '{USER}'") == [pid]
+        expect_end(old, timeout=5)
+        proxy.connect().close()
+
+
+def test_a_process_that_waits_for_what_hangs_can_be_ended(start):
+    with harness.Postgres() as own:
+        proxy = start({"pool": {"max": 1, "connectionTimeoutMillis": 5000}, "shutdown": {"timeoutMillis": 500}}, url=own.url())
+        with proxy.connect() as client:
+            client.execute("SELECT 1")
+        with hanging_backend(own):
+            old = proxy.upgrade()
+            with pytest.raises(subprocess.TimeoutExpired):
+                old.wait(1.5)
+            old.send_signal(signal.SIGTERM)
+            expect_end(old, timeout=2)
+            proxy.connect().close()
 
 
 def test_the_file_is_looked_up_anew(start):

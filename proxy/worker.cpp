@@ -587,7 +587,7 @@ void Worker::tick() {
              std::none_of(pools_.begin(), pools_.end(), [&](const auto& pool) { return pool.first.first == name; });
     });
   look_at_clients(t, look);
-  if (retired_ && waits_for_clients_ && t >= drain_until_) drain();
+  if (retired_ && waits_for_clients_ && t >= drain_until_ && !is_deserted()) drain();
   if (draining_ && !waits_for_clients_ && t >= drain_until_ && exit_code_ == 0) {
     exit_code_ = 3;
     cut_off_clients();
@@ -737,8 +737,9 @@ void Worker::check_stopped() {
     }
     left |= !all.empty();
   }
-  // The servers' own farewell isn't waited for longer than this.
-  if (left && !farewell_over()) return;
+  // The servers' own farewell isn't waited for for long, unless their places would be the other process's.
+  const bool keeps_places = retired_ && waits_for_clients_ && succession_;
+  if (left && (keeps_places || !farewell_over())) return;
   stopped_ = true;
   timer_.cancel();
   if (on_stopped) on_stopped(exit_code_);
