@@ -49,7 +49,7 @@ void Pool::set_away(bool away, Time now) {
 bool Pool::worn_out(const Slot& slot, Time now, CloseReason& reason) const {
   if (slot.condemned) return reason = CloseReason::Reload, true;
   // One that nobody has had yet serves who waits first.
-  if (staying() > capacity() && (slot.uses > 0 || waiters_.empty())) return reason = CloseReason::Surplus, true;
+  if (staying() + stuck_here() > capacity() && (slot.uses > 0 || waiters_.empty())) return reason = CloseReason::Surplus, true;
   if (slot.use_limit != 0 && slot.uses >= slot.use_limit) return reason = CloseReason::MaxUses, true;
   if (now >= slot.lifetime_end) return reason = CloseReason::Lifetime, true;
   return false;

@@ -311,6 +311,8 @@ TEST_F(PoolTest, LentPlacesAreNotItsOwn) {
   p2.leave();
   EXPECT_FALSE(pool->worn_out(slot, now, reason));
   EXPECT_EQ(pool->wanted(0), 0u);  // it counts until it is gone
+  p2.stick();
+  EXPECT_TRUE(pool->worn_out(slot, now, reason));  // which it won't be soon
   pool->set_lent(7);
   EXPECT_EQ(pool->capacity(), 0u);
   pool->set_lent(0);
