@@ -247,7 +247,7 @@ void ClientSession::on_answered(bool told) {
     counters.transaction.record(micros_since(transaction_since));
     transaction_since = now;  // what is in the pipeline behind it is another one
     server_->running.first = 0;
-    if (answered()) server_->running.named_effects = 0;
+    if (answered()) server_->running.effects = server_->running.named_effects = 0;
   }
   examined_ = false;
   told_residue_ |= residue_;

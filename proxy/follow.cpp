@@ -110,13 +110,18 @@ bool Worker::is_full(const PoolEntry& entry, const Target& target) const {
   return stuck > 0 && entry.pool.open_where(stuck) > entry.pool.capacity();
 }
 
+bool Worker::is_reachable(const PoolEntry& entry, const std::string& address) const {
+  return !entry.addresses.failed_lately(address, now()) || std::ranges::any_of(entry.servers, [&](const auto& one) {
+    return one.second->alive() && address_of(one.second->target()) == address;
+  });
+}
+
 void Worker::count_stuck(PoolEntry& entry) {
   std::uint32_t least = entry.pool.stuck();
   if (least == 0) return;
   if (entry.found)
     for (const Target& target : entry.found->targets)
-      if (stands_alone(entry) || !entry.addresses.failed_lately(address_of(target), now()))
-        least = std::min(least, stuck_at(entry, target));
+      if (stands_alone(entry) || is_reachable(entry, address_of(target))) least = std::min(least, stuck_at(entry, target));
   entry.pool.set_stuck_here(least);
 }
 

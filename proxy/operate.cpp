@@ -185,7 +185,7 @@ void Worker::stop(ConsoleCommand::Stop how) {
   if (succession_) succession_->abandon("it is shutting down");
   draining_ = true;
   if (on_draining) on_draining();
-  waits_for_clients_ = false;
+  waits_for_clients_ = keeps_places_ = false;
   std::vector<std::shared_ptr<ClientSession>> all;
   for (auto& [id, client] : clients_) all.push_back(client);
   for (const auto& client : all) {

@@ -143,13 +143,15 @@ std::size_t ClientSession::on_request(char type, Bytes available, std::size_t to
 
 std::size_t ClientSession::on_execute(Bytes available, std::size_t total) {
   const auto& running = server_->running;
-  const bool has_effects = running.reset || running.named_effects != 0;
+  const bool has_effects = running.reset || (running.effects | running.named_effects) != 0;
   if (has_effects && available.size() < total && total < kMaxNames) return 0;
   server_->pipeline.push({Request::Execute, Verdict::Forward, id_, statement_of(available)});
   relay(available, total);
   if (!has_effects || pass_left_ > 0) return available.size();
   const bool named = !protocol::Reader(available.subspan(kHeaderSize)).cstring().empty();
-  if (named) residue_ |= running.named_effects & protocol::kReset, note_transaction(running.named_effects);
+  const std::uint32_t effects = named ? running.named_effects : running.effects;
+  residue_ |= effects & protocol::kReset;
+  note_transaction(effects);
   if (!named && running.reset) restore_behind_execute();
   return available.size();
 }
@@ -394,7 +396,7 @@ bool ClientSession::close_unserved(Bytes whole) {
 // A client that prepares what a server has accepted for the same session settings doesn't wait for a server of its own. It may be
 // that those who hold the servers wait for this client: pgbench prepares blockingly while its other clients hold transactions.
 bool ClientSession::parse_unserved(Bytes whole) {
-  if (!rewrites() || entry_->pool.any_idle() || entry_->pool.open() < entry_->pool.capacity()) return false;
+  if (!rewrites() || entry_->pool.any_idle() || entry_->pool.room() > 0) return false;
   protocol::Reader reader(whole.subspan(kHeaderSize));
   const std::string_view name = reader.cstring();
   const Bytes body = reader.rest();

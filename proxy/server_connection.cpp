@@ -206,7 +206,7 @@ std::size_t ServerConnection::process(Bytes in) {
     out.clear();
   if (alive()) {
     send(worker_.to_server);
-    if (ready && client_ && pipeline.status() != TxStatus::Idle && client_->mode() == conf::PoolMode::Statement)
+    if (std::exchange(in_refused_block_, false) && client_)
       client_->fatal("0A000", "transaction blocks are not allowed in statement mode (pool.mode)");
     if (ready && client_ && client_->is_sending())
       client_->ready_later();
@@ -352,8 +352,8 @@ bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total
     // What the client brought at its login comes back first, so that its next statement isn't in the way of the look at its session.
     const Owed* next = pipeline.front();
     restoring_ = next && next->owner == protocol::kProxy && next->note == kRestore;
-    const bool refused = status != TxStatus::Idle && client_->mode() == conf::PoolMode::Statement;  // process() says so
-    forward = !restoring_ && !refused && (status != TxStatus::Idle || !client_->keeps_ready_back());
+    in_refused_block_ |= status != TxStatus::Idle && client_->mode() == conf::PoolMode::Statement;
+    forward = !restoring_ && !in_refused_block_ && (status != TxStatus::Idle || !client_->keeps_ready_back());
   }
   if (owed.owner == protocol::kProxy) {
     on_proxy_reply(type, owed.note, available);
@@ -534,7 +534,7 @@ void ServerConnection::lease(ClientSession& client) {
   running.portals.clear();
   running.untold = 0;
   running.reset.reset();
-  running.named_effects = 0;
+  running.effects = running.named_effects = 0;
   running.leaking = running.overdue = false;
   worker_.arm_tick(entry_.pool.limit_check());
   client.on_lease(*this);
@@ -678,6 +678,10 @@ void ServerConnection::lost(const std::string& sqlstate, const std::string& reas
 
 void ServerConnection::close_by_operator() {
   const auto self = shared_from_this();
+  if (state_ == State::Connecting) {  // closed when it is open
+    condemned = true;
+    return;
+  }
   awaited_ = false;
   if (state_ == State::Closing && permit_.stuck()) return closed();
   if (!alive()) return;

@@ -65,11 +65,12 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
     pool::StatementHandle named = 0;                                     ///< what the last Parse or Bind was about
     pool::StatementHandle portal = 0;                                    ///< the unnamed portal's
     std::vector<std::pair<std::string, pool::StatementHandle>> portals;  ///< the named ones', at most kMostPortals
-    std::uint64_t untold = 0;         ///< the statement of the last Bind, if the client doesn't know yet what it looks like
-    protocol::StatementRef reset;     ///< the unnamed portal's, if it resets settings
-    std::uint32_t named_effects = 0;  ///< kReset, kTransaction and kCommit of named portals, which count when they are executed
-    bool leaking = false;             ///< told of, since it was last answered
-    bool overdue = false;             ///< cancelled by pool.queryTimeoutMillis
+    std::uint64_t untold = 0;      ///< the statement of the last Bind, if the client doesn't know yet what it looks like
+    protocol::StatementRef reset;  ///< the unnamed portal's, if it resets settings
+    /// Of kTransaction and kCommit, and of named portals kReset, what counts when a portal is executed: the unnamed one, named ones.
+    std::uint32_t effects = 0, named_effects = 0;
+    bool leaking = false;  ///< told of, since it was last answered
+    bool overdue = false;  ///< cancelled by pool.queryTimeoutMillis
   };
   static constexpr std::size_t kMostPortals = 64;
 
@@ -335,6 +336,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   std::string unadopted_;              // the error of the first that couldn't be adopted for the text that is executed
   bool open_definition_ = false;       // its transaction has made or altered something
   bool open_change_ = false;           // or dropped: texts may mean something else when it is committed
+  bool in_refused_block_ = false;      // of a client in statement mode
   bool had_temporary_ = false;         // since it was leased
   bool others_had_temporary_ = false;  // before that
   bool reset_unread_ = false;          // it isn't known what was reset since it had its client's settings

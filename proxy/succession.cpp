@@ -54,7 +54,7 @@ void Succession::start() {
   receive();
   if (successor_) return;
   worker_.for_each_pool([this](PoolEntry& entry) {
-    if (entry.pool.open() == 0 || entry.pool.open() >= entry.pool.settings().max) return;
+    if (entry.pool.open() == 0 || entry.pool.open_here() >= entry.pool.settings().max) return;
     entry.pool.set_lent(1);
     send({"spare", "1", entry.database, entry.user});
   });
@@ -180,9 +180,9 @@ void Succession::pass() {
   worker_.for_each_pool([this](PoolEntry& entry) {
     const std::uint32_t max = entry.pool.settings().max;
     Share& share = shares_[{entry.database, entry.user}];
-    share.given = max - std::min(max, entry.pool.open());
+    share.given = max - std::min(max, entry.pool.open_here());
     entry.pool.set_lent(share.given);
-    send({"held", std::to_string(entry.pool.open()), entry.database, entry.user});
+    send({"held", std::to_string(entry.pool.open_here()), entry.database, entry.user});
   });
   send({"go", worker_.had_client() ? "1" : "0"});
 }
@@ -251,7 +251,7 @@ void Succession::balance(const Key& key, Share& share, PoolEntry* entry) {
   const std::uint32_t most = max - (waiting > 0 ? half : std::min(half, used));
   pool.set_lent(std::max(share.given, std::min(share.given + share.wanted, most)));
   worker_.close_outdated(*entry);
-  const std::uint32_t room = max - std::min(max, pool.open());
+  const std::uint32_t room = max - std::min(max, pool.open_here());
   const std::uint32_t now = std::min(pool.lent(), std::max(room, share.given));
   if (now > share.given) give(key, share, now - share.given);
   const std::uint32_t beyond = share.given - std::min(share.given, max);  // it has them by a `max` that is greater there

@@ -82,7 +82,7 @@ void Worker::handed_over() {
 
 void Worker::retire(pid_t successor) {
   ports_.close(false);
-  retired_ = handing_over_ = true;
+  retired_ = handing_over_ = keeps_places_ = true;
   log::info("handed_over", {}, "process {} has taken over; this one, {}, serves its {} clients for {} ms at most, then it drains",
             successor, ::getpid(), clients_.size() - consoles_, config_->shutdown.timeoutMillis);
   if (!draining_) {

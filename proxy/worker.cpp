@@ -587,8 +587,11 @@ void Worker::tick() {
              std::none_of(pools_.begin(), pools_.end(), [&](const auto& pool) { return pool.first.first == name; });
     });
   look_at_clients(t, look);
-  if (retired_ && waits_for_clients_ && t >= drain_until_ && !is_deserted()) drain();
-  if (draining_ && !waits_for_clients_ && t >= drain_until_ && exit_code_ == 0) {
+  if (retired_ && waits_for_clients_ && t >= drain_until_ && !is_deserted()) {
+    drain();
+    keeps_places_ = true;  // nobody has told it to end
+  }
+  if (draining_ && !waits_for_clients_ && t >= drain_until_ && exit_code_ == 0 && !(keeps_places_ && is_deserted())) {
     exit_code_ = 3;
     cut_off_clients();
   }
@@ -632,7 +635,8 @@ void Worker::look_at(PoolEntry& entry, pool::Time t, Look& look) {
   }
   for (const auto& server : due) server->on_deadline(t);
   entry.listener.recycle();
-  if (entry.listener.has_server() && entry.pool.capacity() == 1 && t - entry.pool.oldest_wait() > kWithoutPlace) entry.listener.end();
+  if (entry.listener.has_server() && entry.pool.capacity() <= entry.pool.stuck_here() + 1 && t - entry.pool.oldest_wait() > kWithoutPlace)
+    entry.listener.end();
   serve(entry);
   auto& pool = entry.pool;
   look.busy |= entry.listener.wants() || pool.any_waiting() || entry.connecting > 0 || !entry.logins.empty();
@@ -696,7 +700,8 @@ void Worker::shut_down() {
 
 void Worker::drain() {
   drain_at_ = pool::Time::max();
-  if (draining_ && !waits_for_clients_) return;
+  keeps_places_ = false;
+  if (draining_ && !waits_for_clients_) return check_stopped();
   if (succession_) succession_->abandon("it is shutting down");
   draining_ = true;
   waits_for_clients_ = false;
@@ -723,7 +728,7 @@ void Worker::check_stopped() {
   }
   if (started_ && ports_.somebody_knocks() && now() < drain_until_) return;
   ports_.close(started_);  // else they are the other process's
-  bool left = false;
+  bool left = false, counts = false;
   for (auto& [key, entry] : pools_) {
     std::vector<std::shared_ptr<ServerConnection>> all;
     for (auto& [id, server] : entry->servers) all.push_back(server);
@@ -736,10 +741,10 @@ void Worker::check_stopped() {
       server->close(pool::CloseReason::Drain);
     }
     left |= !all.empty();
+    counts |= entry->pool.open_here() > 0;
   }
   // The servers' own farewell isn't waited for for long, unless their places would be the other process's.
-  const bool keeps_places = retired_ && waits_for_clients_ && succession_;
-  if (left && (keeps_places || !farewell_over())) return;
+  if (left && ((keeps_places_ && succession_ && counts) || !farewell_over())) return;
   stopped_ = true;
   timer_.cancel();
   if (on_stopped) on_stopped(exit_code_);

@@ -434,6 +434,7 @@ class Worker {
   ServerConnection* take_idle(PoolEntry& entry);
   bool must_look(PoolEntry& entry, pool::Time t) const;
   std::uint32_t stuck_at(const PoolEntry& entry, const Target& target) const;
+  bool is_reachable(const PoolEntry& entry, const std::string& address) const;
   void count_stuck(PoolEntry& entry);
   void look_again(PoolEntry& entry);  ///< whether its names have other addresses now
   void recheck(PoolEntry& entry);     ///< whether its secrets or certificates are others now
@@ -486,7 +487,7 @@ class Worker {
   std::function<void()> watcher_;
   pool::Time farewell_at_{};
   int exit_code_ = 0;
-  bool all_paused_ = false, waits_for_clients_ = false;
+  bool all_paused_ = false, waits_for_clients_ = false, keeps_places_ = false;
   std::set<std::string> paused_databases_, disabled_databases_;
   std::vector<Operation> operations_;
   std::uint32_t consoles_ = 0;  // of clients_
