@@ -4,6 +4,7 @@ import shutil
 import signal
 import socket
 import ssl
+import subprocess
 import time
 
 import harness
@@ -157,6 +158,16 @@ def test_rotated_certificates(proxies, tmp_path):
     reload(proxy)
     assert certificate(proxy, tmp_path / "ca.crt") != first
     harness.poll(lambda: f"the file {tmp_path / 'server.crt'} changed" in proxy.log_text())
+
+
+def test_an_encrypted_key_changes_nothing(proxies, tmp_path):
+    harness.make_certificates(tmp_path)
+    proxy = proxies(tls_to_clients(tmp_path))
+    before, key = certificate(proxy, tmp_path / "ca.crt"), tmp_path / "server.key"
+    subprocess.run(["openssl", "pkey", "-in", key, "-aes256", "-passout", "pass:x", "-out", tmp_path / "encrypted.key"], check=True, capture_output=True)
+    put(key, (tmp_path / "encrypted.key").read_text())
+    reload(proxy, fails=f'tls.key: "{key}" is encrypted')
+    assert certificate(proxy, tmp_path / "ca.crt") == before
 
 
 def test_the_upstreams_ca(proxies, pg, tmp_path):

@@ -81,6 +81,23 @@ int give_password(char* buffer, int size, int, void* password) {
   return static_cast<int>(n);
 }
 
+/// There is none; without this OpenSSL asks the terminal for it.
+int refuse_password(char*, int, int, void* asked) {
+  *static_cast<bool*>(asked) = true;
+  return -1;
+}
+
+void use_key(SSL_CTX* c, const std::string& file) {
+  bool encrypted = false;
+  SSL_CTX_set_default_passwd_cb(c, refuse_password);
+  SSL_CTX_set_default_passwd_cb_userdata(c, &encrypted);
+  const bool ok = SSL_CTX_use_PrivateKey_file(c, file.c_str(), SSL_FILETYPE_PEM) == 1;
+  SSL_CTX_set_default_passwd_cb_userdata(c, nullptr);
+  if (encrypted) ERR_clear_error();
+  if (encrypted) fail("tls.key: \"" + file + "\" is encrypted: it has to be stored without a pass phrase");
+  if (!ok) fail("tls.key: cannot use \"" + file + "\"");
+}
+
 bool is_address(const std::string& host) {
   unsigned char buffer[16];
   return ::inet_pton(AF_INET, host.c_str(), buffer) == 1 || ::inet_pton(AF_INET6, host.c_str(), buffer) == 1;
@@ -98,7 +115,7 @@ SslContext make_server_context(const conf::Tls& tls) {
   SSL_CTX_set_session_cache_mode(c, SSL_SESS_CACHE_OFF);
   SSL_CTX_set_alpn_select_cb(c, choose_alpn, nullptr);
   if (SSL_CTX_use_certificate_chain_file(c, tls.certificate.c_str()) != 1) fail("tls.certificate: cannot use \"" + tls.certificate + "\"");
-  if (SSL_CTX_use_PrivateKey_file(c, tls.key.c_str(), SSL_FILETYPE_PEM) != 1) fail("tls.key: cannot use \"" + tls.key + "\"");
+  use_key(c, tls.key);
   if (SSL_CTX_check_private_key(c) != 1) fail("tls.key: \"" + tls.key + "\" is not the key of tls.certificate");
   if (!tls.ca.empty()) {
     if (SSL_CTX_load_verify_locations(c, tls.ca.c_str(), nullptr) != 1) fail("tls.ca: cannot use \"" + tls.ca + "\"");

@@ -293,6 +293,12 @@ TEST(Tls, MistakesAreNamed) {
   tls = serving(w.server);
   tls.key = w.alice.key_file;
   EXPECT_NE(complaint(make_server_context, tls).find("tls.key"), std::string::npos);
+  tls.key = w.files.directory() + "/encrypted.key";
+  file = std::fopen(tls.key.c_str(), "w");
+  char phrase[] = "phrase";
+  PEM_write_PKCS8PrivateKey(file, w.server.key.get(), EVP_aes_256_cbc(), phrase, sizeof phrase - 1, nullptr, nullptr);
+  std::fclose(file);
+  EXPECT_EQ(complaint(make_server_context, tls), "tls.key: \"" + tls.key + "\" is encrypted: it has to be stored without a pass phrase");
   tls = serving(w.server, TlsMode::VerifyFull);
   EXPECT_NE(complaint(make_server_context, tls).find("tls.ca"), std::string::npos);
   tls = serving(w.server, TlsMode::Require, text);
