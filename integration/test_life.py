@@ -409,6 +409,13 @@ def test_no_mistake_tells_a_secret(proxy, url):
         assert done.returncode == 2 and done.stderr and "hidden" not in done.stderr + done.stdout, done.stderr
 
 
+@pytest.mark.parametrize("arguments", [["postgresql://app:hidden@h/d"], ["check", "host=h password=hidden"], ["--url=postgres://app:hidden@h/d"],
+                                       ["check", "--config", "postgresql://app:hidden@h/d"]])
+def test_a_connection_string_as_an_argument(proxy, arguments):
+    done = proxy.command(*arguments)
+    assert done.returncode == 2 and "DATABASE_URL" in done.stderr and "hidden" not in done.stderr + done.stdout, done.stderr
+
+
 def test_healthcheck_needs_no_secret(proxies, pg, tmp_path):
     """A liveness probe while a secret is being replaced must not end the pod."""
     secret = tmp_path / "password"

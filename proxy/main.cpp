@@ -69,6 +69,13 @@ std::chrono::milliseconds parse_duration(std::string_view text) {
   std::exit(kMistake);
 }
 
+/// A connection string is as good as its password: it isn't shown.
+[[noreturn]] void refuse(std::string_view argument) {
+  if (argument.find("://") == argument.npos && argument.find('=') == argument.npos)
+    usage("unknown argument \"" + std::string(argument) + "\"");
+  usage("unknown argument; a connection string belongs into DATABASE_URL, or upstream.url in the file");
+}
+
 Arguments parse(int argc, char** argv) {
   Arguments arguments;
   if (const char* file = std::getenv("PGSIDECAR_CONFIG")) arguments.config = file;
@@ -100,9 +107,10 @@ Arguments parse(int argc, char** argv) {
       arguments.command = argument;
       have_command = true;
     } else {
-      usage("unknown argument \"" + std::string(argument) + "\"");
+      refuse(argument);
     }
   }
+  if (arguments.config.find("://") != std::string::npos) refuse(arguments.config);
   if (of_wait && arguments.command != "wait") usage("--max and --started are for wait");
   return arguments;
 }
