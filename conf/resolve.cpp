@@ -120,12 +120,16 @@ ConnectParams resolve_upstream(const Upstream& upstream, const Environment& env,
   const std::string_view url = upstream.url;
   const std::size_t at = url.starts_with("postgres") && url.find("://") != url.npos ? url.rfind('@') : url.npos;
   const bool unset = url == kDefaultUrl && !has_database_url(env);
+  const auto given = [&](const char* keyword, const char* variable) {
+    return keys.contains(keyword) || !is_blank(env(variable).value_or(""));
+  };
+  const bool elsewhere = given("host", "PGHOST") || given("hostaddr", "PGHOSTADDR") || given("service", "PGSERVICE");
   const std::string text = unset ? "" : expanded("", url, at == url.npos ? 0 : at).value_or("");
-  if (unset || (findings.mistakes.empty() && !url.empty() && is_blank(text) && !keys.contains("host") && !keys.contains("hostaddr")))
+  if (!elsewhere && (unset || (findings.mistakes.empty() && !url.empty() && is_blank(text))))
     findings.mistakes.push_back(
         {"",
          "no database to connect to: set DATABASE_URL (or PGSIDECAR_UPSTREAM_URL, or upstream.url in the file) to a "
-         "connection string such as postgresql://user:password@host:5432/dbname"});
+         "connection string such as postgresql://user:password@host:5432/dbname, or PGHOST and libpq's other variables"});
   return read_connection_string(text, keys, env, upstream.dbname, findings);
 }
 

@@ -482,6 +482,29 @@ TEST(Load, AnEmptyUrlIsNone) {
   }
 }
 
+TEST(Load, WithoutAUrlTheServerIsWhereLibpqFindsIt) {
+  const std::string service = testing::TempDir() + "pg_service.conf";
+  std::ofstream(service) << "[mine]\nhost=h\nuser=u\ndbname=d\n";
+  using Variables = std::map<std::string, std::string>;
+  const std::pair<const char*, Variables> rows[] = {
+      {"", {{"PGHOST", "h"}, {"PGUSER", "u"}, {"PGDATABASE", "d"}}},
+      {"", {{"PGHOST", "h"}, {"PGUSER", "u"}, {"PGDATABASE", "d"}, {"DATABASE_URL", " "}, {"PGSIDECAR_UPSTREAM_URL", ""}}},
+      {"", {{"PGSERVICE", "mine"}, {"PGSERVICEFILE", service}}},
+      {"upstream: {service: mine}", {{"PGSERVICEFILE", service}}},
+      {"upstream: {dbname: d}", {{"PGHOST", "h"}, {"PGUSER", "u"}}},
+      {"upstream: {hostaddr: 192.0.2.1, user: u, dbname: d}", {{"PGHOST", "h"}}},
+  };
+  for (const auto& [yaml, variables] : rows) {
+    const Environment env = environment(variables);
+    EXPECT_EQ(resolve_upstream(load_text(yaml, "x", env).upstream, env).destination(),
+              "host=h port=5432 dbname=d user=u sslmode=verify-full")
+        << yaml;
+  }
+  EXPECT_NE(mistakes_of("", {{"PGUSER", "u"}, {"PGDATABASE", "d"}}).find("no database to connect to"), std::string::npos);
+  EXPECT_NE(mistakes_of("upstream: {dbname: d}", {}).find("no database to connect to"), std::string::npos);
+  std::remove(service.c_str());
+}
+
 TEST(Load, AliasesOfAliases) {
   std::string yaml = "a0: &a0 {x: 1}\n";
   for (int i = 1; i < 15; ++i) {
