@@ -27,22 +27,23 @@ constexpr unsigned kAlpnSize = sizeof kAlpn - 1;
   throw std::runtime_error(what + (reason ? std::string(": ") + reason : std::string()));
 }
 
-/// The newest session of a context, for resumption. Attached to the context and freed with it.
-struct Newest {
+/// Of a context towards servers: the newest session, for resumption, and the file of the CAs. Attached to it and freed with it.
+struct Towards {
   SSL_SESSION* session = nullptr;
-  ~Newest() { SSL_SESSION_free(session); }
+  std::string roots{};
+  ~Towards() { SSL_SESSION_free(session); }
 };
 
-int newest_index() {
+int towards_index() {
   static const int index = SSL_CTX_get_ex_new_index(
-      0, nullptr, nullptr, nullptr, [](void*, void* data, CRYPTO_EX_DATA*, int, long, void*) { delete static_cast<Newest*>(data); });
+      0, nullptr, nullptr, nullptr, [](void*, void* data, CRYPTO_EX_DATA*, int, long, void*) { delete static_cast<Towards*>(data); });
   return index;
 }
 
 int keep_session(SSL* ssl, SSL_SESSION* session) {
-  auto* newest = static_cast<Newest*>(SSL_CTX_get_ex_data(SSL_get_SSL_CTX(ssl), newest_index()));
-  SSL_SESSION_free(newest->session);
-  newest->session = session;
+  auto* towards = static_cast<Towards*>(SSL_CTX_get_ex_data(SSL_get_SSL_CTX(ssl), towards_index()));
+  SSL_SESSION_free(towards->session);
+  towards->session = session;
   return 1;
 }
 
@@ -162,7 +163,7 @@ SslContext make_client_context(const conf::ConnectParams& p) {
     if (ok != 1) fail("could not load private key file \"" + p.sslkey + "\" (sslkey)");
     if (SSL_CTX_check_private_key(c) != 1) fail("certificate does not match private key file \"" + p.sslkey + "\"");
   }
-  SSL_CTX_set_ex_data(c, newest_index(), new Newest);
+  SSL_CTX_set_ex_data(c, towards_index(), new Towards{nullptr, system ? std::string() : p.sslrootcert});
   SSL_CTX_set_session_cache_mode(c, SSL_SESS_CACHE_CLIENT | SSL_SESS_CACHE_NO_INTERNAL_STORE);
   SSL_CTX_sess_set_new_cb(c, keep_session);
   return context;
@@ -183,12 +184,12 @@ void prepare_client(SSL* ssl, const conf::ConnectParams& params, const conf::Hos
   const auto note_request = [](SSL* asked, void*) { return SSL_set_app_data(asked, asked); };
   SSL_set_cert_cb(ssl, note_request, nullptr);
   if (params.sslcertRequired) return;  // of a resumed session no certificate is asked for
-  auto* newest = static_cast<Newest*>(SSL_CTX_get_ex_data(SSL_get_SSL_CTX(ssl), newest_index()));
-  if (newest && newest->session) {
-    SSL_set_session(ssl, newest->session);
-    if (SSL_SESSION_get_protocol_version(newest->session) == TLS1_3_VERSION) {  // its tickets are for one use
-      SSL_SESSION_free(newest->session);
-      newest->session = nullptr;
+  auto* towards = static_cast<Towards*>(SSL_CTX_get_ex_data(SSL_get_SSL_CTX(ssl), towards_index()));
+  if (towards && towards->session) {
+    SSL_set_session(ssl, towards->session);
+    if (SSL_SESSION_get_protocol_version(towards->session) == TLS1_3_VERSION) {  // its tickets are for one use
+      SSL_SESSION_free(towards->session);
+      towards->session = nullptr;
     }
   }
 }
@@ -205,6 +206,31 @@ std::string channel_binding(SSL* ssl, bool own) {
   unsigned size = 0;
   if (!md || X509_digest(certificate, md, hash, &size) != 1) return {};
   return {reinterpret_cast<const char*>(hash), size};
+}
+
+namespace {
+
+bool is_of_unknown_ca(long verify) {
+  return verify == X509_V_ERR_UNABLE_TO_GET_ISSUER_CERT || verify == X509_V_ERR_UNABLE_TO_GET_ISSUER_CERT_LOCALLY ||
+         verify == X509_V_ERR_UNABLE_TO_VERIFY_LEAF_SIGNATURE || verify == X509_V_ERR_DEPTH_ZERO_SELF_SIGNED_CERT ||
+         verify == X509_V_ERR_SELF_SIGNED_CERT_IN_CHAIN;
+}
+
+std::string hint_of(const SSL* ssl, long verify) {
+  if (verify == X509_V_ERR_HOSTNAME_MISMATCH || verify == X509_V_ERR_IP_ADDRESS_MISMATCH)
+    return " (it is another host's; sslmode=verify-ca doesn't compare the name)";
+  if (!is_of_unknown_ca(verify)) return {};
+  if (SSL_is_server(ssl)) return " (tls.ca names the CA of the clients' certificates)";
+  const auto* towards = static_cast<const Towards*>(SSL_CTX_get_ex_data(SSL_get_SSL_CTX(ssl), towards_index()));
+  return !towards || towards->roots.empty() ? " (sslrootcert=FILE names the CA; sslmode=require encrypts without verification)"
+                                            : " (its CA isn't in \"" + towards->roots + "\", sslrootcert)";
+}
+
+}  // namespace
+
+std::string verification_error(const SSL* ssl) {
+  const long verify = SSL_get_verify_result(ssl);
+  return std::string("certificate verify failed: ") + X509_verify_cert_error_string(verify) + hint_of(ssl, verify);
 }
 
 bool asked_for_certificate(SSL* ssl) {

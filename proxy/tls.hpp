@@ -35,6 +35,9 @@ void prepare_client(SSL* ssl, const conf::ConnectParams& params, const conf::Hos
 /// `own`: of our own certificate (we are the server), else of the peer's. Empty if there is none.
 std::string channel_binding(SSL* ssl, bool own);
 
+/// Why the peer's certificate isn't trusted, and the key that says which is. Not if it is.
+std::string verification_error(const SSL* ssl);
+
 bool asked_for_certificate(SSL* ssl);  ///< the server, of us
 bool negotiated_alpn(SSL* ssl);        ///< the peers have agreed on a protocol
 

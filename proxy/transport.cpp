@@ -11,6 +11,8 @@
 #include <cerrno>
 #include <climits>
 
+#include "proxy/tls.hpp"
+
 namespace pgsidecar::proxy {
 
 namespace {
@@ -282,11 +284,7 @@ IoResult Transport::handshake() {
 
 std::string Transport::tls_error() const {
   if (!ssl_) return {};
-  if (const long verify = SSL_get_verify_result(ssl_.get()); verify != X509_V_OK)
-    return std::string("certificate verify failed: ") + X509_verify_cert_error_string(verify) +
-           (verify == X509_V_ERR_HOSTNAME_MISMATCH || verify == X509_V_ERR_IP_ADDRESS_MISMATCH
-                ? " (it is another host's; sslmode=verify-ca doesn't compare the name)"
-                : " (sslrootcert=FILE names the CA; sslmode=require encrypts without verification)");
+  if (SSL_get_verify_result(ssl_.get()) != X509_V_OK) return verification_error(ssl_.get());
   if (error_ == 0) return "connection closed during the TLS handshake";
   if (const char* reason = ERR_reason_error_string(error_)) return reason;
   char text[256];

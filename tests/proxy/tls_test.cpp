@@ -146,6 +146,25 @@ TEST(Tls, ClientCertificates) {
   EXPECT_EQ(peer_common_name(nullptr), "");
 }
 
+TEST(Tls, AVerificationThatFailsNamesTheKeyThatItIsAbout) {
+  World& w = world();
+  const auto error = [&](const Identity& server, SslMode mode, const std::string& root, const std::string& host = "db.example") {
+    return shake(serving(server), connecting(mode, root), host).error;
+  };
+  const std::string &ours = w.ca.certificate_file, &others = w.other_ca.certificate_file;
+  EXPECT_NE(error(w.server, SslMode::VerifyFull, "").find("(sslrootcert=FILE names the CA; sslmode=require"), std::string::npos);
+  for (const SslMode mode : {SslMode::Require, SslMode::VerifyFull})
+    EXPECT_TRUE(error(w.server, mode, others).ends_with(" (its CA isn't in \"" + others + "\", sslrootcert)"));
+  EXPECT_TRUE(error(w.server, SslMode::VerifyFull, ours, "other.example").ends_with("sslmode=verify-ca doesn't compare the name)"));
+  EXPECT_EQ(error(w.expired, SslMode::VerifyFull, ours), "certificate verify failed: certificate has expired");
+
+  conf::ConnectParams params = connecting(SslMode::Require);
+  params.sslcert = w.mallory.certificate_file, params.sslkey = w.mallory.key_file;
+  const SslContext server = make_server_context(serving(w.server, TlsMode::Require, ours)), client = make_client_context(params);
+  Connected link(server.get(), client.get(), params);
+  EXPECT_TRUE(link.far->tls_error().ends_with(" (tls.ca names the CA of the clients' certificates)")) << link.far->tls_error();
+}
+
 TEST(Tls, Versions) {
   World& w = world();
   conf::ConnectParams params = connecting(SslMode::VerifyFull, w.ca.certificate_file);
