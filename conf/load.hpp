@@ -48,7 +48,7 @@ std::vector<std::string> expand_arguments(std::vector<std::string> arguments, co
 /// "*", replace the string's. Throws ConfigError.
 ConnectParams resolve_upstream(const Upstream& upstream, const Environment& env);
 
-/// What works and is likely not meant, of all upstreams, a line each. Never a secret.
+/// What works and is likely not meant, of all upstreams and of who may log in, a line each. Never a secret.
 std::vector<std::string> upstream_warnings(const Config& config, const Environment& env);
 
 /// `env`, which notes in `asked` what it is asked for. `asked` must outlive it.

@@ -166,6 +166,19 @@ bool logs_in_by_verifier(const Config& config, const User& user, const Environme
   }
 }
 
+/// What anybody on the network can do, or read.
+std::string network_warning(const Config& config) {
+  const auto open = std::find_if(config.listen.begin(), config.listen.end(),
+                                 [](const Listen& one) { return one.kind == Listen::Kind::Tcp && !is_loopback(one.host); });
+  if (open == config.listen.end() || config.tls.mode == TlsMode::VerifyFull) return {};
+  const std::string where = print_address(open->host, open->port);
+  if (config.auth.method == AuthMethod::Trust)
+    return "auth.method trust lets in whoever can connect to " + where + ": listen on 127.0.0.1 or a Unix socket, or take another method";
+  if (config.auth.method == AuthMethod::Password && config.tls.mode != TlsMode::Require)
+    return "auth.method password: passwords reach " + where + " in clear text: set tls.mode to require";
+  return {};
+}
+
 }  // namespace
 
 std::vector<std::string> upstream_warnings(const Config& config, const Environment& env) {
@@ -189,6 +202,7 @@ std::vector<std::string> upstream_warnings(const Config& config, const Environme
   if (nobody_can_log_in(config, env))
     warnings.push_back(
         "nobody can log in, since no password is known that a client must prove: put one into upstream.url or users, or set auth.method");
+  if (std::string warning = network_warning(config); !warning.empty()) warnings.push_back(std::move(warning));
   return warnings;
 }
 

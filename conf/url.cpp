@@ -325,10 +325,8 @@ constexpr std::pair<std::string_view, SslMode> kModes[] = {
     {"no-verify", SslMode::Require}, {"verify-ca", SslMode::VerifyCa}, {"verify-full", SslMode::VerifyFull},
 };
 
-bool is_loopback(const Host& host) {
-  const std::string& name = host.address.empty() ? host.name : host.address;
-  const bool v4 = name.starts_with("127.") && name.find_first_not_of("0123456789.") == std::string::npos;  // 127.example.com is none
-  return host.is_unix() || v4 || name == "localhost" || name == "::1";
+bool is_local(const Host& host) {
+  return host.is_unix() || is_loopback(host.address.empty() ? host.name : host.address);
 }
 
 /// One line of a passfile: host:port:database:user:password, * for any, backslash escapes.
@@ -470,7 +468,7 @@ void read_login(Values& values, const Environment& env, ConnectParams& p) {
 }
 
 void read_tls(Values& values, const Environment& env, ConnectParams& p) {
-  const bool local = std::all_of(p.hosts.begin(), p.hosts.end(), is_loopback);
+  const bool local = std::all_of(p.hosts.begin(), p.hosts.end(), is_local);
   const std::string mode = !values.get("sslmode").empty()              ? values.get("sslmode")
                            : values.get("requiressl").starts_with("1") ? "require"
                                                                        : "";
@@ -567,6 +565,11 @@ void read_network(Values& values, ConnectParams& p) {
 }
 
 }  // namespace
+
+bool is_loopback(std::string_view host) {
+  const bool v4 = host.starts_with("127.") && host.find_first_not_of("0123456789.") == host.npos;  // 127.example.com is none
+  return v4 || host == "localhost" || host == "::1";
+}
 
 void Findings::refuse() const {
   if (mistakes.empty()) return;

@@ -29,6 +29,8 @@ struct Host {
   friend bool operator==(const Host&, const Host&) = default;
 };
 
+bool is_loopback(std::string_view host);
+
 /// A connection string, read in full: what a connect needs. Sizes in bytes, times as named.
 struct ConnectParams {
   std::vector<Host> hosts;             ///< never empty

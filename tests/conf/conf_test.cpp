@@ -23,6 +23,8 @@ Environment environment(std::map<std::string, std::string> values) {
 
 const Environment kUrl = environment({{"DATABASE_URL", "postgresql://app:s3cret@db.example.com/shop"}});
 
+const std::string kPems = "certificate: /dev/null, key: /dev/null, ca: /dev/null";
+
 ConnectParams parse(std::string_view text, std::map<std::string, std::string> env = {}) {
   return parse_connection_string(text, {}, environment(std::move(env)));
 }
@@ -699,6 +701,31 @@ TEST(Load, WarnsIfNobodyCanLogIn) {
   EXPECT_FALSE(warned("users: {w: {password: p}}", "postgresql://u@h/d"));
   EXPECT_FALSE(warned("auth: {method: trust}", "postgresql://u@h/d"));
   EXPECT_FALSE(warned("auth: {method: password}\nusers: {'*': {}}", "postgresql://u@h/d"));
+}
+
+/// All lines.
+std::string warnings_of(const std::string& yaml) {
+  std::string all;
+  for (const std::string& warning : upstream_warnings(load_text(yaml, "x", kUrl), kUrl)) all += warning + "\n";
+  return all;
+}
+
+TEST(Load, WarnsOfLoginsThatTheNetworkCanUseOrRead) {
+  const std::string trust = "auth: {method: trust}\n", password = "auth: {method: password}\n";
+  for (const char* open : {"'*:1'", "0.0.0.0:1", "'[::]:1'", "127.example.com:1", "['127.0.0.1:1', '10.0.0.1:1']"}) {
+    EXPECT_TRUE(warnings_of(trust + "listen: " + open).starts_with("auth.method trust lets in whoever can connect to ")) << open;
+    EXPECT_TRUE(warnings_of(password + "listen: " + open).ends_with(" in clear text: set tls.mode to require\n")) << open;
+    EXPECT_EQ(warnings_of(std::string("listen: ") + open), "");
+  }
+  for (const char* local : {"127.0.0.1:1", "'[::1]:1'", "localhost:1", "unix:/tmp"}) {
+    EXPECT_EQ(warnings_of(trust + "listen: " + local), "") << local;
+    EXPECT_EQ(warnings_of(password + "listen: " + local), "") << local;
+  }
+  const auto tls = [](const char* mode) { return std::string("listen: '*:1'\ntls: {mode: ") + mode + ", " + kPems + "}"; };
+  EXPECT_NE(warnings_of(trust + tls("require")), "");
+  EXPECT_EQ(warnings_of(trust + tls("verify-full")), "");
+  EXPECT_NE(warnings_of(password + tls("allow")), "");
+  EXPECT_EQ(warnings_of(password + tls("require")), "");
 }
 
 TEST(Load, WarnsOfAVerifierWhereTheServerWantsAPassword) {
