@@ -30,8 +30,8 @@ std::string joined(const std::vector<std::string>& lines) {
 /// Reads one YAML document into a Config, collecting mistakes.
 class Reader {
  public:
-  Reader(std::string_view file, const Environment& env, Config& config, std::vector<std::string>& mistakes)
-      : file_(file), env_(env), config_(config), mistakes_(mistakes) {}
+  Reader(std::string_view file, const Environment& env, const FileChecks& checks, Config& config, std::vector<std::string>& mistakes)
+      : file_(file), env_(env), checks_(checks), config_(config), mistakes_(mistakes) {}
 
   void read(const YAML::Node& root) {
     if (!root.IsNull() && !root.IsMap()) return mistake(root, "", "a mapping of keys is expected");
@@ -355,10 +355,44 @@ class Reader {
 
   void check_upstream(const std::string& path, const Upstream& upstream) {
     Findings found;
-    resolve_upstream(upstream, env_, found);
+    const ConnectParams params = resolve_upstream(upstream, env_, found);
     for (const Mistake& one : found.mistakes) mistake(place_of(path, upstream, one.from), one.text);
+    bool readable = found.mistakes.empty();
     for (const UsedFile& file : found.files)
-      if (file.keyword.starts_with("ssl")) check_file(place_of(path, upstream, file.from), file.path, file.keyword);
+      if (file.keyword.starts_with("ssl")) readable &= check_file(place_of(path, upstream, file.from), file.path, file.keyword);
+    if (readable && checks_.upstream)
+      check_content(checks_.upstream, params, [&](const std::string& text) {
+        const auto of = std::find_if(found.files.begin(), found.files.end(),
+                                     [&](const UsedFile& file) { return text.find('"' + file.path + '"') != text.npos; });
+        mistake(place_of(path, upstream, of == found.files.end() ? std::string() : of->from), text);
+      });
+  }
+
+  template <class Checked, class F>
+  void check_content(const std::function<void(const Checked&)>& check, const Checked& checked, F&& wrong) {
+    try {
+      check(checked);
+    } catch (const std::exception& e) {
+      wrong(std::string(e.what()));
+    }
+  }
+
+  void check_tls(const Tls& tls) {
+    if (tls.mode == TlsMode::Disable) return;
+    bool usable = !tls.certificate.empty() && !tls.key.empty();
+    if (!usable) mistake("tls", "mode is not disable, which needs tls.certificate and tls.key");
+    if (tls.mode == TlsMode::VerifyFull && tls.ca.empty()) {
+      mistake("tls.ca", "mode verify-full needs it: the CA of the clients' certificates");
+      usable = false;
+    }
+    for (const auto& [path, file] : {std::pair{"tls.certificate", tls.certificate}, {"tls.key", tls.key}, {"tls.ca", tls.ca}})
+      usable &= check_file(path, file);
+    if (usable && checks_.tls)
+      check_content(checks_.tls, tls, [&](const std::string& text) {
+        const auto colon = text.find(": ");
+        if (text.starts_with("tls.") && colon != text.npos) return mistake(text.substr(0, colon), text.substr(colon + 2));
+        mistake("tls", text);
+      });
   }
 
   void check_password_command(const std::string& path, const std::vector<std::string>& command) {
@@ -388,9 +422,10 @@ class Reader {
     return false;
   }
 
-  void check_file(const std::string& path, const std::string& file, const std::string& keyword = {}) {
-    if (!file.empty() && ::access(file.c_str(), R_OK) != 0)
-      mistake(path, "cannot read " + (keyword.empty() ? "" : keyword + " ") + "\"" + file + "\": " + std::strerror(errno));
+  bool check_file(const std::string& path, const std::string& file, const std::string& keyword = {}) {
+    if (file.empty() || ::access(file.c_str(), R_OK) == 0) return true;
+    mistake(path, "cannot read " + (keyword.empty() ? "" : keyword + " ") + "\"" + file + "\": " + std::strerror(errno));
+    return false;
   }
 
   void check_pool(const std::string& path, const PoolSettings& pool) {
@@ -439,15 +474,8 @@ class Reader {
         mistake("users." + name + ".password", e.what());
       }
     }
-    const Tls& tls = config_.tls;
-    if (tls.mode != TlsMode::Disable && (tls.certificate.empty() || tls.key.empty()))
-      mistake("tls", "mode is not disable, which needs tls.certificate and tls.key");
-    if (tls.mode == TlsMode::VerifyFull && tls.ca.empty())
-      mistake("tls.ca", "mode verify-full needs it: the CA of the clients' certificates");
-    if (tls.mode != TlsMode::Disable)
-      for (const auto& [path, file] : {std::pair{"tls.certificate", tls.certificate}, {"tls.key", tls.key}, {"tls.ca", tls.ca}})
-        check_file(path, file);
-    if (config_.auth.method == AuthMethod::Cert && (tls.ca.empty() || tls.mode == TlsMode::Disable))
+    check_tls(config_.tls);
+    if (config_.auth.method == AuthMethod::Cert && (config_.tls.ca.empty() || config_.tls.mode == TlsMode::Disable))
       mistake("auth.method", "cert needs TLS (tls.mode) and tls.ca, the CA of the clients' certificates");
     check_file("admin.tokenFile", config_.admin.tokenFile);
     check_exit_on_idle();
@@ -468,6 +496,7 @@ class Reader {
   std::size_t visited_ = 0;           // mappings
   std::string file_;
   const Environment& env_;
+  const FileChecks& checks_;
   Config& config_;
   std::vector<std::string>& mistakes_;
 };
@@ -484,14 +513,14 @@ std::string read_config(const std::string& path) {
 
 }  // namespace
 
-Config load_text(std::string_view yaml, std::string_view name, const Environment& env) {
+Config load_text(std::string_view yaml, std::string_view name, const Environment& env, const FileChecks& checks) {
   Config config;
   std::vector<std::string> mistakes;
   try {
     const std::vector<YAML::Node> documents = YAML::LoadAll(std::string(yaml));
     if (documents.size() > 1)
       mistakes.push_back(std::string(name) + ":" + std::to_string(documents[1].Mark().line + 1) + ": a second document, which isn't read");
-    Reader(name, env, config, mistakes).read(documents.empty() ? YAML::Node() : documents[0]);
+    Reader(name, env, checks, config, mistakes).read(documents.empty() ? YAML::Node() : documents[0]);
   } catch (const YAML::Exception& e) {
     mistakes.push_back(std::string(name) + ":" + std::to_string(e.mark.line + 1) + ": not valid YAML: " + e.msg);
   }
@@ -499,8 +528,8 @@ Config load_text(std::string_view yaml, std::string_view name, const Environment
   return config;
 }
 
-Config load(const std::string& path, const Environment& env) {
-  return path.empty() ? load_text("", "", env) : load_text(read_config(path), path, env);
+Config load(const std::string& path, const Environment& env, const FileChecks& checks) {
+  return path.empty() ? load_text("", "", env, checks) : load_text(read_config(path), path, env, checks);
 }
 
 std::set<std::string> files_of(const Config& config, const std::string& path, const Environment& env) {
@@ -531,7 +560,8 @@ Admin load_admin(const std::string& path, const Environment& env) {
   Config config;
   std::vector<std::string> mistakes;
   try {
-    Reader(path, env, config, mistakes).read_admin(YAML::Load(path.empty() ? std::string() : read_config(path)));
+    const FileChecks none;
+    Reader(path, env, none, config, mistakes).read_admin(YAML::Load(path.empty() ? std::string() : read_config(path)));
   } catch (const YAML::Exception& e) {
     mistakes.push_back(path + ":" + std::to_string(e.mark.line + 1) + ": not valid YAML: " + e.msg);
   }

@@ -2,6 +2,7 @@
 // All mistakes are collected and reported together, each with file and line. Called at start, by `check` and on reload.
 #pragma once
 
+#include <functional>
 #include <map>
 #include <set>
 #include <stdexcept>
@@ -25,9 +26,16 @@ class ConfigError : public std::runtime_error {
   std::vector<std::string> mistakes_;
 };
 
+/// Whether what certificates, keys, CAs and CRLs hold can be used, which isn't judged here. Each throws std::exception: of `tls` beginning
+/// with the key, of an upstream quoting the file.
+struct FileChecks {
+  std::function<void(const Tls&)> tls;
+  std::function<void(const ConnectParams&)> upstream;
+};
+
 /// Loads `path` (empty: no file) under the environment. Every key of the file is also PGSIDECAR_ and its path in
 /// upper snake case. Checks that every upstream and secret can be resolved now. Throws ConfigError.
-Config load(const std::string& path, const Environment& env);
+Config load(const std::string& path, const Environment& env, const FileChecks& checks = {});
 
 /// The files that a configuration from `path` is made of: its own, those of `${file:}`, certificates, keys and CAs.
 std::set<std::string> files_of(const Config& config, const std::string& path, const Environment& env);
@@ -36,7 +44,7 @@ std::set<std::string> files_of(const Config& config, const std::string& path, co
 Admin load_admin(const std::string& path, const Environment& env);
 
 /// The same from YAML text; `name` stands for the file in messages.
-Config load_text(std::string_view yaml, std::string_view name, const Environment& env);
+Config load_text(std::string_view yaml, std::string_view name, const Environment& env, const FileChecks& checks = {});
 
 /// Expands `${VAR}`, `${VAR:-default}` and `${file:/path}` (one trailing newline removed); `$$` is a dollar sign.
 /// Throws ConfigError.

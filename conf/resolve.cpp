@@ -175,7 +175,7 @@ std::string network_warning(const Config& config) {
   if (config.auth.method == AuthMethod::Trust)
     return "auth.method trust lets in whoever can connect to " + where + ": listen on 127.0.0.1 or a Unix socket, or take another method";
   if (config.auth.method == AuthMethod::Password && config.tls.mode != TlsMode::Require)
-    return "auth.method password: passwords reach " + where + " in clear text: set tls.mode to require";
+    return "auth.method password: passwords may pass to " + where + " in clear text: set tls.mode to require";
   return {};
 }
 

@@ -186,9 +186,12 @@ def test_check_finds_what_a_start_would(proxy, tmp_path):
     (tmp_path / "garbage.pem").write_text("garbage\n")
     file, garbage = tmp_path / "bad.yaml", tmp_path / "garbage.pem"
     url = "upstream: {url: postgresql://u:hidden@h/d}\n"
-    for text, says in ((f"upstream: {{url: postgresql://u:hidden@h/d, sslrootcert: {garbage}}}\n", r"upstream: .*garbage.pem"),
-                       (url + f"databases: {{r: {{upstream: {{sslrootcert: {garbage}}}}}}}\n", r"databases\.r\.upstream: .*garbage.pem"),
-                       (url + f"tls: {{mode: allow, certificate: {garbage}, key: {garbage}}}\n", r"tls: .*garbage.pem"),
+    for text, says in ((f"upstream: {{url: postgresql://u:hidden@h/d, sslrootcert: {garbage}}}\n", r"bad.yaml:1: upstream\.sslrootcert: .*garbage.pem"),
+                       (url + f"databases: {{r: {{upstream: {{sslrootcert: {garbage}}}}}}}\n", r"bad.yaml:2: databases\.r\.upstream\.sslrootcert: .*garbage.pem"),
+                       (f"upstream: {{url: 'postgresql://h/d?sslrootcert={garbage}'}}\npool: {{max: x}}\n", r"bad.yaml:1: upstream\.url: .*garbage.pem"),
+                       (f"upstream: {{url: postgresql://h/d, sslcrl: {garbage}, sslrootcert: {harness.ROOT}/README.md}}\n", r"upstream\.sslrootcert: .*README"),
+                       (url + f"tls:\n  mode: allow\n  certificate: {garbage}\n  key: {garbage}\n", r"bad.yaml:4: tls\.certificate: .*garbage.pem"),
+                       (url + f"tls: {{mode: allow, certificate: {garbage}, key: {garbage}}}\npool: {{max: x}}\n", r"pool.max: (.|\n)*:2: tls\.certificate: .*garbage.pem"),
                        (url + "databases:\n  r: {upstream: {dbname: x, sslmode: foo}}\n", r"bad.yaml:\d: databases\.r\..*foo"),
                        (url + "databases: {r: {upstream: {password: '${file:/nope}'}}}\n", r"databases\.r\..*/nope")):
         file.write_text(text)

@@ -24,6 +24,7 @@
 #include "conf/load.hpp"
 #include "proxy/log.hpp"
 #include "proxy/supervisor.hpp"
+#include "proxy/tls.hpp"
 
 namespace {
 
@@ -234,8 +235,7 @@ int main(int argc, char** argv) {
     if (arguments.command == "shutdown") return admin::shutdown(conf::load_admin(arguments.config, env));
     if (arguments.command == "upgrade") return admin::upgrade(conf::load_admin(arguments.config, env));
     if (arguments.command == "check") {
-      const conf::Config config = conf::load(arguments.config, conf::noting(env, asked));
-      proxy::check_certificates(config, env);
+      const conf::Config config = conf::load(arguments.config, conf::noting(env, asked), proxy::file_checks());
       std::vector<std::string> warnings = conf::upstream_warnings(config, env);
       for (std::string& line : conf::unused_variables(asked, ::environ)) warnings.push_back(std::move(line));
       for (const std::string& warning : warnings) std::cerr << "pgsidecar: warning: " << warning << "\n";
@@ -258,8 +258,7 @@ int main(int argc, char** argv) {
   try {
     proxy::Program program = proxy::Program::of(argc, argv);
     passed.emplace(conf::PassedSockets::from_environment());
-    auto config = std::make_shared<const conf::Config>(conf::load(arguments.config, conf::noting(env, asked)));
-    proxy::check_certificates(*config, env);
+    auto config = std::make_shared<const conf::Config>(conf::load(arguments.config, conf::noting(env, asked), proxy::file_checks()));
     return run(arguments, std::move(config), env, std::move(program), *passed, conf::unused_variables(asked, ::environ));
   } catch (const conf::ConfigError& e) {
     return fail(e.what(), kMistake);

@@ -61,30 +61,6 @@ void mask_signals(int how) {
 
 }  // namespace
 
-void check_certificates(const conf::Config& config, const conf::Environment& env) {
-  std::vector<std::string> mistakes;
-  const auto check = [&](const std::string& where, const auto& make) {
-    try {
-      make();
-    } catch (const std::exception& e) {
-      mistakes.push_back(where + e.what());
-    }
-  };
-  const auto check_upstream = [&](const std::string& path, const conf::Upstream& upstream) {
-    check(path + ": ", [&] {
-      const conf::ConnectParams params = conf::resolve_upstream(upstream, env);
-      const bool named =
-          (!params.sslrootcert.empty() && params.sslrootcert != "system") || !(params.sslcert + params.sslcrl + params.sslcrldir).empty();
-      if (params.sslmode != conf::SslMode::Disable && named) make_client_context(params);  // the system's CAs would take memory
-    });
-  };
-  check_upstream("upstream", config.upstream);
-  for (const auto& [name, database] : config.databases)
-    if (database.upstream != config.upstream) check_upstream("databases." + name + ".upstream", database.upstream);
-  if (config.tls.mode != conf::TlsMode::Disable) check("tls: ", [&] { make_server_context(config.tls); });
-  if (!mistakes.empty()) throw conf::ConfigError(std::move(mistakes));
-}
-
 void hold_signals() {
   mask_signals(SIG_BLOCK);
 }
@@ -147,8 +123,7 @@ std::string Supervisor::reload() {
   const Told told(notifier_);
   changed_files_.merge(files_.changed());
   try {
-    conf::Config loaded = conf::load(config_path_, env_);
-    check_certificates(loaded, env_);
+    conf::Config loaded = conf::load(config_path_, env_, file_checks());
     const conf::Changes changes = conf::compare(*config_, loaded);
     conf::keep_until_restart(loaded, *config_);
     auto next = std::make_shared<const conf::Config>(std::move(loaded));

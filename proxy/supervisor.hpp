@@ -24,9 +24,6 @@ namespace pgsidecar::proxy {
 /// Keeps what the process is told until a Supervisor takes it: process 1 would never hear of it.
 void hold_signals();
 
-/// CAs, certificates and keys, towards servers and clients, can be used. Throws ConfigError with all that can't.
-void check_certificates(const conf::Config& config, const conf::Environment& env);
-
 class Supervisor {
  public:
   Supervisor(std::string config_path, std::shared_ptr<const conf::Config> config, conf::Environment env, Program program);

@@ -169,6 +169,14 @@ SslContext make_client_context(const conf::ConnectParams& p) {
   return context;
 }
 
+conf::FileChecks file_checks() {
+  return {[](const conf::Tls& tls) { make_server_context(tls); },
+          [](const conf::ConnectParams& p) {
+            const bool named = (!p.sslrootcert.empty() && p.sslrootcert != "system") || !(p.sslcert + p.sslcrl + p.sslcrldir).empty();
+            if (p.sslmode != conf::SslMode::Disable && named) make_client_context(p);  // the system's CAs would take memory
+          }};
+}
+
 void prepare_client(SSL* ssl, const conf::ConnectParams& params, const conf::Host& host) {
   const bool address = is_address(host.name);
   if (params.sslsni && !address && !host.name.empty()) SSL_set_tlsext_host_name(ssl, host.name.c_str());

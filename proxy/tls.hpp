@@ -10,6 +10,7 @@
 #include <string>
 
 #include "conf/config.hpp"
+#include "conf/load.hpp"
 #include "conf/url.hpp"
 
 namespace pgsidecar::proxy {
@@ -26,6 +27,9 @@ SslContext make_server_context(const conf::Tls& tls);
 /// Towards a server: CAs, client certificate, versions, verification as sslmode says (require with sslrootcert verifies
 /// the CA, as libpq does); keeps the newest session for resumption. Throws std::runtime_error.
 SslContext make_client_context(const conf::ConnectParams& params);
+
+/// Contexts can be made of what the configuration names.
+conf::FileChecks file_checks();
 
 /// Prepares one connection to `host`: SNI (unless an IP literal or sslsni=0), the name or address to verify
 /// (verify-full), ALPN if sslnegotiation=direct, the session to resume (not with sslcertmode=require).
