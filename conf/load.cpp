@@ -27,6 +27,19 @@ std::string joined(const std::vector<std::string>& lines) {
   return out;
 }
 
+std::vector<std::string_view> pool_names() {
+  std::vector<std::string_view> names;
+  for (const auto& key : pool_keys()) names.push_back(key.path);
+  return names;
+}
+
+std::vector<std::string_view> upstream_names() {
+  auto names = connection_keywords();
+  names.insert(names.end(), {"url", "passwordCommand"});
+  for (const auto& key : upstream_keys()) names.push_back(key.path);
+  return names;
+}
+
 /// Reads one YAML document into a Config, collecting mistakes.
 class Reader {
  public:
@@ -146,11 +159,22 @@ class Reader {
     mistake(at, path, "unknown key" + did_you_mean(path, known));
   }
 
+  /// What is missed may stand a level deeper.
+  void unknown_below(const YAML::Node& at, const std::string& path, const std::string& key,
+                     const std::map<std::string, std::vector<std::string_view>>& sections) {
+    std::vector<std::string> known;
+    for (const auto& [section, keys] : sections) {
+      known.push_back(section);
+      for (const std::string_view one : keys) known.push_back(section + "." + std::string(one));
+    }
+    mistake(at, path + "." + key, "unknown key" + did_you_mean(key, {known.begin(), known.end()}));
+  }
+
   void top(const YAML::Node& name_node, const YAML::Node& node, const std::string& path) {
     if (const auto dot = path.find('.'); dot != std::string::npos)
       return mistake(name_node, path, "keys are nested: " + path.substr(0, dot) + ": {" + path.substr(dot + 1) + ": ...}");
     if (set(config_keys(), config_, path, node, path)) return;
-    std::vector<std::string_view> known{"upstream", "databases", "users", "alerts.webhooks"};
+    std::vector<std::string_view> known{"upstream", "upstream.url", "databases", "users", "alerts.webhooks"};
     bool section = false;
     for (const auto& key : config_keys()) {
       known.push_back(key.path);
@@ -182,14 +206,12 @@ class Reader {
 
   void pool(const YAML::Node& node, const std::string& path, PoolSettings& settings) {
     if (!node.IsMap()) return mistake(node, path, "a mapping of keys is expected");
-    std::vector<std::string_view> known;
-    for (const auto& key : pool_keys()) known.push_back(key.path);
     for (const auto& entry : node) {
       const std::string name = entry.first.Scalar();
       if (name == kOfProcess)
         mistake(entry.first, path + "." + name, "counts for the whole process: pool." + name);
       else if (!set(pool_keys(), settings, name, entry.second, path + "." + name))
-        mistake(entry.first, path + "." + name, "unknown key" + did_you_mean(name, known));
+        mistake(entry.first, path + "." + name, "unknown key" + did_you_mean(name, pool_names()));
     }
   }
 
@@ -213,10 +235,7 @@ class Reader {
       } else if (is_keyword(name)) {
         up.keys[name] = *text;
       } else {
-        auto known = connection_keywords();
-        known.insert(known.end(), {"url", "passwordCommand"});
-        for (const auto& key : upstream_keys()) known.push_back(key.path);
-        mistake(entry.first, path + "." + name, "unknown key" + did_you_mean(name, known));
+        mistake(entry.first, path + "." + name, "unknown key" + did_you_mean(name, upstream_names()));
       }
     }
   }
@@ -311,7 +330,7 @@ class Reader {
       } else if (key == "pool") {
         pool(value, path + ".pool", database.pool);
       } else {
-        mistake(value, path + "." + key, "unknown key" + did_you_mean(key, {"upstream", "pool"}));
+        unknown_below(value, path, key, {{"pool", pool_names()}, {"upstream", upstream_names()}});
       }
     });
     if (name != "*" && !named) {
@@ -335,7 +354,7 @@ class Reader {
         for (const auto& one : pool_keys())
           if (value.IsMap() && value[std::string(one.path)]) user.pool[std::string(one.path)] = one.get(given);
       } else {
-        mistake(value, path + "." + key, "unknown key" + did_you_mean(key, {"password", "pool"}));
+        unknown_below(value, path, key, {{"password", {}}, {"pool", pool_names()}});
       }
     });
     config_.users[name] = std::move(user);

@@ -24,8 +24,8 @@ inline std::size_t edit_distance(std::string_view a, std::string_view b) {
   return row[b.size()];
 }
 
-/// The nearest of the known words, or of what follows their last dot; empty if none is so near that it may have been meant. Capitals and
-/// underscores don't count.
+/// The nearest of the known words, or of what follows their last dot, which may be a part of the word or the word one of it; empty if none
+/// is so near that it may have been meant. Capitals and underscores don't count.
 inline std::string_view nearest(std::string_view word, const std::vector<std::string_view>& known) {
   const auto plain = [](std::string_view text) {
     std::string out;
@@ -38,15 +38,18 @@ inline std::string_view nearest(std::string_view word, const std::vector<std::st
   const std::string_view section = std::string_view(wanted).substr(0, dot), name = std::string_view(wanted).substr(dot);
   std::string_view best;
   std::size_t least = std::min<std::size_t>({name.size() / 4 + 2, wanted.size(), 4});
+  const auto is_part = [](std::string_view a, std::string_view b) {
+    return (a.size() >= 4 && b.find(a) != b.npos) || (b.size() >= 3 && (a.starts_with(b) || a.ends_with(b)));
+  };
   const auto consider = [&](std::string_view one, std::size_t distance) {
     if (distance < least) least = distance, best = one;
   };
   for (const std::string_view one : known) {
     const std::string whole = plain(one);
     const std::string_view last = std::string_view(whole).substr(whole.rfind('.') + 1);
-    if (name.size() >= 4 && (whole.starts_with(wanted) || last.starts_with(wanted)))
+    if (name == last || (name.size() >= 4 && (whole.starts_with(wanted) || last.starts_with(wanted))))
       consider(one, 1);
-    else if (name.size() >= 4 && whole.size() == section.size() + last.size() && whole.starts_with(section) && last.find(name) != last.npos)
+    else if (whole.size() == section.size() + last.size() && whole.starts_with(section) && is_part(name, last))
       consider(one, 2);
     for (const std::string_view part : {std::string_view(whole), last})
       if (std::max(wanted.size(), part.size()) - std::min(wanted.size(), part.size()) < least) consider(one, edit_distance(wanted, part));

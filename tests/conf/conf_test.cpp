@@ -574,6 +574,17 @@ TEST(Load, WhatIsWrong) {
       {"pool: {idle_timeout: 3}", "did you mean \"pool.idleTimeoutMillis\"?"},
       {"pool: {max_uses: 3}", "did you mean \"pool.maxUses\"?"},
       {"pool: {timeout: 3}", "TimeoutMillis\"?"},
+      {"pool: {poolMode: session}", "did you mean \"pool.mode\"?"},
+      {"pool: {maxClients: 3}", "did you mean \"limits.maxClients\"?"},
+      {"listen_addr: '*'", "did you mean \"listen\"?"},
+      {"url: x", "did you mean \"upstream.url\"?"},
+      {"upstream: {hostname: h}", "did you mean \"host\"?"},
+      {"databases: {a: {url: x}}", "x:1: databases.a.url: unknown key (did you mean \"upstream.url\"?)"},
+      {"databases: {a: {mode: session}}", "did you mean \"pool.mode\"?"},
+      {"databases: {a: {max: 3}}", "did you mean \"pool.max\"?"},
+      {"databases: {a: {upstrem: x}}", "did you mean \"upstream\"?"},
+      {"users: {a: {max: 3}}", "did you mean \"pool.max\"?"},
+      {"users: {a: {passwd: x}}", "did you mean \"password\"?"},
   };
   for (const auto& row : rows) {
     const std::string text = mistake([&] { load_text(row.yaml, "x", kUrl); });
