@@ -1,5 +1,6 @@
 #include "conf/url.hpp"
 
+#include <netdb.h>
 #include <pwd.h>
 #include <strings.h>
 #include <sys/stat.h>
@@ -420,6 +421,14 @@ void refuse_unsupported(Values& values) {
     });
 }
 
+/// As libpq reads one. Nothing is looked up.
+void check_address(const std::string& text) {
+  const addrinfo numeric{.ai_flags = AI_NUMERICHOST};
+  addrinfo* found = nullptr;
+  if (::getaddrinfo(text.c_str(), nullptr, &numeric, &found) != 0) throw ConfigError("hostaddr" + told(text) + " is not an IP address");
+  ::freeaddrinfo(found);
+}
+
 void read_hosts(Values& values, ConnectParams& p) {
   const auto names = split(values.get("host"), ','), ports = split(values.get("port"), ',');
   const auto addresses = values.contains("hostaddr") ? split(values.get("hostaddr"), ',') : std::vector<std::string>();
@@ -432,6 +441,7 @@ void read_hosts(Values& values, ConnectParams& p) {
     Host host;
     if (i < names.size()) host.name = names[i];
     if (i < addresses.size()) host.address = addresses[i];
+    if (!host.address.empty()) values.check("hostaddr", [&] { check_address(host.address); });
     if (host.name.empty()) host.name = host.address.empty() ? "localhost" : host.address;
     values.check("port", [&] {
       const std::string& port = ports[std::min(i, ports.size() - 1)];

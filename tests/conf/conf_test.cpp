@@ -79,6 +79,7 @@ TEST(Url, SeveralHosts) {
   EXPECT_EQ(p.hosts[2].port, 3);
   EXPECT_EQ(p.targetSessionAttrs, TargetSessionAttrs::ReadWrite);
   EXPECT_EQ(parse("host=a,b port=5").hosts[1].port, 5);
+  EXPECT_EQ(parse("host=a,b,c hostaddr=192.0.2.1,fe80::1%lo,").hosts[1].address, "fe80::1%lo");
 }
 
 TEST(Url, Refused) {
@@ -113,6 +114,8 @@ TEST(Url, Refused) {
       {"host=h keepalives_idle=+-1", "invalid integer"},
       {"host=h keepalives_idle='1 2'", "invalid integer"},
       {"host=h keepalives=on", "invalid integer"},
+      {"host=h hostaddr=1.2.3.4.5", "hostaddr \"1.2.3.4.5\" is not an IP address"},
+      {"host=h,i hostaddr=::1,localhost", "hostaddr \"localhost\" is not an IP address"},
       {"postgresql://h/d?load_balance_hosts=rand", "\"random\""},
       {"postgresql://h/d?require_auth=md", "\"md5\""},
       {"postgresql://h/d?require_auth=md5,!none", "mixed"},
