@@ -326,6 +326,15 @@ constexpr std::pair<std::string_view, SslMode> kModes[] = {
     {"no-verify", SslMode::Require}, {"verify-ca", SslMode::VerifyCa}, {"verify-full", SslMode::VerifyFull},
 };
 
+constexpr std::pair<std::string_view, TargetSessionAttrs> kAttrs[] = {
+    {"any", TargetSessionAttrs::Any},
+    {"read-write", TargetSessionAttrs::ReadWrite},
+    {"read-only", TargetSessionAttrs::ReadOnly},
+    {"primary", TargetSessionAttrs::Primary},
+    {"standby", TargetSessionAttrs::Standby},
+    {"prefer-standby", TargetSessionAttrs::PreferStandby},
+};
+
 bool is_local(const Host& host) {
   return host.is_unix() || is_loopback(host.address.empty() ? host.name : host.address);
 }
@@ -423,8 +432,8 @@ void refuse_unsupported(Values& values) {
 
 /// As libpq reads one. Nothing is looked up.
 void check_address(const std::string& text) {
-  const addrinfo numeric{.ai_flags = AI_NUMERICHOST};
-  addrinfo* found = nullptr;
+  addrinfo numeric{}, *found = nullptr;
+  numeric.ai_flags = AI_NUMERICHOST;
   if (::getaddrinfo(text.c_str(), nullptr, &numeric, &found) != 0) throw ConfigError("hostaddr" + told(text) + " is not an IP address");
   ::freeaddrinfo(found);
 }
@@ -562,12 +571,6 @@ void read_network(Values& values, ConnectParams& p) {
                                  {"keepalives_count", &p.keepalivesCount},
                                  {"tcp_user_timeout", &p.tcpUserTimeoutMillis}})
     values.read(name, [&, name = name, to = to](const std::string& n) { *to = positive(name, n, 86'400'000); });
-  static constexpr std::pair<std::string_view, TargetSessionAttrs> kAttrs[] = {{"any", TargetSessionAttrs::Any},
-                                                                               {"read-write", TargetSessionAttrs::ReadWrite},
-                                                                               {"read-only", TargetSessionAttrs::ReadOnly},
-                                                                               {"primary", TargetSessionAttrs::Primary},
-                                                                               {"standby", TargetSessionAttrs::Standby},
-                                                                               {"prefer-standby", TargetSessionAttrs::PreferStandby}};
   values.read("target_session_attrs",
               [&](const std::string& attrs) { p.targetSessionAttrs = choice("target_session_attrs", attrs, kAttrs); });
   static constexpr std::pair<std::string_view, bool> kBalance[] = {{"disable", false}, {"random", true}};
@@ -601,6 +604,10 @@ std::string ConnectParams::destination() const {
   }
   const auto mode = std::find_if(std::begin(kModes), std::end(kModes), [this](const auto& row) { return row.second == sslmode; });
   return "host=" + names + " port=" + ports + " dbname=" + dbname + " user=" + user + " sslmode=" + std::string(mode->first);
+}
+
+std::string_view name_of(TargetSessionAttrs attrs) {
+  return std::find_if(std::begin(kAttrs), std::end(kAttrs), [&](const auto& row) { return row.second == attrs; })->first;
 }
 
 std::string instead_of_pooler(const Host& host) {

@@ -103,6 +103,8 @@ ConnectParams read_connection_string(std::string_view text, const std::map<std::
 /// Empty: it is none.
 std::string instead_of_pooler(const Host& host);
 
+std::string_view name_of(TargetSessionAttrs attrs);  ///< as written
+
 /// libpq's keywords that are known, used or not.
 std::vector<std::string_view> connection_keywords();
 

@@ -90,6 +90,16 @@ void set_socket_options(Socket& socket, const conf::ConnectParams& params, const
   set(IPPROTO_TCP, TCP_USER_TIMEOUT, static_cast<int>(std::min<std::int64_t>(millis, std::numeric_limits<int>::max())));
 }
 
+/// What a session is that isn't as wanted, as libpq says it.
+std::string misfit(conf::TargetSessionAttrs wanted) {
+  switch (wanted) {
+    case conf::TargetSessionAttrs::ReadWrite: return "session is read-only";
+    case conf::TargetSessionAttrs::ReadOnly: return "session is not read-only";
+    case conf::TargetSessionAttrs::Primary: return "server is in hot standby mode";
+    default: return "server is not in hot standby mode";
+  }
+}
+
 std::string printed(const Target& target) {
   return "server at \"" + target.host.name + "\", port " + std::to_string(target.host.port);
 }
@@ -378,7 +388,7 @@ awaitable<std::string> ServerConnection::log_in(std::shared_ptr<const Upstream> 
       SessionState session;
       failure = co_await find_session(session);
       unfit_ = failure.empty() && !session.fits(wanted);
-      if (unfit_) failure = "session is not as target_session_attrs asks";
+      if (unfit_) failure = misfit(wanted) + " (target_session_attrs=" + std::string(conf::name_of(params.targetSessionAttrs)) + ")";
       if (!failure.empty()) {  // the next attempt has its place
         Gather terminate;
         terminate.own([](std::string& out) { protocol::Writer(out).begin(protocol::Frontend::Terminate).end(); });
@@ -390,7 +400,7 @@ awaitable<std::string> ServerConnection::log_in(std::shared_ptr<const Upstream> 
   } catch (const boost::system::system_error& e) {
     failure = e.code().message();
   }
-  if (limit.expired()) failure = "timeout expired after " + std::to_string(limit.millis()) + " ms";
+  if (limit.expired() && !unfit_) failure = "timeout expired after " + std::to_string(limit.millis()) + " ms";
   // The server goes on until it notices. Of other failures it knows itself.
   if (counts && limit.expired()) {
     worker_.see_off(entry_, std::move(*channel_), target, limit.has_answered());
