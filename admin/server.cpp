@@ -515,10 +515,18 @@ std::optional<Answer> Server::Impl::refuse(const Session& session, const Request
 Answer Server::Impl::change(const Endpoint& endpoint) {
   if (stopped_ || !callbacks_.act) return failure(503, "shutting down");
   const char* action = endpoint.route == Route::Reload ? "reload" : endpoint.route == Route::Drain ? "drain" : "quit";
-  const std::string error = callbacks_.act(action);
+  std::vector<std::string> changes;
+  const std::string error = callbacks_.act(action, changes);
   if (!error.empty()) return failure(409, error);
+  Json out;
+  out.begin('{').field("ok", true).field("action", action);
+  if (endpoint.route == Route::Reload) {
+    out.key("changes").begin('[');
+    for (const std::string& line : changes) out.string(line);
+    out.end(']');
+  }
   Answer reply;
-  reply.body = "{\"ok\":true,\"action\":\"" + std::string(action) + "\"}\n";
+  reply.body = out.end('}').take();
   return reply;
 }
 

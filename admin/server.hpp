@@ -29,8 +29,8 @@ class Server {
   struct Callbacks {
     std::function<void(pool::Snapshot::Detail, SnapshotReceiver)> snapshot;
     std::function<void(SnapshotReceiver)> probe;  ///< asks the database first
-    /// reload, drain or quit; returns empty on success or an error text.
-    std::function<std::string(std::string_view action)> act;
+    /// reload, drain or quit; returns empty on success, then with what a reload has changed, or an error text.
+    std::function<std::string(std::string_view action, std::vector<std::string>& changes)> act;
     /// Has a new process take over; `done` gets why none has, or which.
     std::function<void(std::function<void(std::string error, int pid)> done)> upgrade;
     /// Done on the data loop; `done` gets empty or why it couldn't be, on the control loop.

@@ -698,20 +698,4 @@ PoolSettings overlay(PoolSettings settings, const std::map<std::string, std::str
   return settings;
 }
 
-Changes compare(const Config& before, const Config& after) {
-  Changes changes;
-  for (const auto& key : config_keys())
-    if (key.get(before) != key.get(after)) (key.needs_restart ? changes.needRestart : changes.applied).emplace_back(key.path);
-  if (before.upstream != after.upstream) changes.applied.emplace_back("upstream");
-  if (before.databases != after.databases) changes.applied.emplace_back("databases");
-  if (before.users != after.users) changes.applied.emplace_back("users");
-  if (before.alerts.webhooks != after.alerts.webhooks) changes.applied.emplace_back("alerts.webhooks");
-  return changes;
-}
-
-void keep_until_restart(Config& loaded, const Config& in_use) {
-  for (const auto& key : config_keys())
-    if (key.needs_restart && key.get(loaded) != key.get(in_use)) key.set(loaded, key.get(in_use));
-}
-
 }  // namespace pgsidecar::conf

@@ -350,7 +350,9 @@ def test_reload_while_draining(proxies):
 def test_reload_names_what_needs_a_restart(proxies):
     proxy = proxies()
     proxy.write_config(harness.merge(proxy.config, {"listen": ["127.0.0.1:1"], "admin": {"listen": "127.0.0.1:2"}, "limits": {"maxClients": 7}}))
-    assert curl(proxy, "/api/admin/reload", "-X", "POST")[0] == 200
+    status, body = curl(proxy, "/api/admin/reload", "-X", "POST")
+    restart = " changed, which needs a restart"
+    assert status == 200 and json.loads(body)["changes"] == ["limits.maxClients changed", "listen" + restart, "admin.listen" + restart], body
     harness.poll(lambda: "limits.maxClients changed" in proxy.log_text(), what="it is told")
     for key in ("listen", "admin.listen"):
         harness.poll(lambda: f"reload: {key} changed, which needs a restart" in proxy.log_text(), what=key)

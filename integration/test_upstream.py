@@ -500,7 +500,7 @@ def test_reload_of_the_upstream_counts(proxies, pg):
         client.execute("SELECT 1")
         proxy.write_config(harness.merge(proxy.config, {"upstream": {"options": "-c work_mem=9MB"}}))
         proxy.signal(signal.SIGHUP)
-        harness.poll(lambda: "upstream changed" in proxy.log_text(), what="the reload is told")
+        harness.poll(lambda: "upstream.options changed" in proxy.log_text(), what="the reload is told")
         harness.poll(lambda: client.execute("SHOW work_mem").fetchone() == ("9MB",), 2, "the next connection is made with it")
 
 

@@ -171,8 +171,8 @@ int run(const Arguments& arguments, std::shared_ptr<const conf::Config> config, 
   };
   callbacks.config = [&] { return conf::to_redacted_yaml(supervisor.config(), env); };
   callbacks.probe = [&](proxy::Supervisor::SnapshotDone done) { supervisor.probe(std::move(done)); };
-  callbacks.act = [&](std::string_view action) -> std::string {
-    if (action == "reload") return supervisor.reload();
+  callbacks.act = [&](std::string_view action, std::vector<std::string>& changes) -> std::string {
+    if (action == "reload") return supervisor.reload(&changes);
     supervisor.drain();
     return {};
   };

@@ -113,7 +113,7 @@ void Supervisor::watch(SnapshotDone done, std::function<void()> happened) {
   snapshot(pool::Snapshot::Detail::None, std::move(done));
 }
 
-std::string Supervisor::reload() {
+std::string Supervisor::reload(std::vector<std::string>* lines) {
   if (successor_ != 0) return "process " + std::to_string(successor_) + " has taken over: reload that one";
   struct Told {
     explicit Told(Notifier& to) : notifier(to) { notifier.reloading(); }
@@ -130,12 +130,15 @@ std::string Supervisor::reload() {
     auto prepared = std::make_shared<Prepared>(next, env_);
     files_.set(conf::files_of(*next, config_path_, env_), next->watchConfig);
     log::show_more(next->log);  // what is told of the change is shown if either level shows it
-    for (const std::string& key : changes.applied) log::info("reload", {}, "reload: {} changed", key);
-    for (const std::string& key : changes.needRestart) log::warn("reload", {}, "reload: {} changed, which needs a restart", key);
     changed_files_.erase(config_path_);
-    for (const std::string& file : changed_files_) log::info("reload", {}, "reload: the file {} changed", file);
-    if (changes.applied.empty() && changes.needRestart.empty() && changed_files_.empty())
-      log::info("reload", {}, "reload: nothing changed");
+    std::vector<std::string> changed;
+    for (const std::string& key : changes.applied) changed.push_back(key + " changed");
+    for (const std::string& file : changed_files_) changed.push_back("the file " + file + " changed");
+    for (const std::string& line : changed) log::info("reload", {}, "reload: {}", line);
+    for (const std::string& key : changes.needRestart)
+      log::warn("reload", {}, "reload: {}", changed.emplace_back(key + " changed, which needs a restart"));
+    if (changed.empty()) log::info("reload", {}, "reload: nothing changed");
+    if (lines) *lines = std::move(changed);
     changed_files_.clear();
     log::set(next->log);
     config_ = next;

@@ -36,8 +36,8 @@ class Supervisor {
   void probe(SnapshotDone done);
   /// A snapshot without details; `happened` is called once, on the control loop, when anything happens after it was taken.
   void watch(SnapshotDone done, std::function<void()> happened);
-  /// Reload from the same file: empty, or why nothing was changed. On the control loop.
-  std::string reload();
+  /// Reload from the same file: empty, and what it has changed a line each, or why nothing was changed. On the control loop.
+  std::string reload(std::vector<std::string>* lines = nullptr);
   std::function<void()> on_reloaded;  ///< on the control loop; config() is the new one
   void drain();
   /// Has the data loop do it; `done` gets empty or why it couldn't, on the control loop.

@@ -260,8 +260,9 @@ class AdminServer {
         receiver(std::move(probed));
       });
     };
-    c.act = [this](std::string_view action) {
+    c.act = [this](std::string_view action, std::vector<std::string>& changes) {
       actions_.emplace_back(action);
+      changes.emplace_back("pool.max changed");
       return action_error_;
     };
     c.command = [this](const pool::Command& command, const std::function<void(std::string)>& done) {

@@ -198,8 +198,8 @@ TEST(AdminServer, UnknownPathsAndMethods) {
 
 TEST(AdminServer, ChangesFromLoopback) {
   AdminServer server;
-  EXPECT_EQ(server.post("/api/admin/reload").status, 200);
-  EXPECT_EQ(server.post("/api/admin/drain").status, 200);
+  EXPECT_EQ(server.post("/api/admin/reload").body, "{\"ok\":true,\"action\":\"reload\",\"changes\":[\"pool.max changed\"]}\n");
+  EXPECT_EQ(server.post("/api/admin/drain").body, "{\"ok\":true,\"action\":\"drain\"}\n");
   const Response off = server.post("/quitquitquit");
   EXPECT_EQ(off.status, 404);
   EXPECT_NE(off.body.find("admin.quitquitquit"), std::string::npos);

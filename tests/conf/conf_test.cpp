@@ -672,6 +672,23 @@ TEST(Load, SaysWhatAReloadChanges) {
   EXPECT_EQ(changes.needRestart, std::vector<std::string>{"listen"});
 }
 
+TEST(Load, SaysWhichSectionsAReloadChanges) {
+  const auto changed = [](const char* before, const char* after) {
+    return compare(load_text(before, "x", kUrl), load_text(after, "x", kUrl)).applied;
+  };
+  using Paths = std::vector<std::string>;
+  EXPECT_EQ(changed("upstream: {sslmode: require, passwordCommand: [/bin/echo]}\nusers: {u: {password: p}}",
+                    "upstream: {url: 'host=h', passwordCommand: [/bin/echo, x], passwordCacheSeconds: 1}\nusers: {u: {password: p}}"),
+            (Paths{"upstream.passwordCacheSeconds", "upstream.passwordCommand", "upstream.sslmode", "upstream.url"}));
+  EXPECT_EQ(changed("databases: {a: {}, b: {}, c: {pool: {max: 3}}}", "databases: {b: {upstream: {port: 1}}, c: {pool: {max: 4}}, d: {}}"),
+            (Paths{"databases.a", "databases.b.upstream.port", "databases.c.pool.max", "databases.d"}));
+  EXPECT_EQ(changed("pool: {max: 5}\ndatabases: {a: {}, b: {pool: {max: 3}}}", "pool: {max: 6}\ndatabases: {a: {}, b: {pool: {max: 4}}}"),
+            (Paths{"pool.max", "databases.b.pool.max"}));
+  EXPECT_EQ(changed("databases: {a: {}}", "upstream: {sslmode: require}\ndatabases: {a: {}}"), Paths{"upstream.sslmode"});
+  EXPECT_EQ(changed("users: {u: {password: s}, w: {}}", "users: {u: {password: t, pool: {max: 3}}, v: {}}"),
+            (Paths{"users.u.password", "users.u.pool.max", "users.v", "users.w"}));
+}
+
 TEST(Load, FilesOfAConfiguration) {
   const std::string file = testing::TempDir() + "files_of.yaml", secret = testing::TempDir() + "files_of.secret";
   std::ofstream(secret) << "s\n";
