@@ -1,4 +1,4 @@
-// What differs between two configurations, by the paths of the keys. ByPath may be secrets: they aren't told.
+// What differs between two configurations, by the paths of the keys. Values may be secrets: they aren't told.
 #include "conf/load.hpp"
 #include "conf/schema.hpp"
 
@@ -6,7 +6,7 @@ namespace pgsidecar::conf {
 
 namespace {
 
-using ByPath = std::map<std::string, std::string>;  // by path
+using ByPath = std::map<std::string, std::string>;
 
 template <class Section>
 void add_keys(ByPath& values, const std::string& above, const std::vector<Key<Section>>& keys, const Section& section) {

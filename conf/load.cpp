@@ -40,6 +40,25 @@ std::vector<std::string_view> upstream_names() {
   return names;
 }
 
+constexpr std::string_view kScram = "SCRAM-SHA-256$";
+
+/// As pg_authid has it, the keys' 32 bytes in base64.
+bool is_verifier(std::string_view text) {
+  const auto take = [&text](char end) {
+    const std::string_view part = text.substr(0, text.find(end));
+    text.remove_prefix(std::min(text.size(), part.size() + 1));
+    return part;
+  };
+  const auto is_base64 = [](std::string_view part) {
+    return part.find_first_not_of("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/=") == part.npos;
+  };
+  constexpr std::size_t kKey = 44;
+  text.remove_prefix(kScram.size());
+  const std::string_view iterations = take(':'), salt = take('$'), stored = take(':');
+  return !iterations.empty() && iterations.find_first_not_of("0123456789") == iterations.npos && !salt.empty() && is_base64(salt) &&
+         stored.size() == kKey && is_base64(stored) && text.size() == kKey && is_base64(text);
+}
+
 /// Reads one YAML document into a Config, collecting mistakes.
 class Reader {
  public:
@@ -489,6 +508,9 @@ class Reader {
         if (md5 && config_.auth.method == AuthMethod::ScramSha256)
           mistake("users." + name + ".password",
                   "an md5 hash can't be used with auth.method scram-sha-256 (use a password, a SCRAM-SHA-256 verifier or method md5)");
+        if (secret.starts_with(kScram) && !is_verifier(secret))
+          mistake("users." + name + ".password",
+                  "begins as a SCRAM verifier and is none (SCRAM-SHA-256$iterations:salt$StoredKey:ServerKey)");
       } catch (const ConfigError& e) {
         mistake("users." + name + ".password", e.what());
       }

@@ -15,6 +15,7 @@ namespace pgsidecar::conf {
 namespace {
 
 constexpr std::size_t kMaxFile = 1u << 20;
+constexpr std::string_view kBlank = " \t\r\n";
 
 }  // namespace
 
@@ -88,7 +89,7 @@ std::string expand_until(std::string_view text, const Environment& env, std::siz
 }  // namespace
 
 bool is_blank(std::string_view text) {
-  return text.find_first_not_of(" \t\r\n") == text.npos;
+  return text.find_first_not_of(kBlank) == text.npos;
 }
 
 bool has_database_url(const Environment& env) {
@@ -166,6 +167,27 @@ bool logs_in_by_verifier(const Config& config, const User& user, const Environme
   }
 }
 
+/// Who has a user below `users` alone, by which nobody can log in. `known`: users whose password upstreams have.
+std::vector<std::string> users_without_password(const Config& config, const std::set<std::string>& known) {
+  std::vector<std::string> names;
+  if (config.auth.method == AuthMethod::Trust || config.auth.method == AuthMethod::Cert) return names;
+  for (const auto& [name, user] : config.users)
+    if (!user.password && name != "*" && !known.contains(name)) names.push_back(name);
+  return names;
+}
+
+std::string token_warning(const std::string& file) {
+  try {
+    const std::string text = file.empty() ? "?" : read_file(file, "the token");
+    if (is_blank(text)) return "admin.tokenFile: \"" + file + "\" is empty: no token admits anybody";
+    const auto begin = text.find_first_not_of(kBlank), end = text.find_last_not_of(kBlank);
+    if (text.find_first_of("\r\n", begin) < end) return "admin.tokenFile: \"" + file + "\" has more than one line, as no token has";
+  } catch (const ConfigError&) {
+    // It can't be read now.
+  }
+  return {};
+}
+
 /// What anybody on the network can do, or read.
 std::string network_warning(const Config& config) {
   const auto open = std::find_if(config.listen.begin(), config.listen.end(),
@@ -183,10 +205,12 @@ std::string network_warning(const Config& config) {
 
 std::vector<std::string> upstream_warnings(const Config& config, const Environment& env) {
   std::vector<std::string> warnings;
-  std::set<std::string> told;
+  std::set<std::string> told, known_users;
   const auto add = [&](const std::string& path, const Upstream& upstream) {
     try {
-      for (const std::string& warning : resolve_upstream(upstream, env).warnings)
+      const ConnectParams params = resolve_upstream(upstream, env);
+      if (!params.users_password().empty()) known_users.insert(params.user);
+      for (const std::string& warning : params.warnings)
         if (told.insert(warning).second) warnings.push_back(path + ": " + warning);
     } catch (const ConfigError&) {
       // A secret can't be read now. Whoever connects is told so.
@@ -202,7 +226,11 @@ std::vector<std::string> upstream_warnings(const Config& config, const Environme
   if (nobody_can_log_in(config, env))
     warnings.push_back(
         "nobody can log in, since no password is known that a client must prove: put one into upstream.url or users, or set auth.method");
-  if (std::string warning = network_warning(config); !warning.empty()) warnings.push_back(std::move(warning));
+  else
+    for (const std::string& name : users_without_password(config, known_users))
+      warnings.push_back("users." + name + ": without a password nobody can log in as " + name);
+  for (std::string warning : {network_warning(config), token_warning(config.admin.tokenFile)})
+    if (!warning.empty()) warnings.push_back(std::move(warning));
   return warnings;
 }
 

@@ -558,6 +558,8 @@ TEST(Load, WhatIsWrong) {
       {"tls: {mode: require, certificate: /no/such, key: /no/such}", "cannot read \"/no/such\""},
       {"users: {u: {pool: {min: 20}}}", "x:1: users.u.pool.min"},
       {"users: {u: {password: md500112233445566778899aabbccddeeff}}", "md5 hash"},
+      {"users: {u: {password: SCRAM-SHA-256$bad}}", "x:1: users.u.password: begins as a SCRAM verifier and is none"},
+      {"users: {u: {password: 'SCRAM-SHA-256$4096:c2FsdA==$YQ==:YQ=='}}", "begins as a SCRAM verifier and is none"},
       {"upstream: {sslrootcert: /no/such}", "cannot read sslrootcert \"/no/such\""},
       {"auth: {method: cert}\ntls: {ca: /etc/hostname}", "tls.mode"},
       {"upstream: {passwordCommand: [no-such-program]}", "x:1: upstream.passwordCommand: cannot find the program \"no-such-program\""},
@@ -759,13 +761,30 @@ TEST(Load, WarnsOfLoginsThatTheNetworkCanUseOrRead) {
   EXPECT_EQ(warnings_of(password + tls("require")), "");
 }
 
+TEST(Load, WarnsOfUsersWithoutAPassword) {
+  EXPECT_EQ(warnings_of("users: {app: {}, w: {}, v: {password: p}}"), "users.w: without a password nobody can log in as w\n");
+  EXPECT_EQ(warnings_of("auth: {method: trust}\nusers: {w: {}}"), "");
+  EXPECT_EQ(warnings_of("auth: {method: password}\nusers: {'*': {}, w: {}}"), "users.w: without a password nobody can log in as w\n");
+  EXPECT_EQ(warnings_of("users: {w: {}}\ndatabases: {d: {upstream: {user: w, password: p}}}"), "");
+}
+
+TEST(Load, WarnsOfATokenThatNobodyCanSend) {
+  const std::string file = testing::TempDir() + "token";
+  for (const auto& [text, says] : {std::pair{"", "is empty"}, {" \n", "is empty"}, {"a\nb\n", "more than one line"}, {"\na\n", ""}}) {
+    std::ofstream(file) << text;
+    const std::string warned = warnings_of("admin: {tokenFile: " + file + "}");
+    EXPECT_TRUE(*says ? warned.find(says) != warned.npos : warned.empty()) << text << warned;
+  }
+  std::remove(file.c_str());
+}
+
 TEST(Load, WarnsOfAVerifierWhereTheServerWantsAPassword) {
   const auto warned = [](const std::string& yaml) {
     for (const std::string& warning : upstream_warnings(load_text(yaml, "x", kUrl), kUrl))
       if (warning.starts_with("users.w.password: a SCRAM verifier")) return true;
     return false;
   };
-  const std::string verifier = "{password: 'SCRAM-SHA-256$4096:c2FsdA==$a:b'}";
+  const std::string key(43, 'a'), verifier = "{password: 'SCRAM-SHA-256$4096:c2FsdA==$" + key + "=:" + key + "='}";
   EXPECT_TRUE(warned("users: {w: " + verifier + "}"));
   EXPECT_FALSE(warned("users: {w: {password: plain}}"));
   EXPECT_FALSE(warned("users: {app: " + verifier + "}"));  // the URL has the password
