@@ -1,5 +1,7 @@
 #include "conf/resolve.hpp"
 
+#include <sys/stat.h>
+
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
@@ -176,6 +178,12 @@ std::vector<std::string> users_without_password(const Config& config, const std:
   return names;
 }
 
+std::string key_warning(const Tls& tls) {
+  struct stat info {};
+  if (tls.mode == TlsMode::Disable || ::stat(tls.key.c_str(), &info) != 0 || (info.st_mode & S_IRWXO) == 0) return {};
+  return "tls.key: \"" + tls.key + "\" is open to everybody on this machine: chmod it 0600, or 0640 with a group";
+}
+
 std::string token_warning(const std::string& file) {
   try {
     const std::string text = file.empty() ? "?" : read_file(file, "the token");
@@ -229,7 +237,7 @@ std::vector<std::string> upstream_warnings(const Config& config, const Environme
   else
     for (const std::string& name : users_without_password(config, known_users))
       warnings.push_back("users." + name + ": without a password nobody can log in as " + name);
-  for (std::string warning : {network_warning(config), token_warning(config.admin.tokenFile)})
+  for (std::string warning : {network_warning(config), key_warning(config.tls), token_warning(config.admin.tokenFile)})
     if (!warning.empty()) warnings.push_back(std::move(warning));
   return warnings;
 }

@@ -23,8 +23,6 @@ Environment environment(std::map<std::string, std::string> values) {
 
 const Environment kUrl = environment({{"DATABASE_URL", "postgresql://app:s3cret@db.example.com/shop"}});
 
-const std::string kPems = "certificate: /dev/null, key: /dev/null, ca: /dev/null";
-
 ConnectParams parse(std::string_view text, std::map<std::string, std::string> env = {}) {
   return parse_connection_string(text, {}, environment(std::move(env)));
 }
@@ -754,11 +752,17 @@ TEST(Load, WarnsOfLoginsThatTheNetworkCanUseOrRead) {
     EXPECT_EQ(warnings_of(trust + "listen: " + local), "") << local;
     EXPECT_EQ(warnings_of(password + "listen: " + local), "") << local;
   }
-  const auto tls = [](const char* mode) { return std::string("listen: '*:1'\ntls: {mode: ") + mode + ", " + kPems + "}"; };
+  const std::string key = testing::TempDir() + "network.key";
+  std::ofstream(key) << "";
+  ::chmod(key.c_str(), 0600);
+  const auto tls = [&](const std::string& mode) {
+    return "listen: '*:1'\ntls: {mode: " + mode + ", certificate: /dev/null, ca: /dev/null, key: " + key + "}";
+  };
   EXPECT_NE(warnings_of(trust + tls("require")), "");
   EXPECT_EQ(warnings_of(trust + tls("verify-full")), "");
   EXPECT_NE(warnings_of(password + tls("allow")), "");
   EXPECT_EQ(warnings_of(password + tls("require")), "");
+  std::remove(key.c_str());
 }
 
 TEST(Load, WarnsOfUsersWithoutAPassword) {
@@ -766,6 +770,17 @@ TEST(Load, WarnsOfUsersWithoutAPassword) {
   EXPECT_EQ(warnings_of("auth: {method: trust}\nusers: {w: {}}"), "");
   EXPECT_EQ(warnings_of("auth: {method: password}\nusers: {'*': {}, w: {}}"), "users.w: without a password nobody can log in as w\n");
   EXPECT_EQ(warnings_of("users: {w: {}}\ndatabases: {d: {upstream: {user: w, password: p}}}"), "");
+}
+
+TEST(Load, WarnsOfAKeyThatEverybodyCanRead) {
+  const std::string key = testing::TempDir() + "open.key", tls = "tls: {certificate: /dev/null, key: " + key;
+  std::ofstream(key) << "";
+  for (const auto& [mode, open] : {std::pair{0644, true}, {0640, false}, {0600, false}}) {
+    ::chmod(key.c_str(), mode);
+    EXPECT_EQ(warnings_of(tls + ", mode: allow}").starts_with("tls.key: "), open) << mode;
+    EXPECT_EQ(warnings_of(tls + "}"), "");
+  }
+  std::remove(key.c_str());
 }
 
 TEST(Load, WarnsOfATokenThatNobodyCanSend) {
