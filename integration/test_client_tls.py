@@ -57,10 +57,14 @@ def test_requests_before_and_within_tls(proxies, tmp_path):
         w.send(wire.request(wire.SSL_REQUEST))
         assert w.bytes(1) == b"S"
         encrypted(w, files["ca"])
-        for code in (wire.SSL_REQUEST, wire.GSSENC_REQUEST):  # not twice
-            w.send(wire.request(code))
-            assert w.bytes(1) == b"N"
         assert w.login(USER, PASSWORD, DATABASE) is None
+    for code in (wire.SSL_REQUEST, wire.GSSENC_REQUEST):  # not twice
+        with wire.Wire(proxy.port) as w:
+            w.send(wire.request(wire.SSL_REQUEST))
+            assert w.bytes(1) == b"S"
+            encrypted(w, files["ca"])
+            w.send(wire.request(code))
+            assert [m.error["C"] for m in w.closed()] == ["0A000"]
     with wire.Wire(proxy.port) as w:  # what somebody put before the handshake isn't taken for the client's (CVE-2021-23222)
         w.send(wire.request(wire.SSL_REQUEST) + wire.startup_packet({"user": USER, "database": DATABASE}))
         assert [m.error["C"] for m in w.closed()] == ["08P01"]

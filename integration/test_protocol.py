@@ -78,6 +78,27 @@ def test_replication_is_its_own_or_refused(proxy):
         healthy(w)
 
 
+@pytest.mark.parametrize("value", ["false", "OFF", "n", "f", "0", "", "bogus", "o", "falsely", "TRUE", "y", "1"])
+def test_replication_is_read_as_the_server_reads_it(proxy, pg, value):
+    def login(port):
+        with wire.Wire(port) as w:
+            if port == pg.port:
+                w.send(wire.request(wire.SSL_REQUEST))
+                assert w.bytes(1) == b"S"
+                wire.encrypted(w)
+            failure = w.login(USER, PASSWORD, DATABASE, replication=value)
+            return failure and {key: failure.error[key] for key in "CMH" if key in failure.error}
+    through = login(proxy.port)
+    assert through["C"] == "0A000" if value in ("TRUE", "y", "1") else through == login(pg.port), through
+
+
+def test_a_startup_packet_too_short_is_refused_at_once(proxy):
+    for length in (0, 4, 7):
+        with wire.Wire(proxy.port) as w:
+            w.send(length.to_bytes(4, "big"))
+            assert [m.error["C"] for m in w.closed()] == ["08P01"]
+
+
 def test_parameters_and_key_are_those_of_the_server(proxy, pg):
     with raw(proxy) as w:
         assert w.parameters["server_version"].startswith("15.") and w.parameters["client_encoding"] == "UTF8"

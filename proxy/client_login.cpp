@@ -1,5 +1,6 @@
 // How a client begins: TLS, cancel, login, and what it is told at its end. Part of ClientSession.
 #include <openssl/rand.h>
+#include <strings.h>
 
 #include <boost/asio/post.hpp>
 #include <utility>
@@ -20,6 +21,15 @@ namespace {
 
 constexpr std::size_t kMaxStartup = 10 * 1024;
 constexpr std::size_t kMaxPassword = 8 * 1024;
+
+/// As the server's parse_bool: a beginning of a word of the value, in any case, that is one of no other.
+bool is_bool(std::string_view text, bool value) {
+  const auto begins = [&](std::string_view word, std::size_t least) {
+    return text.size() >= least && text.size() <= word.size() && ::strncasecmp(text.data(), word.data(), text.size()) == 0;
+  };
+  return value ? begins("true", 1) || begins("yes", 1) || begins("on", 2) || text == "1"
+               : begins("false", 1) || begins("no", 1) || begins("off", 2) || text == "0";
+}
 
 }  // namespace
 
@@ -47,7 +57,7 @@ ClientSession::ClientSession(Worker& worker, Socket socket, std::uint32_t id, st
 ClientSession::~ClientSession() = default;
 
 std::size_t ClientSession::on_startup(Bytes in) {
-  if (in.size() < 8) return 0;
+  if (in.size() < 4) return 0;
   const std::uint32_t length = protocol::load_u32(in.data());
   if (length < 8 || length > kMaxStartup) {
     fatal("08P01", "invalid length of startup packet");
@@ -57,8 +67,9 @@ std::size_t ClientSession::on_startup(Bytes in) {
   const Bytes body = in.subspan(4, length - 4);
   const std::uint32_t code = protocol::load_u32(body.data());
   const auto answer = [&](char c) { worker_.to_client.own([c](std::string& out) { out.push_back(c); }); };
-  if (code == protocol::kSslRequest) {
-    const bool tls = worker_.client_tls() && !channel_.transport.is_tls();
+  const bool encrypted = channel_.transport.is_tls();  // then a request for it is no known protocol, as with the server
+  if (code == protocol::kSslRequest && !encrypted) {
+    const bool tls = worker_.client_tls() != nullptr;
     if (tls && in.size() > length) {
       fatal("08P01", "received unencrypted data after SSL request");  // injected before the handshake
       return 0;
@@ -72,7 +83,7 @@ std::size_t ClientSession::on_startup(Bytes in) {
     }
     return length;
   }
-  if (code == protocol::kGssEncRequest) {
+  if (code == protocol::kGssEncRequest && !encrypted) {
     answer('N');
     send(worker_.to_client);
     return length;
@@ -151,9 +162,12 @@ void ClientSession::begin_login(protocol::Startup startup) {
     worker_.reject(pool::RejectReason::Tls);
     return fatal("28000", "no pg_hba.conf entry for this connection: pgsidecar requires SSL encryption (tls.mode)");
   }
-  if (const auto replication = login.startup.get("replication");
-      !replication.empty() && replication != "false" && replication != "off" && replication != "0" && replication != "no") {
+  for (const auto& [name, value] : login.startup.parameters) {
+    if (name != "replication" || is_bool(value, false)) continue;
     worker_.reject(pool::RejectReason::Unsupported);
+    if (value != "database" && !is_bool(value, true))
+      return fatal("22023", "invalid value for parameter \"replication\": \"" + value + "\"",
+                   "Valid values are: \"false\", 0, \"true\", 1, \"database\".");
     return fatal("0A000", "replication connections are not supported through pgsidecar", "Connect to the server directly.");
   }
 
