@@ -14,7 +14,7 @@ import replica
 import wire
 from gate import Gate
 from harness import DATABASE, PASSWORD, USER
-from test_faults import LOST, hanging_backend, kill_backend, own, processes, raw, recovers, slow_logins  # noqa: F401 own is a fixture
+from test_faults import LOST, hanging_backend, hanging_backends, kill_backend, own, processes, raw, recovers, slow_logins  # noqa: F401 own is a fixture
 
 LONG = {"connectionTimeoutMillis": 60000}
 
@@ -489,6 +489,27 @@ def test_another_host_serves_while_the_first_hangs(own, pg, proxies):
         harness.poll(lambda: own.backends(f"usename = '{USER}'") == [] and proxy.stats()["totalCount"] == 1, what="it has ended")
         assert proxy.http("/api/admin/reconnect", "POST")[0] == 200
         assert w.value("SHOW port") == str(own.port)
+
+
+def test_a_refused_connect_leaves_what_serves(own, pg, proxies):
+    """Of a pool whose places at another server hang."""
+    with Gate(pg.port) as gate:
+        url = own.url(host=f"127.0.0.1:{own.port},127.0.0.1", port=gate.port, sslmode="require")
+        proxy = proxies({"pool": {"max": 2, "connectionTimeoutMillis": 8000}}, url=url)
+        with raw(proxy) as w, raw(proxy) as other:
+            for step in ("BEGIN", "COMMIT"):
+                for client in (w, other):
+                    client.ask(wire.query(step))
+            with hanging_backends(own) as pids:
+                assert len(pids) == 2
+                assert proxy.http("/api/admin/reconnect", "POST")[0] == 200
+                w.ask(wire.query("BEGIN"))
+                assert w.value("SHOW port") == str(pg.port)
+                gate.refusing = True
+                (error,) = errors(other.ask(wire.query("SELECT 1")))
+                assert error["C"] == "08006" and "failed: server closed the connection" in error["M"], error
+                w.ask(wire.query("COMMIT"))
+                assert w.value("SHOW port") == str(pg.port)
 
 
 @pytest.mark.skipif(harness.sanitized(), reason="a sanitizer wants to be the first library")

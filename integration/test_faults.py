@@ -569,14 +569,24 @@ def test_stalled_server_in_login_and_in_query(pg, proxies):
 
 
 @contextlib.contextmanager
-def hanging_backend(server):
-    """The pid of the only one of the pool's, which is stopped for as long."""
-    pid, = server.backends("usename = 'app'")
-    os.kill(pid, signal.SIGSTOP)
+def hanging_backends(server, pids=None):
+    """The pids of the pool's, or these, which are stopped for as long."""
+    pids = pids or server.backends("usename = 'app'")
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
     try:
-        yield pid
+        yield pids
     finally:
-        os.kill(pid, signal.SIGCONT)
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+
+
+@contextlib.contextmanager
+def hanging_backend(server):
+    """The pid of the only one."""
+    pid, = server.backends("usename = 'app'")
+    with hanging_backends(server, [pid]):
+        yield pid
 
 
 def test_a_backend_that_hangs_counts_for_max_until_it_ends(own, proxies):
@@ -593,6 +603,19 @@ def test_a_backend_that_hangs_counts_for_max_until_it_ends(own, proxies):
         harness.poll(lambda: own.backends("usename = 'app'") == [] and proxy.stats()["totalCount"] == 0, what="it has ended, and its place is free")
         assert w.value("SELECT 3") == "3"
     recovers(proxy)
+
+
+def test_a_backend_that_hangs_leaves_a_listening_client_and_another_one_place(own, proxies):
+    proxy = proxies({"pool": {"max": 2, "connectionTimeoutMillis": 9000}}, server=own)
+    with raw(proxy) as listener, raw(proxy) as w:
+        listener.ask(wire.query("LISTEN news"))
+        assert w.value("SELECT 'served'") == "served"
+        pids = [pid for (pid,) in own.sql("SELECT pid FROM pg_stat_activity WHERE query = $$SELECT 'served'$$")]
+        with hanging_backends(own, pids):
+            assert proxy.http("/api/admin/reconnect", "POST")[0] == 200
+            harness.poll(lambda: "the server doesn't end it" in proxy.log_text(), what="it is told of")
+            assert w.value("SELECT 2") == "2"
+            assert own.count("usename = 'app'") <= 2
 
 
 def test_what_an_operator_closes_of_a_backend_that_hangs_is_let_go(own, proxies):

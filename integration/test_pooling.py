@@ -489,6 +489,9 @@ def test_statement_mode_refuses_transactions(proxies, pg):
         messages = w.until("E")
         assert wire.kinds(messages) == "CE", "a driver that has got ReadyForQuery doesn't read the error"
         assert "transaction" in messages[-1].error["M"].lower(), messages[-1].error
+    with raw(proxy) as w:  # that is over by the time it is refused
+        w.send(wire.query("BEGIN"), wire.query("SELECT 1"), wire.query("COMMIT"))
+        assert w.until("E")[-1].error["C"] == "0A000"
     with raw(proxy) as after:
         assert after.value("SELECT 2") == "2"
 

@@ -358,12 +358,15 @@ def test_cancel_reaches_the_old_process(start):
     expect_end(old)
 
 
-def test_places_that_hang_are_not_the_new_processes(start):
-    """They count at the server, whoever has opened them."""
+@pytest.mark.parametrize("stays", [False, True])
+def test_places_that_hang_are_not_the_new_processes(start, stays):
+    """They count at the server, whoever has opened them, and whether or not a client stays until it is told to go."""
     with harness.Postgres() as own:
-        proxy = start({"pool": {"max": 1, "connectionTimeoutMillis": 1500}}, url=own.url())
-        with proxy.connect() as client:
-            client.execute("SELECT 1")
+        proxy = start({"pool": {"max": 1, "connectionTimeoutMillis": 1500}, "shutdown": {"timeoutMillis": 500}}, url=own.url())
+        client = proxy.connect()
+        client.execute("SELECT 1")
+        if not stays:
+            client.close()
         with hanging_backend(own) as pid:
             old = proxy.upgrade()
             with pytest.raises(psycopg.OperationalError, match="1 by the other process of an online restart"):

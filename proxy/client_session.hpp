@@ -223,7 +223,6 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   void restore_after_reset(const std::optional<protocol::Reset>& reset = {});
   void note_portal(std::string_view portal, const protocol::StatementRef& statement);
   void note_transaction(std::uint32_t residue);
-  bool has_temporary() const;
   bool plans_see_temporary(std::uint32_t residue);
   void restore_behind_execute();
   void message_sent();

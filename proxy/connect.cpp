@@ -265,6 +265,7 @@ awaitable<std::string> ServerConnection::try_hosts() {
   const std::shared_ptr<const Upstream> upstream = co_await look_up();
   if (!upstream) co_return std::string("stopped");
   if (!upstream->error.empty()) co_return upstream->error;
+  upstream_ = upstream;
   worker_.saw_addresses(entry_, upstream);
   worker_.connect_begins(worker_.upstream_of(entry_.database));
   std::string error, failures;  // of the last attempt; of all hosts

@@ -159,7 +159,7 @@ void Worker::recheck(PoolEntry& entry) {
     if (!found->error.empty()) return;
     const Turn turn(*this);
     outdate_servers(entry, [&](const ServerConnection& server) {
-      const Upstream* with = server.upstream();  // none: it is being made, with which isn't known
+      const Upstream* with = server.upstream();  // none: it isn't known yet
       return !with || with->params != found->params || with->tls != found->tls;
     });
     kick();

@@ -190,7 +190,9 @@ std::size_t ClientSession::on_query(Bytes available, std::size_t total) {
     if (refuse(sql, residue, true)) return total;
     const auto before = server_->changed();
     switch (listen_ahead(note_residue(sql, residue), true)) {
-      case Subscriber::Verdict::Wait: server_->changed() = before; return 0;
+      case Subscriber::Verdict::Wait:
+        if (server_) server_->changed() = before;  // else its connection is gone
+        return 0;
       case Subscriber::Verdict::Refused: return total;
       case Subscriber::Verdict::Go: break;
     }

@@ -400,6 +400,7 @@ bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total
     if (tag == "DISCARD PLANS") on_plans_discarded();
     if (tag == "DISCARD ALL" || tag == "DEALLOCATE ALL") client_->on_statements_gone();
     had_temporary_ |= client_->made_temporary();
+    own_temporary_ |= client_->made_temporary() && tag.starts_with("CREATE ");
     open_definition_ |= changes_catalog(tag) || changed_.defined || (tag == "COMMIT PREPARED" && worker_.changes_prepared);
     open_change_ |= open_definition_ || client_->redefines();
     worker_.changes_prepared |= tag == "PREPARE TRANSACTION" && open_change_;
@@ -535,6 +536,7 @@ void ServerConnection::lease(ClientSession& client) {
   running.untold = 0;
   running.reset.reset();
   running.effects = running.named_effects = 0;
+  own_temporary_ = false;
   running.leaking = running.overdue = false;
   worker_.arm_tick(entry_.pool.limit_check());
   client.on_lease(*this);

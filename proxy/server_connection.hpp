@@ -86,7 +86,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   std::uint64_t id() const { return id_; }
   std::uint32_t pid() const { return pid_; }
   PoolEntry& entry() const { return entry_; }
-  const Upstream* upstream() const { return upstream_.get(); }  ///< as it was when this was connected; null: it isn't yet
+  const Upstream* upstream() const { return upstream_.get(); }  ///< as it was looked up for this; null: it isn't yet
   const Target& target() const { return target_; }
   bool has_unread() { return channel_->transport.has_unread(); }  ///< the server has said something, or closed its end
   ClientSession* client() const { return client_; }
@@ -149,7 +149,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   bool in_block() const { return pipeline.status() == protocol::TxStatus::InTransaction && !changed_.block; }
   bool in_failed_block() const { return pipeline.status() == protocol::TxStatus::Failed && !changed_.block; }  ///< likewise
   /// What is planned doesn't notice its client's first temporary object: others' have been in the same schema.
-  bool others_had_temporary() const { return others_had_temporary_; }
+  bool hides_temporary() const { return others_had_temporary_ && !own_temporary_; }
   void discard_plans();  ///< of a client that waits for nothing
   bool listens() const { return listener_; }
   /// Prepares a statement of the client's under the client's own name for it, for SQL that names it.
@@ -337,7 +337,8 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   bool open_definition_ = false;       // its transaction has made or altered something
   bool open_change_ = false;           // or dropped: texts may mean something else when it is committed
   bool in_refused_block_ = false;      // of a client in statement mode
-  bool had_temporary_ = false;         // since it was leased
+  bool had_temporary_ = false;         // since it was leased, maybe
+  bool own_temporary_ = false;         // for certain
   bool others_had_temporary_ = false;  // before that
   bool reset_unread_ = false;          // it isn't known what was reset since it had its client's settings
   std::uint32_t unknown_residue_ = 0;  // of unknown_names, as a survey found

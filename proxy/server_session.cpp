@@ -346,7 +346,7 @@ void ServerConnection::on_proxy_reply(Backend type, std::uint64_t note, Bytes wh
     client_->subscriber()->on_told(!own_query_failed_);
   if (note == kRestore && std::exchange(restoring_, false) && client_) {
     const protocol::TxStatus status = pipeline.status();
-    if (status != protocol::TxStatus::Idle || !client_->keeps_ready_back())
+    if (!in_refused_block_ && (status != protocol::TxStatus::Idle || !client_->keeps_ready_back()))
       worker_.to_client.own([&](std::string& out) { protocol::write_ready_for_query(out, status); });
   }
   if (note == kApply && client_ && !own_query_failed_) client_->on_settings_applied();
@@ -475,8 +475,11 @@ void ServerConnection::finish_residue() {
     return client_->on_residue(nullptr, residue_);
   }
   forget_changed();
-  if (residue_.reasons & pool::bit(pool::PinReason::TemporaryObject) && !std::exchange(had_temporary_, true))
-    plans_stale = functions_stale = true;
+  if (residue_.reasons & pool::bit(pool::PinReason::TemporaryObject)) {
+    plans_stale |= !had_temporary_;
+    functions_stale |= !had_temporary_ && hides_temporary();
+    had_temporary_ = own_temporary_ = true;
+  }
   const bool skipped = std::exchange(adoption_skipped_, false);
   std::erase_if(adopted_, [&](const auto& one) {
     const bool there = std::find(residue_.prepared.begin(), residue_.prepared.end(), one.first) != residue_.prepared.end();

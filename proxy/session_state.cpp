@@ -71,7 +71,7 @@ void ClientSession::note_names(std::string_view sql, std::uint32_t residue) {
   server_->changed().meaning |= (residue & protocol::kMeaning) != 0;
   server_->changed().path |= (residue & protocol::kPath) != 0;
   server_->plans_stale |= (residue & protocol::kTemporary) != 0;
-  server_->functions_stale |= residue & protocol::kTemporary && !has_temporary();
+  server_->functions_stale |= residue & protocol::kTemporary && server_->hides_temporary();
   server_->suspect = sql.substr(0, kMostSuspect);
   if (entry_->catalog.surveyed()) return;
   auto& words = server_->unknown_names;
@@ -110,7 +110,7 @@ std::uint32_t ClientSession::note_residue(std::string_view sql, std::uint32_t kn
   // What is sent behind it is prepared when it is done.
   constexpr std::uint32_t kMakes = protocol::kDefinition | protocol::kFunction | protocol::kCode;
   server_->plans_stale |= (residue & (protocol::kTemporary | (settings->temporary ? kMakes : 0))) != 0;
-  server_->functions_stale |= residue & protocol::kTemporary && !has_temporary();
+  server_->functions_stale |= residue & protocol::kTemporary && server_->hides_temporary();
   auto& changed = server_->changed();
   changed.meaning |= (residue & protocol::kMeaning) != 0;
   changed.path |= (residue & protocol::kPath) != 0;
@@ -189,16 +189,11 @@ void ClientSession::note_transaction(std::uint32_t residue) {
   changed.commit |= (residue & protocol::kCommit) != 0;
 }
 
-/// It has had its first temporary object, and a namespace for them.
-bool ClientSession::has_temporary() const {
-  return pin_ && pin_->reasons & pool::bit(PinReason::TemporaryObject);
-}
-
 /// False: for that, what was sent before has to be answered.
 bool ClientSession::plans_see_temporary(std::uint32_t residue) {
   const bool may_make =
       residue & protocol::kTemporary || (residue & protocol::kDefinition && (settings->temporary || server_->changed().path));
-  if (!may_make || has_temporary() || !rewrites() || !server_->others_had_temporary()) return true;
+  if (!may_make || !rewrites() || !server_->hides_temporary()) return true;
   if (residue & protocol::kTransaction && server_->pipeline.status() != protocol::TxStatus::Idle) return true;  // it may be SET TRANSACTION
   if (!answered()) return wait_for_answers() != 0;
   server_->discard_plans();

@@ -71,7 +71,7 @@ std::optional<StartupSettings> settings_of(const protocol::Startup& startup, std
 /// Statements that turn a session with `have` into one with `want`.
 std::vector<std::string> settings_statements(const Values& have, const Values& want);
 
-std::vector<std::string> reading_settings();              ///< those that decide how constants are read, whatever their types
+std::vector<std::string> reading_settings();              ///< on which it depends how constants are read, or written by functions
 bool read_alike(const Values& one, const Values& other);  ///< constants are
 /// Of two meanings: what functions plan under them is the same.
 bool plans_alike(const Values& one, const Values& other);

@@ -29,7 +29,8 @@ std::string Worker::why_no_successor() const {
   if (succession_ && !succession_->is_successor()) return "an upgrade is under way";
   if (succession_)
     return "process " + std::to_string(succession_->peer()) +
-           ", from which this one took over, still has clients; try again when it has ended (SIGTERM makes them leave)";
+           ", from which this one took over, still has clients, or connections that the server doesn't end; try again when it has "
+           "ended (SIGTERM makes it)";
   if (operated()) return "databases are paused or disabled, which the new process wouldn't know: RESUME or ENABLE them first";
   return {};
 }
