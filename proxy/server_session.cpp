@@ -71,7 +71,8 @@ bool ServerConnection::planned_under_others() {
 
 void ServerConnection::renew_plans() {
   if (client_->mode() == conf::PoolMode::Session) return;  // it is nobody else's
-  if (!entry_.catalog.keeps_plans() || !client_->answered() || pipeline.unsynced()) return;
+  if (!entry_.catalog.keeps_plans() || !client_->answered() || pipeline.unsynced() || pipeline.status() == protocol::TxStatus::Failed)
+    return;
   discard_plans();
   on_plans_discarded();
 }

@@ -189,7 +189,8 @@ void ClientSession::note_transaction(std::uint32_t residue) {
   changed.commit |= (residue & protocol::kCommit) != 0;
 }
 
-/// False: for that, what was sent before has to be answered.
+/// What is planned on its server connection is planned anew for the temporary objects that a text makes. False: for that, what was sent
+/// before has to be answered.
 bool ClientSession::plans_see_temporary(std::uint32_t residue) {
   const bool may_make =
       residue & protocol::kTemporary || (residue & protocol::kDefinition && (settings->temporary || server_->changed().path));
