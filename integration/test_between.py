@@ -53,14 +53,25 @@ def test_half_a_message_is_never_completed(proxies, table, what):
     proxy = proxies({"pool": {"max": 2}, "limits": {"maxParseBytes": 65536}})
     with raw(proxy) as w:
         if what == "execute":
-            w.ask(wire.query("BEGIN; INSERT INTO between VALUES (1)"))
-            w.send(wire.parse("COMMIT"), wire.bind(), wire.execute()[:-4])
+            w.send(wire.parse("INSERT INTO between VALUES (1)"), wire.bind(), wire.execute()[:-4])
         else:
             w.send(wire.query(f"/*{'x' * 70000}*/ INSERT INTO between SELECT 1 AS ab")[:-2])
         poll(lambda: proxy.stats()["totalCount"] > 0, 5, "a server connection is open")
         time.sleep(0.2)
     poll(lambda: proxy.stats()["totalCount"] == 0, 10, "the server connection is closed")
     assert table() == 0
+
+
+def test_half_a_commit_is_none(proxies, table):
+    """It isn't sent before it is whole, so that the server connection is kept."""
+    proxy = proxies({"pool": {"max": 1}})
+    with raw(proxy) as w:
+        w.ask(wire.query("BEGIN; INSERT INTO between VALUES (1)"))
+        first = proxy.json("/api/monitoring/servers")[1]["servers"][0]["id"]
+        w.send(wire.parse("COMMIT"), wire.bind(), wire.execute()[:-4])
+        time.sleep(0.2)
+    poll(lambda: proxy.stats()["idleCount"] == 1, 10, "the transaction is rolled back")
+    assert table() == 0 and proxy.json("/api/monitoring/servers")[1]["servers"][0]["id"] == first
 
 
 # ---- who reads no more
