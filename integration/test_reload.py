@@ -330,15 +330,3 @@ def test_files_that_are_mounted_anew(proxies, pg, tmp_path):
             assert raw(proxy, password="rotated").value("SELECT 1") == "1"
         finally:
             pg.sql(f"ALTER ROLE {USER} PASSWORD '{PASSWORD}'")
-
-
-def test_what_is_being_opened_outlives_a_reload_that_changes_nothing(proxies, pg):
-    proxy = proxies()
-    with raw(proxy) as w:
-        for n in range(1, 11):
-            pg.sql(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = '{USER}'")
-            w.send(wire.query("SELECT 1"))
-            proxy.signal(signal.SIGHUP)
-            w.until()
-            harness.poll(lambda n=n: proxy.log_text().count("nothing changed") == n, what="it is reloaded")
-    assert 'closed_total{reason="reload"} 0' in proxy.http("/metrics")[2]
