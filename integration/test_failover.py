@@ -14,7 +14,8 @@ import replica
 import wire
 from gate import Gate
 from harness import DATABASE, PASSWORD, USER
-from test_faults import LOST, hanging_backend, hanging_backends, kill_backend, own, processes, raw, recovers, slow_logins  # noqa: F401 own is a fixture
+from test_faults import LOST, kill_backend, own, raw, recovers  # noqa: F401 own is a fixture
+from test_hanging import hanging_backend, hanging_backends, processes, slow_logins
 
 LONG = {"connectionTimeoutMillis": 60000}
 

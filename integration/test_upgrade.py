@@ -15,7 +15,7 @@ import pytest
 import harness
 from gate import Gate
 from harness import BINARY, DATABASE, PASSWORD, USER, poll
-from test_faults import hanging_backend
+from test_hanging import hanging_backend
 
 pytestmark = pytest.mark.skipif(harness.KIND != "pgsidecar", reason="only pgsidecar")
 
