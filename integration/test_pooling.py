@@ -3,6 +3,7 @@ import concurrent.futures
 import random
 import re
 import secrets
+import signal
 import threading
 import time
 
@@ -494,6 +495,21 @@ def test_statement_mode_refuses_transactions(proxies, pg):
         assert w.until("E")[-1].error["C"] == "0A000"
     with raw(proxy) as after:
         assert after.value("SELECT 2") == "2"
+
+
+def test_a_transaction_that_is_over_when_it_is_refused_leaves_one_connection(proxies, pg):
+    proxy = proxies({"pool": {"mode": "statement", "max": 1}})
+    with raw(proxy) as w:
+        w.send(wire.query("SELECT pg_sleep(0.3)"), wire.query("BEGIN"), wire.query("COMMIT"))
+        time.sleep(0.1)
+        proxy.signal(signal.SIGSTOP)  # so that all answers come at once
+        harness.poll(lambda: pg.sql("SELECT 1 FROM pg_stat_activity WHERE usename = 'app' AND query = 'COMMIT' AND state = 'idle'"))
+        proxy.signal(signal.SIGCONT)
+        assert w.until("E")[-1].error["C"] == "0A000"
+    for _ in range(3):
+        with raw(proxy) as after:
+            assert after.value("SELECT 2") == "2"
+    assert proxy.stats()["totalCount"] == 1
 
 
 def test_pool_of_a_section_has_its_own_max(proxies, pg):

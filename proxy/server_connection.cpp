@@ -584,7 +584,8 @@ void ServerConnection::start_reset(bool finish) {
 }
 
 void ServerConnection::settle() {
-  if (client_ || listener_ || !alive() || !pipeline.releasable() || pass_left_ > 0 || cancels_pending > 0 || channel_->queued() > 0) return;
+  if (!alive() || state_ == State::Idle) return;
+  if (client_ || listener_ || !pipeline.releasable() || pass_left_ > 0 || cancels_pending > 0 || channel_->queued() > 0) return;
   deadline = pool::Time::max();
   pool::CloseReason reason{};
   if (!settings) reason = pool::CloseReason::Broken, condemned = true;
