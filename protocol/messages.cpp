@@ -139,6 +139,10 @@ void write_query(std::string& out, std::string_view sql) {
   Writer(out).begin(Frontend::Query).cstring(sql).end();
 }
 
+void write_terminate(std::string& out) {
+  Writer(out).begin(Frontend::Terminate).end();
+}
+
 void write_cancel_request(std::string& out, std::uint32_t pid, std::string_view key) {
   Writer(out).begin_untyped().u32(kCancelRequest).u32(pid).bytes(key).end();
 }

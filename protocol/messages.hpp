@@ -48,6 +48,7 @@ void write_ready_for_query(std::string& out, TxStatus status);
 void write_parameter_status(std::string& out, std::string_view name, std::string_view value);
 void write_backend_key_data(std::string& out, std::uint32_t pid, std::string_view key);
 void write_query(std::string& out, std::string_view sql);
+void write_terminate(std::string& out);
 void write_cancel_request(std::string& out, std::uint32_t pid, std::string_view key);
 /// NegotiateProtocolVersion: the newest minor version served and the `_pq_.` options not understood.
 void write_negotiate_protocol_version(std::string& out, std::uint32_t version, const std::vector<std::string>& options);

@@ -392,7 +392,7 @@ awaitable<std::string> ServerConnection::log_in(std::shared_ptr<const Upstream> 
       if (unfit_) failure = misfit(wanted) + " (target_session_attrs=" + std::string(conf::name_of(params.targetSessionAttrs)) + ")";
       if (!failure.empty()) {  // the next attempt has its place
         Gather terminate;
-        terminate.own([](std::string& out) { protocol::Writer(out).begin(protocol::Frontend::Terminate).end(); });
+        terminate.own(protocol::write_terminate);
         channel_->send(terminate, worker_.tls_scratch());
         channel_->transport.shutdown_send();
         co_await read_to_end(worker_, channel_->transport);

@@ -719,7 +719,7 @@ void ServerConnection::close(pool::CloseReason reason) {
   let_go();
   Gather terminate;
   if (channel_->queued() == 0 && !cut_off_) {  // behind half a message it would be read as the rest of that
-    terminate.own([](std::string& out) { protocol::Writer(out).begin(protocol::Frontend::Terminate).end(); });
+    terminate.own(protocol::write_terminate);
     channel_->send(terminate, worker_.tls_scratch());
   }
   transition(State::Closing);
