@@ -204,6 +204,19 @@ def test_a_prepared_statement_moves_to_a_server_with_other_settings(proxies, pg)
         b.ask(wire.query("COMMIT"))
 
 
+@pytest.mark.parametrize("verb", ["EXECUTE", "DEALLOCATE"])
+@pytest.mark.parametrize("name,code", [("pgsidecar_{}", "42939"), ('"pgsidecar_{}"', "42939"), ('U&"pgsidecar\\005f{}"', "0A000")])
+def test_nobody_names_what_others_have_prepared(proxies, verb, name, code):
+    proxy = proxies({"pool": {"max": 1}})
+    with raw(proxy) as a, raw(proxy) as b:
+        a.ask(wire.parse("SELECT 'of a'", "s"), wire.SYNC)
+        for number in range(8):
+            text = f"{verb} {name.format(number)}"
+            assert errors(b.ask(wire.query(text))) == [code]
+            assert errors(b.ask(wire.parse(text), wire.bind(), wire.execute(), wire.SYNC)) == [code]
+        assert not errors(a.ask(wire.bind("s"), wire.execute(), wire.SYNC))
+
+
 def test_currval_is_ones_own_or_an_error(proxies, pg):
     pg.sql("CREATE SEQUENCE IF NOT EXISTS counted; GRANT ALL ON counted TO app;"
            "CREATE TABLE IF NOT EXISTS numbered (id serial, t text); GRANT ALL ON numbered, numbered_id_seq TO app", database=DATABASE)

@@ -192,6 +192,10 @@ class Scanner {
         prepared_->closes_all = true;
         return;
       }
+      if (kind_ == 'w' && is(word_, "u") && peek(0) == '&' && peek(1) == '"') {
+        prepared_->escaped = true;
+        return;
+      }
       std::string name = kind_ == '"' ? std::string(word_) : lower(word_);
       if (kind_ == '"')
         for (std::size_t at = 0; (at = name.find("\"\"", at)) != std::string::npos; ++at) name.erase(at, 1);

@@ -77,6 +77,7 @@ struct PreparedNames {
   std::vector<std::string> deallocated;  ///< those of DEALLOCATE
   bool closes_all = false;               ///< DEALLOCATE ALL
   bool all = false;                      ///< it may name any: pg_prepared_statements
+  bool escaped = false;                  ///< one is written as U&"", which isn't among them
 };
 PreparedNames prepared_names(std::string_view sql);
 

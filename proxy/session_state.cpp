@@ -136,6 +136,10 @@ bool ClientSession::refuse(std::string_view sql, std::uint32_t residue, bool sim
     server_->raise(simple, "names of prepared statements that begin with \"pgsidecar_\" are reserved", "Choose another name.", "42939");
     return true;
   }
+  if (named.escaped) {
+    server_->raise(simple, "names of prepared statements that are written as U&\"\" can't be read", "Write the name without escapes.");
+    return true;
+  }
   if (named.all && server_->in_failed_block()) {
     // Ahead of its ROLLBACK neither can the client's be prepared, nor what others have be taken away. Fails with 25P02.
     server_->raise(simple, "a text that ends a failed transaction lists prepared statements", "Send ROLLBACK by itself.");

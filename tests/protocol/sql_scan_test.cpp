@@ -214,6 +214,8 @@ TEST(SqlScan, PreparedNames) {
   EXPECT_TRUE(prepared_names("DEALLOCATE PREPARE ALL").closes_all);
   EXPECT_EQ(prepared_names("DEALLOCATE ALL").names, Names{});
   EXPECT_FALSE(prepared_names("DEALLOCATE \"all\"").closes_all);
+  EXPECT_TRUE(prepared_names("DEALLOCATE u&\"\\0061\"").escaped);
+  EXPECT_FALSE(prepared_names("EXECUTE u & \"x\"").escaped);
 }
 
 TEST(SqlScan, BackslashesInPlainQuotesIfTheyAreNotStandard) {
