@@ -1,4 +1,5 @@
 """`users: {"*": {}}`: whoever the server itself lets in, by a password that is passed on, or trusted here."""
+import signal
 import struct
 import threading
 import time
@@ -7,6 +8,7 @@ import pytest
 
 import harness
 import wire
+from gate import Gate
 from harness import DATABASE, OTHER_DATABASE, OTHER_PASSWORD, OTHER_USER, PASSWORD, raw
 from wire import wire_error
 
@@ -42,6 +44,74 @@ def test_any_users_changed_password(proxies, pg):
         proxy.stop()
     finally:
         pg.sql("DROP ROLE changing")
+
+
+@pytest.fixture
+def known(pg):
+    pg.sql("CREATE ROLE known LOGIN PASSWORD 'known'")
+    yield {"user": "known", "password": "known"}
+    pg.sql("DROP ROLE known")
+
+
+def end_connections(pg):
+    pg.sql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'known'")
+
+
+def test_any_user_goes_on_when_the_server_lets_it_in_again(proxies, pg, known):
+    proxy = proxies({"auth": {"method": "password"}, "users": {"*": {}}, "pool": {"min": 0}})
+    with raw(proxy, **known) as w:
+        assert w.value("SELECT 1") == "1"
+        pg.sql("ALTER ROLE known NOLOGIN")
+        end_connections(pg)
+        harness.poll(lambda: w.ask(wire.query("SELECT 1"))[0].type == "E")
+        pg.sql("ALTER ROLE known LOGIN")
+        harness.poll(lambda: w.ask(wire.query("SELECT 1"))[0].type == "T", what="it is served again")
+    proxy.stop()
+
+
+@pytest.mark.parametrize("why", ["changed", "reload"])
+def test_any_user_is_asked_for_a_password_that_is_not_known_any_more(proxies, pg, known, why):
+    users = {"known": {"password": "known"}} if why == "reload" else {"*": {}}
+    proxy = proxies({"auth": {"method": "password"}, "users": users, "pool": {"min": 0}})
+    with raw(proxy, **known) as w:
+        assert w.value("SELECT 1") == "1"
+        if why == "reload":
+            proxy.write_config({**proxy.config, "users": {"*": {}}})
+            proxy.signal(signal.SIGHUP)
+        else:
+            pg.sql("ALTER ROLE known PASSWORD 'new'")
+            known["password"] = "new"
+            end_connections(pg)
+
+        def fatal():
+            w.send(wire.query("SELECT 1"))
+            last = w.until("ZE")[-1]
+            if last.type == "E" and last.error["S"] == "ERROR":
+                w.until()
+            return last.type == "E" and last.error["S"] == "FATAL" and last.error
+        error = harness.poll(fatal)
+        assert error["C"] == "28P01" and "Connect again" in error["H"], error
+        with raw(proxy, **known) as again:
+            assert again.value("SELECT 2") == "2"
+    proxy.stop()
+
+
+def test_any_user_that_gets_an_entry_of_its_own_while_a_connection_is_opened(proxies, pg, known):
+    with Gate(pg.port) as gate:
+        proxy = proxies({"auth": {"method": "password"}, "users": {"*": {}}, "pool": {"min": 0}}, url=pg.url(port=gate.port, sslmode="require"))
+        with raw(proxy, **known) as w:
+            assert w.value("SELECT 1") == "1"
+            gate.stall()
+            end_connections(pg)
+            gate.cut()
+            w.send(wire.query("SELECT 2"))
+            harness.poll(lambda: gate.count() == 1, what="a connection is being opened")
+            proxy.write_config({**proxy.config, "users": {"*": {}, "known": {"password": "known"}}})
+            proxy.signal(signal.SIGHUP)
+            harness.poll(lambda: "[reload]" in proxy.log_text(), what="it is reloaded")
+            gate.resume()
+            assert "E" not in wire.kinds(w.until()), proxy.log_text()
+        proxy.stop()
 
 
 @pytest.mark.parametrize("mode", ["transaction", "session"])

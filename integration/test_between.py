@@ -258,6 +258,24 @@ def test_what_was_sent_before_a_goodbye_is_executed(proxies, table, waits):
     poll(lambda: table() == count, 10, "all rows are there")
 
 
+@pytest.mark.parametrize("before,frames,rows", [
+    ("SELECT 1", (wire.parse("INSERT INTO between VALUES (1)", "b"), wire.bind("b"), wire.execute(), wire.SYNC,
+                  wire.query("INSERT INTO between SELECT 2 FROM pg_sleep(7)")), 2),
+    ("BEGIN", (wire.close("S", "a"), wire.SYNC), 0),
+])
+def test_a_goodbye_behind_what_the_proxy_answers_itself(proxies, table, before, frames, rows):
+    proxy = proxies({"pool": {"max": 1}})
+    with raw(proxy) as w:
+        w.ask(wire.parse("INSERT INTO between VALUES (1)", "a"), wire.SYNC)
+        w.ask(wire.query(before))
+        w.send(*frames, wire.TERMINATE)
+        w.closed()
+    poll(lambda: table() == rows, 15, "all rows are there")
+    with raw(proxy) as w:
+        healthy(w)
+    assert "server_lost" not in proxy.log_text()
+
+
 @pytest.mark.parametrize("message", [wire.query("SELECT 1"), wire.parse("SELECT 1"), wire.close("S", "a"), wire.SYNC])
 def test_who_is_still_sending_holds_no_server_connection(proxies, message):
     proxy = proxies({"pool": {"max": 1, "connectionTimeoutMillis": 2000}})

@@ -1,7 +1,9 @@
 """The pool: its bound as the server counts it, recycling, waiting, and that nothing of one client reaches another."""
 import concurrent.futures
+import contextlib
 import random
 import re
+import resource
 import secrets
 import signal
 import threading
@@ -458,6 +460,55 @@ def test_session_mode(proxies, pg):
         assert after.value("SELECT count(*) FROM pg_class WHERE relname = 'mine' AND pg_table_is_visible(oid)") == "0"
 
 
+@pytest.mark.parametrize("mode", ["session", "transaction"])
+def test_temporary_tables_hide_others_where_there_were_some_before(proxies, pg, mode):
+    pg.sql("CREATE TABLE IF NOT EXISTS hidden AS SELECT 1 AS i; GRANT ALL ON hidden TO app;"
+           "CREATE OR REPLACE FUNCTION rows() RETURNS bigint LANGUAGE plpgsql AS $$ BEGIN RETURN (SELECT count(*) FROM hidden); END $$",
+           database=DATABASE)
+    proxy = proxies({"pool": {"mode": mode, "max": 1}})
+    with raw(proxy) as w:
+        w.ask(wire.query("CREATE TEMP TABLE other (i int)"))
+    with raw(proxy) as w:
+        assert w.value("SELECT rows()") == "1"
+        w.ask(wire.parse("SELECT count(*) FROM hidden", "s"), wire.bind("s"), wire.execute(), wire.SYNC)
+        w.ask(wire.query("CREATE TEMP TABLE hidden (i int)"))
+        assert w.value("SELECT rows()") == "0"
+        assert [m.row for m in w.ask(wire.bind("s"), wire.execute(), wire.SYNC) if m.type == "D"] == [[b"0"]]
+
+
+def test_functions_write_numbers_as_their_caller_does(proxies, pg):
+    """As its role does by default, and as it has asked for at its login."""
+    pg.sql("CREATE OR REPLACE FUNCTION sum_text() RETURNS text LANGUAGE plpgsql AS $$ BEGIN RETURN (0.1::float8 + 0.2::float8)::text; END $$",
+           database=DATABASE)
+    pg.sql(f"ALTER ROLE {USER} SET extra_float_digits = 0")
+    try:
+        proxy = proxies({"pool": {"max": 1}})
+        with raw(proxy) as plain, raw(proxy, extra_float_digits="3") as jdbc, raw(proxy, extra_float_digits="1") as other:
+            for _ in range(2):
+                assert plain.value("SELECT sum_text()") == "0.3"
+                assert jdbc.value("SELECT sum_text()") == other.value("SELECT sum_text()") == "0.30000000000000004"
+    finally:
+        pg.sql(f"ALTER ROLE {USER} RESET extra_float_digits")
+
+
+def test_many_log_in_while_the_first_connection_is_opened(proxies, pg):
+    """Each is done with its server connection at once: no stack is deep enough for all of them."""
+    with Gate(pg.port) as gate:
+        proxy = proxies({"pool": {"max": 1, "maxUses": 0, "connectionTimeoutMillis": 60000}, "auth": {"method": "trust"},
+                         "limits": {"maxLoginClients": 2000, "loginTimeoutMillis": 60000}}, url=pg.url(port=gate.port))
+        if not harness.sanitized():
+            resource.prlimit(proxy.process.pid, resource.RLIMIT_STACK, (256 * 1024, resource.RLIM_INFINITY))
+        gate.stall()
+        with contextlib.ExitStack() as clients:
+            waiting = [clients.enter_context(wire.Wire(proxy.port, timeout=60)) for _ in range(800)]
+            for w in waiting:
+                w.send(wire.startup_packet({"user": USER, "database": DATABASE}))
+            harness.poll(lambda: proxy.stats()["waitingCount"] == len(waiting))
+            gate.resume()
+            for w in waiting:
+                assert w.until()[0].type == "R"
+
+
 def test_session_mode_ends_who_is_idle_for_too_long(proxies):
     proxy = proxies({"pool": {"mode": "session", "clientIdleTimeoutMillis": 1500}})
     with raw(proxy) as w:
@@ -490,26 +541,36 @@ def test_statement_mode_refuses_transactions(proxies, pg):
         messages = w.until("E")
         assert wire.kinds(messages) == "CE", "a driver that has got ReadyForQuery doesn't read the error"
         assert "transaction" in messages[-1].error["M"].lower(), messages[-1].error
-    with raw(proxy) as w:  # that is over by the time it is refused
-        w.send(wire.query("BEGIN"), wire.query("SELECT 1"), wire.query("COMMIT"))
-        assert w.until("E")[-1].error["C"] == "0A000"
     with raw(proxy) as after:
         assert after.value("SELECT 2") == "2"
 
 
-def test_a_transaction_that_is_over_when_it_is_refused_leaves_one_connection(proxies, pg):
+@pytest.mark.parametrize("extended", [False, True])
+def test_what_is_sent_behind_a_transaction_that_is_refused_is_not_executed(proxies, pg, extended):
+    pg.sql("CREATE TABLE IF NOT EXISTS behind (i int); TRUNCATE behind; GRANT ALL ON behind TO app", database=DATABASE)
     proxy = proxies({"pool": {"mode": "statement", "max": 1}})
     with raw(proxy) as w:
-        w.send(wire.query("SELECT pg_sleep(0.3)"), wire.query("BEGIN"), wire.query("COMMIT"))
-        time.sleep(0.1)
-        proxy.signal(signal.SIGSTOP)  # so that all answers come at once
-        harness.poll(lambda: pg.sql("SELECT 1 FROM pg_stat_activity WHERE usename = 'app' AND query = 'COMMIT' AND state = 'idle'"))
-        proxy.signal(signal.SIGCONT)
+        for text in ("SELECT pg_sleep(0.2)", "BEGIN", "INSERT INTO behind VALUES (1)", "COMMIT"):
+            w.send(*((wire.parse(text), wire.bind(), wire.execute(), wire.SYNC) if extended else (wire.query(text),)))
         assert w.until("E")[-1].error["C"] == "0A000"
     for _ in range(3):
         with raw(proxy) as after:
-            assert after.value("SELECT 2") == "2"
+            assert after.value("SELECT count(*) FROM behind") == "0"
     assert proxy.stats()["totalCount"] == 1
+
+
+def test_a_server_that_goes_before_a_transaction_is_refused(proxies, pg):
+    proxy = proxies({"pool": {"mode": "statement", "max": 1}})
+    with raw(proxy, timeout=8) as w:
+        w.send(wire.query("SELECT pg_sleep(0.3)"), wire.query("BEGIN"))
+        time.sleep(0.1)
+        proxy.signal(signal.SIGSTOP)  # so that all comes at once
+        harness.poll(lambda: pg.count("usename = 'app' AND state = 'idle in transaction'") == 1)
+        pg.sql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'app'")
+        harness.poll(lambda: pg.count("usename = 'app'") == 0)
+        proxy.signal(signal.SIGCONT)
+        assert w.until("E")[-1].error["S"] == "FATAL"
+        w.closed()
 
 
 def test_pool_of_a_section_has_its_own_max(proxies, pg):

@@ -15,7 +15,7 @@ import pytest
 import harness
 from gate import Gate
 from harness import BINARY, DATABASE, PASSWORD, USER, poll
-from test_hanging import hanging_backend
+from test_hanging import hanging_backend, hanging_backends
 
 pytestmark = pytest.mark.skipif(harness.KIND != "pgsidecar", reason="only pgsidecar")
 
@@ -374,6 +374,26 @@ def test_places_that_hang_are_not_the_new_processes(start, stays):
             assert own.backends(f"usename = '{USER}'") == [pid]
         expect_end(old, timeout=5)
         proxy.connect().close()
+
+
+@pytest.mark.parametrize("most", [1, 2])
+def test_what_hangs_counts_at_its_own_server_in_the_new_process_too(start, pg, most):
+    with harness.Postgres() as own:
+        url = own.url(sslmode="require", host=f"127.0.0.1:{own.port},127.0.0.1", port=pg.port)
+        proxy = start({"pool": {"max": most, "connectionTimeoutMillis": 9000}, "shutdown": {"timeoutMillis": 500}}, url=url)
+        with proxy.connect() as one, proxy.connect() as two:
+            for client in (one, two)[:most]:
+                client.execute("BEGIN")
+        with hanging_backends(own):
+            assert proxy.http("/api/admin/reconnect", "POST")[0] == 200
+            poll(lambda: proxy.log_text().count("the server doesn't end it") == most, 20, "it is told of")
+            old = proxy.upgrade()
+            with proxy.connect() as client:
+                assert client.execute("SHOW port").fetchone() == (str(pg.port),)
+            assert own.count(f"usename = '{USER}'") == most
+        expect_end(old, timeout=5)
+        with proxy.connect() as client:
+            client.execute("SELECT 1")
 
 
 def test_a_process_that_waits_for_what_hangs_can_be_ended(start):

@@ -56,10 +56,12 @@ bool Worker::serve_login(PoolEntry& entry, const ServerConnection::Login& login)
   const bool known = is_known(entry, login);
   if (known && login.password.empty()) return tell(accept);
   if (!login.date_styles.empty() && std::any_of(entry.servers.begin(), entry.servers.end(), asks_date_style)) return false;
-  if (is_pools_own(entry, login) && !entry.backoff.may_try(now(), true))
+  // A password that the server has refused to let in is judged anew.
+  const bool is_judged = !login.password.empty() && is_permanent(entry.last_failure.sqlstate);
+  if (is_pools_own(entry, login) && !is_judged && !entry.backoff.may_try(now(), true))
     return is_refused(entry, now()) && tell([](ClientSession& client, const protocol::ErrorFields& failure) { client.refused(failure); });
   // Until the server has accepted a password, who waits is served by nothing but a login.
-  const bool serves_all = entry.passes_password_on && !entry.given_password;
+  const bool serves_all = entry.lacks_password();
   const bool is_next = serves_all || login.since <= entry.pool.oldest_wait();
   const std::uint32_t before_it = is_next ? 0 : entry.pool.wanted(connecting_for_all(entry));
   if (before_it < entry.pool.room()) {

@@ -399,7 +399,7 @@ awaitable<std::string> ServerConnection::log_in(std::shared_ptr<const Upstream> 
       }
     }
   } catch (const boost::system::system_error& e) {
-    failure = e.code().message();
+    if (!unfit_) failure = e.code().message();
   }
   if (limit.expired() && !unfit_) failure = "timeout expired after " + std::to_string(limit.millis()) + " ms";
   // The server goes on until it notices. Of other failures it knows itself.

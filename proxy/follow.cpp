@@ -99,10 +99,16 @@ void Worker::saw_addresses(PoolEntry& entry, std::shared_ptr<const Upstream> ups
 
 /// Of those that the server doesn't end: the addresses that a name has are one server's.
 std::uint32_t Worker::stuck_at(const PoolEntry& entry, const Target& target) const {
-  return static_cast<std::uint32_t>(std::count_if(entry.servers.begin(), entry.servers.end(), [&](const auto& one) {
-    const ServerConnection& server = *one.second;
-    return server.stuck() && !entry.addresses.gone(printed(target.host), address_of(server.target()), now());
-  }));
+  const auto is_there = [&](const std::string& address) { return !entry.addresses.gone(printed(target.host), address, now()); };
+  const std::uint32_t others = succession_ ? succession_->hung_at(entry, is_there) : 0;
+  return others + static_cast<std::uint32_t>(std::ranges::count_if(stuck_addresses(entry), is_there));
+}
+
+std::vector<std::string> Worker::stuck_addresses(const PoolEntry& entry) const {
+  std::vector<std::string> addresses;
+  for (const auto& [id, server] : entry.servers)
+    if (server->stuck()) addresses.push_back(address_of(server->target()));
+  return addresses;
 }
 
 bool Worker::is_full(const PoolEntry& entry, const Target& target) const {

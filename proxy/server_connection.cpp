@@ -338,6 +338,7 @@ bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total
     // Who prepares a text anew must get a new plan: it may have other columns, and its names may be of something else.
     if (std::exchange(open_change_, false)) worker_.statements.begin_generation();
     if (std::exchange(open_definition_, false)) on_catalog_changed();
+    own_temporary_ |= std::exchange(own_open_temporary_, false);
   }
   bool forward = ours && owed.verdict == Verdict::Forward && !(type == Backend::ReadyForQuery && owed.ready_behind);
   if (ours && (owed.verdict == Verdict::Forward || type == Backend::ErrorResponse)) note_answer(type, owed, available, total);
@@ -363,6 +364,7 @@ bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total
       worker_.kick();
     }
   } else if (type == Backend::ErrorResponse) {
+    if (ours) sends_temporary = false, own_open_temporary_ &= pipeline.status() != TxStatus::Idle;
     const bool whole = available.size() == total;  // else it is too long for a name to be put back in
     if (ours && whole && owed.request == Request::Parse && client_->pending_parse_error()) {
       forward = false;
@@ -400,7 +402,10 @@ bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total
     if (tag == "DISCARD PLANS") on_plans_discarded();
     if (tag == "DISCARD ALL" || tag == "DEALLOCATE ALL") client_->on_statements_gone();
     had_temporary_ |= client_->made_temporary();
-    own_temporary_ |= client_->made_temporary() && tag.starts_with("CREATE ");
+    const bool makes = tag.starts_with("CREATE ") || (sends_temporary && tag.starts_with("SELECT "));
+    own_open_temporary_ |= client_->made_temporary() && makes;
+    if (tag == "ROLLBACK") own_open_temporary_ = sends_temporary = false;
+    if (tag == "COMMIT") own_temporary_ |= std::exchange(own_open_temporary_, false);
     open_definition_ |= changes_catalog(tag) || changed_.defined || (tag == "COMMIT PREPARED" && worker_.changes_prepared);
     open_change_ |= open_definition_ || client_->redefines();
     worker_.changes_prepared |= tag == "PREPARE TRANSACTION" && open_change_;
@@ -536,7 +541,7 @@ void ServerConnection::lease(ClientSession& client) {
   running.untold = 0;
   running.reset.reset();
   running.effects = running.named_effects = 0;
-  own_temporary_ = false;
+  own_temporary_ = own_open_temporary_ = sends_temporary = false;
   running.leaking = running.overdue = false;
   worker_.arm_tick(entry_.pool.limit_check());
   client.on_lease(*this);
@@ -549,7 +554,10 @@ ClientSession* ServerConnection::let_go() {
 }
 
 void ServerConnection::detach(bool dirty, bool finish) {
-  let_go();
+  const ClientSession* client = let_go();
+  inject();  // what the client isn't told any more
+  // The schema of its temporary objects stays, and what the next session plans wouldn't notice its first one there.
+  condemned |= had_temporary_ && client && client->mode() == conf::PoolMode::Session;
   asking_residue_ = awaiting_shape_ = cancel_due_ = false;
   others_had_temporary_ |= had_temporary_;
   plans_stale |= std::exchange(had_temporary_, false);

@@ -108,6 +108,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   std::vector<protocol::Word> unknown_names;  ///< words of its texts from before a survey
   std::string suspect;                        ///< the last text of this lease that may have left something in the session
   bool sequences_touched = false;             ///< in this lease
+  bool sends_temporary = false;               ///< a text that makes temporary objects itself, and hasn't failed
   bool sequences_dirty = false;               ///< the session may have values of sequences that another client took
   bool adopts_apart = false;                  ///< what can't be adopted doesn't have the server skip what follows
   bool plans_stale = false;                   ///< what is prepared there may mean something else: temporary objects have come, or gone
@@ -149,7 +150,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   bool in_block() const { return pipeline.status() == protocol::TxStatus::InTransaction && !changed_.block; }
   bool in_failed_block() const { return pipeline.status() == protocol::TxStatus::Failed && !changed_.block; }  ///< likewise
   /// What is planned doesn't notice its client's first temporary object: others' have been in the same schema.
-  bool hides_temporary() const { return others_had_temporary_ && !own_temporary_; }
+  bool hides_temporary() const { return others_had_temporary_ && !own_temporary_ && !own_open_temporary_; }
   void discard_plans();  ///< of a client that waits for nothing
   bool listens() const { return listener_; }
   /// Prepares a statement of the client's under the client's own name for it, for SQL that names it.
@@ -175,7 +176,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   void restore_settings(const Settings& login, const std::optional<protocol::Reset>& reset = {});
   void restore_within(const Settings& login, const std::optional<protocol::Reset>& reset);  ///< as part of the client's request
   void restore_settings_now(const Settings& login);
-  bool restoring() const { return restoring_; }  ///< the client gets its ReadyForQuery behind that
+  bool holds_ready() const { return restoring_ || in_refused_block_; }  ///< the client isn't told of a ReadyForQuery yet
   /// Sends what the worker has gathered for this connection. A failure is dealt with in the next turn.
   void send(Gather& gather);
   /// Takes the client away. `dirty`: what the session holds is unknown, or a transaction is open: rolled back and reset first.
@@ -339,6 +340,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   bool in_refused_block_ = false;      // of a client in statement mode
   bool had_temporary_ = false;         // since it was leased, maybe
   bool own_temporary_ = false;         // for certain
+  bool own_open_temporary_ = false;    // likewise, unless its transaction is rolled back
   bool others_had_temporary_ = false;  // before that
   bool reset_unread_ = false;          // it isn't known what was reset since it had its client's settings
   std::uint32_t unknown_residue_ = 0;  // of unknown_names, as a survey found

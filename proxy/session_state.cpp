@@ -84,6 +84,7 @@ void ClientSession::note_names(std::string_view sql, std::uint32_t residue) {
 std::uint32_t ClientSession::note_residue(std::string_view sql, std::uint32_t known) {
   if (settings->temporary) residue_ |= protocol::kTemporary;
   if (known == 0) return 0;
+  server_->sends_temporary |= known & protocol::kTemporary && known & protocol::kDefinition;
   if (known & protocol::kDiscard) names_open_ |= kNames;
   if (known & protocol::kDatabase) worker_.leave_database(sql);
   std::uint32_t residue = known;
@@ -116,7 +117,7 @@ std::uint32_t ClientSession::note_residue(std::string_view sql, std::uint32_t kn
   changed.path |= (residue & protocol::kPath) != 0;
   changed.code |= (residue & kMakes) != 0;
   changed.defined |= (residue & ~known & protocol::kDefinition) != 0;
-  note_transaction(residue);
+  note_transaction(known);
   const bool takes_value = entry_->sequences_matter && residue & protocol::kSequenceWrite;
   if (residue & ~kPassive || takes_value) server_->suspect = sql.substr(0, kMostSuspect);
   return residue;
@@ -190,7 +191,8 @@ void ClientSession::note_portal(std::string_view portal, const protocol::Stateme
 void ClientSession::note_transaction(std::uint32_t residue) {
   auto& changed = server_->changed();
   if (residue & protocol::kTransaction) changed.block = readies_told_ + server_->pipeline.readies_owed() + 1;
-  changed.commit |= (residue & protocol::kCommit) != 0;
+  const bool may_commit = residue & protocol::kCode && server_->pipeline.status() == protocol::TxStatus::Idle;
+  changed.commit |= (residue & protocol::kCommit) != 0 || may_commit;
 }
 
 /// What is planned on its server connection is planned anew for the temporary objects that a text makes. False: for that, what was sent

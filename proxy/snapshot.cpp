@@ -243,8 +243,7 @@ pool::Snapshot Worker::snapshot(Detail detail) {
     p.paused = entry->paused;
     p.lastError = entry->last_failure.message;
     p.clientsWaiting = static_cast<std::uint32_t>(entry->pool.waiting_count() + entry->logins.size());
-    const pool::Time oldest = std::min(entry->pool.oldest_wait(), entry->logins.empty() ? pool::Time::max() : entry->logins.front().since);
-    if (p.clientsWaiting > 0) p.oldestWaitMicros = micros(t - oldest);
+    if (p.clientsWaiting > 0) p.oldestWaitMicros = micros(t - entry->oldest_wait());
     if (const auto it = s.upstreams.find(upstream_of(entry->database)); it != s.upstreams.end()) {
       it->second.usedByUs += static_cast<std::uint32_t>(entry->servers.size());
       it->second.maxByUs += settings.max;

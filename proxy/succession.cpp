@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <array>
+#include <boost/algorithm/hex.hpp>
 #include <charconv>
 #include <csignal>
 
@@ -54,6 +55,8 @@ void Succession::start() {
   receive();
   if (successor_) return;
   worker_.for_each_pool([this](PoolEntry& entry) {
+    const Key key{entry.database, entry.user};
+    tell_hung(key, shares_[key], entry);
     if (entry.pool.open() == 0 || entry.pool.open_here() >= entry.pool.settings().max) return;
     entry.pool.set_lent(1);
     send({"spare", "1", entry.database, entry.user});
@@ -135,8 +138,9 @@ void Succession::on_message(std::vector<std::string_view> fields) {
   if (what == "spare" && successor_) return void(spared_.emplace_back(fields[2], fields[3]));
   if (what == "over" && successor_) return worker_.on_alone();
   if (what == "cancel") return worker_.cancel(number(fields[1]), fields[2]);
-  if (what != "held" && what != "give" && what != "want" && what != "max") return;
-  const Key key{fields[2], fields[3]};
+  if (what != "held" && what != "give" && what != "want" && what != "max" && what != "hung") return;
+  const std::vector<std::string_view> rest = split(fields[3], std::string_view::npos);  // the user, then what else is told
+  const Key key{fields[2], rest.front()};
   Share& share = shares_[key];
   const std::uint32_t count = number(fields[1]);
   if (what == "held") share.given = count;
@@ -146,10 +150,16 @@ void Succession::on_message(std::vector<std::string_view> fields) {
     share.given -= std::min(share.given, count);
     share.asked -= std::min(share.asked, count);
   }
+  if (what == "hung") {
+    share.hung_held = count;
+    share.hung.clear();
+    for (auto address = rest.begin() + 1; address != rest.end(); ++address)
+      share.hung.push_back(boost::algorithm::unhex(std::string(*address)));
+  }
   PoolEntry* entry = worker_.pool_of(key.first, key.second);
   if (entry) {
     entry->pool.set_lent(share.given);
-    if (what == "give") return worker_.serve(*entry);  // and balances
+    if (what == "give" || what == "hung") return worker_.serve(*entry);  // and balances
   }
   balance(key, share, entry);
 }
@@ -182,6 +192,7 @@ void Succession::pass() {
     Share& share = shares_[{entry.database, entry.user}];
     share.given = max - std::min(max, entry.pool.open_here());
     entry.pool.set_lent(share.given);
+    tell_hung({entry.database, entry.user}, share, entry);
     send({"held", std::to_string(entry.pool.open_here()), entry.database, entry.user});
   });
   send({"go", worker_.had_client() ? "1" : "0"});
@@ -230,6 +241,23 @@ void Succession::balance(PoolEntry& entry) {
   balance(key, shares_[key], &entry);
 }
 
+std::uint32_t Succession::hung_at(const PoolEntry& entry, const std::function<bool(const std::string& address)>& there) const {
+  const auto it = shares_.find({entry.database, entry.user});
+  if (it == shares_.end()) return 0;
+  const auto count = static_cast<std::uint32_t>(std::ranges::count_if(it->second.hung, there));
+  return count - std::min(count, it->second.hung_held);
+}
+
+void Succession::tell_hung(const Key& key, Share& share, const PoolEntry& entry) {
+  const std::vector<std::string> addresses = worker_.stuck_addresses(entry);
+  if (addresses.empty() && share.told_hung.empty()) return;
+  std::vector<std::string> message{"hung", std::to_string(entry.pool.stuck_here()), key.first, key.second};
+  for (const std::string& address : addresses) message.push_back(boost::algorithm::hex(address));
+  if (message == share.told_hung) return;
+  send(message);
+  share.told_hung = std::move(message);
+}
+
 void Succession::give(const Key& key, Share& share, std::uint32_t count) {
   share.given += count;
   share.wanted -= std::min(share.wanted, count);
@@ -241,6 +269,7 @@ void Succession::balance(const Key& key, Share& share, PoolEntry* entry) {
     if (share.wanted > 0) give(key, share, share.wanted);
     return;
   }
+  tell_hung(key, share, *entry);
   pool::Pool& pool = entry->pool;
   const std::uint32_t max = pool.settings().max;
   if (std::exchange(share.max, max) != max) send({"max", std::to_string(max), key.first, key.second});

@@ -9,6 +9,8 @@
 // Of a pool's `max` connections each process has a share: what the other one holds is lent to it. A share grows by `give` alone, so that
 // the sum never exceeds `max`; who has clients that wait for more says `want`, and gets what the other doesn't need, or up to one half. If
 // the successor's configuration, or a reload, has another `max`, each process says its own (`max`), and half of the smaller one counts.
+// Connections that a server doesn't end count at that server alone: each process tells the other at which addresses it has such ones
+// (`hung`), besides those that are among what it holds.
 // Cancel requests of the predecessor's clients come to the successor, which hands them on.
 #pragma once
 
@@ -62,6 +64,8 @@ class Succession : public std::enable_shared_from_this<Succession> {
   void balance(PoolEntry& entry);
   /// What the other one holds of a pool that has just been made.
   void join(PoolEntry& entry);
+  /// How many connections the other one has, besides those it holds, that the server at these addresses doesn't end.
+  std::uint32_t hung_at(const PoolEntry& entry, const std::function<bool(const std::string& address)>& there) const;
 
  private:
   using Socket = boost::asio::basic_seq_packet_socket<boost::asio::generic::seq_packet_protocol, boost::asio::io_context::executor_type>;
@@ -72,6 +76,9 @@ class Succession : public std::enable_shared_from_this<Succession> {
     std::uint32_t asked = 0;                                               // of the other one
     std::uint32_t max = 0;                                                 // the pool's here, as the other one was told
     std::uint32_t others_max = std::numeric_limits<std::uint32_t>::max();  // the pool's there, once it is told
+    std::vector<std::string> hung;                                         // the addresses of those of the other one's
+    std::uint32_t hung_held = 0;                                           // so many are among what it holds
+    std::vector<std::string> told_hung;                                    // what the other one was told
   };
 
   void receive();
@@ -85,6 +92,7 @@ class Succession : public std::enable_shared_from_this<Succession> {
   void flush();
   void balance(const Key& key, Share& share, PoolEntry* entry);
   void give(const Key& key, Share& share, std::uint32_t count);
+  void tell_hung(const Key& key, Share& share, const PoolEntry& entry);
 
   Worker& worker_;
   Socket socket_;

@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <ctime>
+#include <set>
 #include <stdexcept>
 #include <vector>
 
@@ -171,9 +172,21 @@ SslContext make_client_context(const conf::ConnectParams& p) {
 
 conf::FileChecks file_checks() {
   return {[](const conf::Tls& tls) { make_server_context(tls); },
-          [](const conf::ConnectParams& p) {
+          [passed = std::set<std::vector<std::string>>()](const conf::ConnectParams& p) mutable {
             const bool named = (!p.sslrootcert.empty() && p.sslrootcert != "system") || !(p.sslcert + p.sslcrl + p.sslcrldir).empty();
-            if (p.sslmode != conf::SslMode::Disable && named) make_client_context(p);  // the system's CAs would take memory
+            if (p.sslmode == conf::SslMode::Disable || !named) return;  // the system's CAs would take memory
+            std::vector<std::string> asks{std::to_string(static_cast<int>(p.sslmode)),
+                                          p.sslrootcert,
+                                          p.sslcert,
+                                          p.sslkey,
+                                          p.sslpassword,
+                                          p.sslcrl,
+                                          p.sslcrldir,
+                                          p.sslMinProtocolVersion,
+                                          p.sslMaxProtocolVersion};
+            if (passed.contains(asks)) return;  // of another database
+            make_client_context(p);
+            passed.insert(std::move(asks));
           }};
 }
 

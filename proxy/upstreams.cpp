@@ -50,8 +50,7 @@ PoolEntry* Worker::shut_out() {
       PoolEntry* own = pool_of(upstream_.dbname, upstream_.user);
       out = own ? own : entry.get();
     }
-  const bool may_log_in =
-      out && !out->paused && stands_alone(*out) && out->pool.capacity() > 0 && (!out->passes_password_on || out->given_password);
+  const bool may_log_in = out && !out->paused && stands_alone(*out) && out->pool.capacity() > 0 && !out->lacks_password();
   return may_log_in ? out : nullptr;
 }
 

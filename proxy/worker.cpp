@@ -53,6 +53,10 @@ bool is_refused(const PoolEntry& entry, pool::Time now) {
   return is_permanent(entry.last_failure.sqlstate) && !entry.backoff.may_try(now, true) && stands_alone(entry);
 }
 
+bool is_hopeless(const PoolEntry& entry, pool::Time now) {
+  return is_refused(entry, now) || (entry.lacks_password() && entry.connecting == 0 && entry.logins.empty() && stands_alone(entry));
+}
+
 Prepared::Prepared(std::shared_ptr<const conf::Config> from, const conf::Environment& env)
     : config(std::move(from)), upstream(conf::resolve_upstream(config->upstream, env)) {
   if (config->tls.mode != conf::TlsMode::Disable) client_tls = make_server_context(config->tls);
@@ -272,10 +276,10 @@ void Worker::want_server(ClientSession& client) {
     if (ServerConnection* server = take_idle(entry)) return server->lease(client);
   entry.pool.wait(client, now());
   kick();
-  if (is_refused(entry, now())) {  // the client is in the middle of a request
+  if (is_hopeless(entry, now())) {  // the client is in the middle of a request
     asio::post(data_, [this, keeps = entry.shared_from_this(), &entry] {
       const Turn turn(*this);
-      if (is_refused(entry, now())) refuse_waiters(entry);
+      if (is_hopeless(entry, now())) refuse_waiters(entry);
     });
     return;
   }
@@ -307,6 +311,11 @@ bool Worker::wants_listener(const PoolEntry& entry) const {
 }
 
 void Worker::serve_from(PoolEntry& entry) {
+  if (entry.serving) return;  // whoever has let go of a server connection at once; it goes on
+  const struct Serving {
+    bool& on;
+    ~Serving() { on = false; }
+  } serving{entry.serving = true};
   count_stuck(entry);
   if (entry.paused) return;
   const bool listens = wants_listener(entry);
@@ -321,7 +330,7 @@ void Worker::serve_from(PoolEntry& entry) {
     if (!server) break;
     server->lease(*static_cast<ClientSession*>(entry.pool.next_waiter()));
   }
-  if (!entry.backoff.may_try(now(), entry.pool.any_waiting()) || (entry.passes_password_on && !entry.given_password)) return;
+  if (!entry.backoff.may_try(now(), entry.pool.any_waiting()) || entry.lacks_password()) return;
   const conf::PoolSettings& settings = entry.pool.settings();
   const std::uint32_t connecting = connecting_for_all(entry);
   std::uint32_t open = entry.pool.wanted(connecting);
@@ -391,14 +400,16 @@ void Worker::on_connected(ServerConnection& server) {
 void Worker::on_connect_failed(ServerConnection& server, const protocol::ErrorFields& error) {
   PoolEntry& entry = server.entry();
   --entry.connecting;
-  if (server.login() && login_failed(entry, *server.login(), error)) {
+  const bool is_logins = server.login() && login_failed(entry, *server.login(), error);
+  const bool is_outdated = server.condemned && is_permanent(error.sqlstate);  // the configuration has changed meanwhile
+  if (is_logins || is_outdated) {
     entry.servers.erase(server.id());
     connect_over(entry);
     check_operations();
     serve(entry);
     return check_stopped();
   }
-  if (error.sqlstate.starts_with("28")) entry.given_password.reset();  // changed on the server: the next client brings the new one
+  if (error.sqlstate == "28P01") entry.given_password.reset();  // changed on the server: the next client brings the new one
   const bool is_news = error.message != entry.last_failure.message;
   entry.last_failure = error;
   ++entry.pool.counters().connectFailures;
@@ -442,7 +453,13 @@ void Worker::lost_unused(const ServerConnection& server, const protocol::ErrorFi
 }
 
 void Worker::refuse_waiters(PoolEntry& entry) {
-  while (pool::Waiter* waiter = entry.pool.next_waiter()) static_cast<ClientSession*>(waiter)->on_wait_failed(entry.last_failure);
+  while (auto* client = static_cast<ClientSession*>(entry.pool.next_waiter())) {
+    if (entry.lacks_password())
+      client->fatal("28P01", "the password of user \"" + entry.user + "\" is not known any more",
+                    "Connect again: the password that is given at the login is passed on to the server.", entry.last_failure.message);
+    else
+      client->on_wait_failed(entry.last_failure);
+  }
 }
 
 void Worker::on_server_closed(ServerConnection& server) {
@@ -635,7 +652,7 @@ void Worker::look_at(PoolEntry& entry, pool::Time t, Look& look) {
   }
   for (const auto& server : due) server->on_deadline(t);
   entry.listener.recycle();
-  if (entry.listener.has_server() && entry.pool.capacity() <= entry.pool.stuck_here() + 1 && t - entry.pool.oldest_wait() > kWithoutPlace)
+  if (entry.listener.has_server() && entry.pool.capacity() <= entry.pool.stuck_here() + 1 && t - entry.oldest_wait() > kWithoutPlace)
     entry.listener.end();
   serve(entry);
   auto& pool = entry.pool;
@@ -741,7 +758,7 @@ void Worker::check_stopped() {
       server->close(pool::CloseReason::Drain);
     }
     left |= !all.empty();
-    counts |= entry->pool.open_here() > 0;
+    counts |= entry->pool.open() > 0;
   }
   // The servers' own farewell isn't waited for for long, unless their places would be the other process's.
   if (left && ((keeps_places_ && succession_ && counts) || !farewell_over())) return;

@@ -52,6 +52,8 @@ struct PoolEntry : std::enable_shared_from_this<PoolEntry> {
     about.sqlstate = sqlstate;
     return about;
   }
+  pool::Time oldest_wait() const { return std::min(pool.oldest_wait(), logins.empty() ? pool::Time::max() : logins.front().since); }
+  bool lacks_password() const { return passes_password_on && !given_password; }
   std::string database, user;
   std::uint32_t number = 0;  // from 1
   pool::Pool pool;
@@ -75,6 +77,7 @@ struct PoolEntry : std::enable_shared_from_this<PoolEntry> {
   protocol::ErrorFields last_failure;  // of a connect; no message: none since the last success
   std::uint32_t replacements = 0;      // of connections that were worn out while in use: opened before they are missed
   bool passes_password_on = false;
+  bool serving = false;                        // those that wait
   bool paused = false;                         // by an operator: nobody gets a server connection
   bool sequences_matter = false;               // its clients use currval or lastval
   pool::Transparency transparency;             // what its statements leave in sessions
@@ -84,8 +87,9 @@ struct PoolEntry : std::enable_shared_from_this<PoolEntry> {
   std::deque<ServerConnection::Login> logins;  // of clients that the server is still to be asked about
 };
 
-bool stands_alone(const PoolEntry& entry);                ///< no connection of it is open
-bool is_refused(const PoolEntry& entry, pool::Time now);  ///< by the server at the last login, and it is too early to try again
+bool stands_alone(const PoolEntry& entry);                 ///< no connection of it is open
+bool is_refused(const PoolEntry& entry, pool::Time now);   ///< by the server at the last login, and it is too early to try again
+bool is_hopeless(const PoolEntry& entry, pool::Time now);  ///< likewise, or there is no password to try it with
 
 /// The tick's waits have memory of their own, so that arming it anew takes nothing from the heap nor from the blocks that Asio
 /// keeps for the connections' waits. Shared, because the loop may outlive the Worker.
@@ -276,7 +280,7 @@ class Worker {
 
   void want_server(ClientSession& client);  ///< queues it and opens connections
   void run_later(ClientSession& client);    ///< at the end of this turn
-  void refuse_waiters(PoolEntry& entry);    ///< by its last failure
+  void refuse_waiters(PoolEntry& entry);    ///< by its last failure, or since nothing but a login brings a password
   /// Of a client that has waited in vain; a stranger, whose password isn't known to be right, hears of no other client.
   protocol::ErrorFields wait_error(const PoolEntry& entry, bool stranger = false) const;
   std::string use_of(const PoolEntry& entry) const;  ///< "2 of 2 in use, of which 1 doesn't end"
@@ -293,6 +297,8 @@ class Worker {
   void saw_addresses(PoolEntry& entry, std::shared_ptr<const Upstream> upstream);
   /// What the server doesn't end takes all of the pool's places there, with the one that is about to be used.
   bool is_full(const PoolEntry& entry, const Target& target) const;
+  /// Where the connections are that their server doesn't end, each by itself.
+  std::vector<std::string> stuck_addresses(const PoolEntry& entry) const;
   void outdate_address(PoolEntry& entry, const std::string& address);  ///< its connections are closed as they come back
   void on_login();
   void on_greeted() { had_client_ = true; }
