@@ -387,13 +387,14 @@ def test_a_commit_that_was_not_answered_may_have_been_done(pg, proxies, what):
         recovers(proxy)
 
 
-@pytest.mark.parametrize("extended", [False, True])
+@pytest.mark.parametrize("extended", ["", "extended", "behind another"])
 @pytest.mark.parametrize("sql", ["CALL half()", "DO $$ BEGIN COMMIT; PERFORM pg_sleep(3); END $$"])
 def test_what_may_have_committed_by_itself(pg, proxies, sql, extended):
     pg.sql("CREATE OR REPLACE PROCEDURE half() LANGUAGE plpgsql AS $$ BEGIN COMMIT; PERFORM pg_sleep(3); END $$", database=DATABASE)
     proxy = proxies({"pool": {"max": 1, "connectionTimeoutMillis": 10000}})
     with raw(proxy) as w:
-        w.send(*((wire.parse(sql), wire.bind(), wire.execute(), wire.SYNC) if extended else (wire.query(sql),)))
+        before = [wire.query("SELECT 1")] if extended == "behind another" else []
+        w.send(*before, *((wire.parse(sql), wire.bind(), wire.execute(), wire.SYNC) if extended else (wire.query(sql),)))
         harness.poll(lambda: pg.sql("SELECT 1 FROM pg_stat_activity WHERE usename = 'app' AND wait_event = 'PgSleep'"))
         pg.sql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'app'")
         error, = [m.error for m in w.closed() if m.type == "E"]

@@ -61,6 +61,10 @@ def test_a_backend_that_hangs_leaves_a_listening_client_and_another_one_place(ow
             harness.poll(lambda: "the server doesn't end it" in proxy.log_text(), what="it is told of")
             assert w.value("SELECT 2") == "2"
             assert own.count("usename = 'app'") <= 2
+            assert [m.error["C"] for m in listener.closed() if m.type == "E"] == ["57P01"]
+            with raw(proxy) as again:  # which would take it anew
+                assert again.ask(wire.query("LISTEN news"))[0].error["C"] == "0A000"
+                assert again.value("SELECT 3") == "3"
 
 
 def test_what_an_operator_closes_of_a_backend_that_hangs_is_let_go(own, proxies):

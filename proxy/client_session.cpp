@@ -457,7 +457,7 @@ void ClientSession::on_server_lost(const std::string& sqlstate, const std::strin
   // What it had just done to its session.
   const bool unknown =
       server_->asking_residue() || server_->holds_ready() || (subscriber_ && subscriber_->owes_ready()) || left_unknown(in_transaction);
-  const bool committing = server_->changed().commit;
+  const bool committing = server_->changed().commit != 0;
   if (subscriber_) subscriber_->on_server_lost();
   if (!tell_due_ && told_ != server_->told()) told_ = 0;  // it was told what its transaction has set
   server_ = nullptr;

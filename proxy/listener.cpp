@@ -53,7 +53,9 @@ bool Listener::usable() const {
 }
 
 bool Listener::crowded() const {
-  return !server_ && entry_.pool.settings().max == 2 && entry_.pool.lent() > 0;
+  const pool::Pool& pool = entry_.pool;
+  const bool hangs = pool.stuck_here() > 0 && pool.capacity() <= pool.stuck_here() + 1;
+  return !server_ && (hangs || (pool.settings().max == 2 && pool.lent() > 0));
 }
 
 void Listener::adopt(ServerConnection& server) {

@@ -31,7 +31,7 @@ class Listener {
 
   /// A pool of one connection has none to spare: its clients are pinned.
   bool usable() const;
-  /// A pool of two has none to spare either, while the other process of an online restart holds one: LISTEN is refused until then.
+  /// Nor has one of two, while the other process of an online restart holds one, or those that hang all but one: LISTEN is refused.
   bool crowded() const;
   bool has_server() const { return server_ != nullptr; }
   bool up() const { return server_ && !setting_up_; }

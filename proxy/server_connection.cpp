@@ -346,7 +346,8 @@ bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total
     cancel_due_ = false;
     unadopted_.clear();
     client_->on_answered(forward);
-    if (client_->readies_told() >= changed_.block || client_->answered()) changed_.block = changed_.commit = 0;
+    for (std::uint64_t* unknown : {&changed_.block, &changed_.commit})
+      if (client_->readies_told() >= *unknown || client_->answered()) *unknown = 0;
   }
   if (owed.request == Request::Describe && owed.note != 0) on_described(type, owed, available, total);
   if (forward && type == Backend::ReadyForQuery) {

@@ -138,9 +138,9 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
     bool path = false;     ///< where names are looked up
     bool code = false;     ///< anything, or made or dropped: code has run
     bool defined = false;  ///< a function has made or altered something
-    bool commit = false;   ///< what a transaction has done may have been committed, until that is answered
-    /// How many ReadyForQuery the client has been told when it is known whether there is a transaction block; 0: it is known.
-    std::uint64_t block = 0;
+    /// How many ReadyForQuery the client has been told when it is known whether there is a transaction block, and whether what a
+    /// transaction has done was committed; 0: it is known.
+    std::uint64_t block = 0, commit = 0;
     bool any() const { return meaning || path || code; }
   };
   Changed& changed() { return changed_; }

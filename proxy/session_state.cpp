@@ -147,8 +147,9 @@ bool ClientSession::refuse(std::string_view sql, std::uint32_t residue, bool sim
     return true;
   }
   if ((residue & protocol::kNewChannel) && entry_->listener.crowded()) {
-    server_->raise(simple, "LISTEN needs a second server connection, which the other process of an online restart has (pool.max)",
-                   "Try again when it has ended, or set pool.max to 3 or more.");
+    server_->raise(
+        simple, "LISTEN needs a second server connection, which isn't to be had (pool.max)",
+        "The other process of an online restart has it, or the server doesn't end it. Try again later, or set pool.max to 3 or more.");
     return true;
   }
   if (entry_->pool.settings().onUnsupported != conf::OnUnsupported::Error) return false;
@@ -190,9 +191,10 @@ void ClientSession::note_portal(std::string_view portal, const protocol::Stateme
 
 void ClientSession::note_transaction(std::uint32_t residue) {
   auto& changed = server_->changed();
-  if (residue & protocol::kTransaction) changed.block = readies_told_ + server_->pipeline.readies_owed() + 1;
+  const std::uint64_t next_ready = readies_told_ + server_->pipeline.readies_owed() + 1;
+  if (residue & protocol::kTransaction) changed.block = next_ready;
   const bool may_commit = residue & protocol::kCode && server_->pipeline.status() == protocol::TxStatus::Idle;
-  changed.commit |= (residue & protocol::kCommit) != 0 || may_commit;
+  if (residue & protocol::kCommit || may_commit) changed.commit = next_ready;
 }
 
 /// What is planned on its server connection is planned anew for the temporary objects that a text makes. False: for that, what was sent

@@ -175,15 +175,8 @@ conf::FileChecks file_checks() {
           [passed = std::set<std::vector<std::string>>()](const conf::ConnectParams& p) mutable {
             const bool named = (!p.sslrootcert.empty() && p.sslrootcert != "system") || !(p.sslcert + p.sslcrl + p.sslcrldir).empty();
             if (p.sslmode == conf::SslMode::Disable || !named) return;  // the system's CAs would take memory
-            std::vector<std::string> asks{std::to_string(static_cast<int>(p.sslmode)),
-                                          p.sslrootcert,
-                                          p.sslcert,
-                                          p.sslkey,
-                                          p.sslpassword,
-                                          p.sslcrl,
-                                          p.sslcrldir,
-                                          p.sslMinProtocolVersion,
-                                          p.sslMaxProtocolVersion};
+            std::vector<std::string> asks{p.sslrootcert, p.sslcert, p.sslkey, p.sslpassword, p.sslcrl, p.sslcrldir};
+            asks.insert(asks.end(), {std::to_string(static_cast<int>(p.sslmode)), p.sslMinProtocolVersion, p.sslMaxProtocolVersion});
             if (passed.contains(asks)) return;  // of another database
             make_client_context(p);
             passed.insert(std::move(asks));
