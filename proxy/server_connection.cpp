@@ -402,11 +402,7 @@ bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total
     if (tag == "DEALLOCATE") client_->on_deallocated();
     if (tag == "DISCARD PLANS") on_plans_discarded();
     if (tag == "DISCARD ALL" || tag == "DEALLOCATE ALL") client_->on_statements_gone();
-    had_temporary_ |= client_->made_temporary();
-    const bool makes = tag.starts_with("CREATE ") || (sends_temporary && tag.starts_with("SELECT "));
-    own_open_temporary_ |= client_->made_temporary() && makes;
-    if (tag == "ROLLBACK") own_open_temporary_ = sends_temporary = false;
-    if (tag == "COMMIT") own_temporary_ |= std::exchange(own_open_temporary_, false);
+    if (client_->made_temporary() || own_open_temporary_ || sends_temporary) note_temporary(tag);
     open_definition_ |= changes_catalog(tag) || changed_.defined || (tag == "COMMIT PREPARED" && worker_.changes_prepared);
     open_change_ |= open_definition_ || client_->redefines();
     worker_.changes_prepared |= tag == "PREPARE TRANSACTION" && open_change_;
@@ -556,7 +552,7 @@ ClientSession* ServerConnection::let_go() {
 
 void ServerConnection::detach(bool dirty, bool finish) {
   const ClientSession* client = let_go();
-  inject();  // what the client isn't told any more
+  if (pipeline.injects()) inject();  // what the client isn't told any more
   // The schema of its temporary objects stays, and what the next session plans wouldn't notice its first one there.
   condemned |= had_temporary_ && client && client->mode() == conf::PoolMode::Session;
   asking_residue_ = awaiting_shape_ = cancel_due_ = false;

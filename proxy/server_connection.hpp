@@ -264,6 +264,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   bool on_reply(protocol::Backend type, protocol::Bytes available, std::size_t total);
   void note_answer(protocol::Backend type, const protocol::Owed& owed, protocol::Bytes available, std::size_t total);
   void finish_execution(pool::StatementHandle statement);
+  void note_temporary(std::string_view tag);  ///< of a statement that may have made temporary objects, or undone that
   void on_dropped(const protocol::Owed& owed, bool skipped);
   void on_described(protocol::Backend type, const protocol::Owed& owed, protocol::Bytes available, std::size_t total);
   void on_proxy_reply(protocol::Backend type, std::uint64_t note, protocol::Bytes whole);

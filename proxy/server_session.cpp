@@ -455,6 +455,14 @@ std::uint32_t ServerConnection::residue_of_unknown() {
   return std::exchange(unknown_residue_, 0) | entry_.catalog.residue_of_calls(names, worker_.now(), unknown_calls);
 }
 
+void ServerConnection::note_temporary(std::string_view tag) {
+  const bool makes = tag.starts_with("CREATE ") || (sends_temporary && tag.starts_with("SELECT "));
+  had_temporary_ |= client_->made_temporary();
+  own_open_temporary_ |= client_->made_temporary() && makes;
+  if (tag == "ROLLBACK") own_open_temporary_ = sends_temporary = false;
+  if (tag == "COMMIT") own_temporary_ |= std::exchange(own_open_temporary_, false);
+}
+
 bool ServerConnection::changes_catalog(std::string_view tag) const {
   if (tag == "CREATE TABLE" || tag == "CREATE INDEX") return !client_->made_temporary();
   return tag.starts_with("CREATE ") || tag.starts_with("ALTER ") || tag == "DO" || tag == "IMPORT FOREIGN SCHEMA";
