@@ -96,6 +96,18 @@ def test_any_user_is_asked_for_a_password_that_is_not_known_any_more(proxies, pg
     proxy.stop()
 
 
+def test_any_user_who_waits_is_told_when_nothing_can_be_had_any_more(proxies, pg, known):
+    proxy = proxies({"auth": {"method": "password"}, "users": {"*": {}}, "pool": {"min": 0, "max": 2, "connectionTimeoutMillis": 0}})
+    with raw(proxy, **known) as holder, raw(proxy, **known) as w:
+        holder.ask(wire.query("BEGIN"))
+        pg.sql("ALTER ROLE known PASSWORD 'new'")
+        w.send(wire.query("SELECT 1"))
+        harness.poll(lambda: "connect_failed" in proxy.log_text() and proxy.stats()["waitingCount"] == 1)
+        end_connections(pg)
+        assert w.until("E")[-1].error["S"] == "FATAL"
+    proxy.stop()
+
+
 def test_any_user_that_gets_an_entry_of_its_own_while_a_connection_is_opened(proxies, pg, known):
     with Gate(pg.port) as gate:
         proxy = proxies({"auth": {"method": "password"}, "users": {"*": {}}, "pool": {"min": 0}}, url=pg.url(port=gate.port, sslmode="require"))

@@ -460,14 +460,20 @@ def test_session_mode(proxies, pg):
         assert after.value("SELECT count(*) FROM pg_class WHERE relname = 'mine' AND pg_table_is_visible(oid)") == "0"
 
 
-@pytest.mark.parametrize("mode", ["session", "transaction"])
-def test_temporary_tables_hide_others_where_there_were_some_before(proxies, pg, mode):
+@pytest.mark.parametrize("mode,before", [
+    ("session", [wire.query("CREATE TEMP TABLE other (i int)")]), ("transaction", [wire.query("CREATE TEMP TABLE other (i int)")]),
+    ("session", [wire.query("SELECT makes()")]),
+    ("session", [wire.parse("CREATE TEMP TABLE other (i int)", "s") + wire.SYNC, wire.bind("s") + wire.execute() + wire.SYNC]),
+])
+def test_temporary_tables_hide_others_where_there_were_some_before(proxies, pg, mode, before):
     pg.sql("CREATE TABLE IF NOT EXISTS hidden AS SELECT 1 AS i; GRANT ALL ON hidden TO app;"
+           "CREATE OR REPLACE FUNCTION makes() RETURNS void LANGUAGE plpgsql AS $$ BEGIN CREATE TEMP TABLE other (i int); END $$;"
            "CREATE OR REPLACE FUNCTION rows() RETURNS bigint LANGUAGE plpgsql AS $$ BEGIN RETURN (SELECT count(*) FROM hidden); END $$",
            database=DATABASE)
     proxy = proxies({"pool": {"mode": mode, "max": 1}})
     with raw(proxy) as w:
-        w.ask(wire.query("CREATE TEMP TABLE other (i int)"))
+        for frame in before:
+            assert not [m.error for m in w.ask(frame) if m.type == "E"]
     with raw(proxy) as w:
         assert w.value("SELECT rows()") == "1"
         w.ask(wire.parse("SELECT count(*) FROM hidden", "s"), wire.bind("s"), wire.execute(), wire.SYNC)

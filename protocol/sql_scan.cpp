@@ -153,6 +153,12 @@ class Scanner {
     if (any(word_, {"dblink_connect", "dblink_connect_u"})) needs_ |= kLibrary;
   }
 
+  /// The word is one of CREATE [OR REPLACE | LOCAL | GLOBAL] TEMP, run by itself.
+  bool makes() const {
+    if (body_ || kind_ != 'w' || !is(first_, "create")) return false;
+    return n_ == 2 || (n_ == 3 && any(second_, {"local", "global"})) || (n_ == 4 && is(second_, "or"));
+  }
+
   /// Of one statement's words, parted by a blank.
   static std::optional<Reset> reset_by(std::string text) {
     const auto take_first = [&](std::string_view words) {
@@ -333,7 +339,7 @@ class Scanner {
         }
         break;
       case 't':
-        if (any(word_, {"temp", "temporary"}) && !is(first_, "discard")) residue_ |= kTemporary;
+        if (any(word_, {"temp", "temporary"}) && !is(first_, "discard")) residue_ |= kTemporary | (makes() ? kMakesTemporary : kNone);
         break;
       case 'c':
         if (is(word_, "currval"))

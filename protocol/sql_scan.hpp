@@ -41,11 +41,12 @@ enum Residue : std::uint32_t {
   kDefinition = 1u << 25,        ///< not residue: CREATE, ALTER, DROP, SELECT INTO: names may mean something else afterwards
   kDatabase = 1u << 26,          ///< not residue: CREATE, ALTER, DROP DATABASE, for which nobody may be connected to it
   kCommit = 1u << 27,            ///< not residue: COMMIT, END, PREPARE TRANSACTION
+  kMakesTemporary = 1u << 28,    ///< not residue by itself: CREATE TEMP, for certain
   kUnreadable = 1u << 31,        ///< unterminated quote or comment and the like
 };
 /// Of no account by themselves.
 inline constexpr std::uint32_t kPassive = kTransaction | kSequenceWrite | kDrop | kMeaning | kPath | kChannels | kNotify | kNewChannel |
-                                          kCopy | kDefinition | kDatabase | kCommit;
+                                          kCopy | kDefinition | kDatabase | kCommit | kMakesTemporary;
 
 /// The names of what these bits leave behind, as operators are told; nothing for passive ones.
 std::vector<std::string> residue_names(std::uint32_t residue);

@@ -107,7 +107,9 @@ std::size_t ClientSession::on_request(char type, Bytes available, std::size_t to
   }
   if (server_->pipeline.owed_to_clients() >= kMostOwed && !server_->pipeline.awaits_copy_data()) return wait_for_answers(kMostOwed / 2);
   // What is behind a BEGIN that is refused isn't executed.
-  if (mode() == conf::PoolMode::Statement && server_->changed().block != 0 && !server_->pipeline.unsynced() && !answered())
+  const auto& pipeline = server_->pipeline;
+  if (mode() == conf::PoolMode::Statement && server_->changed().block != 0 && !pipeline.awaits_copy_data() && !pipeline.unsynced() &&
+      !answered())
     return wait_for_answers();
   if (server_->pipeline.empty()) begin_execution();
   server_->apply_settings();

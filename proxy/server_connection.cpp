@@ -328,6 +328,7 @@ bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total
       return true;
     }
   }
+  const TxStatus before = pipeline.status();
   const TxStatus status = type == Backend::ReadyForQuery && total == 6 ? static_cast<TxStatus>(available[5]) : TxStatus::Idle;
   bool skipped = false;  // all behind the first
   const auto reply = pipeline.receive(type, status, [&](const Owed& owed) { on_dropped(owed, std::exchange(skipped, true)); });
@@ -338,7 +339,7 @@ bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total
     // Who prepares a text anew must get a new plan: it may have other columns, and its names may be of something else.
     if (std::exchange(open_change_, false)) worker_.statements.begin_generation();
     if (std::exchange(open_definition_, false)) on_catalog_changed();
-    own_temporary_ |= std::exchange(own_open_temporary_, false);
+    own_temporary_ |= std::exchange(own_open_temporary_, false) && before == TxStatus::Idle;  // else its COMMIT has failed
   }
   bool forward = ours && owed.verdict == Verdict::Forward && !(type == Backend::ReadyForQuery && owed.ready_behind);
   if (ours && (owed.verdict == Verdict::Forward || type == Backend::ErrorResponse)) note_answer(type, owed, available, total);
@@ -553,14 +554,12 @@ ClientSession* ServerConnection::let_go() {
 void ServerConnection::detach(bool dirty, bool finish) {
   const ClientSession* client = let_go();
   if (pipeline.injects()) inject();  // what the client isn't told any more
-  // The schema of its temporary objects stays, and what the next session plans wouldn't notice its first one there.
-  condemned |= had_temporary_ && client && client->mode() == conf::PoolMode::Session;
   asking_residue_ = awaiting_shape_ = cancel_due_ = false;
   others_had_temporary_ |= had_temporary_;
   plans_stale |= std::exchange(had_temporary_, false);
   pass_forward_ = false;
   if (!alive()) return;
-  if (dirty) return start_reset(finish);
+  if (dirty) return start_reset(finish, client && client->mode() == conf::PoolMode::Session);
   if (!adopted_.empty()) {
     const Worker::Aside aside(worker_, *this);
     close_adopted();
@@ -568,7 +567,7 @@ void ServerConnection::detach(bool dirty, bool finish) {
   settle();
 }
 
-void ServerConnection::start_reset(bool finish) {
+void ServerConnection::start_reset(bool finish, bool asks_temporary) {
   transition(State::Resetting);
   ++entry_.pool.counters().resets;
   if (pipeline.copy_in()) return close(pool::CloseReason::Broken);
@@ -581,6 +580,7 @@ void ServerConnection::start_reset(bool finish) {
   }
   ask(kReset, "ROLLBACK");
   ask(kReset, "DISCARD ALL");
+  if (asks_temporary) ask(kTemporary, "SELECT pg_catalog.pg_my_temp_schema()");
   forget_statements();
   sequences_dirty = plans_stale = functions_stale = planned_otherwise_ = false;
   planned_.reset();

@@ -38,7 +38,7 @@ constexpr std::uint64_t kOfStatement = 1;
 constexpr std::uint64_t kRaised = ~std::uint64_t{0};
 /// Of the proxy's own queries.
 constexpr std::uint64_t kApply = 1, kResidue = 2, kReset = 3, kRestore = 4, kLearn = 5, kSurvey = 6, kListening = 7, kCapacity = 8,
-                        kAdopt = 9;
+                        kAdopt = 9, kTemporary = 10;
 
 class ServerConnection : public pool::Slot, public std::enable_shared_from_this<ServerConnection> {
  public:
@@ -108,7 +108,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   std::vector<protocol::Word> unknown_names;  ///< words of its texts from before a survey
   std::string suspect;                        ///< the last text of this lease that may have left something in the session
   bool sequences_touched = false;             ///< in this lease
-  bool sends_temporary = false;               ///< a text that makes temporary objects itself, and hasn't failed
+  bool sends_temporary = false;               ///< a CREATE TEMP, and nothing has failed or been rolled back since
   bool sequences_dirty = false;               ///< the session may have values of sequences that another client took
   bool adopts_apart = false;                  ///< what can't be adopted doesn't have the server skip what follows
   bool plans_stale = false;                   ///< what is prepared there may mean something else: temporary objects have come, or gone
@@ -150,8 +150,9 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   bool in_block() const { return pipeline.status() == protocol::TxStatus::InTransaction && !changed_.block; }
   bool in_failed_block() const { return pipeline.status() == protocol::TxStatus::Failed && !changed_.block; }  ///< likewise
   /// What is planned doesn't notice its client's first temporary object: others' have been in the same schema.
-  bool hides_temporary() const { return others_had_temporary_ && !own_temporary_ && !own_open_temporary_; }
-  void discard_plans();  ///< of a client that waits for nothing
+  bool hides_temporary() const { return may_hide_temporary() && !own_open_temporary_; }
+  bool may_hide_temporary() const { return others_had_temporary_ && !own_temporary_; }  ///< should its transaction be rolled back
+  void discard_plans();                                                                 ///< of a client that waits for nothing
   bool listens() const { return listener_; }
   /// Prepares a statement of the client's under the client's own name for it, for SQL that names it.
   void adopt(const std::string& name, const protocol::StatementRef& statement, protocol::Verdict verdict = protocol::Verdict::Skip);
@@ -280,7 +281,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   bool is_on(const char* parameter) const;
   void on_role_changed();   ///< a standby was promoted
   void on_write_refused();  ///< 25006
-  void start_reset(bool finish);
+  void start_reset(bool finish, bool asks_temporary);
   bool changes_catalog(std::string_view tag) const;
   /// Goes on with a survey of the catalogs, or begins one that is due. False: there is nothing to ask.
   bool ask_catalog();

@@ -321,6 +321,12 @@ void ServerConnection::on_proxy_reply(Backend type, std::uint64_t note, Bytes wh
     }
     return;
   }
+  if (note == kTemporary && type == Backend::DataRow) {
+    // That schema stays, and what the next session plans wouldn't notice its first object there.
+    std::string field[1];
+    condemned |= !read_row(whole, field) || field[0] != "0";
+    return;
+  }
   if (note == kAdopt) {
     if (type != Backend::ErrorResponse) return;
     adoption_skipped_ = true;
@@ -456,9 +462,8 @@ std::uint32_t ServerConnection::residue_of_unknown() {
 }
 
 void ServerConnection::note_temporary(std::string_view tag) {
-  const bool makes = tag.starts_with("CREATE ") || (sends_temporary && tag.starts_with("SELECT "));
   had_temporary_ |= client_->made_temporary();
-  own_open_temporary_ |= client_->made_temporary() && makes;
+  own_open_temporary_ |= sends_temporary && (tag.starts_with("CREATE ") || tag.starts_with("SELECT "));
   if (tag == "ROLLBACK") own_open_temporary_ = sends_temporary = false;
   if (tag == "COMMIT") own_temporary_ |= std::exchange(own_open_temporary_, false);
 }

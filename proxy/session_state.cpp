@@ -84,7 +84,7 @@ void ClientSession::note_names(std::string_view sql, std::uint32_t residue) {
 std::uint32_t ClientSession::note_residue(std::string_view sql, std::uint32_t known) {
   if (settings->temporary) residue_ |= protocol::kTemporary;
   if (known == 0) return 0;
-  server_->sends_temporary |= known & protocol::kTemporary && known & protocol::kDefinition;
+  server_->sends_temporary |= (known & protocol::kMakesTemporary) != 0;
   if (known & protocol::kDiscard) names_open_ |= kNames;
   if (known & protocol::kDatabase) worker_.leave_database(sql);
   std::uint32_t residue = known;
@@ -202,10 +202,10 @@ void ClientSession::note_transaction(std::uint32_t residue) {
 bool ClientSession::plans_see_temporary(std::uint32_t residue) {
   const bool may_make =
       residue & protocol::kTemporary || (residue & protocol::kDefinition && (settings->temporary || server_->changed().path));
-  if (!may_make || !rewrites() || !server_->hides_temporary()) return true;
+  if (!may_make || !rewrites() || !server_->may_hide_temporary()) return true;
   if (residue & protocol::kTransaction && server_->pipeline.status() != protocol::TxStatus::Idle) return true;  // it may be SET TRANSACTION
   if (!answered()) return wait_for_answers() != 0;
-  server_->discard_plans();
+  if (server_->hides_temporary()) server_->discard_plans();
   return true;
 }
 

@@ -654,6 +654,7 @@ void Worker::look_at(PoolEntry& entry, pool::Time t, Look& look) {
   entry.listener.recycle();
   if (entry.listener.has_server() && entry.pool.capacity() <= entry.pool.stuck_here() + 1 && t - entry.oldest_wait() > kWithoutPlace)
     entry.listener.end();
+  if (entry.pool.any_waiting() && is_hopeless(entry, t)) refuse_waiters(entry);
   serve(entry);
   auto& pool = entry.pool;
   look.busy |= entry.listener.wants() || pool.any_waiting() || entry.connecting > 0 || !entry.logins.empty();
