@@ -251,7 +251,11 @@ std::uint32_t Succession::hung_at(const PoolEntry& entry, const std::function<bo
 void Succession::tell_hung(const Key& key, Share& share, const PoolEntry& entry) {
   const std::vector<std::string> addresses = worker_.stuck_addresses(entry);
   if (addresses.empty() && share.told_hung.empty()) return;
-  std::vector<std::string> message{"hung", std::to_string(entry.pool.stuck_here()), key.first, key.second};
+  const pool::Pool& pool = entry.pool;
+  const std::uint32_t holds = pool.settings().max - std::min(pool.settings().max, share.given);
+  const std::uint32_t alive = pool.open() - pool.stuck();
+  const std::uint32_t held = std::min(pool.stuck_here(), holds - std::min(holds, alive));
+  std::vector<std::string> message{"hung", std::to_string(held), key.first, key.second};
   for (const std::string& address : addresses) message.push_back(boost::algorithm::hex(address));
   if (message == share.told_hung) return;
   send(message);
