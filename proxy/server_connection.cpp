@@ -580,7 +580,7 @@ void ServerConnection::start_reset(bool finish, bool asks_temporary) {
   }
   ask(kReset, "ROLLBACK");
   ask(kReset, "DISCARD ALL");
-  if (asks_temporary) ask(kTemporary, "SELECT pg_catalog.pg_my_temp_schema()");
+  if (asks_temporary) ask(kTemporarySchema, "SELECT pg_catalog.pg_my_temp_schema()");
   forget_statements();
   sequences_dirty = plans_stale = functions_stale = planned_otherwise_ = false;
   planned_.reset();

@@ -38,7 +38,7 @@ constexpr std::uint64_t kOfStatement = 1;
 constexpr std::uint64_t kRaised = ~std::uint64_t{0};
 /// Of the proxy's own queries.
 constexpr std::uint64_t kApply = 1, kResidue = 2, kReset = 3, kRestore = 4, kLearn = 5, kSurvey = 6, kListening = 7, kCapacity = 8,
-                        kAdopt = 9, kTemporary = 10;
+                        kAdopt = 9, kTemporarySchema = 10;
 
 class ServerConnection : public pool::Slot, public std::enable_shared_from_this<ServerConnection> {
  public:

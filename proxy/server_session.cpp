@@ -321,7 +321,7 @@ void ServerConnection::on_proxy_reply(Backend type, std::uint64_t note, Bytes wh
     }
     return;
   }
-  if (note == kTemporary && type == Backend::DataRow) {
+  if (note == kTemporarySchema && type == Backend::DataRow) {
     // That schema stays, and what the next session plans wouldn't notice its first object there.
     std::string field[1];
     condemned |= !read_row(whole, field) || field[0] != "0";
