@@ -115,8 +115,8 @@ def test_load_is_seen_and_rest_too(proxy):
         load.stdin.write(b"SELECT 1;\n")
         load.stdin.close()
         try:
-            busy = poll(lambda: (seen := profile(proxy, 1))["loops"]["data"]["utilization"] > 0.03 and seen, 30, "the load is seen", 0.2)
-            assert busy["turns"]["perSecond"] > 100
+            poll(lambda: (seen := profile(proxy, 1))["loops"]["data"]["utilization"] > 0.03 and seen["turns"]["perSecond"] > 100, 30,
+                 "the load is seen", 0.2)
         finally:
             load.kill()
             load.wait()
