@@ -101,17 +101,17 @@ std::size_t ClientSession::on_request(char type, Bytes available, std::size_t to
     if (available.size() == total && type == 'P' && parse_unserved(available)) return total;
     if (!acquire()) return 0;
   }
-  if (server_->pipeline.awaits_copy_data() && std::string_view("dcfHS").find(type) == std::string_view::npos) {
+  const auto& pipeline = server_->pipeline;
+  if (pipeline.awaits_copy_data() && std::string_view("dcfHS").find(type) == std::string_view::npos) {
     end_interrupted_copy();
     return 0;
   }
-  if (server_->pipeline.owed_to_clients() >= kMostOwed && !server_->pipeline.awaits_copy_data()) return wait_for_answers(kMostOwed / 2);
+  if (pipeline.owed_to_clients() >= kMostOwed && !pipeline.awaits_copy_data()) return wait_for_answers(kMostOwed / 2);
   // What is behind a BEGIN that is refused isn't executed.
-  const auto& pipeline = server_->pipeline;
   if (mode() == conf::PoolMode::Statement && server_->changed().block != 0 && !pipeline.awaits_copy_data() && !pipeline.unsynced() &&
       !answered())
     return wait_for_answers();
-  if (server_->pipeline.empty()) begin_execution();
+  if (pipeline.empty()) begin_execution();
   server_->apply_settings();
   switch (type) {
     case 'Q': return on_query(available, total);

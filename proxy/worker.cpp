@@ -35,6 +35,11 @@ bool same_connections(const conf::PoolSettings& a, const conf::PoolSettings& b) 
          a.maxUses == b.maxUses && a.maxLifetimeSeconds == b.maxLifetimeSeconds;
 }
 
+/// The server has refused the last login, or there is no password to try another one with.
+bool is_hopeless(const PoolEntry& entry, pool::Time now) {
+  return is_refused(entry, now) || (entry.lacks_password() && entry.connecting == 0 && entry.logins.empty() && stands_alone(entry));
+}
+
 }  // namespace
 
 /// A failure that more tries won't mend: wrong credentials, no such database, one that takes no connections, a value that it doesn't take.
@@ -51,10 +56,6 @@ bool stands_alone(const PoolEntry& entry) {
 /// The server has refused the last login, and it is too early to try again.
 bool is_refused(const PoolEntry& entry, pool::Time now) {
   return is_permanent(entry.last_failure.sqlstate) && !entry.backoff.may_try(now, true) && stands_alone(entry);
-}
-
-bool is_hopeless(const PoolEntry& entry, pool::Time now) {
-  return is_refused(entry, now) || (entry.lacks_password() && entry.connecting == 0 && entry.logins.empty() && stands_alone(entry));
 }
 
 Prepared::Prepared(std::shared_ptr<const conf::Config> from, const conf::Environment& env)

@@ -87,9 +87,8 @@ struct PoolEntry : std::enable_shared_from_this<PoolEntry> {
   std::deque<ServerConnection::Login> logins;  // of clients that the server is still to be asked about
 };
 
-bool stands_alone(const PoolEntry& entry);                 ///< no connection of it is open
-bool is_refused(const PoolEntry& entry, pool::Time now);   ///< by the server at the last login, and it is too early to try again
-bool is_hopeless(const PoolEntry& entry, pool::Time now);  ///< likewise, or there is no password to try it with
+bool stands_alone(const PoolEntry& entry);                ///< no connection of it is open
+bool is_refused(const PoolEntry& entry, pool::Time now);  ///< by the server at the last login, and it is too early to try again
 
 /// The tick's waits have memory of their own, so that arming it anew takes nothing from the heap nor from the blocks that Asio
 /// keeps for the connections' waits. Shared, because the loop may outlive the Worker.
