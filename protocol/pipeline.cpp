@@ -2,7 +2,7 @@
 
 namespace pgsidecar::protocol {
 
-bool Pipeline::push(Owed owed) {
+bool Pipeline::push(const Owed& owed) {
   if (owed.request == Request::Sync) {
     // In COPY the server ignores Sync. Whether it still is in COPY can't be known here, so the Sync waits if a failure would need it: of
     // the data before it, or, as long as there is none, of what the server does ahead of reading.

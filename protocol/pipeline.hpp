@@ -49,7 +49,7 @@ class Pipeline {
 
   /// Records a request that is about to be sent. False: the server will not answer it (it skips up to Sync after an
   /// error, or ignores Sync during COPY), so it is not owed; send it all the same unless it is a Sync in COPY.
-  bool push(Owed owed);
+  bool push(const Owed& owed);
 
   /// What a message of the server is. nullopt: it is none that the server could send now. `dropped(Owed)` is called for
   /// each request that an error makes the server skip. Notices, parameter changes and notifications aren't for here.

@@ -46,7 +46,7 @@ class Ring {
  private:
   static constexpr std::size_t kKept = 256;
 
-  void grow() {
+  [[gnu::noinline]] void grow() {
     std::vector<T> larger(slots_.empty() ? 2 : slots_.size() * 2);
     for (std::size_t i = head_; i != tail_; ++i) larger[i & (larger.size() - 1)] = std::move((*this)[i]);
     slots_ = std::move(larger);

@@ -49,17 +49,7 @@ bool infers_types(std::string_view body, std::string_view sql) {
   return count == 0;  // who declares any declares all
 }
 
-std::size_t held_by(const Statement& statement) {
-  return sizeof statement + footprint(statement.body) + kNode + kBlock;
-}
-
-}  // namespace
-
-bool has_constants(std::string_view sql) {
-  if (std::ranges::any_of(sql, [](char c) { return c == '\\' || static_cast<unsigned char>(c) >= 0x80; })) return true;
-  return is_analysed(sql) && (sql.find('\'') != std::string_view::npos || has_dollar(sql, false));
-}
-
+/// It may have a constant such as 'now' or 'today', which stands for the moment when the text was parsed.
 bool has_moment(std::string_view sql) {
   constexpr std::string_view kMoments[] = {"now", "today", "tomorrow", "yesterday"};
   constexpr auto is_letter = [](char c) { return (c | 32) >= 'a' && (c | 32) <= 'z'; };
@@ -76,6 +66,17 @@ bool has_moment(std::string_view sql) {
   return false;
 }
 
+std::size_t held_by(const Statement& statement) {
+  return sizeof statement + footprint(statement.body) + kNode + kBlock;
+}
+
+}  // namespace
+
+bool has_constants(std::string_view sql) {
+  if (std::ranges::any_of(sql, [](char c) { return c == '\\' || static_cast<unsigned char>(c) >= 0x80; })) return true;
+  return is_analysed(sql) && (sql.find('\'') != std::string_view::npos || has_dollar(sql, false));
+}
+
 bool is_analysed(std::string_view sql) {
   const std::string_view first = next_word(sql), second = next_word(sql);
   if (same_word(first, "create")) return !same_word(second, "index") && !same_word(second, "unique") && !same_word(second, "database");
@@ -89,7 +90,7 @@ std::size_t StatementCache::footprint() const {
 StatementRef StatementCache::intern(std::string_view body, const std::shared_ptr<const void>& meaning) {
   if (const auto it = map_.find(Key{meaning.get(), body}); it != map_.end()) return it->second.lock();
   StatementRef ref = make(body, meaning);
-  map_.emplace(key(*ref), ref);
+  if (!has_moment(ref->sql)) map_.emplace(key(*ref), ref);
   return ref;
 }
 

@@ -24,8 +24,6 @@ namespace pgsidecar::protocol {
 bool is_analysed(std::string_view sql);
 /// Whether what a text says may depend on settings such as DateStyle and client_encoding: it quotes, escapes or isn't ASCII alone.
 bool has_constants(std::string_view sql);
-/// It may have a constant such as 'now' or 'today', which stands for the moment when the text was parsed.
-bool has_moment(std::string_view sql);
 
 /// A described statement's parameter types, by the shape_of what was told of it.
 struct ToldTypes {
@@ -60,7 +58,8 @@ struct Statement {
 };
 using StatementRef = std::shared_ptr<const Statement>;
 
-/// Interns statements. A known body costs no allocation. Must outlive every StatementRef that it gave out.
+/// Interns statements. A known body costs no allocation; one with a constant such as 'now' or 'today', which stands for the moment when
+/// it was parsed, is a statement of its own each time. Must outlive every StatementRef that it gave out.
 class StatementCache {
  public:
   StatementRef intern(std::string_view body, const std::shared_ptr<const void>& meaning = {});

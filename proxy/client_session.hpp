@@ -187,6 +187,10 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   void greet();
   void greet_elsewhere(const protocol::ErrorFields& error);
   std::size_t on_request(char type, protocol::Bytes available, std::size_t total);
+  std::size_t swallow(protocol::Bytes available, std::size_t total);
+  void tell_ready(protocol::TxStatus status);
+  std::size_t answer_lost(char type, protocol::Bytes available, std::size_t total);
+  void refuse_type(char type);
   bool acquire();
   bool held() const;
   bool is_leaving() const;
@@ -218,6 +222,8 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   std::uint32_t note_residue(const protocol::Statement& statement);
   Subscriber::Verdict listen_ahead(std::uint32_t residue, bool simple);
   bool refuse(std::string_view sql, std::uint32_t residue, bool simple);
+  bool refuse_names(std::string_view sql, bool simple);
+  bool refuse_unsupported(std::string_view sql, bool simple);
   void note_names(std::string_view sql, std::uint32_t residue);
   void use_sequences();
   void restore_after_reset(const std::optional<protocol::Reset>& reset = {});
@@ -233,6 +239,8 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   void pin_by_text();
   void pin(std::uint32_t reasons, std::string detail);
   void adopt_named(std::string_view sql, int depth = 0);
+  bool adopt_ahead(std::string_view sql);
+  void end_unnamed();
   void note_deallocations(std::string_view sql);
   void note_executed(std::string_view sql);
   bool adopt(std::string_view name, const protocol::StatementRef& statement);

@@ -52,47 +52,33 @@ bool is_large_object(std::uint32_t oid) {
   }
 }
 
+constexpr bool is_known(char type) {
+  return type == 'Q' || type == 'P' || type == 'B' || type == 'D' || type == 'E' || type == 'C' || type == 'S' || type == 'H' ||
+         type == 'F' || type == 'd' || type == 'c' || type == 'f';
+}
+
 }  // namespace
 
 std::size_t ClientSession::on_request(char type, Bytes available, std::size_t total) {
-  const auto swallow = [&] {
-    pass_left_ = total - available.size();
-    pass_to_server_ = false;
-    return available.size();
-  };
   if (type == 'X') {
     said_goodbye_ = true;
     close();
     return 0;
   }
   if (discarding_) {
-    if (type == 'S') {
-      discarding_ = false;
-      const auto status = lost_ ? protocol::TxStatus::Failed : protocol::TxStatus::Idle;
-      worker_.to_client.own([status](std::string& out) { protocol::write_ready_for_query(out, status); });
-    }
-    return swallow();
+    if (type == 'S') discarding_ = false, tell_ready(lost_ ? protocol::TxStatus::Failed : protocol::TxStatus::Idle);
+    return swallow(available, total);
   }
-  static constexpr std::string_view kKnown = "QPBDECSHFdcf";
-  if (kKnown.find(type) == std::string_view::npos) {
-    fatal("08P01", "invalid frontend message type " + std::to_string(static_cast<unsigned char>(type)));
+  if (!is_known(type)) {
+    refuse_type(type);
     return 0;
   }
-  if (lost_) {
-    if (available.size() < total && total < kMaxNames) return 0;
-    bool ended = false;
-    worker_.to_client.own([&](std::string& out) {
-      ended = lost_->answer(type, available.subspan(kHeaderSize), statements, worker_.statements, settings->meaning, out);
-    });
-    if (ended) lost_.reset();
-    if (ended && draining_) fatal("57P01", "terminating connection due to administrator command");
-    return swallow();
-  }
+  if (lost_) return answer_lost(type, available, total);
   if (!server_) {
-    if (type == 'd' || type == 'c' || type == 'f' || type == 'H') return swallow();  // the rest of a COPY that failed
+    if (type == 'd' || type == 'c' || type == 'f' || type == 'H') return swallow(available, total);  // the rest of a COPY that failed
     if (type == 'S') {
-      worker_.to_client.own([](std::string& out) { protocol::write_ready_for_query(out, protocol::TxStatus::Idle); });
-      return swallow();
+      tell_ready(protocol::TxStatus::Idle);
+      return swallow(available, total);
     }
     // Who is still sending it needs no server connection yet.
     const bool read_whole = (type == 'Q' || type == 'P') && rewrites() && total <= worker_.config().limits.maxParseBytes;
@@ -135,7 +121,7 @@ std::size_t ClientSession::on_request(char type, Bytes available, std::size_t to
       // Whether the server ignores it, as it does in COPY mode, isn't known before that has begun, or failed to.
       if (residue_ & protocol::kCopy && answered()) residue_ &= ~protocol::kCopy;
       if (residue_ & protocol::kCopy && !server_->pipeline.awaits_copy_data()) return wait_for_answers();
-      if (!server_->pipeline.push({Request::Sync, Verdict::Forward, id_})) return swallow();  // held during COPY
+      if (!server_->pipeline.push({Request::Sync, Verdict::Forward, id_})) return swallow(available, total);  // held during COPY
       end_segment();
       relay(available, total);
       restore_after_reset();
@@ -144,6 +130,31 @@ std::size_t ClientSession::on_request(char type, Bytes available, std::size_t to
   }
   relay(available, total);
   return available.size();
+}
+
+std::size_t ClientSession::swallow(Bytes available, std::size_t total) {
+  pass_left_ = total - available.size();
+  pass_to_server_ = false;
+  return available.size();
+}
+
+void ClientSession::tell_ready(protocol::TxStatus status) {
+  worker_.to_client.own([status](std::string& out) { protocol::write_ready_for_query(out, status); });
+}
+
+std::size_t ClientSession::answer_lost(char type, Bytes available, std::size_t total) {
+  if (available.size() < total && total < kMaxNames) return 0;
+  bool ended = false;
+  worker_.to_client.own([&](std::string& out) {
+    ended = lost_->answer(type, available.subspan(kHeaderSize), statements, worker_.statements, settings->meaning, out);
+  });
+  if (ended) lost_.reset();
+  if (ended && draining_) fatal("57P01", "terminating connection due to administrator command");
+  return swallow(available, total);
+}
+
+void ClientSession::refuse_type(char type) {
+  fatal("08P01", "invalid frontend message type " + std::to_string(static_cast<unsigned char>(type)));
 }
 
 std::size_t ClientSession::on_execute(Bytes available, std::size_t total) {
@@ -170,6 +181,29 @@ void ClientSession::relay(Bytes available, std::size_t total) {
   worker_.to_server.add(available.data(), available.size());
   pass_left_ = total - available.size();
   pass_to_server_ = true;
+}
+
+/// Prepares what a text names. True: the text belongs behind that, and isn't executed if it fails.
+bool ClientSession::adopt_ahead(std::string_view sql) {
+  // What goes ahead of what it names is executed, and maybe committed, whatever becomes of that.
+  const auto& pipeline = server_->pipeline;
+  server_->adopts_apart =
+      has_several_statements(sql) && answered() && !pipeline.unsynced() && pipeline.status() == protocol::TxStatus::Idle;
+  const std::size_t owed = pipeline.size();
+  adopt_named(sql);
+  const bool apart = std::exchange(server_->adopts_apart, false);
+  return pipeline.size() > owed && !apart;
+}
+
+/// A Query has dropped the unnamed statement, whatever becomes of those parsed before it.
+void ClientSession::end_unnamed() {
+  statements.clear_unnamed();
+  server_->statements.unnamed.reset();
+  if (!unanswered_) return;
+  auto& [pending, deallocations, ended] = *unanswered_;
+  for (std::size_t at = std::max(ended, pending.begin()); at != pending.end(); ++at)
+    if (pending[at].name.empty()) pending[at].before = {}, pending[at].adopted.reset();
+  ended = pending.end();
 }
 
 std::size_t ClientSession::on_query(Bytes available, std::size_t total) {
@@ -203,30 +237,16 @@ std::size_t ClientSession::on_query(Bytes available, std::size_t total) {
     }
     if (!entry_->catalog.quiet()) note_names(sql, entry_->catalog.residue_of_names(sql));
     if (residue & protocol::kPrepared) {
-      // What goes ahead of what it names is executed, and maybe committed, whatever becomes of that.
-      const auto& pipeline = server_->pipeline;
-      server_->adopts_apart =
-          has_several_statements(sql) && answered() && !pipeline.unsynced() && pipeline.status() == protocol::TxStatus::Idle;
-      const std::size_t owed = pipeline.size();
       const auto behind = std::exchange(server_->changed(), before);  // what it names is parsed ahead of it
-      adopt_named(sql);
+      adopts = adopt_ahead(sql);
       server_->changed() = behind;
       note_executed(sql);
-      adopts = pipeline.size() > owed && !server_->adopts_apart;
-      server_->adopts_apart = false;
       note_deallocations(sql);
     }
   } else if (rewrites()) {
     residue_ |= protocol::kUnreadable;
   }
-  statements.clear_unnamed();
-  if (unanswered_) {
-    auto& [pending, deallocations, ended] = *unanswered_;
-    for (std::size_t at = std::max(ended, pending.begin()); at != pending.end(); ++at)
-      if (pending[at].name.empty()) pending[at].before = {}, pending[at].adopted.reset();
-    ended = pending.end();
-  }
-  server_->statements.unnamed.reset();
+  end_unnamed();
   ++entry_->pool.counters().queries;
   server_->pipeline.push({Request::Query, Verdict::Forward, id_, statement, adopts});
   end_segment();
@@ -291,9 +311,8 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
   const bool own_path = (changed_so_far.path || changed_so_far.code) && protocol::is_analysed(sql);
   const bool own_reading = changed_so_far.meaning && protocol::has_constants(sql);
   if (own_reading && !answered()) return wait_for_answers();
-  const bool own = own_path || own_reading || protocol::has_moment(sql);
-  protocol::StatementRef statement =
-      own ? worker_.statements.make(body, settings->meaning, own_path, own_reading) : worker_.statements.intern(body, settings->meaning);
+  protocol::StatementRef statement = own_path || own_reading ? worker_.statements.make(body, settings->meaning, own_path, own_reading)
+                                                             : worker_.statements.intern(body, settings->meaning);
   if ((!name.empty() || statement->residue & protocol::kPrepared) && !names_settled(kNames)) return 0;
   server_->running.named = note_statement(*statement);
   if (!name.empty() && statements.find(name)) {

@@ -43,8 +43,10 @@ bool wanted_whole(Backend type) {
   }
 }
 
-bool is_row(std::uint8_t type) {
-  return type == static_cast<std::uint8_t>(Backend::DataRow) || type == static_cast<std::uint8_t>(Backend::CopyData);
+/// Or what describes them.
+bool is_of_rows(std::uint8_t type) {
+  return type == static_cast<std::uint8_t>(Backend::DataRow) || type == static_cast<std::uint8_t>(Backend::CopyData) ||
+         type == static_cast<std::uint8_t>(Backend::RowDescription);
 }
 
 bool is_error(Bytes message, std::string_view sqlstate) {
@@ -174,7 +176,7 @@ std::size_t ServerConnection::process(Bytes in) {
       if (client_ && client_->waits_for_answers()) client_->on_maybe_answered();
       continue;
     }
-    if (const std::size_t rows = is_row(left[0]) ? pass_rows(left) : 0) {
+    if (const std::size_t rows = is_of_rows(left[0]) ? pass_rows(left) : 0) {
       at += rows;
       continue;
     }
@@ -248,7 +250,7 @@ std::size_t ServerConnection::pass_rows(Bytes in) {
   if (front->request != Request::Query && front->request != Request::Execute) return 0;
   std::size_t at = 0;
   while (in.size() - at >= kHeaderSize && pass_left_ == 0) {
-    if (!is_row(in[at])) break;
+    if (!is_of_rows(in[at])) break;
     const std::uint32_t length = protocol::load_u32(in.data() + at + 1);
     if (length < 4 || length > protocol::kMaxMessageSize) break;
     const std::size_t available = std::min(std::size_t{length} + 1, in.size() - at);
@@ -275,58 +277,108 @@ bool ServerConnection::on_frame(Backend type, Bytes available, std::size_t total
     return true;
   };
   switch (type) {
-    case Backend::ParameterStatus: {
-      protocol::Reader reader(available.subspan(kHeaderSize));
-      const std::string_view name = reader.cstring();
-      const std::string_view value = reader.cstring();
-      if (!reader.ok()) return false;
-      parameters_[std::string(name)] = value;
-      told_ = true;
-      fingerprint_ = 0;
-      if (name == "standard_conforming_strings") conforming_strings_ = value != "off";
-      if (name == "in_hot_standby") on_role_changed();
-      return pass(to_client && client_->state() != ClientSession::State::Greeting);
-    }
+    case Backend::ParameterStatus:
+      return on_parameter(available.subspan(kHeaderSize)) && pass(to_client && client_->state() != ClientSession::State::Greeting);
     case Backend::NoticeResponse:
       // Told to quit at once (SIGQUIT), a server process can say so in a warning alone.
-      if (available.size() == total) farewell_ = protocol::parse_error(available.subspan(kHeaderSize));
-      if (farewell_ && !farewell_->sqlstate.starts_with("57P")) farewell_.reset();
+      if (available.size() == total) on_notice(available.subspan(kHeaderSize));
       return pass(to_client && !restoring && client_->state() != ClientSession::State::Greeting);
-    case Backend::NotificationResponse: {
-      const auto notification = protocol::parse_notification(available.subspan(kHeaderSize));
-      if (!notification) return false;
-      if (listener_)
-        entry_.listener.on_notification(*notification);
-      else if (client_)
-        client_->on_notification(*notification);
-      return true;
-    }
+    case Backend::NotificationResponse: return on_notification(available.subspan(kHeaderSize));
     default: return on_reply(type, available, total);
   }
 }
 
+bool ServerConnection::on_parameter(Bytes body) {
+  protocol::Reader reader(body);
+  const std::string_view name = reader.cstring();
+  const std::string_view value = reader.cstring();
+  if (!reader.ok()) return false;
+  parameters_[std::string(name)] = value;
+  told_ = true;
+  fingerprint_ = 0;
+  if (name == "standard_conforming_strings") conforming_strings_ = value != "off";
+  if (name == "in_hot_standby") on_role_changed();
+  return true;
+}
+
+void ServerConnection::on_notice(Bytes body) {
+  farewell_ = protocol::parse_error(body);
+  if (farewell_ && !farewell_->sqlstate.starts_with("57P")) farewell_.reset();
+}
+
+bool ServerConnection::on_notification(Bytes body) {
+  const auto notification = protocol::parse_notification(body);
+  if (!notification) return false;
+  if (listener_)
+    entry_.listener.on_notification(*notification);
+  else if (client_)
+    client_->on_notification(*notification);
+  return true;
+}
+
+// What an error says of the connection and of what is prepared on it, whoever it is for. False: it isn't one.
+bool ServerConnection::on_error(Bytes body) {
+  const auto error = protocol::parse_error(body);
+  if (!error) return false;
+  if (error->sqlstate == "25006") on_write_refused();
+  // Whoever parses the same text anew must get a new plan, as on a connection of its own, and so must who never relied on the old one.
+  if (const Owed* front = pipeline.front();
+      front && error->sqlstate == "0A000" && (front->request == Request::Bind || front->request == Request::Describe))
+    if (const auto statement = statements.find(front->note)) {
+      worker_.statements.retire(*statement);
+      drop_statement(statement->id);
+    }
+  // Code of a client's has deallocated it.
+  if (const Owed* front = pipeline.front(); front && error->sqlstate == "26000" && front->note != 0 && statements.find(front->note))
+    drop_statement(front->note);
+  if (error->severity != "FATAL" && error->severity != "PANIC" && !pipeline.empty()) return true;
+  // Of what its client has sent in COPY mode, whose rest the server can't make out.
+  if (error->sqlstate == "08P01" && client_) client_->fatal(error->sqlstate, error->message);
+  lost(error->sqlstate, error->message);
+  return true;
+}
+
+// Of the client's own request: whether the server's error goes on as it is, with nothing else in its place.
+bool ServerConnection::passes_error(const Owed& owed, Bytes available, bool whole) {
+  sends_temporary = false;
+  own_open_temporary_ &= pipeline.status() != TxStatus::Idle;
+  bool as_it_is = false;
+  if (whole && owed.request == Request::Parse && client_->pending_parse_error()) {
+    rename_error(available, *client_->pending_parse_error());
+  } else if (const std::string* name = whole && owed.request == Request::Bind ? client_->name_of(owed.note) : nullptr) {
+    rename_error(available, *name);
+  } else if (running.overdue && is_error(available, "57014")) {
+    client_->tell_query_timeout();
+  } else if (!unadopted_.empty() && is_error(available, "26000")) {  // the server would have looked at the statement itself
+    count_told({reinterpret_cast<const std::uint8_t*>(unadopted_.data()), unadopted_.size()});
+    worker_.to_client.own([this](std::string& out) { out += unadopted_; });
+  } else if (owed.note == kRaised) {
+    tell_raised(available);
+  } else {
+    as_it_is = true;
+    count_told(available);
+  }
+  client_->forget_pending_parse_error();
+  return as_it_is;
+}
+
+void ServerConnection::on_tag(std::string_view tag) {
+  if (client_->subscriber()) client_->subscriber()->on_tag(tag);
+  if (tag == "DEALLOCATE") client_->on_deallocated();
+  if (tag == "DISCARD PLANS") on_plans_discarded();
+  if (tag == "DISCARD ALL" || tag == "DEALLOCATE ALL") client_->on_statements_gone();
+  if (client_->made_temporary() || own_open_temporary_ || sends_temporary) note_temporary(tag);
+  open_definition_ |= changes_catalog(tag) || changed_.defined || (tag == "COMMIT PREPARED" && worker_.changes_prepared);
+  open_change_ |= open_definition_ || client_->redefines();
+  worker_.changes_prepared |= tag == "PREPARE TRANSACTION" && open_change_;
+}
+
 bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total) {
   farewell_.reset();
-  if (type == Backend::ErrorResponse && available.size() == total) {
-    const auto error = protocol::parse_error(available.subspan(kHeaderSize));
-    if (!error) return false;
-    if (error->sqlstate == "25006") on_write_refused();
-    // Whoever parses the same text anew must get a new plan, as on a connection of its own, and so must who never relied on the old one.
-    if (const Owed* front = pipeline.front();
-        front && error->sqlstate == "0A000" && (front->request == Request::Bind || front->request == Request::Describe))
-      if (const auto statement = statements.find(front->note)) {
-        worker_.statements.retire(*statement);
-        drop_statement(statement->id);
-      }
-    // Code of a client's has deallocated it.
-    if (const Owed* front = pipeline.front(); front && error->sqlstate == "26000" && front->note != 0 && statements.find(front->note))
-      drop_statement(front->note);
-    if (error->severity == "FATAL" || error->severity == "PANIC" || pipeline.empty()) {
-      // Of what its client has sent in COPY mode, whose rest the server can't make out.
-      if (error->sqlstate == "08P01" && client_) client_->fatal(error->sqlstate, error->message);
-      lost(error->sqlstate, error->message);
-      return true;
-    }
+  const bool whole = available.size() == total;
+  if (type == Backend::ErrorResponse && whole) {
+    if (!on_error(available.subspan(kHeaderSize))) return false;
+    if (!alive()) return true;
   }
   const TxStatus before = pipeline.status();
   const TxStatus status = type == Backend::ReadyForQuery && total == 6 ? static_cast<TxStatus>(available[5]) : TxStatus::Idle;
@@ -366,29 +418,7 @@ bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total
       worker_.kick();
     }
   } else if (type == Backend::ErrorResponse) {
-    if (ours) sends_temporary = false, own_open_temporary_ &= pipeline.status() != TxStatus::Idle;
-    const bool whole = available.size() == total;  // else it is too long for a name to be put back in
-    if (ours && whole && owed.request == Request::Parse && client_->pending_parse_error()) {
-      forward = false;
-      rename_error(available, *client_->pending_parse_error());
-    } else if (const std::string* name = ours && whole && owed.request == Request::Bind ? client_->name_of(owed.note) : nullptr) {
-      forward = false;
-      rename_error(available, *name);
-    } else if (ours && running.overdue && is_error(available, "57014")) {
-      forward = false;
-      client_->tell_query_timeout();
-    } else if (ours && !unadopted_.empty() && is_error(available, "26000")) {
-      forward = false;  // the server would have looked at the statement itself
-      count_told({reinterpret_cast<const std::uint8_t*>(unadopted_.data()), unadopted_.size()});
-      worker_.to_client.own([this](std::string& out) { out += unadopted_; });
-    } else if (ours && owed.note == kRaised) {
-      forward = false;
-      tell_raised(available);
-    } else {
-      forward = ours;
-      if (ours) count_told(available);
-    }
-    if (ours) client_->forget_pending_parse_error();
+    forward = ours && passes_error(owed, available, whole);  // one that isn't whole is too long for a name to be put back in
     if (!ours || !client_->is_sending()) send_held_sync(owed.owner);
   } else if (type == Backend::ParseComplete) {
     if (const auto statement = owed.note != 0 && client_ ? statements.find(owed.note) : nullptr)
@@ -397,16 +427,7 @@ bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total
   } else if (type == Backend::CloseComplete) {
     if (ours && owed.verdict != Verdict::Skip && owed.note == kOfStatement) client_->on_name_done(true);
   } else if (type == Backend::CommandComplete && ours && owed.verdict == Verdict::Forward) {
-    protocol::Reader reader(available.subspan(kHeaderSize));
-    const std::string_view tag = reader.cstring();
-    if (client_->subscriber()) client_->subscriber()->on_tag(tag);
-    if (tag == "DEALLOCATE") client_->on_deallocated();
-    if (tag == "DISCARD PLANS") on_plans_discarded();
-    if (tag == "DISCARD ALL" || tag == "DEALLOCATE ALL") client_->on_statements_gone();
-    if (client_->made_temporary() || own_open_temporary_ || sends_temporary) note_temporary(tag);
-    open_definition_ |= changes_catalog(tag) || changed_.defined || (tag == "COMMIT PREPARED" && worker_.changes_prepared);
-    open_change_ |= open_definition_ || client_->redefines();
-    worker_.changes_prepared |= tag == "PREPARE TRANSACTION" && open_change_;
+    on_tag(protocol::Reader(available.subspan(kHeaderSize)).cstring());
   }
   if (forward) worker_.to_client.add(available.data(), available.size());
   pass_left_ = total - available.size();

@@ -259,11 +259,20 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   void wait_writable();
   void on_writable();
   std::size_t process(protocol::Bytes in);
-  /// How far it is rows of the client's own answer, most of what servers send: they go on, and change nothing but the count.
+  /// How far it is rows of the client's own answer, most of what servers send, and their description: they go on, and change nothing
+  /// but the count.
   std::size_t pass_rows(protocol::Bytes in);
   bool on_frame(protocol::Backend type, protocol::Bytes available, std::size_t total);
+  bool on_parameter(protocol::Bytes body);
+  void on_notice(protocol::Bytes body);
+  bool on_notification(protocol::Bytes body);
   bool on_reply(protocol::Backend type, protocol::Bytes available, std::size_t total);
+  bool on_error(protocol::Bytes body);
+  bool passes_error(const protocol::Owed& owed, protocol::Bytes available, bool whole);
+  void bring_settings();
+  void on_tag(std::string_view tag);
   void note_answer(protocol::Backend type, const protocol::Owed& owed, protocol::Bytes available, std::size_t total);
+  void note_error(const protocol::Owed& owed, protocol::Bytes available, std::size_t total);
   void finish_execution(pool::StatementHandle statement);
   void note_temporary(std::string_view tag);  ///< of a statement that may have made temporary objects, or undone that
   void on_dropped(const protocol::Owed& owed, bool skipped);

@@ -50,6 +50,10 @@ auto of_name(auto& pairs, std::string_view name) {
 // --- ahead of the client's statements
 
 void ServerConnection::apply_settings() {
+  if (leased_anew_ || functions_stale || settings != client_->settings) bring_settings();
+}
+
+void ServerConnection::bring_settings() {
   if (settings != client_->settings && settings) {
     const auto statements_needed = settings_statements(settings->values, client_->settings->values);
     settings = client_->settings;

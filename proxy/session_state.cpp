@@ -131,8 +131,20 @@ Subscriber::Verdict ClientSession::listen_ahead(std::uint32_t residue, bool simp
 // What only the server finds out afterwards, in a function, is pinned all the same.
 bool ClientSession::refuse(std::string_view sql, std::uint32_t residue, bool simple) {
   if (!rewrites()) return false;
+  if (residue & protocol::kPrepared && refuse_names(sql, simple)) return true;
+  if ((residue & protocol::kNewChannel) && entry_->listener.crowded()) {
+    server_->raise(
+        simple, "LISTEN needs a second server connection, which isn't to be had (pool.max)",
+        "The other process of an online restart has it, or the server doesn't end it. Try again later, or set pool.max to 3 or more.");
+    return true;
+  }
+  const bool fits = (residue & ~kPassive) == 0 || entry_->pool.settings().onUnsupported != conf::OnUnsupported::Error;
+  return !fits && refuse_unsupported(sql, simple);
+}
+
+bool ClientSession::refuse_names(std::string_view sql, bool simple) {
   const auto is_ours = [](const std::string& name) { return name.starts_with(protocol::kServerNamePrefix); };
-  const auto named = residue & protocol::kPrepared ? protocol::prepared_names(sql) : protocol::PreparedNames{};
+  const auto named = protocol::prepared_names(sql);
   if (std::ranges::any_of(named.names, is_ours)) {
     server_->raise(simple, "names of prepared statements that begin with \"pgsidecar_\" are reserved", "Choose another name.", "42939");
     return true;
@@ -146,14 +158,10 @@ bool ClientSession::refuse(std::string_view sql, std::uint32_t residue, bool sim
     server_->raise(simple, "a text that ends a failed transaction lists prepared statements", "Send ROLLBACK by itself.");
     return true;
   }
-  if ((residue & protocol::kNewChannel) && entry_->listener.crowded()) {
-    server_->raise(
-        simple, "LISTEN needs a second server connection, which isn't to be had (pool.max)",
-        "The other process of an online restart has it, or the server doesn't end it. Try again later, or set pool.max to 3 or more.");
-    return true;
-  }
-  if (entry_->pool.settings().onUnsupported != conf::OnUnsupported::Error) return false;
-  if ((residue & ~kPassive) == 0) return false;
+  return false;
+}
+
+bool ClientSession::refuse_unsupported(std::string_view sql, bool simple) {
   const std::uint32_t needed = protocol::needs_session(sql, server_->conforming_strings());
   const auto row = std::find_if(std::begin(kRefusals), std::end(kRefusals), [&](const auto& r) { return r.residue == needed; });
   if (row == std::end(kRefusals)) return false;

@@ -123,26 +123,27 @@ std::pair<std::uint64_t, std::uint64_t> ClientSession::take_delays(pool::Time no
 
 void ServerConnection::note_answer(Backend type, const protocol::Owed& owed, Bytes available, std::size_t total) {
   if (owed.verdict == protocol::Verdict::Forward) running.bytes += total;
-  const bool executes = owed.request == Request::Execute;
   switch (type) {
     case Backend::CommandComplete: running.rows += rows_of(protocol::Reader(available.subspan(kHeaderSize)).cstring()); [[fallthrough]];
     case Backend::EmptyQueryResponse:
     case Backend::PortalSuspended:
-      if (executes) finish_execution(owed.note);
+      if (owed.request == Request::Execute) finish_execution(owed.note);
       return;
-    case Backend::ErrorResponse:
-      if (const auto error = protocol::parse_error(available.subspan(kHeaderSize)); error && available.size() == total)
-        running.sqlstate = error->sqlstate;
-      if (executes)
-        finish_execution(owed.note == kRaised ? pool::kNoStatement : owed.note);
-      else if (owed.request != Request::Query && owed.request != Request::Sync)
-        finish_execution(running.named);
-      return;
+    case Backend::ErrorResponse: return note_error(owed, available, total);
     case Backend::ReadyForQuery:
       if (owed.request == Request::Query) finish_execution(owed.note == kRaised ? pool::kNoStatement : owed.note);
       return;
     default: return;
   }
+}
+
+void ServerConnection::note_error(const protocol::Owed& owed, Bytes available, std::size_t total) {
+  if (const auto error = protocol::parse_error(available.subspan(kHeaderSize)); error && available.size() == total)
+    running.sqlstate = error->sqlstate;
+  if (owed.request == Request::Execute)
+    finish_execution(owed.note == kRaised ? pool::kNoStatement : owed.note);
+  else if (owed.request != Request::Query && owed.request != Request::Sync)
+    finish_execution(running.named);
 }
 
 void ServerConnection::finish_execution(pool::StatementHandle statement) {

@@ -536,9 +536,7 @@ void Worker::kick() {
   arm_tick(milliseconds(100));
 }
 
-void Worker::arm_tick(milliseconds after) {
-  const pool::Time at = now() + after;
-  if (stopped_ || at >= tick_at_) return;
+void Worker::tick_at(pool::Time at) {
   tick_at_ = at;
   timer_.expires_at(at);
   timer_.async_wait(asio::bind_allocator(TickAllocator<char>(tick_memory_), [this](const boost::system::error_code& ec) {

@@ -323,7 +323,9 @@ class Worker {
   const std::string& upstream_of(const std::string& database) { return databases_[database].upstream; }
   /// The client_encoding that a database's connection string asks for; empty: none.
   const std::string& encoding_of(const std::string& database) { return databases_[database].encoding; }
-  void arm_tick(std::chrono::milliseconds after);
+  void arm_tick(std::chrono::milliseconds after) {
+    if (const pool::Time at = now() + after; at < tick_at_ && !stopped_) tick_at(at);
+  }
   void kick();  ///< deadlines are near: the tick runs soon
   bool draining() const { return draining_; }
   static constexpr std::uint32_t kMostConsoles = 16;
@@ -413,6 +415,7 @@ class Worker {
       if (at != pool::Time::max()) again_in(std::chrono::ceil<std::chrono::milliseconds>(std::max(at, t) - t));
     }
   };
+  void tick_at(pool::Time at);
   void tick();
   void look_at(PoolEntry& entry, pool::Time t, Look& look);
   void look_at_clients(pool::Time t, Look& look);

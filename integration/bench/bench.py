@@ -4,8 +4,9 @@ run; prints Markdown tables. With one client each, both run at the same time, so
 50, which would compete for the CPU, they take turns of 0.1 s within one run, for the same reason: 3 % shows.
 
 CPU is the proxy process's own, from the kernel's scheduler statistics, divided by pgbench's count of transactions, logins left out. The
-proxy has a CPU to itself, the server and pgbench have the rest: where the scheduler puts a wake-up decides 15 % otherwise. Absolute times
-say little on a shared machine; the ratio of the two within one run does, and the table gives its spread over the rounds.
+proxy has a CPU to itself, the server and pgbench have the rest: where the scheduler puts a wake-up decides 15 % otherwise. Each round has
+processes of its own: where their memory lies decides some percent. Absolute times say little on a shared machine; the ratio of the two
+within one run does, and the table gives its spread over the rounds.
 
   integration/bench/bench.py [--seconds 4] [--rounds 3] [--only cpu,login,memory,start,idle] [--against OTHER/pgsidecar]
 """
@@ -120,19 +121,20 @@ def cpu(pg, seconds, rounds, theirs, name):
     print("|---|---|--:|--:|--:|--:|---|")
     worst = 0
     for tls in (False, True):
-        with running(alone(ours(pg, tls))) as a, running(alone(theirs(pg, tls))) as b:
-            for load, arguments, clients in CASES:
-                compare((a, b), arguments, clients, 1)  # connections are opened
-                micros, ratios = {a: [], b: []}, []
-                for number in range(rounds):
+        for load, arguments, clients in CASES:
+            micros = []  # of both, in each round
+            for number in range(rounds):
+                with running(alone(ours(pg, tls))) as a, running(alone(theirs(pg, tls))) as b:
+                    compare((a, b), arguments, clients, 1)  # connections are opened
                     order = (a, b) if number % 2 == 0 else (b, a)
-                    for proxy, (count, used) in zip(order, compare(order, arguments, clients, seconds)):
-                        micros[proxy].append(used / count * 1e6)
-                    ratios.append(micros[a][-1] / micros[b][-1])
-                ratio = statistics.median(ratios)
-                worst = max(worst, ratio)
-                print(f"| {'TLS' if tls else 'plain'} | {load} | {clients} | {statistics.median(micros[a]):.1f} | {statistics.median(micros[b]):.1f} "
-                      f"| **{ratio:.2f}** | {min(ratios):.2f} to {max(ratios):.2f} |", flush=True)
+                    spent = {proxy: used / count * 1e6 for proxy, (count, used) in zip(order, compare(order, arguments, clients, seconds))}
+                    micros.append((spent[a], spent[b]))
+            ratios = [one / other for one, other in micros]
+            ratio = statistics.median(ratios)
+            worst = max(worst, ratio)
+            one, other = (statistics.median(column) for column in zip(*micros))
+            print(f"| {'TLS' if tls else 'plain'} | {load} | {clients} | {one:.1f} | {other:.1f} "
+                  f"| **{ratio:.2f}** | {min(ratios):.2f} to {max(ratios):.2f} |", flush=True)
     return worst
 
 

@@ -15,6 +15,19 @@ TEST(StatementCache, SameTextAndTypesAreOneStatement) {
   EXPECT_EQ(cache.size(), 1u);  // the one that nobody held is gone
 }
 
+TEST(StatementCache, WhatStandsForTheMomentIsNotShared) {
+  StatementCache cache;
+  for (const char* sql : {"SELECT 'now'::timestamp", "SELECT date $$Today$$", "SELECT 'tomorrow' :: date", "SELECT '  yesterday '::date"}) {
+    const auto a = cache.intern(sql);
+    EXPECT_NE(a, cache.intern(sql)) << sql;
+  }
+  EXPECT_EQ(cache.size(), 0u);
+  for (const char* sql : {"SELECT now()", "SELECT 'x', now()", "SELECT 'nowhere'", "SELECT knows, 'x'"}) {
+    const auto a = cache.intern(sql);
+    EXPECT_EQ(a, cache.intern(sql)) << sql;
+  }
+}
+
 TEST(StatementCache, ForgetsWhatNobodyHolds) {
   StatementCache cache;
   {
