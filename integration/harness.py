@@ -527,7 +527,7 @@ class PgBouncer(Process):
 listen_addr = 127.0.0.1
 listen_port = {self.port}
 unix_socket_dir =
-auth_type = scram-sha-256
+auth_type = {(config or {}).get("auth", {}).get("method", "scram-sha-256")}
 auth_file = {self.directory}/users
 admin_users = {USER}
 pool_mode = {pool.get("mode", "transaction")}
