@@ -432,7 +432,7 @@ void ClientSession::on_wait_failed(const protocol::ErrorFields& error) {
     channel_.unread.erase(0, have);
     pass_left_ = total - have;
     pass_to_server_ = false;
-    worker_.to_client.own([](std::string& out) { protocol::write_ready_for_query(out, protocol::TxStatus::Idle); });
+    tell_ready(protocol::TxStatus::Idle);
   }
   send(worker_.to_client);
   if (subscriber_) {

@@ -43,7 +43,7 @@ bool wanted_whole(Backend type) {
   }
 }
 
-/// Or what describes them.
+/// Rows, or what describes them.
 bool is_of_rows(std::uint8_t type) {
   return type == static_cast<std::uint8_t>(Backend::DataRow) || type == static_cast<std::uint8_t>(Backend::CopyData) ||
          type == static_cast<std::uint8_t>(Backend::RowDescription);

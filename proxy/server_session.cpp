@@ -50,21 +50,19 @@ auto of_name(auto& pairs, std::string_view name) {
 // --- ahead of the client's statements
 
 void ServerConnection::apply_settings() {
-  if (leased_anew_ || functions_stale || settings != client_->settings) bring_settings();
-}
-
-void ServerConnection::bring_settings() {
-  if (settings != client_->settings && settings) {
-    const auto statements_needed = settings_statements(settings->values, client_->settings->values);
-    settings = client_->settings;
-    reset_unread_ = false;
-    run_ahead(statements_needed);
-  }
+  if (settings != client_->settings && settings) bring_settings();
   if (leased_anew_ && planned_under_others()) functions_stale = true;
   if (functions_stale) renew_plans();
   if (!leased_anew_) return;
   leased_anew_ = false;
   if (sequences_dirty && entry_.sequences_matter) forget_sequences();
+}
+
+void ServerConnection::bring_settings() {
+  const auto statements_needed = settings_statements(settings->values, client_->settings->values);
+  settings = client_->settings;
+  reset_unread_ = false;
+  run_ahead(statements_needed);
 }
 
 /// What functions have planned was read under the settings of who ran them first. What its client itself changes afterwards, it keeps.
