@@ -1,6 +1,7 @@
 #include "pool/pool.hpp"
 
 #include <algorithm>
+#include <initializer_list>
 #include <utility>
 
 namespace pgsidecar::pool {
@@ -60,21 +61,29 @@ void Pool::put_idle(Slot& slot, Time now) {
   idle_.push_front(slot);
 }
 
-std::chrono::milliseconds Pool::idle_check() const {
-  std::chrono::milliseconds least = std::chrono::hours(1);
-  for (const std::chrono::milliseconds limit :
-       {std::chrono::milliseconds(staying() > settings_.min ? settings_.idleTimeoutMillis : 0),
-        std::chrono::milliseconds(std::chrono::seconds(settings_.maxLifetimeSeconds)) / 10, rest_after_})
-    if (limit.count() != 0) least = std::min(least, limit);
-  return least;
+void Pool::set_settings(const conf::PoolSettings& settings) {
+  settings_ = settings;
+  set_checks();
 }
 
-std::chrono::milliseconds Pool::limit_check() const {
-  std::chrono::milliseconds least = std::chrono::hours(1);
-  for (const std::uint32_t limit : {settings_.queryTimeoutMillis, settings_.clientIdleTimeoutMillis, settings_.maxTransactionMillis,
-                                    settings_.idleInTransactionWarnMillis, settings_.idleInTransactionTimeoutMillis})
-    if (limit != 0) least = std::min(least, std::chrono::milliseconds(limit));
-  return least;
+void Pool::set_rest(std::chrono::milliseconds after) {
+  rest_after_ = after;
+  set_checks();
+}
+
+void Pool::set_checks() {
+  using std::chrono::milliseconds;
+  const auto least = [](std::initializer_list<milliseconds> limits) {
+    milliseconds least = std::chrono::hours(1);
+    for (const milliseconds limit : limits)
+      if (limit.count() != 0) least = std::min(least, limit);
+    return least;
+  };
+  const conf::PoolSettings& s = settings_;
+  limit_check_ = least({milliseconds(s.queryTimeoutMillis), milliseconds(s.clientIdleTimeoutMillis), milliseconds(s.maxTransactionMillis),
+                        milliseconds(s.idleInTransactionWarnMillis), milliseconds(s.idleInTransactionTimeoutMillis)});
+  idle_check_ = least({milliseconds(std::chrono::seconds(s.maxLifetimeSeconds)) / 10, rest_after_});
+  surplus_check_ = least({idle_check_, milliseconds(s.idleTimeoutMillis)});
 }
 
 Slot* Pool::outdated(Time now, CloseReason& reason) {

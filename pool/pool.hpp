@@ -69,10 +69,10 @@ struct Waiter : Hook {
 
 class Pool {
  public:
-  explicit Pool(const conf::PoolSettings& settings) : settings_(settings) {}
+  explicit Pool(const conf::PoolSettings& settings) { set_settings(settings); }
 
   const conf::PoolSettings& settings() const { return settings_; }
-  void set_settings(const conf::PoolSettings& settings) { settings_ = settings; }
+  void set_settings(const conf::PoolSettings& settings);
   PoolCounters& counters() { return counters_; }
   Permits& permits() { return permits_; }
   std::uint32_t open() const { return permits_.held; }                        ///< those being opened and closed included
@@ -122,21 +122,24 @@ class Pool {
   /// How many connections to open now: one for each waiter that none being opened is for, within the capacity.
   std::uint32_t wanted(std::uint32_t connecting) const;
   /// Without use for so long nothing is kept, `min` or not; zero: what `min` says is.
-  void set_rest(std::chrono::milliseconds after) { rest_after_ = after; }
+  void set_rest(std::chrono::milliseconds after);
   /// `min` isn't filled up until a client wants a connection again.
   void rest() { resting_ = true; }
   bool resting() const { return resting_; }
   /// After what time an idle connection may be outdated.
-  std::chrono::milliseconds idle_check() const;
+  std::chrono::milliseconds idle_check() const { return staying() > settings_.min ? surplus_check_ : idle_check_; }
   /// After what time a client may have reached one of its limits.
-  std::chrono::milliseconds limit_check() const;
+  std::chrono::milliseconds limit_check() const { return limit_check_; }
   Slot* any_idle() { return idle_.empty() ? nullptr : &idle_.front(); }
 
  private:
   using Slots = boost::intrusive::list<Slot, boost::intrusive::constant_time_size<false>>;
   using Waiters = boost::intrusive::list<Waiter, boost::intrusive::constant_time_size<false>>;
 
+  void set_checks();
+
   conf::PoolSettings settings_;
+  std::chrono::milliseconds limit_check_{}, idle_check_{}, surplus_check_{};  // surplus: beyond `min`
   PoolCounters counters_;
   Permits permits_;
   std::uint32_t stuck_here_ = std::numeric_limits<std::uint32_t>::max();

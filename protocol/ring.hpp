@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <memory>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -22,12 +23,17 @@ class Ring {
   T& front() { return (*this)[head_]; }
   const T& front() const { return (*this)[head_]; }
 
-  void push_back(T item) {
+  void push_back(T item) { add() = std::move(item); }
+  /// The new back, as T{} is if T isn't trivial.
+  T& add() {
     if (size() == slots_.size()) grow();
-    (*this)[tail_++] = std::move(item);
+    return (*this)[tail_++];
   }
   void drop_front() {
-    if constexpr (!std::is_trivially_destructible_v<T>) front() = T{};
+    if constexpr (!std::is_trivially_destructible_v<T>) {
+      std::destroy_at(&front());
+      std::construct_at(&front());
+    }
     ++head_;
     // What a burst has taken is given back.
     if (empty() && slots_.size() > kKept) std::vector<T>().swap(slots_);

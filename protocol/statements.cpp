@@ -183,19 +183,13 @@ void ClientStatements::erase(std::string_view name) {
     named_->erase(name);
 }
 
-std::size_t ClientStatements::long_unnamed() const {
-  const std::size_t size = unnamed_.statement ? unnamed_.statement->body.size() : 0;
-  return size > kLongText ? size : 0;
-}
-
 void ClientStatements::drop_unnamed() {
   static const StatementRef kGone = std::make_shared<const Statement>();
   unnamed_ = {kGone};
 }
 
-void LongTexts::keep(ClientStatements& of) {
+void LongTexts::add(ClientStatements& of) {
   const std::size_t size = of.long_unnamed();
-  if (size == 0) return;
   kept_.push_back({&of, size});
   bytes_ += size;
   while (bytes_ > kMost && kept_.size() > 1) {
@@ -204,7 +198,7 @@ void LongTexts::keep(ClientStatements& of) {
   }
 }
 
-void LongTexts::let_go(const ClientStatements& of) {
+void LongTexts::remove(const ClientStatements& of) {
   const auto kept = std::ranges::find(kept_, &of, &Kept::of);
   if (kept != kept_.end()) erase(kept);
 }
@@ -253,10 +247,6 @@ void ServerStatements::clear() {
   map_.clear();
   bytes_ = 0;
   unnamed.reset();
-}
-
-void ServerStatements::drop_long_unnamed() {
-  if (unnamed && unnamed->body.size() > kLongText) unnamed.reset();
 }
 
 StatementRef ServerStatements::evict(std::size_t limit) {

@@ -126,7 +126,12 @@ class ClientStatements {
       for (const auto& [name, named] : *named_) f(name, named.statement);
   }
   void clear_unnamed() { unnamed_ = {}; }
-  std::size_t long_unnamed() const;  ///< the length of the unnamed statement, if it is a long one; else 0
+  NamedStatement exchange_unnamed(NamedStatement by) { return std::exchange(unnamed_, std::move(by)); }
+  /// The length of the unnamed statement, if it is a long one; else 0.
+  std::size_t long_unnamed() const {
+    const std::size_t size = unnamed_.statement ? unnamed_.statement->body.size() : 0;
+    return size > kLongText ? size : 0;
+  }
   void drop_unnamed();               ///< there is one still, but its text is gone
   std::size_t size() const { return named_ ? named_->size() : 0; }
   std::size_t footprint() const { return named_ ? sizeof *named_ + footprint_of_slots(*named_) : 0; }
@@ -145,8 +150,13 @@ class LongTexts {
  public:
   static constexpr std::size_t kMost = 8u << 20;  ///< bytes, or a single text
 
-  void keep(ClientStatements& of);  ///< drops what was kept first, if it is too much
-  void let_go(const ClientStatements& of);
+  /// Drops what was kept first, if it is too much.
+  void keep(ClientStatements& of) {
+    if (of.long_unnamed() != 0) add(of);
+  }
+  void let_go(const ClientStatements& of) {
+    if (!kept_.empty()) remove(of);
+  }
   std::size_t bytes() const { return bytes_; }
 
  private:
@@ -154,6 +164,8 @@ class LongTexts {
     ClientStatements* of;
     std::size_t bytes;
   };
+  void add(ClientStatements& of);
+  void remove(const ClientStatements& of);
   void erase(std::vector<Kept>::iterator kept);
 
   std::vector<Kept> kept_;  // the first kept first
@@ -190,7 +202,9 @@ class ServerStatements {
   StatementRef evict(std::size_t limit);
   std::size_t size() const { return order_.size(); }
   std::size_t footprint() const { return footprint_of_nodes(order_) + footprint_of_slots(map_); }
-  void drop_long_unnamed();
+  void drop_long_unnamed() {
+    if (unnamed && unnamed->body.size() > kLongText) unnamed.reset();
+  }
   StatementRef unnamed;  ///< what the server's unnamed statement holds, if known
 
  private:

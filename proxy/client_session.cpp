@@ -348,20 +348,7 @@ void ClientSession::on_server_ready() {
   }
   if (subscriber_ && subscriber_->on_answered()) return;
   if (subscriber_ && subscriber_->in_turn()) return subscriber_->advance();
-  if (residue_ & protocol::kFunction) {
-    const bool known = redefines();
-    residue_ |= server_->residue_of_unknown();
-    server_->changed().meaning |= (residue_ & protocol::kMeaning) != 0;
-    if (!known && redefines()) {
-      worker_.statements.begin_generation();
-      server_->on_catalog_changed();
-    }
-  }
-  if (residue_ & protocol::kReset) {  // a function has; before that is taken for what the client has set
-    residue_ &= ~protocol::kReset;
-    if (!login_settings_->values.empty()) server_->restore_settings_now(*login_settings_);
-  }
-  pin_by_text();
+  if (residue_ != 0) judge_residue();
   if (must_ask()) {
     forget_residue();
     return server_->ask_residue();

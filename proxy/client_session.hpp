@@ -236,6 +236,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   bool left_unknown(bool in_transaction) const;
   void forget_residue() { residue_ = told_residue_ = 0; }
   void note_effects();
+  void judge_residue();  ///< of a transaction that is over
   void pin_by_text();
   void pin(std::uint32_t reasons, std::string detail);
   void adopt_named(std::string_view sql, int depth = 0);

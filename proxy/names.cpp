@@ -286,7 +286,7 @@ void ClientSession::on_name_done(bool ok, bool skipped) {
     return undo(unanswered_->pending);
   }
   if (!ok && !skipped) parse_error_ = std::make_unique<std::string>(std::move(next.name));
-  unanswered_->pending.pop_front();
+  unanswered_->pending.drop_front();
 }
 
 const std::string* ClientSession::name_of(std::uint64_t id) const {

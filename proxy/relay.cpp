@@ -339,8 +339,9 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
   const std::uint32_t generation = worker_.statements.generation();
   if (name.empty()) {
     pipeline.push({Request::Parse, Verdict::Forward, id_});
-    unanswered().pending.push_back({Pending::kParse, {}, statements.look_up({}), std::exchange(held.unnamed, statement)});
-    statements.set({}, std::move(statement), generation);
+    Pending& pending = unanswered().pending.add();
+    pending.before = statements.exchange_unnamed({statement, generation});
+    pending.adopted = std::exchange(held.unnamed, std::move(statement));
     relay(available, total);
     return total;
   }

@@ -157,7 +157,6 @@ void ServerConnection::on_writable() {
 std::size_t ServerConnection::process(Bytes in) {
   const Worker::Visit visit(worker_, client_);
   assert(worker_.to_server.empty() && worker_.to_client.empty());
-  const auto self = shared_from_this();
   std::size_t at = 0;
   Gather& out = worker_.to_client;
   ClientSession* const reader = client_;
@@ -364,12 +363,19 @@ bool ServerConnection::passes_error(const Owed& owed, Bytes available, bool whol
 
 void ServerConnection::on_tag(std::string_view tag) {
   if (client_->subscriber()) client_->subscriber()->on_tag(tag);
+  if (client_->made_temporary() || own_open_temporary_ || sends_temporary) note_temporary(tag);
+  open_definition_ |= changed_.defined;
+  open_change_ |= open_definition_ || client_->redefines();
+  const bool counts_rows = !tag.empty() && tag.back() >= '0' && tag.back() <= '9';
+  if (!counts_rows) on_utility(tag);
+}
+
+void ServerConnection::on_utility(std::string_view tag) {
   if (tag == "DEALLOCATE") client_->on_deallocated();
   if (tag == "DISCARD PLANS") on_plans_discarded();
   if (tag == "DISCARD ALL" || tag == "DEALLOCATE ALL") client_->on_statements_gone();
-  if (client_->made_temporary() || own_open_temporary_ || sends_temporary) note_temporary(tag);
-  open_definition_ |= changes_catalog(tag) || changed_.defined || (tag == "COMMIT PREPARED" && worker_.changes_prepared);
-  open_change_ |= open_definition_ || client_->redefines();
+  open_definition_ |= changes_catalog(tag) || (tag == "COMMIT PREPARED" && worker_.changes_prepared);
+  open_change_ |= open_definition_;
   worker_.changes_prepared |= tag == "PREPARE TRANSACTION" && open_change_;
 }
 

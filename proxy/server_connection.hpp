@@ -271,6 +271,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   bool passes_error(const protocol::Owed& owed, protocol::Bytes available, bool whole);
   void bring_settings();
   void on_tag(std::string_view tag);
+  void on_utility(std::string_view tag);
   void note_answer(protocol::Backend type, const protocol::Owed& owed, protocol::Bytes available, std::size_t total);
   void note_error(const protocol::Owed& owed, protocol::Bytes available, std::size_t total);
   void finish_execution(pool::StatementHandle statement);

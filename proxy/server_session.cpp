@@ -67,8 +67,10 @@ void ServerConnection::bring_settings() {
 
 /// What functions have planned was read under the settings of who ran them first. What its client itself changes afterwards, it keeps.
 bool ServerConnection::planned_under_others() {
+  const bool otherwise = std::exchange(planned_otherwise_, false);
+  if (planned_ == client_->settings->meaning) return otherwise;
   const auto before = std::exchange(planned_, client_->settings->meaning);
-  return std::exchange(planned_otherwise_, false) || (before && before != planned_ && !plans_alike(before->values, planned_->values));
+  return otherwise || (before && before != planned_ && !plans_alike(before->values, planned_->values));
 }
 
 void ServerConnection::renew_plans() {

@@ -300,6 +300,23 @@ void ClientSession::on_residue(SettingsRef now, const Residue& found) {
   pin(reasons, std::move(detail));
 }
 
+void ClientSession::judge_residue() {
+  if (residue_ & protocol::kFunction) {
+    const bool known = redefines();
+    residue_ |= server_->residue_of_unknown();
+    server_->changed().meaning |= (residue_ & protocol::kMeaning) != 0;
+    if (!known && redefines()) {
+      worker_.statements.begin_generation();
+      server_->on_catalog_changed();
+    }
+  }
+  if (residue_ & protocol::kReset) {  // a function has; before that is taken for what the client has set
+    residue_ &= ~protocol::kReset;
+    if (!login_settings_->values.empty()) server_->restore_settings_now(*login_settings_);
+  }
+  pin_by_text();
+}
+
 void ClientSession::pin_by_text() {
   const std::uint32_t reasons = reasons_of(residue_);
   if (reasons == 0) return;

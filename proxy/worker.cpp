@@ -303,7 +303,7 @@ void Worker::run_runnable() {
 }
 
 void Worker::serve(PoolEntry& entry) {
-  serve_from(entry);
+  if (!entry.content()) serve_from(entry);
   if (succession_) succession_->balance(entry);
 }
 

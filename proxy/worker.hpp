@@ -54,6 +54,11 @@ struct PoolEntry : std::enable_shared_from_this<PoolEntry> {
   }
   pool::Time oldest_wait() const { return std::min(pool.oldest_wait(), logins.empty() ? pool::Time::max() : logins.front().since); }
   bool lacks_password() const { return passes_password_on && !given_password; }
+  /// Nobody waits for a connection, and none is to be opened.
+  bool content() const {
+    return !pool.any_waiting() && logins.empty() && !listener.wants() && replacements == 0 && pool.staying() >= pool.settings().min &&
+           pool.stuck() == 0;
+  }
   std::string database, user;
   std::uint32_t number = 0;  // from 1
   pool::Pool pool;
