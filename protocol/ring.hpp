@@ -26,7 +26,8 @@ class Ring {
   void push_back(T item) { add() = std::move(item); }
   /// The new back, as T{} is if T isn't trivial.
   T& add() {
-    if (size() == slots_.size()) grow();
+    if (size() == slots_.size()) [[unlikely]]
+      grow();
     return (*this)[tail_++];
   }
   void drop_front() {
@@ -36,7 +37,8 @@ class Ring {
     }
     ++head_;
     // What a burst has taken is given back.
-    if (empty() && slots_.size() > kKept) std::vector<T>().swap(slots_);
+    if (empty() && slots_.size() > kKept) [[unlikely]]
+      std::vector<T>().swap(slots_);
   }
   T pop_front() {
     T item = std::move(front());

@@ -132,7 +132,7 @@ class ClientStatements {
     const std::size_t size = unnamed_.statement ? unnamed_.statement->body.size() : 0;
     return size > kLongText ? size : 0;
   }
-  void drop_unnamed();               ///< there is one still, but its text is gone
+  void drop_unnamed();  ///< there is one still, but its text is gone
   std::size_t size() const { return named_ ? named_->size() : 0; }
   std::size_t footprint() const { return named_ ? sizeof *named_ + footprint_of_slots(*named_) : 0; }
 

@@ -22,15 +22,14 @@ struct Channel {
   /// Sends `gather` behind what is queued already. False: the connection is broken.
   bool send(Gather& gather, std::span<std::uint8_t> scratch) {
     const auto pieces = gather.pieces();
-    if (!unsent.empty()) {
-      torn = true;
-      for (const auto& piece : pieces) unsent.append(reinterpret_cast<const char*>(piece.data()), piece.size());
-      torn = false;
-      gather.clear();
-      return true;
-    }
-    const IoResult result = transport.write(pieces, scratch);
-    std::size_t skip = result.bytes;
+    const IoResult result = unsent.empty() ? transport.write(pieces, scratch) : IoResult{IoStatus::WouldBlock};
+    if (result.status != IoStatus::Ok) queue(pieces, result.bytes);
+    gather.clear();
+    return result.status == IoStatus::Ok || result.status == IoStatus::WouldBlock;
+  }
+
+  /// All but the first `skip` bytes.
+  void queue(std::span<const Gather::Piece> pieces, std::size_t skip) {
     torn = true;
     for (const auto& piece : pieces) {
       const std::size_t taken = std::min(skip, piece.size());
@@ -38,8 +37,6 @@ struct Channel {
       if (taken < piece.size()) unsent.append(reinterpret_cast<const char*>(piece.data()) + taken, piece.size() - taken);
     }
     torn = false;
-    gather.clear();
-    return result.status == IoStatus::Ok || result.status == IoStatus::WouldBlock;
   }
 
   /// Sends what is queued. False: the connection is broken.

@@ -175,9 +175,10 @@ std::size_t ClientSession::process(Bytes in) {
   std::size_t at = 0;
   auto& to_server = worker_.to_server;
   while (at < in.size() && state_ != State::Closed && state_ != State::Closing && state_ != State::Tls) {
-    if (ready_due_ && !is_sending()) break;  // first that
+    if (ready_due_ && !is_sending()) [[unlikely]]
+      break;  // first that
     const Bytes left = in.subspan(at);
-    if (pass_left_ > 0) {
+    if (pass_left_ > 0) [[unlikely]] {
       const std::size_t n = std::min(pass_left_, left.size());
       const bool to_its_server = pass_to_server_ && server_;
       if (to_its_server) to_server.add(left.data(), n);
@@ -187,7 +188,7 @@ std::size_t ClientSession::process(Bytes in) {
       continue;
     }
     std::size_t used = 0;
-    if (state_ < State::Greeting)
+    if (state_ < State::Greeting) [[unlikely]]
       used = state_ == State::Startup ? on_startup(left) : state_ == State::Console ? on_console(left) : on_password(left);
     else if ((held() || (restore_due_ && waits_for_restore(static_cast<char>(left[0])))) && !discarding_)
       break;
@@ -206,18 +207,20 @@ std::size_t ClientSession::process(Bytes in) {
   }
   if (server_) {
     server_->inject();
-    if (waits_for_answers_) on_maybe_answered();
+    if (waits_for_answers_) [[unlikely]]
+      on_maybe_answered();
     server_->send(to_server);
   } else {
     to_server.clear();
   }
   send(worker_.to_client);
-  if (ready_due_ && !is_sending()) {
+  if (ready_due_ && !is_sending()) [[unlikely]] {
     ready_due_ = false;
     if (server_) server_->on_ready();
     worker_.run_later(*this);
   }
-  if (subscriber_) subscriber_->deliver_if_idle();
+  if (subscriber_) [[unlikely]]
+    subscriber_->deliver_if_idle();
   return at;
 }
 
@@ -229,9 +232,10 @@ void ClientSession::on_answered(bool told) {
   auto& counters = entry_->pool.counters();
   counters.query.record(micros_since(sent_at_));
   sent_at_ = now;
-  if (told) {
+  if (told) [[likely]] {
     in_request_ = false;
-    if (!answered() || server_->pipeline.unsynced()) begin_request();  // what it has sent behind
+    if (!answered() || server_->pipeline.unsynced()) [[unlikely]]
+      begin_request();  // what it has sent behind
     ++readies_told_;
     if (unanswered_)
       for (auto& gone = unanswered_->deallocations; !gone.empty() && gone.front().ready <= readies_told_;) undo(gone);
@@ -242,7 +246,7 @@ void ClientSession::on_answered(bool told) {
     worker_.run_later(*this);
   }
   server_->running.leaking = server_->running.overdue = false;
-  if (server_->pipeline.status() == protocol::TxStatus::Idle) {
+  if (server_->pipeline.status() == protocol::TxStatus::Idle) [[likely]] {
     ++counters.transactions;
     counters.transaction.record(micros_since(transaction_since));
     transaction_since = now;  // what is in the pipeline behind it is another one
@@ -346,8 +350,10 @@ void ClientSession::on_server_ready() {
     if (draining_) fatal("57P01", "terminating connection due to administrator command");
     return;
   }
-  if (subscriber_ && subscriber_->on_answered()) return;
-  if (subscriber_ && subscriber_->in_turn()) return subscriber_->advance();
+  if (subscriber_) [[unlikely]] {
+    if (subscriber_->on_answered()) return;
+    if (subscriber_->in_turn()) return subscriber_->advance();
+  }
   if (residue_ != 0) judge_residue();
   if (must_ask()) {
     forget_residue();
@@ -355,11 +361,12 @@ void ClientSession::on_server_ready() {
   }
   forget_residue();
   server_->forget_changed();
-  if (subscriber_) {
+  if (subscriber_) [[unlikely]] {
     if (subscriber_->begin()) return;
     if (subscriber_->over()) subscriber_.reset();
   }
-  if (draining_ && pass_left_ == 0) return fatal("57P01", "terminating connection due to administrator command");
+  if (draining_ && pass_left_ == 0) [[unlikely]]
+    return fatal("57P01", "terminating connection due to administrator command");
   if (pin_ || (pass_left_ > 0 && pass_to_server_)) return;
   release();
 }

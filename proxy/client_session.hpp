@@ -186,11 +186,11 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   void cancel_console();
   void greet();
   void greet_elsewhere(const protocol::ErrorFields& error);
+  std::size_t on_idle_request(char type, protocol::Bytes available, std::size_t total);
   std::size_t on_request(char type, protocol::Bytes available, std::size_t total);
   std::size_t swallow(protocol::Bytes available, std::size_t total);
   void tell_ready(protocol::TxStatus status);
   std::size_t answer_lost(char type, protocol::Bytes available, std::size_t total);
-  void refuse_type(char type);
   bool acquire();
   bool held() const;
   bool is_leaving() const;

@@ -18,13 +18,19 @@ class Meter {
 
   void begin_turn() {
     ++counters.turns;
-    if (--until_ == 0) start();
+    if (--until_ == 0) [[unlikely]]
+      start();
   }
   void end_turn() {
-    if (timing_) finish();
+    if (timing_) [[unlikely]]
+      finish();
   }
   /// From now on the turn's time is this phase's. Returns whose it was.
-  Phase enter(Phase next) { return timing_ ? change(next) : next; }
+  Phase enter(Phase next) {
+    if (timing_) [[unlikely]]
+      return change(next);
+    return next;
+  }
 
   /// The same for a scope.
   class Span {

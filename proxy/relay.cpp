@@ -53,13 +53,27 @@ bool is_large_object(std::uint32_t oid) {
 }
 
 constexpr bool is_known(char type) {
-  return type == 'Q' || type == 'P' || type == 'B' || type == 'D' || type == 'E' || type == 'C' || type == 'S' || type == 'H' ||
-         type == 'F' || type == 'd' || type == 'c' || type == 'f';
+  switch (type) {
+    case 'Q':
+    case 'P':
+    case 'B':
+    case 'D':
+    case 'E':
+    case 'C':
+    case 'S':
+    case 'H':
+    case 'F':
+    case 'd':
+    case 'c':
+    case 'f': return true;
+    default: return false;
+  }
 }
 
 }  // namespace
 
-std::size_t ClientSession::on_request(char type, Bytes available, std::size_t total) {
+/// Terminate, an unknown message, or one of a client whose transaction or request is over already.
+std::size_t ClientSession::on_idle_request(char type, Bytes available, std::size_t total) {
   if (type == 'X') {
     said_goodbye_ = true;
     close();
@@ -69,11 +83,14 @@ std::size_t ClientSession::on_request(char type, Bytes available, std::size_t to
     if (type == 'S') discarding_ = false, tell_ready(lost_ ? protocol::TxStatus::Failed : protocol::TxStatus::Idle);
     return swallow(available, total);
   }
-  if (!is_known(type)) {
-    refuse_type(type);
-    return 0;
-  }
-  if (lost_) return answer_lost(type, available, total);
+  if (is_known(type)) return answer_lost(type, available, total);
+  fatal("08P01", "invalid frontend message type " + std::to_string(static_cast<unsigned char>(type)));
+  return 0;
+}
+
+std::size_t ClientSession::on_request(char type, Bytes available, std::size_t total) {
+  if (!is_known(type) || discarding_ || lost_) [[unlikely]]
+    return on_idle_request(type, available, total);
   if (!server_) {
     if (type == 'd' || type == 'c' || type == 'f' || type == 'H') return swallow(available, total);  // the rest of a COPY that failed
     if (type == 'S') {
@@ -88,14 +105,15 @@ std::size_t ClientSession::on_request(char type, Bytes available, std::size_t to
     if (!acquire()) return 0;
   }
   const auto& pipeline = server_->pipeline;
-  if (pipeline.awaits_copy_data() && std::string_view("dcfHS").find(type) == std::string_view::npos) {
+  if (pipeline.awaits_copy_data() && std::string_view("dcfHS").find(type) == std::string_view::npos) [[unlikely]] {
     end_interrupted_copy();
     return 0;
   }
-  if (pipeline.owed_to_clients() >= kMostOwed && !pipeline.awaits_copy_data()) return wait_for_answers(kMostOwed / 2);
+  if (pipeline.owed_to_clients() >= kMostOwed && !pipeline.awaits_copy_data()) [[unlikely]]
+    return wait_for_answers(kMostOwed / 2);
   // What is behind a BEGIN that is refused isn't executed.
   if (mode() == conf::PoolMode::Statement && server_->changed().block != 0 && !pipeline.awaits_copy_data() && !pipeline.unsynced() &&
-      !answered())
+      !answered()) [[unlikely]]
     return wait_for_answers();
   if (pipeline.empty()) begin_execution();
   server_->apply_settings();
@@ -151,10 +169,6 @@ std::size_t ClientSession::answer_lost(char type, Bytes available, std::size_t t
   if (ended) lost_.reset();
   if (ended && draining_) fatal("57P01", "terminating connection due to administrator command");
   return swallow(available, total);
-}
-
-void ClientSession::refuse_type(char type) {
-  fatal("08P01", "invalid frontend message type " + std::to_string(static_cast<unsigned char>(type)));
 }
 
 std::size_t ClientSession::on_execute(Bytes available, std::size_t total) {
@@ -284,13 +298,14 @@ std::size_t ClientSession::on_long_parse(Bytes available, std::size_t total) {
 std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
   const bool too_large = total > worker_.config().limits.maxParseBytes;
   if (available.size() < total && !too_large) return 0;
-  if (too_large && rewrites()) return on_long_parse(available, total);
+  if (too_large && rewrites()) [[unlikely]]
+    return on_long_parse(available, total);
   auto& pipeline = server_->pipeline;
   protocol::Reader reader(available.subspan(kHeaderSize));
   const std::string_view name = reader.cstring();
   const Bytes rest = reader.rest();
   const std::string_view body(reinterpret_cast<const char*>(rest.data()), rest.size());
-  if (!rewrites()) {
+  if (!rewrites()) [[unlikely]] {
     if (!too_large && reader.ok()) note_parse(name, body);
     pipeline.push({Request::Parse, Verdict::Forward, id_});
     relay(available, total);
@@ -303,7 +318,8 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
     if (!pipeline.failed()) unanswered().pending.push_back({Pending::kUnkept, std::string(name)});
     return total;
   };
-  if (!reader.ok() || pipeline.failed()) return refused();
+  if (!reader.ok() || pipeline.failed()) [[unlikely]]
+    return refused();
   // Only its transaction may have it read so.
   const auto& changed_so_far = server_->changed();
   const std::string_view sql = body.substr(0, body.find('\0'));
@@ -471,7 +487,7 @@ std::size_t ClientSession::on_bind(Bytes available, std::size_t total) {
   protocol::Reader reader(available.subspan(kHeaderSize));
   const std::string_view portal = reader.cstring();
   const std::string_view name = reader.cstring();
-  if (!rewrites() || pipeline.failed()) {
+  if (!rewrites() || pipeline.failed()) [[unlikely]] {
     const auto statement = reader.ok() ? statements.find(name) : nullptr;
     if (reader.ok()) note_bind(portal, statement);
     if (!rewrites()) note_portal(portal, statement);
@@ -541,8 +557,13 @@ std::size_t ClientSession::on_describe(Bytes available, std::size_t total) {
   protocol::Reader reader(available.subspan(kHeaderSize));
   const char kind = static_cast<char>(reader.u8());
   const std::string_view name = reader.cstring();
+  if (kind == 'P') {
+    if (!pipeline.failed() && server_->running.untold != 0) tell_shape();
+    pipeline.push({Request::Describe, Verdict::Forward, id_});
+    relay(available, total);
+    return available.size();
+  }
   if (kind == 'S' && !pipeline.failed() && !names_settled(name)) return 0;
-  if (kind == 'P' && !pipeline.failed()) tell_shape();
   const auto statement = kind == 'S' && reader.ok() && rewrites() && !pipeline.failed() ? statements.find(name) : nullptr;
   std::uint64_t note = 0;
   if (statement && statement->residue & protocol::kPrepared) {

@@ -165,7 +165,7 @@ std::size_t ServerConnection::process(Bytes in) {
   answered_ = false;
   while (at < in.size() && alive()) {
     const Bytes left = in.subspan(at);
-    if (pass_left_ > 0) {
+    if (pass_left_ > 0) [[unlikely]] {
       const std::size_t n = std::min(pass_left_, left.size());
       if (pass_forward_ && client_) out.add(left.data(), n);
       pass_left_ -= n;
@@ -201,15 +201,15 @@ std::size_t ServerConnection::process(Bytes in) {
     ready |= answered_;
   }
   answered_ &= at == in.size();
-  if (reader && reader->server() == this)
+  if (reader && reader->server() == this) [[likely]]
     reader->send(out);
   else
     out.clear();
-  if (alive()) {
+  if (alive()) [[likely]] {
     send(worker_.to_server);
-    if (std::exchange(in_refused_block_, false) && client_)
+    if (std::exchange(in_refused_block_, false) && client_) [[unlikely]]
       client_->fatal("0A000", "transaction blocks are not allowed in statement mode (pool.mode)");
-    if (ready && client_ && client_->is_sending())
+    if (ready && client_ && client_->is_sending()) [[unlikely]]
       client_->ready_later();
     else if (ready)
       on_ready();
@@ -382,7 +382,7 @@ void ServerConnection::on_utility(std::string_view tag) {
 bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total) {
   farewell_.reset();
   const bool whole = available.size() == total;
-  if (type == Backend::ErrorResponse && whole) {
+  if (type == Backend::ErrorResponse && whole) [[unlikely]] {
     if (!on_error(available.subspan(kHeaderSize))) return false;
     if (!alive()) return true;
   }
@@ -393,37 +393,18 @@ bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total
   if (!reply) return false;
   const Owed& owed = reply->owed;
   const bool ours = client_ && owed.owner == client_->id();
-  if (type == Backend::ReadyForQuery && status == TxStatus::Idle) {
-    // Who prepares a text anew must get a new plan: it may have other columns, and its names may be of something else.
-    if (std::exchange(open_change_, false)) worker_.statements.begin_generation();
-    if (std::exchange(open_definition_, false)) on_catalog_changed();
-    own_temporary_ |= std::exchange(own_open_temporary_, false) && before == TxStatus::Idle;  // else its COMMIT has failed
-  }
-  bool forward = ours && owed.verdict == Verdict::Forward && !(type == Backend::ReadyForQuery && owed.ready_behind);
-  if (ours && (owed.verdict == Verdict::Forward || type == Backend::ErrorResponse)) note_answer(type, owed, available, total);
-  if (ours && type == Backend::ReadyForQuery) {
-    cancel_due_ = false;
-    unadopted_.clear();
-    client_->on_answered(forward);
-    for (std::uint64_t* unknown : {&changed_.block, &changed_.commit})
-      if (client_->readies_told() >= *unknown || client_->answered()) *unknown = 0;
-  }
+  bool forward = ours && owed.verdict == Verdict::Forward;
+  if (forward || (ours && type == Backend::ErrorResponse)) note_answer(type, owed, available, total);
+  if (type == Backend::ReadyForQuery) forward = on_ready_for_query(before, ours, forward && !owed.ready_behind);
   if (owed.request == Request::Describe && owed.note != 0) on_described(type, owed, available, total);
-  if (forward && type == Backend::ReadyForQuery) {
-    // What the client brought at its login comes back first, so that its next statement isn't in the way of the look at its session.
-    const Owed* next = pipeline.front();
-    restoring_ = next && next->owner == protocol::kProxy && next->note == kRestore;
-    in_refused_block_ |= status != TxStatus::Idle && client_->mode() == conf::PoolMode::Statement;
-    forward = !restoring_ && !in_refused_block_ && (status != TxStatus::Idle || !client_->keeps_ready_back());
-  }
-  if (owed.owner == protocol::kProxy) {
+  if (owed.owner == protocol::kProxy) [[unlikely]] {
     on_proxy_reply(type, owed.note, available);
     cancel_due_ &= client_ && !pipeline.empty();
     if (cancel_due_) {
       deadline = worker_.now() + kBetweenStatements;
       worker_.kick();
     }
-  } else if (type == Backend::ErrorResponse) {
+  } else if (type == Backend::ErrorResponse) [[unlikely]] {
     forward = ours && passes_error(owed, available, whole);  // one that isn't whole is too long for a name to be put back in
     if (!ours || !client_->is_sending()) send_held_sync(owed.owner);
   } else if (type == Backend::ParseComplete) {
@@ -438,11 +419,41 @@ bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total
   if (forward) worker_.to_client.add(available.data(), available.size());
   pass_left_ = total - available.size();
   pass_forward_ = forward;
-  if (pipeline.injects()) inject();
-  if (client_ && client_->waits_for_answers()) client_->on_maybe_answered();
-  if (client_ && pipeline.empty() && pipeline.unsynced()) client_->on_flushed();
-  if (client_ && pipeline.copy_interrupted()) client_->end_interrupted_copy();
+  if (pipeline.injects()) [[unlikely]]
+    inject();
+  if (!client_) return true;
+  if (client_->waits_for_answers()) [[unlikely]]
+    client_->on_maybe_answered();
+  if (client_ && pipeline.empty() && pipeline.unsynced()) [[unlikely]]
+    client_->on_flushed();
+  if (client_ && pipeline.copy_interrupted()) [[unlikely]]
+    client_->end_interrupted_copy();
   return true;
+}
+
+/// `before`: as the one before it said. True: the client hears of it (if `told`, it should), and not later.
+bool ServerConnection::on_ready_for_query(TxStatus before, bool ours, bool told) {
+  const TxStatus status = pipeline.status();
+  if (status == TxStatus::Idle) [[likely]] {
+    // Who prepares a text anew must get a new plan: it may have other columns, and its names may be of something else.
+    if (std::exchange(open_change_, false)) worker_.statements.begin_generation();
+    if (std::exchange(open_definition_, false)) on_catalog_changed();
+    own_temporary_ |= std::exchange(own_open_temporary_, false) && before == TxStatus::Idle;  // else its COMMIT has failed
+  }
+  if (!ours) [[unlikely]]
+    return false;
+  cancel_due_ = false;
+  unadopted_.clear();
+  client_->on_answered(told);
+  if ((changed_.block | changed_.commit) != 0) [[unlikely]]
+    for (std::uint64_t* unknown : {&changed_.block, &changed_.commit})
+      if (client_->readies_told() >= *unknown || client_->answered()) *unknown = 0;
+  if (!told) return false;
+  // What the client brought at its login comes back first, so that its next statement isn't in the way of the look at its session.
+  const Owed* next = pipeline.front();
+  restoring_ = next && next->owner == protocol::kProxy && next->note == kRestore;
+  in_refused_block_ |= status != TxStatus::Idle && client_->mode() == conf::PoolMode::Statement;
+  return !restoring_ && !in_refused_block_ && (status != TxStatus::Idle || !client_->keeps_ready_back());
 }
 
 void ServerConnection::describe(std::uint64_t id) {

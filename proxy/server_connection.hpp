@@ -270,6 +270,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   bool on_error(protocol::Bytes body);
   bool passes_error(const protocol::Owed& owed, protocol::Bytes available, bool whole);
   void bring_settings();
+  bool on_ready_for_query(protocol::TxStatus before, bool ours, bool told);
   void on_tag(std::string_view tag);
   void on_utility(std::string_view tag);
   void note_answer(protocol::Backend type, const protocol::Owed& owed, protocol::Bytes available, std::size_t total);

@@ -61,13 +61,12 @@ pool::StatementHandle ClientSession::note_statement(std::uint64_t fingerprint, s
   auto& stats = worker_.statement_stats;
   auto& running = server_->running;
   const auto handle = stats.find(entry_->number, fingerprint, sql, worker_.now());
-  running.first_may_begin = running.first_may_begin && begins_transaction(stats.text(running.first));
   if (running.first == pool::kNoStatement || running.first_may_begin) {
     running.first = handle;
-    running.first_may_begin = true;
+    running.first_may_begin = begins_transaction(stats.text(handle));
   }
   running.last = handle;
-  running.tags = tags.substr(0, pool::StatementStats::kMostTags);
+  if (running.tags != tags) running.tags = tags.substr(0, pool::StatementStats::kMostTags);
   return handle;
 }
 

@@ -176,7 +176,8 @@ class Worker {
   class Turn {
    public:
     explicit Turn(Worker& worker) : worker_(worker) {
-      if (worker_.turns_++ > 0) return;
+      if (worker_.turns_++ > 0) [[unlikely]]
+        return;
       worker_.turn_began_ = pool::Clock::now();
       worker_.meter.begin_turn();
       worker_.stir();
@@ -184,8 +185,10 @@ class Worker {
     Turn(const Turn&) = delete;
     Turn& operator=(const Turn&) = delete;
     ~Turn() {
-      if (--worker_.turns_ > 0) return;
-      if (!worker_.runnable_.empty()) worker_.run_runnable();
+      if (--worker_.turns_ > 0) [[unlikely]]
+        return;
+      if (!worker_.runnable_.empty()) [[unlikely]]
+        worker_.run_runnable();
       worker_.to_client.clear();  // what was for a connection that is gone is nobody else's
       worker_.to_server.clear();
       worker_.meter.end_turn();
@@ -229,13 +232,15 @@ class Worker {
   class Visit {
    public:
     Visit(Worker& worker, const ClientSession* client) : worker_(worker), before_(worker.visited_) {
-      if (before_ && before_ != client) swap(*(others_ = std::make_unique<Gathers>()));
+      if (before_ && before_ != client) [[unlikely]]
+        swap(*(others_ = std::make_unique<Gathers>()));
       worker_.visited_ = client;
     }
     Visit(const Visit&) = delete;
     Visit& operator=(const Visit&) = delete;
     ~Visit() {
-      if (others_) swap(*others_);
+      if (others_) [[unlikely]]
+        swap(*others_);
       worker_.visited_ = before_;
     }
 
@@ -329,7 +334,8 @@ class Worker {
   /// The client_encoding that a database's connection string asks for; empty: none.
   const std::string& encoding_of(const std::string& database) { return databases_[database].encoding; }
   void arm_tick(std::chrono::milliseconds after) {
-    if (const pool::Time at = now() + after; at < tick_at_ && !stopped_) tick_at(at);
+    if (const pool::Time at = now() + after; at < tick_at_ && !stopped_) [[unlikely]]
+      tick_at(at);
   }
   void kick();  ///< deadlines are near: the tick runs soon
   bool draining() const { return draining_; }
