@@ -74,8 +74,8 @@ struct Channel {
   Transport transport;
   std::string unread, unsent;
   std::size_t unsent_at = 0;
-  bool reading = false, writing = false;  // a wait is pending
-  bool torn = false;                      // memory ran out behind half of a message
+  bool writing = false;  // a wait is pending
+  bool torn = false;     // memory ran out behind half of a message
 };
 
 }  // namespace pgsidecar::proxy

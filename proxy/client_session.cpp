@@ -64,13 +64,13 @@ const std::string& ClientSession::application() const {
 void ClientSession::wait_readable() {
   if (state_ == State::Closed) return;
   if (channel_.transport.pending()) return read_soon();
-  if (channel_.reading) return;
-  channel_.reading = true;
-  channel_.transport.wait_readable(state_ == State::Closing, [self = shared_from_this()](const boost::system::error_code& ec) {
-    self->channel_.reading = false;
-    if (!ec) self->worker_.step(*self, [&self] { self->on_readable(); });
-  });
+  if (readiness_.pending()) return;
+  channel_.transport.wait_readable(state_ == State::Closing, readiness_);
   if (channel_.transport.may_miss()) worker_.arm_tick(kLook);
+}
+
+void ClientSession::on_readiness(const boost::system::error_code& ec) {
+  if (!ec) worker_.step(*this, [this] { on_readable(); });
 }
 
 void ClientSession::on_readable() {
@@ -206,7 +206,8 @@ std::size_t ClientSession::process(Bytes in) {
     at += used;
   }
   if (server_) {
-    server_->inject();
+    if (server_->pipeline.injects()) [[unlikely]]
+      server_->inject();
     if (waits_for_answers_) [[unlikely]]
       on_maybe_answered();
     server_->send(to_server);

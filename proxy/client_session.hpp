@@ -135,6 +135,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
 
  private:
   friend class Subscriber;
+  friend class Readiness<ClientSession>;
 
   /// Why it keeps its server connection beyond its transactions.
   struct Pin {
@@ -165,6 +166,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   void end_by_limit(std::string_view sqlstate, std::string_view message, std::string_view key, std::uint32_t millis);
   void tell_leak();
   void wait_readable();
+  void on_readiness(const boost::system::error_code& ec);
   void on_readable();
   void read_soon();  ///< in a turn of its own
   void wait_writable();
@@ -301,6 +303,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   ServerConnection* server_ = nullptr;
   PoolEntry* entry_ = nullptr;
   Channel channel_;
+  Readiness<ClientSession> readiness_{*this};
   std::string cancel_key_;
   SettingsRef login_settings_;  // brought at its login
   std::unique_ptr<Pin> pin_;

@@ -101,7 +101,7 @@ std::size_t ClientSession::on_request(char type, Bytes available, std::size_t to
     const bool read_whole = (type == 'Q' || type == 'P') && rewrites() && total <= worker_.config().limits.maxParseBytes;
     if (available.size() < total && (read_whole || total < kMaxNames)) return 0;
     if (available.size() == total && type == 'C' && close_unserved(available)) return total;
-    if (available.size() == total && type == 'P' && parse_unserved(available)) return total;
+    if (available.size() == total && type == 'P' && !entry_->pool.any_idle() && parse_unserved(available)) return total;
     if (!acquire()) return 0;
   }
   const auto& pipeline = server_->pipeline;
@@ -116,7 +116,7 @@ std::size_t ClientSession::on_request(char type, Bytes available, std::size_t to
       !answered()) [[unlikely]]
     return wait_for_answers();
   if (pipeline.empty()) begin_execution();
-  server_->apply_settings();
+  if (server_->needs_settings()) server_->apply_settings();
   switch (type) {
     case 'Q': return on_query(available, total);
     case 'P': return on_parse(available, total);
@@ -240,7 +240,7 @@ std::size_t ClientSession::on_query(Bytes available, std::size_t total) {
     if (!plans_see_temporary(residue)) return 0;
     if (residue & protocol::kReset && !due) reset = protocol::reset_of(sql, server_->conforming_strings());
     statement = note_statement(fingerprint, sql, protocol::comment_tags(sql));
-    if (refuse(sql, residue, true)) return total;
+    if (residue != 0 && refuse(sql, residue, true)) return total;
     const auto before = server_->changed();
     switch (listen_ahead(note_residue(sql, residue), true)) {
       case Subscriber::Verdict::Wait:
@@ -341,7 +341,7 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
   }
   names_change_ |= name.empty() ? kUnnamed : kNames;
   unnamed_here_ |= name.empty();
-  if (refuse(statement->sql, statement->residue, false)) return total;
+  if (statement->residue != 0 && refuse(statement->sql, statement->residue, false)) return total;
   if (!name.empty() && statements.size() >= worker_.config().limits.maxPreparedStatementsPerClient) {
     server_->raise(false, "too many prepared statements", "limits.maxPreparedStatementsPerClient bounds them for each client.", "53000");
     return total;
@@ -439,7 +439,7 @@ bool ClientSession::close_unserved(Bytes whole) {
 // A client that prepares what a server has accepted for the same session settings doesn't wait for a server of its own. It may be
 // that those who hold the servers wait for this client: pgbench prepares blockingly while its other clients hold transactions.
 bool ClientSession::parse_unserved(Bytes whole) {
-  if (!rewrites() || entry_->pool.any_idle() || entry_->pool.room() > 0) return false;
+  if (!rewrites() || entry_->pool.room() > 0) return false;
   protocol::Reader reader(whole.subspan(kHeaderSize));
   const std::string_view name = reader.cstring();
   const Bytes body = reader.rest();
@@ -618,7 +618,7 @@ std::size_t ClientSession::on_close(Bytes available, std::size_t total) {
 
 void ClientSession::resume_reading() {
   boost::asio::post(worker_.loop(), [self = shared_from_this()] {
-    if (self->state_ != State::Closed && !self->channel_.reading) self->worker_.step(*self, [&self] { self->on_readable(); });
+    if (self->state_ != State::Closed && !self->readiness_.pending()) self->worker_.step(*self, [&self] { self->on_readable(); });
   });
 }
 

@@ -71,14 +71,14 @@ bool ServerConnection::returns_soon(pool::Time now) const {
 // --- reading and writing
 
 void ServerConnection::wait_readable() {
-  if (channel_->reading || state_ == State::Closed) return;
-  channel_->reading = true;
+  if (readiness_.pending() || state_ == State::Closed) return;
   const bool for_end = !answered_ || !alive();
-  channel_->transport.wait_readable(for_end, [self = shared_from_this()](const boost::system::error_code& ec) {
-    self->channel_->reading = false;
-    if (!ec) self->worker_.step(*self, [&self] { self->on_readable(); });
-  });
+  channel_->transport.wait_readable(for_end, readiness_);
   if (channel_->transport.may_miss()) worker_.arm_tick(kLook);
+}
+
+void ServerConnection::on_readiness(const boost::system::error_code& ec) {
+  if (!ec) worker_.step(*this, [this] { on_readable(); });
 }
 
 void ServerConnection::on_readable() {
@@ -121,9 +121,9 @@ bool ServerConnection::look() {
 }
 
 void ServerConnection::resume_reading() {
-  if (alive() && !channel_->reading)
+  if (alive() && !readiness_.pending())
     boost::asio::post(worker_.loop(), [self = shared_from_this()] {
-      if (self->alive() && !self->channel_->reading) self->worker_.step(*self, [&self] { self->on_readable(); });
+      if (self->alive() && !self->readiness_.pending()) self->worker_.step(*self, [&self] { self->on_readable(); });
     });
 }
 
@@ -159,8 +159,7 @@ std::size_t ServerConnection::process(Bytes in) {
   assert(worker_.to_server.empty() && worker_.to_client.empty());
   std::size_t at = 0;
   Gather& out = worker_.to_client;
-  ClientSession* const reader = client_;
-  const auto reader_alive = reader ? reader->shared_from_this() : nullptr;
+  ClientSession* const reader = client_;  // closed or not, it lives until this turn is over (Worker::on_client_closed)
   bool ready = false;
   answered_ = false;
   while (at < in.size() && alive()) {
@@ -633,7 +632,7 @@ void ServerConnection::settle() {
   pool::CloseReason reason{};
   if (!settings) reason = pool::CloseReason::Broken, condemned = true;
   if (settings && std::exchange(told_, false)) entry_.settings.saw_parameters(settings->values, parameters_);
-  if (!condemned && ask_catalog()) {
+  if (!condemned && catalog_due() && ask_catalog()) {
     if (state_ != State::Resetting) surveyed_since_ = worker_.now();
     transition(State::Resetting);
     deadline = worker_.now() + std::chrono::seconds(5);

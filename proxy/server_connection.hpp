@@ -118,6 +118,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   void lease(ClientSession& client);
   /// Gives the session the client's settings, ahead of what the client sends next.
   void apply_settings();
+  bool needs_settings() const;
   /// Puts statements of the proxy's own ahead of what the client sends next, whose failure ends the client.
   void run_ahead(const std::vector<std::string>& sqls);
   void on_plans_discarded();
@@ -142,10 +143,13 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
     /// transaction has done was committed; 0: it is known.
     std::uint64_t block = 0, commit = 0;
     bool any() const { return meaning || path || code; }
+    bool operator==(const Changed&) const = default;
   };
   Changed& changed() { return changed_; }
   const Changed& changed() const { return changed_; }
-  void forget_changed();  ///< it is gone with its transaction, or known
+  void forget_changed() {  ///< it is gone with its transaction, or known
+    if (changed_ != Changed{}) forget_what_changed();
+  }
   /// It is in a transaction block whatever comes of what isn't answered yet, unless it fails.
   bool in_block() const { return pipeline.status() == protocol::TxStatus::InTransaction && !changed_.block; }
   bool in_failed_block() const { return pipeline.status() == protocol::TxStatus::Failed && !changed_.block; }  ///< likewise
@@ -228,6 +232,8 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   pool::Time deadline = pool::Time::max();
 
  private:
+  friend class Readiness<ServerConnection>;
+
   boost::asio::awaitable<void> run_connect(std::shared_ptr<ServerConnection> self);
   boost::asio::awaitable<std::shared_ptr<const Upstream>> look_up();
   /// Empty: logged in; else why not, with login_error_'s SQLSTATE, DETAIL and HINT.
@@ -251,9 +257,11 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
 
   bool planned_under_others();  ///< its functions, before this lease
   void renew_plans();
+  void forget_what_changed();
 
   void transition(State next);
   void wait_readable();
+  void on_readiness(const boost::system::error_code& ec);
   void on_readable();
   void read_soon();  ///< in a turn of its own
   void wait_writable();
@@ -294,8 +302,10 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   void on_write_refused();  ///< 25006
   void start_reset(bool finish, bool asks_temporary);
   bool changes_catalog(std::string_view tag) const;
-  /// Goes on with a survey of the catalogs, or begins one that is due. False: there is nothing to ask.
+  /// If catalog_due(): goes on with a survey of the catalogs, or begins one. False: there is nothing to ask.
   bool ask_catalog();
+  bool catalog_due() const;  ///< ask_catalog may have something to ask
+  bool surveys() const;      ///< the catalogs, for what clients leave
   bool ask_capacity();
   void finish_learning();
   void close_adopted();
@@ -313,6 +323,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   State state_ = State::Connecting;
   pool::Time surveyed_since_{};
   std::optional<Channel> channel_;
+  Readiness<ServerConnection> readiness_{*this};
   Target target_;
   std::shared_ptr<const Upstream> upstream_;  // as it was when this was connected
   std::optional<Login> login_;

@@ -49,6 +49,10 @@ auto of_name(auto& pairs, std::string_view name) {
 
 // --- ahead of the client's statements
 
+bool ServerConnection::needs_settings() const {
+  return leased_anew_ || functions_stale || settings != client_->settings;
+}
+
 void ServerConnection::apply_settings() {
   if (settings != client_->settings && settings) bring_settings();
   if (leased_anew_ && planned_under_others()) functions_stale = true;
@@ -203,7 +207,7 @@ void ServerConnection::drop_statement(std::uint64_t id) {
   unclosed_.insert(id);
 }
 
-void ServerConnection::forget_changed() {
+void ServerConnection::forget_what_changed() {
   planned_otherwise_ |= changed_.meaning;
   if (changed_.any()) statements.erase_if([&](const auto& held) { return held.doubtful && unclosed_.insert(held.statement->id).second; });
   changed_ = {};
@@ -397,7 +401,7 @@ void ServerConnection::apply_failed(const protocol::ErrorFields& error) {
 
 void ServerConnection::ask_residue() {
   asking_residue_ = true;
-  if (ask_catalog()) return;
+  if (catalog_due() && ask_catalog()) return;
   residue_failed_ = false;
   inquiry_ = entry_.catalog.inquire(unknown_calls, worker_.now());
   if (!inquiry_.names.empty()) {
@@ -410,13 +414,19 @@ void ServerConnection::ask_residue() {
   send(worker_.to_server);
 }
 
+bool ServerConnection::surveys() const {
+  return entry_.shared && entry_.pool.settings().residueCheck != conf::ResidueCheck::Never;
+}
+
+bool ServerConnection::catalog_due() const {
+  return survey_ || !surveys() || entry_.catalog.due(worker_.now());
+}
+
 bool ServerConnection::ask_catalog() {
   const pool::Time now = worker_.now();
   const bool begins = !survey_;
   if (begins) {
-    const conf::PoolSettings& policy = entry_.pool.settings();
-    if (!entry_.shared || policy.residueCheck == conf::ResidueCheck::Never) return !client_ && ask_capacity();
-    if (!entry_.catalog.due(now)) return false;
+    if (!surveys()) return !client_ && ask_capacity();
     survey_ = std::make_unique<Survey>(entry_.catalog, now);
   }
   const std::string question = survey_->next(now);

@@ -18,6 +18,7 @@ namespace pgsidecar::proxy {
 namespace {
 
 constexpr std::size_t kRecord = 16 * 1024;
+constexpr std::size_t kPieces = 64;  // of one sendmsg
 
 // What OpenSSL reads and writes by: as its own socket BIO, but counted and timed as ours.
 struct Wire {
@@ -45,6 +46,20 @@ ssize_t receive(Meter& meter, int fd, void* out, std::size_t size, bool& drained
   } while (n < 0 && errno == EINTR);
   drained = n > 0 ? static_cast<std::size_t>(n) < size : n < 0 && would_block();
   return n;
+}
+
+/// At most kPieces, of `size` bytes in all.
+ssize_t send_pieces(int fd, std::span<const std::span<const std::uint8_t>> pieces, int flags, std::size_t& size) {
+  std::array<iovec, kPieces> vectors;
+  size = 0;
+  for (std::size_t i = 0; i < pieces.size(); ++i) {
+    vectors[i] = {const_cast<std::uint8_t*>(pieces[i].data()), pieces[i].size()};
+    size += pieces[i].size();
+  }
+  msghdr message{};
+  message.msg_iov = vectors.data();
+  message.msg_iovlen = pieces.size();
+  return ::sendmsg(fd, &message, flags);
 }
 
 int read_wire(BIO* bio, char* out, std::size_t size, std::size_t* got) {
@@ -183,39 +198,38 @@ IoResult Transport::failed(int result) {
 
 IoResult Transport::write(std::span<const std::span<const std::uint8_t>> pieces, std::span<std::uint8_t> scratch) {
   if (!socket_.is_open()) return {IoStatus::Error, 0};
+  return ssl_ ? write_tls(pieces, scratch) : write_plain(pieces);
+}
+
+IoResult Transport::write_plain(std::span<const std::span<const std::uint8_t>> pieces) {
+  const Meter::Span span(meter_, pool::Phase::Send);
+  constexpr int flags = MSG_NOSIGNAL | MSG_DONTWAIT;
+  const int fd = socket_.native_handle();
   std::size_t total = 0;
-  if (!ssl_) {
-    const Meter::Span span(meter_, pool::Phase::Send);
-    constexpr std::size_t kPieces = 64;
-    std::array<iovec, kPieces> vectors;
-    std::size_t first = 0, skip = 0;
-    while (first < pieces.size()) {
-      std::size_t count = 0, size = 0;
-      for (std::size_t i = first; i < pieces.size() && count < kPieces; ++i, ++count) {
-        const auto piece = pieces[i].subspan(i == first ? skip : 0);
-        vectors[count] = {const_cast<std::uint8_t*>(piece.data()), piece.size()};
-        size += piece.size();
-      }
-      msghdr message{};
-      message.msg_iov = vectors.data();
-      message.msg_iovlen = count;
+  while (!pieces.empty()) {
+    const auto now = pieces.first(std::min(pieces.size(), kPieces));
+    std::size_t size = 0;
+    ssize_t n;
+    do {
       ++meter_.counters.sends;
-      constexpr int flags = MSG_NOSIGNAL | MSG_DONTWAIT;
-      const int fd = socket_.native_handle();
-      const ssize_t n = count == 1 ? ::send(fd, vectors[0].iov_base, size, flags) : ::sendmsg(fd, &message, flags);  // send is cheaper
-      if (n < 0) {
-        if (errno == EINTR) continue;
-        return {errno == EAGAIN || errno == EWOULDBLOCK ? IoStatus::WouldBlock : IoStatus::Error, total};
+      if (now.size() == 1) {  // send is cheaper than sendmsg
+        size = now[0].size();
+        n = ::send(fd, now[0].data(), size, flags);
+      } else {
+        n = send_pieces(fd, now, flags, size);
       }
-      total += static_cast<std::size_t>(n);
-      if (static_cast<std::size_t>(n) < size) return {IoStatus::WouldBlock, total};
-      first += count;
-      skip = 0;
-    }
-    return {IoStatus::Ok, total};
+    } while (n < 0 && errno == EINTR);
+    if (n < 0) return {would_block() ? IoStatus::WouldBlock : IoStatus::Error, total};
+    total += static_cast<std::size_t>(n);
+    if (static_cast<std::size_t>(n) < size) return {IoStatus::WouldBlock, total};
+    pieces = pieces.subspan(now.size());
   }
+  return {IoStatus::Ok, total};
+}
+
+IoResult Transport::write_tls(std::span<const std::span<const std::uint8_t>> pieces, std::span<std::uint8_t> scratch) {
   const Meter::Span span(meter_, pool::Phase::Tls);
-  std::size_t piece = 0, offset = 0;
+  std::size_t total = 0, piece = 0, offset = 0;
   const std::size_t room = std::min(scratch.size(), kRecord);
   while (piece < pieces.size()) {
     std::span<const std::uint8_t> chunk = pieces[piece].subspan(offset);

@@ -64,13 +64,13 @@ class Transport {
 
   /// After a read that left no bytes this makes no system call, and doesn't tell of the stream's end, nor of a reset, that came together
   /// with the last of them: has_missed() does, which somebody has to call within a moment. `for_end`: that moment is too long.
-  template <class Handler>
-  void wait_readable(bool for_end, Handler&& h) {
+  template <class Session>
+  void wait_readable(bool for_end, Readiness<Session>& readiness) {
     const Meter::Span span(meter_, pool::Phase::Wait);
     const bool quiet = std::exchange(drained_, false) && !for_end;
     doubt_ = quiet ? Doubt::Fresh : Doubt::None;
     meter_.counters.waits += !quiet;
-    wait_until_readable(socket_, quiet, std::forward<Handler>(h));
+    readiness.wait(socket_, quiet);
   }
   bool may_miss() const { return doubt_ != Doubt::None; }
   bool has_missed();  ///< looks only if the wait has lasted since it was asked before
@@ -92,6 +92,8 @@ class Transport {
   };
   IoResult failed(int result);  // of an OpenSSL call
   IoResult read_tls(std::span<std::uint8_t> out);
+  IoResult write_plain(std::span<const std::span<const std::uint8_t>> pieces);
+  IoResult write_tls(std::span<const std::span<const std::uint8_t>> pieces, std::span<std::uint8_t> scratch);
 
   Socket socket_;
   Meter& meter_;
