@@ -74,10 +74,10 @@ void Pool::set_rest(std::chrono::milliseconds after) {
 void Pool::set_checks() {
   using std::chrono::milliseconds;
   const auto least = [](std::initializer_list<milliseconds> limits) {
-    milliseconds least = std::chrono::hours(1);
+    milliseconds shortest = std::chrono::hours(1);
     for (const milliseconds limit : limits)
-      if (limit.count() != 0) least = std::min(least, limit);
-    return least;
+      if (limit.count() != 0) shortest = std::min(shortest, limit);
+    return shortest;
   };
   const conf::PoolSettings& s = settings_;
   limit_check_ = least({milliseconds(s.queryTimeoutMillis), milliseconds(s.clientIdleTimeoutMillis), milliseconds(s.maxTransactionMillis),
