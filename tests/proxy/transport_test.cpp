@@ -209,18 +209,39 @@ TEST_P(Transports, AFullBufferOfSeveralRecords) {
 
 /// Waits, and counts how often that was over.
 struct Waiting {
+  struct Session : std::enable_shared_from_this<Session> {
+    void on_readiness(const boost::system::error_code& ec) { over += !ec; }
+    Readiness<Session> readiness{*this};
+    int over = 0;
+  };
   explicit Waiting(Link& on) : link(on) {}
   void wait(bool for_end = false) {
-    link.far->wait_readable(for_end, [this](const boost::system::error_code& ec) { over += !ec; });
+    EXPECT_FALSE(session->readiness.pending());
+    link.far->wait_readable(for_end, session->readiness);
   }
   int run() {
     link.loop.restart();
     link.loop.run_for(std::chrono::milliseconds(20));
-    return std::exchange(over, 0);
+    return std::exchange(session->over, 0);
   }
   Link& link;
-  int over = 0;
+  std::shared_ptr<Session> session = std::make_shared<Session>();
 };
+
+TEST_P(Transports, AWaitKeepsItsSessionUntilItIsOver) {
+  Link link(GetParam());
+  std::weak_ptr<Waiting::Session> session;
+  {
+    Waiting waiting(link);
+    session = waiting.session;
+    waiting.wait();
+  }
+  EXPECT_FALSE(session.expired());
+  EXPECT_TRUE(session.lock()->readiness.pending());
+  link.far->close();
+  link.loop.run_for(std::chrono::milliseconds(20));
+  EXPECT_TRUE(session.expired());
+}
 
 TEST_P(Transports, AWaitAfterAReadThatLeftNothingMakesNoSystemCall) {
   Link link(GetParam());
