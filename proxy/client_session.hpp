@@ -210,6 +210,9 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   std::size_t on_query(protocol::Bytes available, std::size_t total);
   std::size_t on_parse(protocol::Bytes available, std::size_t total);
   std::size_t on_long_parse(protocol::Bytes available, std::size_t total);
+  std::size_t parse_named(std::string_view name, protocol::StatementRef statement, protocol::Bytes available, std::size_t total);
+  std::size_t parse_again(std::string_view name, const protocol::StatementRef& statement, std::size_t total);
+  std::size_t parse_refused(std::string_view name, protocol::Bytes available, std::size_t total);
   void note_parse(std::string_view name, std::string_view body);
   void hold(const protocol::StatementRef& statement);
   void parse_shared(const protocol::StatementRef& statement);

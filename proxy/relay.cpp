@@ -311,15 +311,8 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
     relay(available, total);
     return available.size();
   }
-  // The server skips it, or says what is wrong with it.
-  const auto refused = [&] {
-    relay(available, total);
-    pipeline.push({Request::Parse, Verdict::Forward, id_});
-    if (!pipeline.failed()) unanswered().pending.push_back({Pending::kUnkept, std::string(name)});
-    return total;
-  };
   if (!reader.ok() || pipeline.failed()) [[unlikely]]
-    return refused();
+    return parse_refused(name, available, total);
   // Only its transaction may have it read so.
   const auto& changed_so_far = server_->changed();
   const std::string_view sql = body.substr(0, body.find('\0'));
@@ -331,14 +324,7 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
                                                              : worker_.statements.intern(body, settings->meaning);
   if ((!name.empty() || statement->residue & protocol::kPrepared) && !names_settled(kNames)) return 0;
   server_->running.named = note_statement(*statement);
-  if (!name.empty() && statements.find(name)) {
-    // What the server itself finds wrong with it, "already exists" at the latest, with the client's name put back in.
-    hold(statement);
-    names_change_ |= kNames;
-    server_->parse(statement->id, statement->body, Verdict::Forward);
-    unanswered().pending.push_back({Pending::kUnkept, std::string(name)});
-    return total;
-  }
+  if (!name.empty() && statements.find(name)) return parse_again(name, statement, total);
   names_change_ |= name.empty() ? kUnnamed : kNames;
   unnamed_here_ |= name.empty();
   if (statement->residue != 0 && refuse(statement->sql, statement->residue, false)) return total;
@@ -350,31 +336,51 @@ std::size_t ClientSession::on_parse(Bytes available, std::size_t total) {
   if (listen_ahead(note_residue(*statement), false) == Subscriber::Verdict::Wait) return 0;
   server_->changed() = changed;  // by what is bound only
   if (statement->residue & protocol::kPrepared) adopt_named(statement->sql);
-  if (own_reading && !name.empty()) residue_ |= protocol::kPrivateStatement;
-  auto& held = server_->statements;
+  if (!name.empty()) return parse_named(name, std::move(statement), available, total);
+  pipeline.push({Request::Parse, Verdict::Forward, id_});
+  Pending& pending = unanswered().pending.add();
+  pending.before = statements.exchange_unnamed({statement, worker_.statements.generation()});
+  pending.adopted = std::exchange(server_->statements.unnamed, std::move(statement));
+  relay(available, total);
+  return total;
+}
+
+std::size_t ClientSession::parse_named(std::string_view name, protocol::StatementRef statement, Bytes available, std::size_t total) {
   const std::uint32_t generation = worker_.statements.generation();
-  if (name.empty()) {
-    pipeline.push({Request::Parse, Verdict::Forward, id_});
-    Pending& pending = unanswered().pending.add();
-    pending.before = statements.exchange_unnamed({statement, generation});
-    pending.adopted = std::exchange(held.unnamed, std::move(statement));
-    relay(available, total);
-    return total;
-  }
-  if (sql_prepared() || own_reading) {
+  if (statement->own_reading) residue_ |= protocol::kPrivateStatement;
+  if (sql_prepared() || statement->own_reading) {
     unanswered().pending.push_back({Pending::kParse, std::string(name), {}, server_->forget_adopted(name)});
     server_->adopt(std::string(name), statement, Verdict::Forward);
-    const auto* const known = held.touch(statement);
+    const auto* const known = server_->statements.touch(statement);
     if (known && known->generation != generation) server_->drop_statement(statement->id);
     hold(statement);  // by which a Bind finds it
     statements.set(name, std::move(statement), generation);
     return total;
   }
   const auto is_empty = [&] { return protocol::normalize_sql(statement->sql).find_first_not_of("; ") == std::string::npos; };
-  if (pipeline.empty() && server_->in_failed_block() && !(statement->residue & protocol::kTransaction) && !is_empty()) return refused();
+  if (server_->pipeline.empty() && server_->in_failed_block() && !(statement->residue & protocol::kTransaction) && !is_empty())
+    return parse_refused(name, available, total);
   parse_shared(statement);
   unanswered().pending.push_back({Pending::kParse, std::string(name)});
   statements.set(name, std::move(statement), generation);
+  return total;
+}
+
+/// Of a name that the client has: what the server itself finds wrong with it, "already exists" at the latest, with the client's name put
+/// back in.
+std::size_t ClientSession::parse_again(std::string_view name, const protocol::StatementRef& statement, std::size_t total) {
+  hold(statement);
+  names_change_ |= kNames;
+  server_->parse(statement->id, statement->body, Verdict::Forward);
+  unanswered().pending.push_back({Pending::kUnkept, std::string(name)});
+  return total;
+}
+
+/// The server skips it, or says what is wrong with it.
+std::size_t ClientSession::parse_refused(std::string_view name, Bytes available, std::size_t total) {
+  relay(available, total);
+  server_->pipeline.push({Request::Parse, Verdict::Forward, id_});
+  if (!server_->pipeline.failed()) unanswered().pending.push_back({Pending::kUnkept, std::string(name)});
   return total;
 }
 

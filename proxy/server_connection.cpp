@@ -43,6 +43,11 @@ bool wanted_whole(Backend type) {
   }
 }
 
+/// What a server may say at any time. PostgreSQL documentation, section 55.2.7.
+bool is_asynchronous(Backend type) {
+  return type == Backend::ParameterStatus || type == Backend::NoticeResponse || type == Backend::NotificationResponse;
+}
+
 /// Rows, or what describes them.
 bool is_of_rows(std::uint8_t type) {
   return type == static_cast<std::uint8_t>(Backend::DataRow) || type == static_cast<std::uint8_t>(Backend::CopyData) ||
@@ -186,12 +191,9 @@ std::size_t ServerConnection::process(Bytes in) {
       break;
     }
     const auto type = static_cast<Backend>(left[0]);
-    const Owed* front = pipeline.front();
-    const bool looked_into = front && (front->owner == protocol::kProxy || (front->request == Request::Describe && front->note != 0));
-    const bool whole = (wanted_whole(type) || looked_into) && total <= kMaxParsed;
-    if (whole && left.size() < total) break;
+    if (left.size() < total && total <= kMaxParsed && (wanted_whole(type) || looks_into())) break;
     const Bytes available = left.first(std::min(total, left.size()));
-    if (!on_frame(type, available, total)) {
+    if (!(is_asynchronous(type) ? on_asynchronous(type, available, total) : on_reply(type, available, total))) {
       if (alive()) lost("08P01", "unexpected message from the server");
       break;
     }
@@ -216,6 +218,12 @@ std::size_t ServerConnection::process(Bytes in) {
     worker_.to_server.clear();
   }
   return at;
+}
+
+/// What the server answers now.
+bool ServerConnection::looks_into() const {
+  const Owed* front = pipeline.front();
+  return front && (front->owner == protocol::kProxy || (front->request == Request::Describe && front->note != 0));
 }
 
 void ServerConnection::on_ready() {
@@ -264,26 +272,24 @@ std::size_t ServerConnection::pass_rows(Bytes in) {
   return at;
 }
 
-bool ServerConnection::on_frame(Backend type, Bytes available, std::size_t total) {
+bool ServerConnection::on_asynchronous(Backend type, Bytes available, std::size_t total) {
   const Owed* front = pipeline.front();
   const bool restoring = front && front->owner == protocol::kProxy && front->note == kRestore;
   const bool to_client = client_ && (!front || front->owner == client_->id() || restoring);
-  const auto pass = [&](bool forward) {
-    if (forward) worker_.to_client.add(available.data(), available.size());
-    pass_left_ = total - available.size();
-    pass_forward_ = forward;
-    return true;
-  };
-  switch (type) {
-    case Backend::ParameterStatus:
-      return on_parameter(available.subspan(kHeaderSize)) && pass(to_client && client_->state() != ClientSession::State::Greeting);
-    case Backend::NoticeResponse:
-      // Told to quit at once (SIGQUIT), a server process can say so in a warning alone.
-      if (available.size() == total) on_notice(available.subspan(kHeaderSize));
-      return pass(to_client && !restoring && client_->state() != ClientSession::State::Greeting);
-    case Backend::NotificationResponse: return on_notification(available.subspan(kHeaderSize));
-    default: return on_reply(type, available, total);
-  }
+  const Bytes body = available.subspan(kHeaderSize);
+  if (type == Backend::NotificationResponse) return on_notification(body);
+  if (type == Backend::ParameterStatus && !on_parameter(body)) return false;
+  // Told to quit at once (SIGQUIT), a server process can say so in a warning alone.
+  if (type == Backend::NoticeResponse && available.size() == total) on_notice(body);
+  const bool heard = type == Backend::ParameterStatus || !restoring;
+  pass(to_client && heard && client_->state() != ClientSession::State::Greeting, available, total);
+  return true;
+}
+
+void ServerConnection::pass(bool forward, Bytes available, std::size_t total) {
+  if (forward) worker_.to_client.add(available.data(), available.size());
+  pass_left_ = total - available.size();
+  pass_forward_ = forward;
 }
 
 bool ServerConnection::on_parameter(Bytes body) {
@@ -393,8 +399,8 @@ bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total
   const Owed& owed = reply->owed;
   const bool ours = client_ && owed.owner == client_->id();
   bool forward = ours && owed.verdict == Verdict::Forward;
-  if (forward || (ours && type == Backend::ErrorResponse)) note_answer(type, owed, available, total);
-  if (type == Backend::ReadyForQuery) forward = on_ready_for_query(before, ours, forward && !owed.ready_behind);
+  if (forward) running.bytes += total;
+  if (type == Backend::ReadyForQuery) forward = on_ready_for_query(before, owed);
   if (owed.request == Request::Describe && owed.note != 0) on_described(type, owed, available, total);
   if (owed.owner == protocol::kProxy) [[unlikely]] {
     on_proxy_reply(type, owed.note, available);
@@ -404,20 +410,23 @@ bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total
       worker_.kick();
     }
   } else if (type == Backend::ErrorResponse) [[unlikely]] {
+    if (ours) note_error(owed, available, total);
     forward = ours && passes_error(owed, available, whole);  // one that isn't whole is too long for a name to be put back in
     if (!ours || !client_->is_sending()) send_held_sync(owed.owner);
   } else if (type == Backend::ParseComplete) {
-    if (const auto statement = owed.note != 0 && client_ ? statements.find(owed.note) : nullptr)
-      statement->proven_with = client_->settings->number, statement->proven_in = worker_.statements.generation();
-    if (ours && owed.verdict == Verdict::Forward) client_->on_name_done(true);
+    const auto* const held = owed.note != 0 && client_ ? statements.look_up(owed.note) : nullptr;
+    if (held) held->statement->proven_with = client_->settings->number, held->statement->proven_in = worker_.statements.generation();
+    if (forward) client_->on_name_done(true);
   } else if (type == Backend::CloseComplete) {
     if (ours && owed.verdict != Verdict::Skip && owed.note == kOfStatement) client_->on_name_done(true);
-  } else if (type == Backend::CommandComplete && ours && owed.verdict == Verdict::Forward) {
-    on_tag(protocol::Reader(available.subspan(kHeaderSize)).cstring());
+  } else if (forward && type == Backend::CommandComplete) {
+    const std::string_view tag = protocol::Reader(available.subspan(kHeaderSize)).cstring();
+    note_end(owed, tag);
+    on_tag(tag);
+  } else if (forward && (type == Backend::EmptyQueryResponse || type == Backend::PortalSuspended)) [[unlikely]] {
+    note_end(owed, {});
   }
-  if (forward) worker_.to_client.add(available.data(), available.size());
-  pass_left_ = total - available.size();
-  pass_forward_ = forward;
+  pass(forward, available, total);
   if (pipeline.injects()) [[unlikely]]
     inject();
   if (!client_) return true;
@@ -430,9 +439,12 @@ bool ServerConnection::on_reply(Backend type, Bytes available, std::size_t total
   return true;
 }
 
-/// `before`: as the one before it said. True: the client hears of it (if `told`, it should), and not later.
-bool ServerConnection::on_ready_for_query(TxStatus before, bool ours, bool told) {
+/// `before`: as the one before it said. True: the client hears of it, and not later.
+bool ServerConnection::on_ready_for_query(TxStatus before, const Owed& owed) {
   const TxStatus status = pipeline.status();
+  const bool ours = client_ && owed.owner == client_->id();
+  const bool asked = ours && owed.verdict == Verdict::Forward, told = asked && !owed.ready_behind;
+  if (asked && owed.request == Request::Query) finish_execution(owed.note == kRaised ? pool::kNoStatement : owed.note);
   if (status == TxStatus::Idle) [[likely]] {
     // Who prepares a text anew must get a new plan: it may have other columns, and its names may be of something else.
     if (std::exchange(open_change_, false)) worker_.statements.begin_generation();

@@ -270,7 +270,9 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   /// How far it is rows of the client's own answer, most of what servers send, and their description: they go on, and change nothing
   /// but the count.
   std::size_t pass_rows(protocol::Bytes in);
-  bool on_frame(protocol::Backend type, protocol::Bytes available, std::size_t total);
+  bool looks_into() const;
+  bool on_asynchronous(protocol::Backend type, protocol::Bytes available, std::size_t total);
+  void pass(bool forward, protocol::Bytes available, std::size_t total);
   bool on_parameter(protocol::Bytes body);
   void on_notice(protocol::Bytes body);
   bool on_notification(protocol::Bytes body);
@@ -278,10 +280,10 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   bool on_error(protocol::Bytes body);
   bool passes_error(const protocol::Owed& owed, protocol::Bytes available, bool whole);
   void bring_settings();
-  bool on_ready_for_query(protocol::TxStatus before, bool ours, bool told);
+  bool on_ready_for_query(protocol::TxStatus before, const protocol::Owed& owed);
   void on_tag(std::string_view tag);
   void on_utility(std::string_view tag);
-  void note_answer(protocol::Backend type, const protocol::Owed& owed, protocol::Bytes available, std::size_t total);
+  void note_end(const protocol::Owed& owed, std::string_view tag);
   void note_error(const protocol::Owed& owed, protocol::Bytes available, std::size_t total);
   void finish_execution(pool::StatementHandle statement);
   void note_temporary(std::string_view tag);  ///< of a statement that may have made temporary objects, or undone that

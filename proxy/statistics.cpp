@@ -11,7 +11,6 @@
 namespace pgsidecar::proxy {
 
 using pool::micros;
-using protocol::Backend;
 using protocol::Bytes;
 using protocol::kHeaderSize;
 using protocol::Request;
@@ -120,20 +119,10 @@ std::pair<std::uint64_t, std::uint64_t> ClientSession::take_delays(pool::Time no
 
 // --- the server's answers
 
-void ServerConnection::note_answer(Backend type, const protocol::Owed& owed, Bytes available, std::size_t total) {
-  if (owed.verdict == protocol::Verdict::Forward) running.bytes += total;
-  switch (type) {
-    case Backend::CommandComplete: running.rows += rows_of(protocol::Reader(available.subspan(kHeaderSize)).cstring()); [[fallthrough]];
-    case Backend::EmptyQueryResponse:
-    case Backend::PortalSuspended:
-      if (owed.request == Request::Execute) finish_execution(owed.note);
-      return;
-    case Backend::ErrorResponse: return note_error(owed, available, total);
-    case Backend::ReadyForQuery:
-      if (owed.request == Request::Query) finish_execution(owed.note == kRaised ? pool::kNoStatement : owed.note);
-      return;
-    default: return;
-  }
+/// Of a command. A portal that is suspended has none of its tag yet.
+void ServerConnection::note_end(const protocol::Owed& owed, std::string_view tag) {
+  running.rows += rows_of(tag);
+  if (owed.request == Request::Execute) finish_execution(owed.note);  // a Query ends with ReadyForQuery
 }
 
 void ServerConnection::note_error(const protocol::Owed& owed, Bytes available, std::size_t total) {
