@@ -351,10 +351,10 @@ void ClientSession::on_server_ready() {
     if (draining_) fatal("57P01", "terminating connection due to administrator command");
     return;
   }
-  if (subscriber_) [[unlikely]] {
-    if (subscriber_->on_answered()) return;
-    if (subscriber_->in_turn()) return subscriber_->advance();
-  }
+  if (subscriber_ && subscriber_->on_answered()) [[unlikely]]
+    return;
+  if (subscriber_ && subscriber_->in_turn()) [[unlikely]]
+    return subscriber_->advance();
   if (residue_ != 0) judge_residue();
   if (must_ask()) {
     forget_residue();

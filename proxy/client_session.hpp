@@ -188,7 +188,7 @@ class ClientSession : public pool::Waiter, public std::enable_shared_from_this<C
   void cancel_console();
   void greet();
   void greet_elsewhere(const protocol::ErrorFields& error);
-  std::size_t on_idle_request(char type, protocol::Bytes available, std::size_t total);
+  std::size_t on_unrelayed(char type, protocol::Bytes available, std::size_t total);
   std::size_t on_request(char type, protocol::Bytes available, std::size_t total);
   std::size_t swallow(protocol::Bytes available, std::size_t total);
   void tell_ready(protocol::TxStatus status);

@@ -73,7 +73,7 @@ constexpr bool is_known(char type) {
 }  // namespace
 
 /// Terminate, an unknown message, or one of a client whose transaction or request is over already.
-std::size_t ClientSession::on_idle_request(char type, Bytes available, std::size_t total) {
+std::size_t ClientSession::on_unrelayed(char type, Bytes available, std::size_t total) {
   if (type == 'X') {
     said_goodbye_ = true;
     close();
@@ -90,7 +90,7 @@ std::size_t ClientSession::on_idle_request(char type, Bytes available, std::size
 
 std::size_t ClientSession::on_request(char type, Bytes available, std::size_t total) {
   if (!is_known(type) || discarding_ || lost_) [[unlikely]]
-    return on_idle_request(type, available, total);
+    return on_unrelayed(type, available, total);
   if (!server_) {
     if (type == 'd' || type == 'c' || type == 'f' || type == 'H') return swallow(available, total);  // the rest of a COPY that failed
     if (type == 'S') {

@@ -118,7 +118,7 @@ class ServerConnection : public pool::Slot, public std::enable_shared_from_this<
   void lease(ClientSession& client);
   /// Gives the session the client's settings, ahead of what the client sends next.
   void apply_settings();
-  bool needs_settings() const;
+  bool needs_settings() const;  ///< else that has nothing to do
   /// Puts statements of the proxy's own ahead of what the client sends next, whose failure ends the client.
   void run_ahead(const std::vector<std::string>& sqls);
   void on_plans_discarded();
