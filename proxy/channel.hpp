@@ -57,8 +57,8 @@ struct Channel {
   }
 
   std::size_t queued() const { return unsent.size() - unsent_at; }
-  /// Of the heap: what is kept, and what Asio keeps of the socket and its wait.
-  std::size_t footprint() const { return protocol::footprint(unread) + protocol::footprint(unsent) + 384; }
+  /// Of the heap: what is kept, and what Asio keeps of the socket.
+  std::size_t footprint() const { return protocol::footprint(unread) + protocol::footprint(unsent) + 288; }
 
   /// Keeps the rest of `bytes`, which are either fresh or a view of `unread`, for the next read.
   void keep(std::span<const std::uint8_t> bytes, std::size_t consumed) {

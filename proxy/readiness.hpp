@@ -37,12 +37,11 @@ class Readiness : private boost::asio::detail::reactor_op {
 
  public:
   explicit Readiness(Session& session) : Base({}, &Readiness::perform, &Readiness::complete), session_(session) {}
-  bool pending() const { return pending_; }
+  bool pending() const { return keeps_ != nullptr; }
   /// Calls session.on_readiness(error_code) when there is something to read, the end of the stream and an error included. `drained`: the
   /// last read left nothing, so that only what comes from now on, or came since that read, has to be told of.
   void wait(Socket& socket, bool drained) {
-    if (!keeps_) keeps_ = session_.shared_from_this();
-    pending_ = true;
+    keeps_ = session_.shared_from_this();
     ec_ = {};
     auto& impl = socket.*detail::SocketParts::impl;
     (impl.get_service().*detail::ServiceParts::start)(impl.get_implementation(), boost::asio::detail::reactor::read_op, this, false,
@@ -53,14 +52,12 @@ class Readiness : private boost::asio::detail::reactor_op {
   static Base::status perform(Base*) { return done_and_exhausted; }
   static void complete(void* owner, boost::asio::detail::operation* base, const boost::system::error_code&, std::size_t) {
     auto* self = static_cast<Readiness*>(base);
-    self->pending_ = false;
-    if (owner) self->session_.on_readiness(self->ec_);
-    if (!self->pending_) const auto last = std::move(self->keeps_);  // the session may go now
+    const auto session = std::move(self->keeps_);
+    if (owner) session->on_readiness(self->ec_);
   }
 
   Session& session_;
-  std::shared_ptr<Session> keeps_;
-  bool pending_ = false;
+  std::shared_ptr<Session> keeps_;  // while it waits
 };
 
 #else

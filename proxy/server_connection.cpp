@@ -444,7 +444,6 @@ bool ServerConnection::on_ready_for_query(TxStatus before, const Owed& owed) {
   const TxStatus status = pipeline.status();
   const bool ours = client_ && owed.owner == client_->id();
   const bool asked = ours && owed.verdict == Verdict::Forward, told = asked && !owed.ready_behind;
-  if (asked && owed.request == Request::Query) finish_execution(owed.note == kRaised ? pool::kNoStatement : owed.note);
   if (status == TxStatus::Idle) [[likely]] {
     // Who prepares a text anew must get a new plan: it may have other columns, and its names may be of something else.
     if (std::exchange(open_change_, false)) worker_.statements.begin_generation();
@@ -453,6 +452,7 @@ bool ServerConnection::on_ready_for_query(TxStatus before, const Owed& owed) {
   }
   if (!ours) [[unlikely]]
     return false;
+  if (asked && owed.request == Request::Query) finish_execution(owed.note == kRaised ? pool::kNoStatement : owed.note);
   cancel_due_ = false;
   unadopted_.clear();
   client_->on_answered(told);
