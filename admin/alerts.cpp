@@ -96,7 +96,7 @@ void Alerts::find_in_traffic(const Sample& sample, std::vector<Finding>& out) {
     for (const auto& [sqlstate_class, n] : sample.snapshot->errorsByClass) total.errors += n;
     // A pool that has gone takes its counts with it.
     if (!windows_.empty() && total.queries < windows_.back().queries) windows_.clear();
-    windows_.push_back(std::move(total));
+    windows_.push_back(total);
     if (windows_.size() > kSteps + 1) windows_.pop_front();
     step_at_ = sample.at;
     const pool::Histogram minute = windows_.back().times.since(windows_.front().times);

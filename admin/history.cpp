@@ -62,7 +62,7 @@ void History::add(const Sample& taken) {
   const pool::Histogram wait = totals.wait.since(last_->wait), query = totals.query.since(last_->query);
   for (Ring& ring : rings_) add_to(ring, sample, wait, query, epoch_seconds(now));
   last_step_ = sample;
-  last_ = std::move(totals);
+  last_ = totals;
   last_at_ = now;
 }
 

@@ -382,10 +382,10 @@ class Reader {
   /// Where something of an upstream was given (`from`: as Mistake's): a variable, its own key, or the one that it inherits.
   std::string place_of(const std::string& path, const Upstream& upstream, const std::string& from) const {
     if (!from.empty() && !is_keyword(from)) return from;
-    const std::string key = from.empty() ? "url" : from, own = path + "." + key, global = "upstream." + key;
+    std::string key = from.empty() ? "url" : from, own = path + "." + key, global = "upstream." + key;
     if (own != global && lines_.contains(own)) return own;
     if (from.empty() && upstream.url != config_.upstream.url) return path;
-    if (const std::string variable = environment_name(global); !is_blank(env_(variable).value_or(""))) return variable;
+    if (std::string variable = environment_name(global); !is_blank(env_(variable).value_or(""))) return variable;
     if (lines_.contains(global)) return global;
     if (!from.empty() || upstream.url != kDefaultUrl) return path;
     return has_database_url(env_) ? "DATABASE_URL" : global;

@@ -175,6 +175,7 @@ std::vector<pool::FunctionEffects> Catalog::effects() const {
     if (found.size() > kMostTold) found.erase(std::prev(found.end()));
   }
   std::vector<pool::FunctionEffects> effects;
+  effects.reserve(found.size());
   for (const auto& [name, residue] : found) effects.push_back({std::string(name), protocol::residue_names(residue)});
   return effects;
 }

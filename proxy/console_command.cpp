@@ -237,7 +237,7 @@ ConsoleCommand set(const Statement& s) {
     return plain(Kind::SetIgnored, "SET");
   }
   const bool whole = t.size() > at + 2 && (t[at + 1].lower == "=" || t[at + 1].lower == "to");
-  if (!whole || std::any_of(t.begin() + at + 3, t.end(), [](const Token& more) { return more.apart; }))
+  if (!whole || std::any_of(t.begin() + static_cast<std::ptrdiff_t>(at) + 3, t.end(), [](const Token& more) { return more.apart; }))
     return invalid("SET takes: SET key = value");
   ConsoleCommand command = plain(Kind::Set, {});
   command.name = t[at].text;

@@ -39,6 +39,7 @@ std::vector<std::string> candidates(const std::string& name) {
 /// As exec takes them; they point into `texts`.
 std::vector<char*> pointers(const std::vector<std::string>& texts) {
   std::vector<char*> out;
+  out.reserve(texts.size() + 1);
   for (const std::string& text : texts) out.push_back(const_cast<char*>(text.c_str()));
   out.push_back(nullptr);
   return out;
@@ -109,6 +110,7 @@ Launched launch(const Program& program, const std::vector<conf::Listening>& sock
   if (::pipe2(tell.data(), O_CLOEXEC) != 0) return failed(errno);
   Descriptors pipe{{tell[0], tell[1]}}, above;
   std::vector<int> given;
+  given.reserve(sockets.size() + 2);
   for (const conf::Listening& one : sockets) given.push_back(one.fd);
   given.push_back(link[1]);
   given.push_back(tell[1]);

@@ -135,7 +135,7 @@ std::string status_line(const pool::Snapshot& snapshot) {
          (snapshot.draining ? "; draining" : "");
 }
 
-int run(const Arguments& arguments, std::shared_ptr<const conf::Config> config, const conf::Environment& env, proxy::Program program,
+int run(const Arguments& arguments, const std::shared_ptr<const conf::Config>& config, const conf::Environment& env, proxy::Program program,
         conf::PassedSockets& passed, const std::vector<std::string>& unused_variables) {
   ::mallopt(M_ARENA_MAX, 2);  // two threads allocate
   proxy::log::start(config->log);
@@ -259,7 +259,7 @@ int main(int argc, char** argv) {
     proxy::Program program = proxy::Program::of(argc, argv);
     passed.emplace(conf::PassedSockets::from_environment());
     auto config = std::make_shared<const conf::Config>(conf::load(arguments.config, conf::noting(env, asked), proxy::file_checks()));
-    return run(arguments, std::move(config), env, std::move(program), *passed, conf::unused_variables(asked, ::environ));
+    return run(arguments, config, env, std::move(program), *passed, conf::unused_variables(asked, ::environ));
   } catch (const conf::ConfigError& e) {
     return fail(e.what(), kMistake);
   } catch (const std::exception& e) {

@@ -86,13 +86,14 @@ std::vector<std::string> environment_for(const PasswordCommands::Command& comman
   for (char** one = ::environ; *one; ++one) {
     const std::string_view variable(*one);
     const auto is_same = [&](const std::string& ours) { return ours.starts_with(variable.substr(0, variable.find('=') + 1)); };
-    if (std::none_of(variables.begin(), variables.begin() + own, is_same)) variables.emplace_back(variable);
+    if (std::none_of(variables.begin(), variables.begin() + static_cast<std::ptrdiff_t>(own), is_same)) variables.emplace_back(variable);
   }
   return variables;
 }
 
 std::vector<char*> pointers(std::vector<std::string>& texts) {
   std::vector<char*> out;
+  out.reserve(texts.size() + 1);
   for (std::string& text : texts) out.push_back(text.data());
   out.push_back(nullptr);
   return out;

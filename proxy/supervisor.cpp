@@ -184,7 +184,7 @@ std::string Supervisor::set(const std::string& key, const std::string& value) {
     log::info("setting", {}, "set: {} changed, until the next reload", changed);
   log::set(next->log);
   config_ = next;
-  asio::post(data_loop_, [this, room = raise_file_limit(*next), next = std::shared_ptr<const conf::Config>(std::move(next))] {
+  asio::post(data_loop_, [this, room = raise_file_limit(*next), next = config_] {
     worker_.adjust(next);
     worker_.set_room(room);
   });

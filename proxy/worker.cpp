@@ -189,7 +189,7 @@ std::optional<Worker::PoolPlan> Worker::plan_pool(const std::string& database, c
     plan->upstream.keys["password"] = has_password ? *named->second.password : "";
   }
   if (passes_password_on(user)) plan->upstream.passwordCommand.clear();
-  if (named != config_->users.end()) plan->settings = conf::overlay(std::move(plan->settings), named->second.pool);
+  if (named != config_->users.end()) plan->settings = conf::overlay(plan->settings, named->second.pool);
   return plan;
 }
 
